@@ -1,0 +1,240 @@
+"""Trains the small FLUX that ships with clear_attn, from nothing, on a CPU.
+
+    python examples/train_small_flux.py --output small-flux
+
+builds the tokenizers, trains the autoencoder on drawn scenes, then the transformer and both text encoders
+together by flow matching, and saves a `FluxPipeline` in bfloat16. Seeded: the same machine gives the same
+weights. About an hour on two cores.
+"""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from clear_attn.demo.scenes import Scene, draw, training_scenes
+
+SIZE = 128  # pixels; the autoencoder and the 2 x 2 packing make 16 x 16 tokens of it
+SHIFT = 4.0  # at so few tokens the structure of a picture is decided close to pure noise
+PICTURES = 6144  # drawn once, each a training scene with its own position and size
+CLIP_LENGTH = 24
+# Share and size of the training batches of each text length. FLUX pads the prompt and attends to the padding,
+# and FluxPipeline pads to 512 unless told otherwise, so the model has to see long padding too.
+BATCHES = {24: (0.86, 24), 96: (0.10, 20), 512: (0.04, 6)}
+
+
+def captions_of(scene: Scene) -> list[str]:
+    """The ways a scene is put into words; the first is the scene's own."""
+    return [
+        scene.caption,
+        f"a {scene.colour} {scene.shape} {scene.place} on a {scene.ground} ground",
+        f"{scene.place}, a {scene.colour} {scene.shape} on {scene.ground}",
+        f"A {scene.colour} {scene.shape} on a {scene.ground} ground, {scene.place}.",
+    ]
+
+
+def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """CLIP's byte-pair and T5's unigram tokenizer, in which each word of the captions is one token."""
+    captions = [caption for scene in training_scenes() for caption in captions_of(scene)]
+    words = sorted({word for caption in captions for word in caption.replace(",", "").replace(".", "").split()})
+
+    byte_pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    byte_pairs.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    byte_pairs.train_from_iterator(words, trainer)
+    with tempfile.TemporaryDirectory() as directory:
+        byte_pairs.model.save(directory)
+        merges = (Path(directory) / "merges.txt").read_text().splitlines()[1:]
+    tokens = ["<|startoftext|>", "<|endoftext|>", "<|pad|>", *alphabet, *(letter + "</w>" for letter in alphabet)]
+    tokens += [merged for merge in merges if (merged := merge.replace(" ", "")) not in tokens]
+    clip = CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(dict.fromkeys(tokens))},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+        pad_token="<|pad|>",
+        model_max_length=CLIP_LENGTH,
+    )
+
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
+    pieces += [("▁" + word, -2.0) for word in words] + [(character, -10.0) for character in characters]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    t5 = T5TokenizerFast(
+        tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", extra_ids=0, model_max_length=512
+    )
+    return clip, t5
+
+
+def build_pipeline() -> FluxPipeline:
+    """The untrained pipeline, in float32."""
+    clip_tokenizer, t5_tokenizer = build_tokenizers()
+    clip = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=64,
+        projection_dim=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        pad_token_id=clip_tokenizer.pad_token_id,
+    )
+    t5 = T5Config(
+        vocab_size=len(t5_tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=SIZE,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=False,
+        ),
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=t5_tokenizer,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=4,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=128,
+            pooled_projection_dim=64,
+            axes_dims_rope=(8, 12, 12),
+        ),
+    )
+
+
+def draw_pictures(count: int, size: int, rng: np.random.Generator) -> tuple[list[Scene], torch.Tensor]:
+    """Scenes in random order and their pictures, `[count, 3, size, size]` in -1..1."""
+    known = training_scenes()
+    scenes = [known[index % len(known)] for index in rng.permutation(count)]
+    drawn = [draw(scene, size, shift=tuple(rng.uniform(-0.03, 0.03, 2)), half=rng.uniform(0.17, 0.21)) for scene in scenes]
+    return scenes, torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def learning_rate(step: int, steps: int, warmup: int = 50) -> float:
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def report(name: str, step: int, steps: int, loss: torch.Tensor, started: float) -> None:
+    if step % 50 == 0 or step == steps - 1:
+        print(f"{name} {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+
+
+def train_autoencoder(vae: AutoencoderKL, steps: int, rng: torch.Generator) -> None:
+    """Absolute and squared error with next to no pull to the normal; then latents are scaled to unit variance.
+
+    Most steps run at half the size, which costs a quarter; scenes look alike at any size.
+    """
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    drawing = np.random.default_rng(rng.initial_seed())
+    small, large = (draw_pictures(2048, size, drawing)[1] for size in (SIZE // 2, SIZE))
+    started = time.monotonic()
+    for step in range(steps):
+        pictures = small if step < 0.86 * steps else large
+        batch = pictures[torch.randint(len(pictures), (4,), generator=rng)]
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample(rng)).sample
+        loss = F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 1e-9 * posterior.kl().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        report("autoencoder", step, steps, loss, started)
+    vae.requires_grad_(False)
+    sample = torch.cat([vae.encode(batch).latent_dist.mode() for batch in large[:512].split(32)])
+    vae.register_to_config(scaling_factor=1 / sample.std().item(), shift_factor=sample.mean().item())
+
+
+def encode_pictures(pipe: FluxPipeline, pictures: torch.Tensor) -> torch.Tensor:
+    """Packed latents `[count, tokens, channels]`, as the transformer takes them."""
+    config = pipe.vae.config
+    latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in pictures.split(32)])
+    latents = (latents - config.shift_factor) * config.scaling_factor
+    return pipe._pack_latents(latents, *latents.shape)
+
+
+def train_transformer(
+    pipe: FluxPipeline, scenes: list[Scene], latents: torch.Tensor, steps: int, rng: torch.Generator
+) -> None:
+    """Flow matching, transformer and text encoders together; what is kept is a moving average."""
+    trained = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    parameters = [parameter for module in trained for parameter in module.parameters()]
+    average = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    shares = torch.tensor([share for share, _ in BATCHES.values()])
+    side = SIZE // (2 * pipe.vae_scale_factor)
+    image_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+    started = time.monotonic()
+    for step in range(steps):
+        length, (_, batch) = list(BATCHES.items())[int(torch.multinomial(shares, 1, generator=rng))]
+        chosen = torch.randint(len(scenes), (batch,), generator=rng)
+        wordings = torch.randint(4, (batch,), generator=rng)
+        captions = [captions_of(scenes[i])[wording] for i, wording in zip(chosen, wordings, strict=True)]
+        text, pooled, text_ids = pipe.encode_prompt(captions, None, device="cpu", max_sequence_length=length)
+
+        uniform = torch.rand(batch, generator=rng)
+        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+        clean = latents[chosen]
+        noise = torch.randn(clean.shape, generator=rng)
+        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+        velocity = pipe.transformer(noisy, text, pooled, sigma, image_ids, text_ids, return_dict=False)[0]
+        loss = F.mse_loss(velocity, noise - clean)
+
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (1 + step) / (10 + step)))
+        report("transformer", step, steps, loss, started)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where the pipeline is saved.")],
+    steps: Annotated[int, typer.Option(help="Steps of the transformer.")] = 2200,
+    autoencoder_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2100,
+    seed: int = 0,
+) -> None:
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    pipe = build_pipeline()
+    train_autoencoder(pipe.vae, autoencoder_steps, rng)
+    scenes, pictures = draw_pictures(PICTURES, SIZE, np.random.default_rng(seed + 1))
+    with torch.no_grad():
+        latents = encode_pictures(pipe, pictures)
+    train_transformer(pipe, scenes, latents, steps, rng)
+    pipe.to(torch.bfloat16).save_pretrained(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)

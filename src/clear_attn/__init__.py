@@ -1,0 +1,18 @@
+"""Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112)."""
+
+from clear_attn.attention import clear_attention
+from clear_attn.config import ClearConfig
+from clear_attn.layout import TokenLayout
+from clear_attn.linearize import is_linearized, linearize, linearized, restore
+from clear_attn.processors import ClearAttnProcessor
+
+__all__ = [
+    "ClearAttnProcessor",
+    "ClearConfig",
+    "TokenLayout",
+    "clear_attention",
+    "is_linearized",
+    "linearize",
+    "linearized",
+    "restore",
+]

@@ -1,0 +1,104 @@
+"""CLEAR's attention on query, key and value: text queries see all, image queries their window and what all see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clear_attn.backends import BACKENDS, check_backend, choose, flex
+from clear_attn.backends.softmax import softmax_attention
+from clear_attn.layout import TokenLayout
+
+DenseAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def pool(image: Tensor, layout: TokenLayout, spatial_weight: Tensor) -> Tensor:
+    """Weighted sums of image keys or values over the cells of a layout.
+
+    A cell that the grid cuts sums over the tokens it has and is scaled by f^2 / (tokens it has).
+
+    Args:
+        image: `[batch, heads, image tokens, head_dim]` in tile order.
+        layout: with a down_factor f above 1.
+        spatial_weight: the learned weight of each place in a cell, f^2 elements in raster order.
+
+    Returns:
+        `[batch, heads, pooled tokens, head_dim]`.
+    """
+    weight = layout.pool_weight * spatial_weight.flatten()
+    cells = image.index_select(2, layout.pool_index.flatten()).unflatten(2, layout.pool_index.shape)
+    return torch.einsum("bhcnd,cn->bhcd", cells, weight.to(image.dtype))
+
+
+def clear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    *,
+    pooled: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+    text_attention: DenseAttention | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention as in CLEAR (arXiv 2412.16112).
+
+    Args:
+        query, key, value: `[batch, heads, tokens, head_dim]`, the text tokens and the image tokens joined as the
+            layout says, the image tokens in tile order; float32, bfloat16 or float16.
+        layout (`TokenLayout`): where the tokens stand.
+        pooled (*optional*): pooled keys and values as `pool` makes them, needed where the layout's down_factor
+            is above 1.
+        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"dense"`, or what fits the call best.
+        scale (`float`, *optional*, defaults to head_dim^-0.5): factor of the scores.
+        return_lse (`bool`, defaults to `False`): also return the log-sum-exp of each query's scaled scores.
+        text_attention (*optional*): computes the text queries' plain attention, from query, key, value and
+            scale; by default torch's `scaled_dot_product_attention`. Not used with `return_lse`.
+
+    Returns:
+        The output, shaped and ordered as the query; with `return_lse` also float32 `[batch, heads, tokens]`.
+
+    Raises:
+        ValueError: unknown backend; number of tokens, or pooled keys, that do not fit the layout; `"dense"` on a
+            long sequence.
+        RuntimeError: `"flex"` where it cannot run, or on a CPU with gradients.
+    """
+    tokens = layout.text_tokens + layout.image_tokens
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4 or x.shape[2] != tokens:
+            raise ValueError(
+                f"{name} must be [batch, heads, {tokens}, head_dim] for {layout.text_tokens} text tokens and "
+                f"{layout.image_tokens} image tokens, got {list(x.shape)}"
+            )
+    if (pooled is None) != (layout.pooled_tokens == 0) or (pooled and pooled[0].shape[2] != layout.pooled_tokens):
+        given = None if pooled is None else pooled[0].shape[2]
+        raise ValueError(f"the layout has {layout.pooled_tokens} pooled tokens, got pooled keys for {given}")
+    check_backend(backend)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if backend == "auto":
+        backend = choose(query.device, query.dtype, query.shape[-1], needs_grad, layout.image_tokens).backend
+    elif backend == "flex" and (obstacle := flex.reason_against(query.device.type, needs_grad)):
+        raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+
+    all_key, all_value = key, value
+    if pooled is not None:
+        all_key, all_value = (torch.cat(parts, dim=2) for parts in zip((key, value), pooled, strict=True))
+    image, image_lse = BACKENDS[backend](query[:, :, layout.image], all_key, all_value, layout, scale, return_lse)
+    text_query = query[:, :, layout.text]
+    if text_attention is None or return_lse:
+        text, text_lse = softmax_attention(text_query, key, value, None, scale, return_lse)
+    else:
+        text, text_lse = text_attention(text_query, key, value, scale), None
+    # Joined as [batch, tokens, heads, head_dim] in memory, as the projection that follows takes it.
+    output = _join(text.transpose(1, 2), image.transpose(1, 2), layout, dim=1).transpose(1, 2)
+    if text_lse is None or image_lse is None:
+        return output
+    return output, _join(text_lse, image_lse, layout, dim=2)
+
+
+def _join(text: Tensor, image: Tensor, layout: TokenLayout, dim: int) -> Tensor:
+    return torch.cat([text, image] if layout.text_first else [image, text], dim=dim)

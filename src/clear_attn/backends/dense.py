@@ -1,0 +1,25 @@
+"""The rule as one mask over plain attention: the reference, for short sequences."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from clear_attn.backends.softmax import softmax_attention
+from clear_attn.layout import TokenLayout
+from clear_attn.masks import dense_mask
+
+# The mask and its float copy take some 80 bytes a pair and batch at the most: half a GB.
+MAX_IMAGE_TOKENS = 8192
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Image queries against all keys; see `clear_attn.backends`."""
+    if layout.image_tokens > MAX_IMAGE_TOKENS:
+        raise ValueError(
+            f"backend='dense' holds a mask of all pairs and takes at most {MAX_IMAGE_TOKENS} image tokens, got "
+            f"{layout.image_tokens}; use backend='auto', 'tiled' or 'flex'"
+        )
+    mask = dense_mask(layout.query, layout.key, layout.reach)
+    return softmax_attention(query, key, value, mask, scale, return_lse)

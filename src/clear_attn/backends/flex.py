@@ -1,0 +1,133 @@
+"""FlexAttention over the layout's block lists: the default on CUDA, and on CPUs where no gradient is asked for.
+
+FlexAttention is compiled by itself, never as a part of a larger compiled graph: on a CPU it gives silently
+wrong results there for views that the graph made (seen in torch 2.13). On a CPU it therefore stands behind a
+custom operator, which an outer graph takes as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from clear_attn.backends import tiled
+from clear_attn.layout import TokenLayout
+from clear_attn.masks import BLOCK, BlockLists, Points, visible
+
+
+# Positions in a table on the CPU: pictures up to 11,000 pixels square.
+TABLE_LENGTH = 2**19
+
+
+def reason_against(device_type: str, needs_grad: bool) -> str | None:
+    """Why FlexAttention cannot serve a kind of device here, or None where it can."""
+    if device_type == "cpu" and needs_grad:
+        return "FlexAttention has no gradients on a CPU"
+    return _reason_against_compiling(device_type)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _reason_against_compiling(device_type: str) -> str | None:
+    if device_type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "Triton is not installed"
+        return None
+    if device_type == "cpu":
+        if sys.platform not in ("linux", "win32"):
+            return f"torch has no FlexAttention for CPUs on {sys.platform}"
+        if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+            return "this CPU lacks AVX2"
+        # The compilers that torch looks for.
+        compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+        if shutil.which(compiler) is None:
+            return f"it needs a C++ compiler, and {compiler!r} was not found"
+        return None
+    return f"FlexAttention is not tried on devices of type {device_type!r}"
+
+
+@functools.cache
+def _compiled_flex_attention():  # type: ignore[no-untyped-def]
+    # Sizes are dynamic from the first call on: one compilation serves all pictures and text lengths. Without
+    # `fullgraph`, a process that compiles too often would fall back to attention over all pairs in silence.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: BlockLists,
+    places: Sequence[Tensor],
+    scale: float,
+    needs_grad: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    query_y, query_x, key_y, key_x, reach = places
+
+    def seen(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        return visible(
+            Points(query_y[query_index], query_x[query_index]),
+            Points(key_y[key_index], key_x[key_index]),
+            reach[key_index],
+        )
+
+    blocks = BlockMask.from_kv_blocks(
+        *lists,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen,
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=needs_grad,
+    )
+    wanted = AuxRequest(lse=True) if return_lse else None
+    result = _compiled_flex_attention()(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted)
+    return (result[0], result[1].lse) if return_lse else (result, None)
+
+
+@torch.library.custom_op("clear_attn::flex_on_cpu", mutates_args=())
+def _flex_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], places: list[Tensor], scale: float
+) -> Tensor:
+    places = [_of_constant_length(place) for place in places]
+    return _call(query, key, value, BlockLists(*lists), places, scale, False, False)[0].contiguous()
+
+
+def _of_constant_length(place: Tensor) -> Tensor:
+    """Fills a table up to a length that is the same for all but enormous pictures, a constant of the kernel.
+
+    As a variable, its name can be a prefix of one that torch 2.13's CPU template replaces in the code it writes,
+    which then does not compile.
+    """
+    filled = torch.nn.functional.pad(place, (0, -len(place) % TABLE_LENGTH))
+    torch._dynamo.mark_static(filled)
+    return filled
+
+
+@_flex_on_cpu.register_fake
+def _(query, key, value, lists, places, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Image queries against all keys; see `clear_attn.backends`.
+
+    On a CPU, where FlexAttention keeps the log-sum-exp to itself, that comes from the tiled backend, at its cost.
+    """
+    lists = layout.block_lists
+    places = [*layout.query, *layout.key, layout.reach]
+    if query.device.type == "cpu":
+        output = _flex_on_cpu(query, key, value, list(lists), places, scale)
+        return output, tiled.attend(query, key, value, layout, scale, True)[1] if return_lse else None
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return _call(query, key, value, lists, places, scale, needs_grad, return_lse)

@@ -1,0 +1,38 @@
+"""What CLEAR is asked to do to a model: the window, and the cells that pooled keys stand for."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+
+
+def check_whole_number(name: str, value: object, remedy: str) -> int:
+    """Returns ``value`` as an int where it is a whole number of at least 1 (a bool is none), else raises."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}; {remedy}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}; {remedy}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class ClearConfig:
+    """The two numbers of CLEAR (arXiv 2412.16112).
+
+    Args:
+        window (`int`, defaults to 16): radius r in tokens; an image query sees the image keys with
+            dy^2 + dx^2 < r^2. One token is 16 x 16 pixels in FLUX.1 and SD3.
+        down_factor (`int`, defaults to 1): side f of the cells, in tokens, whose weighted mean keys and
+            values every image query sees as well; 1 means none.
+
+    Raises:
+        TypeError: a value is not a whole number.
+        ValueError: a value is below 1.
+    """
+
+    window: int = 16
+    down_factor: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole_number("window", self.window, "it is a radius in tokens, 8, 16 and 32 are usual")
+        check_whole_number("down_factor", self.down_factor, "it is the side of a pooled cell in tokens, 1 is none")

@@ -1,0 +1,81 @@
+"""The hooks at a linearized transformer's entrance and exit, which put image tokens into tile order and back.
+
+Nothing is left on the model: the layout travels in the call's own `joint_attention_kwargs`, so that two calls of
+different size, a recomputation for gradients or a deep copy each see their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from clear_attn.config import ClearConfig
+from clear_attn.families import Family
+from clear_attn.layout import Grid, TokenLayout
+from clear_attn.processors import ClearAttnProcessor
+
+if TYPE_CHECKING:
+    from clear_attn.state import State
+
+LAYOUT = "clear_layout"
+
+
+@functools.lru_cache(maxsize=8)
+def layout_for(
+    grids: tuple[Grid, ...], text_tokens: int, config: ClearConfig, text_first: bool, device: torch.device
+) -> TokenLayout:
+    """The layout, made once for all calls that agree in the arguments."""
+    return TokenLayout(grids, text_tokens, config, text_first=text_first, device=device)
+
+
+class DoorIn:
+    """A forward pre-hook with keywords.
+
+    Args:
+        family: what kind of transformer it stands at.
+        config: the window and down_factor of its calls.
+        original: the transformer's state before, for `restore`.
+    """
+
+    def __init__(self, family: Family, config: ClearConfig, original: State) -> None:
+        self.family = family
+        self.config = config
+        self.original = original
+
+    @torch.compiler.disable
+    def __call__(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        self._check_processors(transformer)
+        call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
+        grids, text_tokens, device = self.family.read(call)
+        layout = layout_for(grids, text_tokens, self.config, self.family.text_first, device)
+        entered = self.family.enter(call, layout)
+        entered["joint_attention_kwargs"] = {**(call.get("joint_attention_kwargs") or {}), LAYOUT: layout}
+        return (), entered
+
+    def _check_processors(self, transformer: nn.Module) -> None:
+        for layer in self.original.processors:
+            processor = transformer.get_submodule(layer).processor
+            if not isinstance(processor, ClearAttnProcessor) or processor.down_factor != self.config.down_factor:
+                raise RuntimeError(
+                    f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
+                    "clear_attn.linearize() (loading an IP-Adapter or fusing projections can do that); call "
+                    "clear_attn.linearize() again after the change, or clear_attn.restore()"
+                )
+
+
+class DoorOut:
+    """A forward hook with keywords, the counterpart of `DoorIn`."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    @torch.compiler.disable
+    def __call__(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        layout = kwargs["joint_attention_kwargs"][LAYOUT]
+        if isinstance(output, tuple):
+            return (self.family.leave(output[0], layout), *output[1:])
+        return type(output)(sample=self.family.leave(output.sample, layout))

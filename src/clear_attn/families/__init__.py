@@ -1,0 +1,18 @@
+"""The transformers that can be linearized, one file each."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from clear_attn.families.base import Call, Family
+from clear_attn.families.flux import Flux
+
+FAMILIES: tuple[Family, ...] = (Flux(),)
+
+
+def family_of(transformer: nn.Module) -> Family | None:
+    """The family that a transformer belongs to, or None."""
+    return next((family for family in FAMILIES if isinstance(transformer, family.transformer_class)), None)
+
+
+__all__ = ["FAMILIES", "Call", "Family", "family_of"]

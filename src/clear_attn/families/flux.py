@@ -1,0 +1,99 @@
+"""FLUX.1 in diffusers: text first, positions in `img_ids`, a reference picture as a second segment (Kontext)."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import Tensor, nn
+
+from clear_attn.families.base import Call, Family
+from clear_attn.layout import Grid, TokenLayout
+from clear_attn.processors import ClearAttnProcessor
+
+
+class Flux(Family):
+    name = "flux"
+    transformer_class = FluxTransformer2DModel
+    stock_processors = (FluxAttnProcessor,)
+    text_first = True
+
+    def new_processor(self, down_factor: int, backend: str, layer: str) -> nn.Module:
+        return ClearAttnProcessor(down_factor, backend, layer)
+
+    def read(self, kwargs: dict[str, Any]) -> Call:
+        hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        grids = _read_ids(kwargs["img_ids"]).grids
+        tokens = sum(height * width for height, width in grids)
+        if hidden_states.shape[1] != tokens:
+            raise ValueError(f"img_ids has positions for {tokens} image tokens, hidden_states has {hidden_states.shape[1]}")
+        return Call(grids, text.shape[1], hidden_states.device)
+
+    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        ids = kwargs["img_ids"]
+        exact = _read_ids(ids).exact
+        ids = (ids[0] if ids.ndim == 3 else ids) if exact is None else exact
+        entered = {
+            **kwargs,
+            "hidden_states": kwargs["hidden_states"][:, layout.order],
+            "img_ids": ids[layout.order],
+        }
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            if kwargs.get(name) is not None:
+                entered[name] = [sample[:, layout.order] for sample in kwargs[name]]
+        return entered
+
+    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        return sample[:, layout.inverse]
+
+
+class _Positions(NamedTuple):
+    """What `img_ids` say: the grids, and the same ids in float32 where theirs is too coarse for integers."""
+
+    grids: tuple[Grid, ...]
+    exact: Tensor | None
+
+
+# Reading ids waits for the device, and a pipeline passes the same tensor at every step. An entry counts for the very
+# tensor it was made from, while that lives and is not written to; addresses alone are reused.
+_recent: deque[tuple[weakref.ref[Tensor], int, _Positions]] = deque(maxlen=16)
+
+
+def _read_ids(ids: Tensor) -> _Positions:
+    if ids.is_inference():
+        return _parse_ids(ids)
+    for reference, version, positions in tuple(_recent):
+        if reference() is ids and version == ids._version:
+            return positions
+    positions = _parse_ids(ids)
+    _recent.append((weakref.ref(ids), ids._version, positions))
+    return positions
+
+
+def _parse_ids(ids: Tensor) -> _Positions:
+    if ids.ndim not in (2, 3) or ids.shape[-1] != 3 or ids.numel() == 0:
+        raise ValueError(f"img_ids must be [image tokens, 3], got {list(ids.shape)}")
+    values = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float32)
+    _, lengths = torch.unique_consecutive(values[:, 0], return_counts=True)
+    grids, regular = [], []
+    for part in values.split(lengths.tolist()):
+        # The first row's number is nobody else's, also where bfloat16 makes others collide.
+        width = int((part[:, 1] == part[0, 1]).sum())
+        height = len(part) // width
+        rows, columns = part[::width, 1], part[:width, 2]
+        if not torch.equal(part[:, 1:], torch.cartesian_prod(rows, columns)):
+            raise ValueError(
+                f"img_ids must number the tokens of each picture row by row; {len(part)} of them with the first "
+                f"number {part[0, 0].item():g} are no grid of {width} columns"
+            )
+        grids.append((height, width))
+        counted = torch.cartesian_prod(torch.arange(height) + rows[0], torch.arange(width) + columns[0])
+        regular.append(torch.cat([part[:, :1], counted], dim=1))
+    exact = torch.cat(regular)
+    # Counted anew only where that is what the coarser numbers stand for; positions of another kind are left alone.
+    counts = ids.dtype in (torch.bfloat16, torch.float16) and torch.equal(exact.to(ids.dtype).float(), values)
+    return _Positions(tuple(grids), exact.to(ids.device) if counts else None)

@@ -1,0 +1,238 @@
+"""The verbs of the library: linearize a pipeline in place, and undo it bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from clear_attn.backends import check_backend, flex
+from clear_attn.config import ClearConfig
+from clear_attn.doors import DoorIn
+from clear_attn.families import FAMILIES, Family, family_of
+from clear_attn.state import State, apply, capture, door_of, processors_of
+from clear_attn.weights import POOLED, check_checkpoint, pooled_factor, read_checkpoint, replaced_parameters
+
+PipelineOrTransformer = TypeVar("PipelineOrTransformer")
+
+
+def find_transformer(pipe: Any) -> tuple[nn.Module, Family]:
+    """The transformer of a pipeline, or the transformer given, with its family.
+
+    Raises:
+        TypeError: neither is supported.
+    """
+    candidate = getattr(pipe, "transformer", pipe)
+    transformer = getattr(candidate, "_orig_mod", candidate)  # what torch.compile wraps
+    family = family_of(transformer)
+    if family is None:
+        supported = ", ".join(family.transformer_class.__name__ for family in FAMILIES)
+        given = type(pipe).__name__ if transformer is pipe else f"{type(pipe).__name__} with a {type(transformer).__name__}"
+        raise TypeError(f"cannot linearize a {given}; give a diffusers pipeline or transformer of: {supported}")
+    return transformer, family
+
+
+def linearize(
+    pipe: PipelineOrTransformer,
+    window: int | None = None,
+    down_factor: int | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = "auto",
+    backend: str = "auto",
+    keep_original: bool = True,
+) -> PipelineOrTransformer:
+    """Makes the image attention of a pipeline's transformer local, in place.
+
+    All is checked before anything is changed; on any error the pipeline is as it was. On a linearized pipeline
+    it starts from the restored one.
+
+    Args:
+        pipe: a diffusers pipeline or transformer, FLUX.1 or a variant of it.
+        window (`int`, *optional*, defaults to 16): radius in tokens of the disc of image keys that an image
+            query sees. A token is 16 x 16 pixels.
+        down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
+            of the cells whose pooled keys every image query sees too; 1 means none.
+        weights (*optional*): path of a `.safetensors` file of distilled weights, or None to keep the model's own
+            (training-free).
+        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"dense"`, or what fits each call best.
+        keep_original (`bool`, defaults to `True`): keep the weights that are replaced, on the CPU, so that
+            `restore` can put them back.
+
+    Returns:
+        ``pipe`` itself.
+
+    Raises:
+        TypeError: not a supported pipeline; window or down_factor not a whole number.
+        ValueError: window or down_factor below 1, or other than what the weights were distilled for; unknown
+            backend; weights that do not fit.
+        FileNotFoundError: no file of weights there.
+        RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
+            library; context parallelism; parameters on the meta device; a linearized pipeline whose original
+            weights were given up.
+    """
+    transformer, family = find_transformer(pipe)
+    check_backend(backend)
+    _check_backend_can_run(backend)
+    checkpoint = _load(weights)
+    config = _settings(window, down_factor, checkpoint)
+    layers = family.attention_layers(transformer)
+    if checkpoint:
+        check_checkpoint(checkpoint, layers, type(transformer).__name__)
+    door = door_of(transformer)
+    if door:
+        _check_restorable(door)
+    stock = door.original.processors if door else processors_of(layers)
+    _check_processors(stock, family)
+    parameters = replaced_parameters(layers)
+    _check_in_memory(parameters)
+
+    values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
+    processors = {
+        layer: _new_processor(family, config, backend, layer, attn, stock[layer], checkpoint) for layer, attn in layers.items()
+    }
+    before = capture(transformer, layers, parameters if values or (door and door.original.values) else ())
+    try:
+        restore(pipe)
+        original = capture(transformer, layers, values)
+        given_up = bool(values) and not keep_original
+        door = DoorIn(family, config, original._replace(values=None) if given_up else original)
+        apply(transformer, layers, State(door, processors, values))
+    except BaseException:
+        apply(transformer, layers, before)
+        raise
+    return pipe
+
+
+def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
+    """Undoes `linearize`, bit for bit: parameters, processors, hooks. Does nothing to a pipeline that is not linearized.
+
+    Raises:
+        TypeError: not a supported pipeline.
+        RuntimeError: the original weights were given up with `keep_original=False`.
+    """
+    transformer, family = find_transformer(pipe)
+    door = door_of(transformer)
+    if door is not None:
+        _check_restorable(door)
+        apply(transformer, family.attention_layers(transformer), door.original)
+    return pipe
+
+
+def is_linearized(pipe: Any) -> bool:
+    """Whether a pipeline's transformer has been linearized.
+
+    Raises:
+        TypeError: not a supported pipeline.
+    """
+    return door_of(find_transformer(pipe)[0]) is not None
+
+
+@contextlib.contextmanager
+def linearized(
+    pipe: PipelineOrTransformer,
+    window: int | None = None,
+    down_factor: int | None = None,
+    *,
+    weights: str | os.PathLike[str] | None = "auto",
+    backend: str = "auto",
+) -> Iterator[PipelineOrTransformer]:
+    """`linearize` for the length of a `with` block; then the state before, whatever it was.
+
+    Arguments and errors are those of `linearize`.
+    """
+    transformer, family = find_transformer(pipe)
+    layers = family.attention_layers(transformer)
+    door = door_of(transformer)
+    before = capture(transformer, layers, (door and door.original.values) or ())
+    linearize(pipe, window, down_factor, weights=weights, backend=backend)
+    try:
+        yield pipe
+    finally:
+        restore(pipe)
+        apply(transformer, layers, before)
+
+
+def _load(weights: str | os.PathLike[str] | None) -> dict[str, Tensor]:
+    if weights is None:
+        return {}
+    if weights == "auto":
+        raise ValueError(
+            "weights='auto' has no published weights to take in this version; download a .safetensors file and give its "
+            "path, or weights=None to keep the model's own weights (training-free)"
+        )
+    return read_checkpoint(weights)
+
+
+def _settings(window: int | None, down_factor: int | None, checkpoint: Mapping[str, Tensor]) -> ClearConfig:
+    """The settings given, and those of the checkpoint where none is; without one, 16 and 1."""
+    own_factor = pooled_factor(checkpoint)
+    config = ClearConfig(16 if window is None else window, own_factor if down_factor is None else down_factor)
+    if checkpoint and config.down_factor != own_factor:
+        raise ValueError(
+            f"down_factor={config.down_factor} does not fit weights that were distilled for down_factor={own_factor}; "
+            "leave it out, or give other weights"
+        )
+    return config
+
+
+def _check_backend_can_run(backend: str) -> None:
+    """Pipelines move between devices, so only what no device of this machine can run is refused here."""
+    if backend != "flex":
+        return
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    obstacles = {device: flex.reason_against(device, needs_grad=False) for device in devices}
+    if all(obstacles.values()):
+        raise RuntimeError(f"backend='flex' cannot run on this machine: {obstacles}; use backend='auto' or 'tiled'")
+
+
+def _check_restorable(door: DoorIn) -> None:
+    if door.original.values is None:
+        raise RuntimeError(
+            "the original weights of this pipeline were given up by linearize(..., keep_original=False); load the "
+            "pipeline anew"
+        )
+
+
+def _check_processors(processors: Mapping[str, Any], family: Family) -> None:
+    for layer, processor in processors.items():
+        if type(processor) not in family.stock_processors:
+            raise RuntimeError(
+                f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
+                "(an IP-Adapter by pipe.unload_ip_adapter()), then linearize"
+            )
+        if getattr(processor, "_parallel_config", None) is not None:
+            raise RuntimeError(
+                f"{layer} runs under diffusers' context parallelism, which splits the sequence without regard to "
+                "windows; linearize a pipeline without it"
+            )
+
+
+def _check_in_memory(parameters: Mapping[str, nn.Parameter]) -> None:
+    absent = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if absent:
+        raise RuntimeError(
+            f"{absent[0]} and {len(absent) - 1} more parameters are on the meta device, as under sequential offload; "
+            "linearize first, then call pipe.enable_sequential_cpu_offload()"
+        )
+
+
+def _new_processor(
+    family: Family,
+    config: ClearConfig,
+    backend: str,
+    layer: str,
+    attn: nn.Module,
+    stock: Any,
+    checkpoint: Mapping[str, Tensor],
+) -> nn.Module:
+    processor = family.new_processor(config.down_factor, backend, layer)
+    # A backend that the user has set for dense attention goes on serving the text queries.
+    processor._attention_backend = stock._attention_backend
+    if layer + POOLED in checkpoint:
+        processor.load_state_dict({"spatial_weight": checkpoint[layer + POOLED]})
+    reference = next(attn.parameters())
+    return processor.to(reference.device, reference.dtype if reference.dtype.is_floating_point else None)

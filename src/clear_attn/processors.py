@@ -1,0 +1,135 @@
+"""The attention processors that stand in for diffusers' own, and how each family projects query, key and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+
+from clear_attn.attention import clear_attention, pool
+from clear_attn.layout import TokenLayout
+
+
+class ClearAttnProcessor(nn.Module):
+    """CLEAR's attention for one layer of FLUX.
+
+    It is called by the layer as diffusers calls its own processors; what it needs beyond that, the layout,
+    arrives as the keyword `clear_layout` of the model's `joint_attention_kwargs`, which the door of a linearized
+    transformer adds. It is a module for the sake of its one parameter, `spatial_weight`, so calling it as a
+    module means pooling and calling it as diffusers does means attention: offloading hooks wrap the former, and
+    only the former touches the parameter.
+
+    Args:
+        down_factor (`int`, defaults to 1): side of the pooled cells in tokens; above 1 the processor has the
+            parameter `spatial_weight` of shape `(1, 1, 1, f, 1, f, 1)`, initially the plain mean, 1 / f^2.
+        backend (`str`, defaults to `"auto"`): as in `clear_attention`.
+        layer (`str`, defaults to `""`): the layer's name, for errors.
+
+    Raises:
+        RuntimeError: when called without a layout, with an attention mask, or under diffusers' context
+            parallelism.
+    """
+
+    # Declared, so that diffusers' set_attention_backend and enable_parallelism find them here.
+    _attention_backend: AttentionBackendName | None = None
+    _parallel_config: Any = None
+
+    def __init__(self, down_factor: int = 1, backend: str = "auto", layer: str = "") -> None:
+        super().__init__()
+        self.down_factor = down_factor
+        self.backend = backend
+        self.layer = layer
+        shape = (1, 1, 1, down_factor, 1, down_factor, 1)
+        weight = nn.Parameter(torch.full(shape, 1 / down_factor**2)) if down_factor > 1 else None
+        self.register_parameter("spatial_weight", weight)
+
+    def extra_repr(self) -> str:
+        return f"down_factor={self.down_factor}, backend={self.backend!r}"
+
+    def forward(self, image: Tensor, layout: TokenLayout) -> Tensor:
+        """Pools image keys or values, see `clear_attn.attention.pool`."""
+        return pool(image, layout, self.spatial_weight)
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        clear_layout: TokenLayout | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        layout = self._check(attention_mask, clear_layout)
+        query, key, value = project_flux(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        pooled = None
+        if layout.pooled_tokens:
+            pool_module = super().__call__
+            pooled = tuple(pool_module(x[:, :, layout.image], layout) for x in (key, value))
+        joint = clear_attention(
+            query, key, value, layout, pooled=pooled, backend=self.backend, text_attention=self._text_attention
+        )
+        joint = joint.transpose(1, 2).flatten(2, 3)
+        if encoder_hidden_states is None:
+            return joint
+        text, image = joint[:, layout.text], joint[:, layout.image]
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+
+    def _check(self, attention_mask: Tensor | None, layout: TokenLayout | None) -> TokenLayout:
+        where = f"CLEAR's attention at {self.layer or 'an unnamed layer'}"
+        if layout is None:
+            raise RuntimeError(
+                f"{where} was called without a layout: call the linearized transformer, not its blocks, or "
+                "clear_attn.linearize() the model anew if its hooks were removed"
+            )
+        if attention_mask is not None:
+            raise RuntimeError(f"{where} takes no attention mask, got one of shape {list(attention_mask.shape)}")
+        if self._parallel_config is not None:
+            raise RuntimeError(f"{where} does not work under diffusers' context parallelism; leave it switched off")
+        if layout.config.down_factor != self.down_factor:
+            raise RuntimeError(
+                f"{where} pools cells of side {self.down_factor}, the layout of this call {layout.config.down_factor}"
+            )
+        return layout
+
+    def _text_attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        # diffusers calls FlexAttention uncompiled, which would hold all scores in memory.
+        if backend == AttentionBackendName.FLEX:
+            backend = AttentionBackendName.NATIVE
+        heads_last = (x.transpose(1, 2) for x in (query, key, value))
+        return dispatch_attention_fn(*heads_last, scale=scale, backend=backend).transpose(1, 2)
+
+
+def _project(attn: nn.Module, names: tuple[str, str, str], fused: str, x: Tensor) -> list[Tensor]:
+    """Query, key and value `[batch, tokens, heads, head_dim]` by three projections, or by their fused one."""
+    if attn.fused_projections:
+        parts = getattr(attn, fused)(x).chunk(3, dim=-1)
+    else:
+        parts = [getattr(attn, name)(x) for name in names]
+    return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
+
+
+def project_flux(
+    attn: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value `[batch, heads, tokens, head_dim]` of a FLUX layer, text first.
+
+    A single block is given text and image joined, a double block is given them apart.
+    """
+    query, key, value = _project(attn, ("to_q", "to_k", "to_v"), "to_qkv", hidden_states)
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if encoder_hidden_states is not None:
+        names = ("add_q_proj", "add_k_proj", "add_v_proj")
+        text_query, text_key, text_value = _project(attn, names, "to_added_qkv", encoder_hidden_states)
+        query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
+        key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
+        value = torch.cat([text_value, value], dim=1)
+    if rotary is not None:
+        query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

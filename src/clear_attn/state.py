@@ -1,0 +1,63 @@
+"""What linearizing changes in a transformer, taken down and put in place as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from clear_attn.doors import DoorIn, DoorOut
+from clear_attn.weights import copy_values, replaced_parameters
+
+
+class State(NamedTuple):
+    """The door of a transformer, its processors, and the values of those parameters that are at stake.
+
+    Attributes:
+        door: the entrance hook, or None where there is none.
+        processors: by layer.
+        values: by name in a checkpoint, on the CPU; None where they were given up.
+    """
+
+    door: DoorIn | None
+    processors: dict[str, Any]
+    values: dict[str, Tensor] | None
+
+
+def door_of(transformer: nn.Module) -> DoorIn | None:
+    """The door that `linearize` put in, or None."""
+    return next((hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, DoorIn)), None)
+
+
+def processors_of(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    return {layer: attn.get_processor() for layer, attn in layers.items()}
+
+
+def capture(transformer: nn.Module, layers: Mapping[str, nn.Module], names: Iterable[str]) -> State:
+    """The present state, with copies of the named parameters' values."""
+    parameters = replaced_parameters(layers)
+    values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
+    return State(door_of(transformer), processors_of(layers), values)
+
+
+def apply(transformer: nn.Module, layers: Mapping[str, nn.Module], state: State) -> None:
+    """Puts a state in place of the present one."""
+    copy_values(state.values or {}, layers)
+    for layer, attn in layers.items():
+        attn.set_processor(state.processors[layer])
+    _remove_doors(transformer)
+    if state.door is not None:
+        transformer.register_forward_pre_hook(state.door, with_kwargs=True)
+        transformer.register_forward_hook(DoorOut(state.door.family), with_kwargs=True)
+
+
+def _remove_doors(transformer: nn.Module) -> None:
+    """By kind, for torch's own handles do not survive a deep copy of the transformer."""
+    for hooks, marks, kind in (
+        (transformer._forward_pre_hooks, transformer._forward_pre_hooks_with_kwargs, DoorIn),
+        (transformer._forward_hooks, transformer._forward_hooks_with_kwargs, DoorOut),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+            marks.pop(key, None)

@@ -1,0 +1,114 @@
+"""Square tiles of queries, each with the keys that its queries can see: the disc, dilated by the tile."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clear_attn.masks import Points, dense_mask
+
+# Side of a tile in tokens.
+TILE = 16
+
+
+class Axes(NamedTuple):
+    """One segment: its first token's raster index, and the coordinates of its rows and columns."""
+
+    start: int
+    y: np.ndarray
+    x: np.ndarray
+
+
+class TileGroup(NamedTuple):
+    """Tiles that are translations of one another, so that the rule on the first one holds for all.
+
+    Attributes:
+        queries: int64 `[tiles, q]`, positions among the image tokens in tile order.
+        keys: int64 `[tiles, k]`, positions likewise: the keys that at least one query of the tile sees.
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+    def mask(self, positions: Points, reach: Tensor) -> Tensor:
+        """The rule for every tile of the group, bool `[q, k]`, given the positions in tile order."""
+        query, key = (Points(*(axis[index[0]] for axis in positions)) for index in (self.queries, self.keys))
+        return dense_mask(query, key, reach)
+
+
+class _Span(NamedTuple):
+    """A tile's extent along one axis: its queries, and the keys of each segment within the window of them."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+
+def _spans(query: np.ndarray, keys: Sequence[np.ndarray], window: int) -> Iterable[list[_Span]]:
+    """The spans along one axis, grouped by what they look like from their own first query."""
+    alike: dict[bytes, list[_Span]] = defaultdict(list)
+    for first in range(0, len(query), TILE):
+        inside = slice(first, min(first + TILE, len(query)))
+        low, high = query[inside][0] - window, query[inside][-1] + window
+        near = [slice(np.searchsorted(key, low, "right"), np.searchsorted(key, high, "left")) for key in keys]
+        relative = [query[inside], *(key[span] for key, span in zip(keys, near, strict=True))]
+        look = b"|".join((part - query[first]).tobytes() for part in relative)
+        alike[look].append(_Span(inside, tuple(near)))
+    return alike.values()
+
+
+def _raster_indices(segment: Axes, rows: Sequence[slice], columns: Sequence[slice]) -> np.ndarray:
+    """Raster indices `[rows x columns, tokens]` of equally large boxes, one for each pair of a row and a column."""
+
+    def lines(spans: Sequence[slice]) -> np.ndarray:
+        return np.stack([np.arange(span.start, span.stop) for span in spans])
+
+    y, x = lines(rows)[:, None, :, None], lines(columns)[None, :, None, :]
+    boxes = segment.start + y * len(segment.x) + x
+    return boxes.reshape(len(rows) * len(columns), -1)
+
+
+class Tiles(NamedTuple):
+    """All tiles of a layout.
+
+    Attributes:
+        groups: the tiles, grouped by pattern.
+        place: int64 `[tokens]`; puts the groups' queries, joined as they come, back into tile order.
+    """
+
+    groups: tuple[TileGroup, ...]
+    place: Tensor
+
+
+def find_tiles(segments: Sequence[Axes], rank: np.ndarray, positions: Points, window: int) -> Tiles:
+    """Cuts all segments into tiles.
+
+    Args:
+        segments: the coordinates of each grid; a coordinate is a float32 multiple of 1/16, so that
+            differences are exact and equal patterns are found equal.
+        rank: int64 `[tokens]`, the position in tile order of each raster index.
+        positions: of the tokens in tile order; the tensors returned are on their device.
+        window: radius in tokens of the first grid.
+    """
+    reach = torch.tensor(float(window) ** 2, device=positions.y.device)
+    groups = []
+    for segment in segments:
+        all_rows = _spans(segment.y, [other.y for other in segments], window)
+        all_columns = _spans(segment.x, [other.x for other in segments], window)
+        for rows, columns in itertools.product(all_rows, all_columns):
+            queries = _raster_indices(segment, [span.queries for span in rows], [span.queries for span in columns])
+            boxes = [
+                _raster_indices(other, [span.keys[i] for span in rows], [span.keys[i] for span in columns])
+                for i, other in enumerate(segments)
+            ]
+            group = TileGroup(
+                *(torch.from_numpy(rank[index]).to(reach.device) for index in (queries, np.concatenate(boxes, axis=1)))
+            )
+            seen = group.mask(positions, reach).any(dim=0)
+            groups.append(TileGroup(group.queries, group.keys[:, seen]))
+    return Tiles(tuple(groups), torch.argsort(torch.cat([group.queries.flatten() for group in groups])))
