@@ -52,7 +52,9 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     byte_pairs.train_from_iterator(words, trainer)
     with tempfile.TemporaryDirectory() as directory:
         byte_pairs.model.save(directory)
@@ -74,7 +76,12 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     unigram.decoder = decoders.Metaspace()
     unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     t5 = T5TokenizerFast(
-        tokenizer_object=unigram, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", extra_ids=0, model_max_length=512
+        tokenizer_object=unigram,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_ids=0,
+        model_max_length=512,
     )
     return clip, t5
 
@@ -95,7 +102,14 @@ def build_pipeline() -> FluxPipeline:
         pad_token_id=clip_tokenizer.pad_token_id,
     )
     t5 = T5Config(
-        vocab_size=len(t5_tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0
+        vocab_size=len(t5_tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
     )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
@@ -132,7 +146,9 @@ def draw_pictures(count: int, size: int, rng: np.random.Generator) -> tuple[list
     """Scenes in random order and their pictures, `[count, 3, size, size]` in -1..1."""
     known = training_scenes()
     scenes = [known[index % len(known)] for index in rng.permutation(count)]
-    drawn = [draw(scene, size, shift=tuple(rng.uniform(-0.03, 0.03, 2)), half=rng.uniform(0.17, 0.21)) for scene in scenes]
+    drawn = [
+        draw(scene, size, shift=tuple(rng.uniform(-0.03, 0.03, 2)), half=rng.uniform(0.17, 0.21)) for scene in scenes
+    ]
     return scenes, torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -2,6 +2,7 @@
 
 from clear_attn.attention import clear_attention
 from clear_attn.config import ClearConfig
+from clear_attn.cost import Cost, cost
 from clear_attn.layout import TokenLayout
 from clear_attn.linearize import is_linearized, linearize, linearized, restore
 from clear_attn.processors import ClearAttnProcessor
@@ -9,8 +10,10 @@ from clear_attn.processors import ClearAttnProcessor
 __all__ = [
     "ClearAttnProcessor",
     "ClearConfig",
+    "Cost",
     "TokenLayout",
     "clear_attention",
+    "cost",
     "is_linearized",
     "linearize",
     "linearized",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +31,36 @@ def pool(image: Tensor, layout: TokenLayout, spatial_weight: Tensor) -> Tensor:
     weight = layout.pool_weight * spatial_weight.flatten()
     cells = image.index_select(2, layout.pool_index.flatten()).unflatten(2, layout.pool_index.shape)
     return torch.einsum("bhcnd,cn->bhcd", cells, weight.to(image.dtype))
+
+
+@overload
+def clear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    *,
+    pooled: tuple[Tensor, Tensor] | None = ...,
+    backend: str = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    text_attention: DenseAttention | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def clear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TokenLayout,
+    *,
+    pooled: tuple[Tensor, Tensor] | None = ...,
+    backend: str = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    text_attention: DenseAttention | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def clear_attention(

@@ -11,7 +11,6 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from clear_attn.config import ClearConfig
 from clear_attn.families import Family
@@ -46,8 +45,8 @@ class DoorIn:
         self.config = config
         self.original = original
 
-    @torch.compiler.disable
-    def __call__(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         self._check_processors(transformer)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
         grids, text_tokens, device = self.family.read(call)
@@ -56,7 +55,7 @@ class DoorIn:
         entered["joint_attention_kwargs"] = {**(call.get("joint_attention_kwargs") or {}), LAYOUT: layout}
         return (), entered
 
-    def _check_processors(self, transformer: nn.Module) -> None:
+    def _check_processors(self, transformer: Any) -> None:
         for layer in self.original.processors:
             processor = transformer.get_submodule(layer).processor
             if not isinstance(processor, ClearAttnProcessor) or processor.down_factor != self.config.down_factor:
@@ -73,8 +72,8 @@ class DoorOut:
     def __init__(self, family: Family) -> None:
         self.family = family
 
-    @torch.compiler.disable
-    def __call__(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout = kwargs["joint_attention_kwargs"][LAYOUT]
         if isinstance(output, tuple):
             return (self.family.leave(output[0], layout), *output[1:])

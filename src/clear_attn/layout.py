@@ -12,7 +12,6 @@ from torch import Tensor
 
 from clear_attn.config import ClearConfig, check_whole_number
 from clear_attn.masks import BlockLists, Points, block_lists
-
 from clear_attn.tiles import Axes, Tiles, find_tiles
 
 Grid = tuple[int, int]
@@ -42,7 +41,7 @@ def _pooled_cells(grid: Grid, factor: int) -> tuple[np.ndarray, np.ndarray]:
     The weight is 0 where the grid's border cuts a token off, and factor^2 / (tokens of the cell) elsewhere,
     so that a cut cell still is a weighted mean.
     """
-    height, width = grid
+    height, width = grid if factor > 1 else (0, 0)  # cells of one token are the tokens themselves
     corner_y, corner_x = _raster((-(-height // factor), -(-width // factor)))
     inner_y, inner_x = _raster((factor, factor))
     y, x = corner_y[:, None] * factor + inner_y, corner_x[:, None] * factor + inner_x
@@ -119,23 +118,18 @@ class TokenLayout:
             orders.append(start + order)
             ys.append(y[order])
             xs.append(x[order])
-            if factor > 1:
-                index, weight = _pooled_cells(grid, factor)
-                cells.append(start + index)
-                weights.append(weight)
+            index, weight = _pooled_cells(grid, factor)
+            cells.append(start + index)
+            weights.append(weight)
         order = np.concatenate(orders)
         self._rank = np.empty_like(order)
         self._rank[order] = np.arange(len(order))
         self.order, self.inverse = self._on_device(order), self._on_device(self._rank)
         y, x = np.concatenate(ys), np.concatenate(xs)
         self.query = Points(self._on_device(y), self._on_device(x))
-        if factor > 1:
-            self.pool_index = self._on_device(self._rank[np.concatenate(cells)])
-            self.pool_weight = self._on_device(np.concatenate(weights))
-            self.pooled_tokens = len(self.pool_index)
-        else:
-            self.pool_index = self.pool_weight = None
-            self.pooled_tokens = 0
+        self.pool_index = self._on_device(self._rank[np.concatenate(cells)])
+        self.pool_weight = self._on_device(np.concatenate(weights))
+        self.pooled_tokens = len(self.pool_index)
 
         before = self.text_tokens if self.text_first else 0
         after = self.text_tokens - before + self.pooled_tokens
@@ -147,7 +141,8 @@ class TokenLayout:
         self.key = Points(among_keys(y, 0.0), among_keys(x, 0.0))
         self.reach = among_keys(np.full(self.image_tokens, reach), float("inf"))
         self.image = slice(before, before + self.image_tokens)
-        self.text = slice(0, before) if self.text_first else slice(self.image_tokens, self.image_tokens + self.text_tokens)
+        first_text = 0 if self.text_first else self.image_tokens
+        self.text = slice(first_text, first_text + self.text_tokens)
 
     @functools.cached_property
     def block_lists(self) -> BlockLists:

@@ -20,7 +20,7 @@ from clear_attn.weights import POOLED, check_checkpoint, pooled_factor, read_che
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
 
-def find_transformer(pipe: Any) -> tuple[nn.Module, Family]:
+def find_transformer(pipe: Any) -> tuple[Any, Family]:
     """The transformer of a pipeline, or the transformer given, with its family.
 
     Raises:
@@ -31,7 +31,7 @@ def find_transformer(pipe: Any) -> tuple[nn.Module, Family]:
     family = family_of(transformer)
     if family is None:
         supported = ", ".join(family.transformer_class.__name__ for family in FAMILIES)
-        given = type(pipe).__name__ if transformer is pipe else f"{type(pipe).__name__} with a {type(transformer).__name__}"
+        given = " with a ".join(dict.fromkeys([type(pipe).__name__, type(transformer).__name__]))
         raise TypeError(f"cannot linearize a {given}; give a diffusers pipeline or transformer of: {supported}")
     return transformer, family
 
@@ -92,7 +92,8 @@ def linearize(
 
     values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
     processors = {
-        layer: _new_processor(family, config, backend, layer, attn, stock[layer], checkpoint) for layer, attn in layers.items()
+        layer: _new_processor(family, config, backend, layer, attn, stock[layer], checkpoint)
+        for layer, attn in layers.items()
     }
     before = capture(transformer, layers, parameters if values or (door and door.original.values) else ())
     try:
@@ -108,7 +109,7 @@ def linearize(
 
 
 def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
-    """Undoes `linearize`, bit for bit: parameters, processors, hooks. Does nothing to a pipeline that is not linearized.
+    """Undoes `linearize`, bit for bit: parameters, processors, hooks. A pipeline that is not linearized stays so.
 
     Raises:
         TypeError: not a supported pipeline.
@@ -161,8 +162,8 @@ def _load(weights: str | os.PathLike[str] | None) -> dict[str, Tensor]:
         return {}
     if weights == "auto":
         raise ValueError(
-            "weights='auto' has no published weights to take in this version; download a .safetensors file and give its "
-            "path, or weights=None to keep the model's own weights (training-free)"
+            "weights='auto' has no published weights to take in this version; give the path of a .safetensors file, or "
+            "weights=None to keep the model's own weights (training-free)"
         )
     return read_checkpoint(weights)
 
@@ -225,7 +226,7 @@ def _new_processor(
     config: ClearConfig,
     backend: str,
     layer: str,
-    attn: nn.Module,
+    attn: Any,
     stock: Any,
     checkpoint: Mapping[str, Tensor],
 ) -> nn.Module:

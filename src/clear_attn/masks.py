@@ -48,10 +48,9 @@ class BlockLists(NamedTuple):
     full_index: Tensor
 
 
-def _by_block(values: Tensor) -> Tensor:
-    """`[tokens]` as `[blocks, BLOCK]`, the last block filled up with its last value."""
-    missing = -len(values) % BLOCK
-    return torch.cat([values, values[-1:].expand(missing)]).view(-1, BLOCK)
+def _by_block(values: Tensor, fill: Tensor) -> Tensor:
+    """`[tokens]` as `[blocks, BLOCK]`, the last block filled up with a value."""
+    return torch.cat([values, fill.expand(-len(values) % BLOCK)]).view(-1, BLOCK)
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,12 +65,13 @@ def block_lists(query: Points, key: Points, reach: Tensor) -> BlockLists:
     Never leaves out a visible pair, whatever the order of the tokens; the better the order keeps neighbours
     together, the shorter the lists. Takes (query blocks) x (key blocks) memory.
     """
-    nearest, farthest = 0.0, 0.0
+    nearest = farthest = torch.zeros((), device=reach.device)
     for query_axis, key_axis in zip(query, key, strict=True):
-        query_low, query_high = _by_block(query_axis)[:, :, None].aminmax(dim=1)
-        key_low, key_high = _by_block(key_axis)[None].aminmax(dim=2)
+        query_low, query_high = _by_block(query_axis, query_axis[-1])[:, :, None].aminmax(dim=1)
+        key_low, key_high = _by_block(key_axis, key_axis[-1])[None].aminmax(dim=2)
         nearest = nearest + torch.maximum(key_low - query_high, query_low - key_high).clamp(min=0).square()
         farthest = farthest + torch.maximum(key_high - query_low, query_high - key_low).square()
-    reach_low, reach_high = _by_block(reach).aminmax(dim=1)
+    # What is not there has no reach, so that a block cut short is never full.
+    reach_low, reach_high = _by_block(reach, torch.zeros_like(reach[-1])).aminmax(dim=1)
     full = farthest < reach_low
     return BlockLists(*_listed((nearest < reach_high) & ~full), *_listed(full))

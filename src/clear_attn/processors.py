@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class ClearAttnProcessor(nn.Module):
     # Declared, so that diffusers' set_attention_backend and enable_parallelism find them here.
     _attention_backend: AttentionBackendName | None = None
     _parallel_config: Any = None
+    spatial_weight: nn.Parameter
 
     def __init__(self, down_factor: int = 1, backend: str = "auto", layer: str = "") -> None:
         super().__init__()
@@ -53,9 +55,9 @@ class ClearAttnProcessor(nn.Module):
         """Pools image keys or values, see `clear_attn.attention.pool`."""
         return pool(image, layout, self.spatial_weight)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -66,8 +68,8 @@ class ClearAttnProcessor(nn.Module):
         query, key, value = project_flux(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         pooled = None
         if layout.pooled_tokens:
-            pool_module = super().__call__
-            pooled = tuple(pool_module(x[:, :, layout.image], layout) for x in (key, value))
+            pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
+            pooled = pool_image(key[:, :, layout.image], layout), pool_image(value[:, :, layout.image], layout)
         joint = clear_attention(
             query, key, value, layout, pooled=pooled, backend=self.backend, text_attention=self._text_attention
         )
@@ -99,11 +101,11 @@ class ClearAttnProcessor(nn.Module):
         # diffusers calls FlexAttention uncompiled, which would hold all scores in memory.
         if backend == AttentionBackendName.FLEX:
             backend = AttentionBackendName.NATIVE
-        heads_last = (x.transpose(1, 2) for x in (query, key, value))
-        return dispatch_attention_fn(*heads_last, scale=scale, backend=backend).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return dispatch_attention_fn(query, key, value, scale=scale, backend=backend).transpose(1, 2)
 
 
-def _project(attn: nn.Module, names: tuple[str, str, str], fused: str, x: Tensor) -> list[Tensor]:
+def _project(attn: Any, names: tuple[str, str, str], fused: str, x: Tensor) -> list[Tensor]:
     """Query, key and value `[batch, tokens, heads, head_dim]` by three projections, or by their fused one."""
     if attn.fused_projections:
         parts = getattr(attn, fused)(x).chunk(3, dim=-1)
@@ -113,7 +115,7 @@ def _project(attn: nn.Module, names: tuple[str, str, str], fused: str, x: Tensor
 
 
 def project_flux(
-    attn: nn.Module,
+    attn: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,

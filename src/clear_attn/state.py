@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from clear_attn.doors import DoorIn, DoorOut
 from clear_attn.weights import copy_values, replaced_parameters
@@ -25,23 +25,23 @@ class State(NamedTuple):
     values: dict[str, Tensor] | None
 
 
-def door_of(transformer: nn.Module) -> DoorIn | None:
+def door_of(transformer: Any) -> DoorIn | None:
     """The door that `linearize` put in, or None."""
     return next((hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, DoorIn)), None)
 
 
-def processors_of(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+def processors_of(layers: Mapping[str, Any]) -> dict[str, Any]:
     return {layer: attn.get_processor() for layer, attn in layers.items()}
 
 
-def capture(transformer: nn.Module, layers: Mapping[str, nn.Module], names: Iterable[str]) -> State:
+def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -> State:
     """The present state, with copies of the named parameters' values."""
     parameters = replaced_parameters(layers)
     values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
     return State(door_of(transformer), processors_of(layers), values)
 
 
-def apply(transformer: nn.Module, layers: Mapping[str, nn.Module], state: State) -> None:
+def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
     """Puts a state in place of the present one."""
     copy_values(state.values or {}, layers)
     for layer, attn in layers.items():
@@ -52,7 +52,7 @@ def apply(transformer: nn.Module, layers: Mapping[str, nn.Module], state: State)
         transformer.register_forward_hook(DoorOut(state.door.family), with_kwargs=True)
 
 
-def _remove_doors(transformer: nn.Module) -> None:
+def _remove_doors(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
     for hooks, marks, kind in (
         (transformer._forward_pre_hooks, transformer._forward_pre_hooks_with_kwargs, DoorIn),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 POOLED = ".processor.spatial_weight"
 
 
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+def _submodule(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
         if module is None:
@@ -29,7 +30,7 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     return getattr(module, "base_layer", module)
 
 
-def replaced_parameters(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+def replaced_parameters(layers: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     """The parameters that distilled weights replace, by their name in a checkpoint."""
     return {
         f"{layer}.{projection}.{name}": parameter
@@ -41,7 +42,7 @@ def replaced_parameters(layers: Mapping[str, nn.Module]) -> dict[str, nn.Paramet
 
 
 @torch.no_grad()
-def copy_values(values: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> None:
+def copy_values(values: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
     """Copies values into the parameters that stand, and into the fused projections made from them."""
     parameters = replaced_parameters(layers)
     for name, value in values.items():
@@ -82,11 +83,13 @@ def pooled_factor(checkpoint: Mapping[str, Tensor]) -> int:
         return 1
     shape = min(shapes)
     if len(shapes) > 1 or len(shape) != 7 or shape != (1, 1, 1, shape[3], 1, shape[3], 1):
-        raise ValueError(f"the checkpoint's spatial_weight must be (1, 1, 1, f, 1, f, 1) throughout, got {sorted(shapes)}")
+        raise ValueError(
+            f"the checkpoint's spatial_weight must be (1, 1, 1, f, 1, f, 1) throughout, got {sorted(shapes)}"
+        )
     return shape[3]
 
 
-def check_checkpoint(checkpoint: Mapping[str, Tensor], layers: Mapping[str, nn.Module], model: str) -> None:
+def check_checkpoint(checkpoint: Mapping[str, Tensor], layers: Mapping[str, Any], model: str) -> None:
     """Raises ValueError where a checkpoint does not fit a model in names, shapes or values."""
     shapes = {name: tuple(parameter.shape) for name, parameter in replaced_parameters(layers).items()}
     factor = pooled_factor(checkpoint)

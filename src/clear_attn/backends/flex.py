@@ -11,7 +11,8 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from clear_attn.backends import tiled
 from clear_attn.layout import TokenLayout
 from clear_attn.masks import BLOCK, BlockLists, Points, visible
 
-
 # Positions in a table on the CPU: pictures up to 11,000 pixels square.
 TABLE_LENGTH = 2**19
+MOST_COMPILATIONS = 64
 
 
 def reason_against(device_type: str, needs_grad: bool) -> str | None:
@@ -33,8 +34,8 @@ def reason_against(device_type: str, needs_grad: bool) -> str | None:
     return _reason_against_compiling(device_type)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reason_against_compiling(device_type: str) -> str | None:
     if device_type == "cuda":
         try:
@@ -56,10 +57,15 @@ def _reason_against_compiling(device_type: str) -> str | None:
 
 
 @functools.cache
-def _compiled_flex_attention():  # type: ignore[no-untyped-def]
+def _compiled_flex() -> Callable[..., Any]:
     # Sizes are dynamic from the first call on: one compilation serves all pictures and text lengths. Without
     # `fullgraph`, a process that compiles too often would fall back to attention over all pairs in silence.
-    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
+    return torch.compile(_flex, fullgraph=True, dynamic=True)
+
+
+def _flex(*args: Any, **kwargs: Any) -> Any:
+    # Compilations are counted for each function: those of this one are not mixed with the user's own.
+    return flex_attention(*args, **kwargs)
 
 
 def _call(
@@ -89,7 +95,10 @@ def _call(
         compute_q_blocks=needs_grad,
     )
     wanted = AuxRequest(lse=True) if return_lse else None
-    result = _compiled_flex_attention()(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted)
+    # Models differ in dtype, head_dim and scale, and tiny pictures in being a single block: a few more variants than
+    # torch's default of 8 allows for.
+    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+        result = _compiled_flex()(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted)
     return (result[0], result[1].lse) if return_lse else (result, None)
 
 
@@ -98,7 +107,23 @@ def _flex_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], places: list[Tensor], scale: float
 ) -> Tensor:
     places = [_of_constant_length(place) for place in places]
-    return _call(query, key, value, BlockLists(*lists), places, scale, False, False)[0].contiguous()
+    tokens = query.shape[2]
+    query, key, value = _whole_block(query), _whole_block(key), _whole_block(value)
+    with torch.no_grad():
+        output, _ = _call(query, key, value, BlockLists(*lists), places, scale, needs_grad=False, return_lse=False)
+    return output[:, :, :tokens].contiguous()
+
+
+def _whole_block(x: Tensor) -> Tensor:
+    """A contiguous copy, filled up with zeros to at least one block of tokens.
+
+    Contiguous, for every other order of memory would be another compilation. One block, for with fewer tokens
+    torch 2.13 computes on a CPU with wrong keys. To the rule, a key that is filled in has no reach.
+    """
+    batch, heads, tokens, head_dim = x.shape
+    copy = x.new_zeros(batch, heads, max(tokens, BLOCK), head_dim)
+    copy[:, :, :tokens] = x
+    return copy
 
 
 def _of_constant_length(place: Tensor) -> Tensor:

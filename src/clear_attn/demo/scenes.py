@@ -94,9 +94,7 @@ def _covered(shape: str, size: int, centre: tuple[float, float], half: tuple[flo
     return inside.reshape(size, 3, size, 3).mean(axis=(1, 3))
 
 
-def draw(
-    scene: Scene, size: int = 128, *, shift: tuple[float, float] = (0.0, 0.0), half: float = 0.19
-) -> np.ndarray:
+def draw(scene: Scene, size: int = 128, *, shift: tuple[float, float] = (0.0, 0.0), half: float = 0.19) -> np.ndarray:
     """Draws a scene.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from clear_attn.families.base import Call, Family
 from clear_attn.families.flux import Flux
@@ -10,7 +10,7 @@ from clear_attn.families.flux import Flux
 FAMILIES: tuple[Family, ...] = (Flux(),)
 
 
-def family_of(transformer: nn.Module) -> Family | None:
+def family_of(transformer: Any) -> Family | None:
     """The family that a transformer belongs to, or None."""
     return next((family for family in FAMILIES if isinstance(transformer, family.transformer_class)), None)
 

@@ -23,11 +23,11 @@ class Family(abc.ABC):
     """One family. Stateless: what differs from call to call travels in the call's keywords."""
 
     name: str
-    transformer_class: type[nn.Module]
+    transformer_class: type
     stock_processors: tuple[type, ...]
     text_first: bool
 
-    def attention_layers(self, transformer: nn.Module) -> dict[str, nn.Module]:
+    def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""
         return {
             key.removesuffix(".processor"): transformer.get_submodule(key.removesuffix(".processor"))

@@ -30,7 +30,7 @@ class Flux(Family):
         grids = _read_ids(kwargs["img_ids"]).grids
         tokens = sum(height * width for height, width in grids)
         if hidden_states.shape[1] != tokens:
-            raise ValueError(f"img_ids has positions for {tokens} image tokens, hidden_states has {hidden_states.shape[1]}")
+            raise ValueError(f"img_ids place {tokens} image tokens, hidden_states has {hidden_states.shape[1]} of them")
         return Call(grids, text.shape[1], hidden_states.device)
 
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""The command `clear-attn`."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="clear-attn",
+    help="Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEMO_CAPTIONS = (
+    "a red circle on a blue ground, at the top left",
+    "a yellow ring on a purple ground, in the middle",
+    "a white triangle on a green ground, at the right",
+    "a black cross on an orange ground, at the bottom",
+)
+
+
+class Model(StrEnum):
+    """Architectures whose costs can be told without their weights."""
+
+    flux = "flux"
+
+
+@app.callback()
+def main() -> None:
+    pass
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; may be repeated.", show_default="four captions")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 6,
+    down_factor: Annotated[int, typer.Option(min=1, help="Side of pooled cells in tokens; 1 for none.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("clear-attn-demo.png"),
+) -> None:
+    """Draw captions with the small FLUX in the box, with dense and with local attention."""
+    if not output.resolve().parent.is_dir():
+        raise typer.BadParameter(f"{output.resolve().parent} is no directory", param_hint="--output")
+    from clear_attn.demo import draw
+
+    report = draw.dense_and_local(prompt or list(DEMO_CAPTIONS), window, down_factor, seed, output)
+    typer.echo(f"{report}\n\nSaved {output}")
+
+
+@app.command()
+def cost(
+    height: Annotated[int, typer.Option(help="Height of the picture in pixels.")],
+    width: Annotated[int, typer.Option(help="Width of the picture in pixels.")],
+    window: Annotated[int, typer.Option(help="Radius of the window in tokens.")] = 16,
+    down_factor: Annotated[int, typer.Option(help="Side of pooled cells in tokens; 1 for none.")] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Length of the text sequence.")] = 512,
+    batch: Annotated[int, typer.Option(help="Pictures in one forward pass.")] = 1,
+    model: Annotated[Model, typer.Option(help="The architecture.")] = Model.flux,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count the work of attention, dense and linearized."""
+    from clear_attn.cost import cost as count
+
+    try:
+        counted = count(
+            _without_weights(model),
+            height,
+            width,
+            window=window,
+            down_factor=down_factor,
+            text_tokens=text_tokens,
+            batch=batch,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else str(counted))
+
+
+def _without_weights(model: Model) -> Any:
+    """A transformer of an architecture on the meta device, at its published size."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    assert model is Model.flux
+    with torch.device("meta"):
+        return FluxTransformer2DModel(guidance_embeds=True)

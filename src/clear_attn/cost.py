@@ -1,0 +1,240 @@
+"""What a picture costs in attention, counted exactly, dense and linearized."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clear_attn.config import ClearConfig, check_whole_number
+from clear_attn.layout import Grid
+from clear_attn.linearize import find_transformer
+from clear_attn.masks import BLOCK
+from clear_attn.state import door_of
+
+DEFAULT_PIXELS_PER_TOKEN = 16
+DEFAULT_TEXT_TOKENS = 512
+
+
+def window_pairs(grid: Grid, window: int) -> int:
+    """Number of (query, key) pairs of image tokens with dy^2 + dx^2 < window^2, the disc clipped at the border.
+
+    Each offset (dy, dx) of the disc occurs (height - |dy|) (width - |dx|) times.
+    """
+    height, width = grid
+    total = 0
+    for dy in range(-min(window, height) + 1, min(window, height)):
+        reach = window**2 - dy**2
+        across = sum((width - abs(dx)) for dx in range(-min(window, width) + 1, min(window, width)) if dx * dx < reach)
+        total += (height - abs(dy)) * across
+    return total
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The attention of one forward pass of a transformer.
+
+    FLOPs count a multiplication and an addition each: 4 x visible pairs x (heads x head_dim) for a layer, as in
+    CLEAR's table 2. They leave out projections and all else that a layer does, which linearizing does not change.
+
+    Attributes:
+        height, width (`int`): of the grid, in tokens.
+        text_tokens, batch, layers (`int`): numbers of text tokens, pictures, attention layers.
+        inner_dim (`int`): heads x head_dim.
+        window, down_factor (`int`): of CLEAR.
+        controlnets (`int`): ControlNets in the pipeline, whose attention stays dense and is not counted.
+    """
+
+    height: int
+    width: int
+    text_tokens: int
+    batch: int
+    layers: int
+    inner_dim: int
+    window: int
+    down_factor: int
+    controlnets: int = 0
+
+    @property
+    def image_tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def pooled_tokens(self) -> int:
+        f = self.down_factor
+        return -(-self.height // f) * -(-self.width // f) if f > 1 else 0
+
+    @property
+    def text_query_pairs(self) -> int:
+        """Pairs whose query is a text token: those stay dense."""
+        return self.text_tokens * (self.text_tokens + self.image_tokens)
+
+    @property
+    def text_key_pairs(self) -> int:
+        return self.image_tokens * self.text_tokens
+
+    @property
+    def window_pairs(self) -> int:
+        return window_pairs((self.height, self.width), self.window)
+
+    @property
+    def pooled_pairs(self) -> int:
+        """Pairs of image queries and pooled keys: they grow with the square of the image tokens."""
+        return self.image_tokens * self.pooled_tokens
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of a layer."""
+        return self.text_query_pairs + self.text_key_pairs + self.window_pairs + self.pooled_pairs
+
+    @property
+    def dense_pairs(self) -> int:
+        return (self.text_tokens + self.image_tokens) ** 2
+
+    def flops(self, pairs: int) -> int:
+        """FLOPs of so many pairs in one layer and picture."""
+        return 4 * pairs * self.inner_dim
+
+    @property
+    def layer_gflops(self) -> float:
+        return self.flops(self.pairs) / 1e9
+
+    @property
+    def dense_layer_gflops(self) -> float:
+        return self.flops(self.dense_pairs) / 1e9
+
+    @property
+    def ratio(self) -> float:
+        """How many times the dense work is that of CLEAR."""
+        return self.dense_pairs / self.pairs
+
+    @property
+    def block_list_bytes(self) -> int:
+        """Memory of FlexAttention's block lists, which grow with the square of the tokens, once for all layers."""
+        keys = self.text_tokens + self.image_tokens + self.pooled_tokens
+        query_blocks, key_blocks = -(-self.image_tokens // BLOCK), -(-keys // BLOCK)
+        return 2 * 4 * query_blocks * (key_blocks + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        inputs = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        derived = (
+            "image_tokens",
+            "pooled_tokens",
+            "layer_gflops",
+            "dense_layer_gflops",
+            "ratio",
+            "block_list_bytes",
+        )
+        step = self.batch * self.layers
+        return {
+            **inputs,
+            **{name: getattr(self, name) for name in derived},
+            "step_gflops": step * self.layer_gflops,
+            "dense_step_gflops": step * self.dense_layer_gflops,
+        }
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        def row(name: str, dense: int, pairs: int) -> tuple[str, str, str]:
+            return name, f"{self.flops(dense) / 1e9:,.1f}", f"{self.flops(pairs) / 1e9:,.1f}"
+
+        rows = [
+            row("text queries, all keys", self.text_query_pairs, self.text_query_pairs),
+            row("image queries, text keys", self.text_key_pairs, self.text_key_pairs),
+            row("image queries, image keys", self.image_tokens**2, self.window_pairs),
+            row("image queries, pooled keys", 0, self.pooled_pairs),
+            row("a layer", self.dense_pairs, self.pairs),
+        ]
+        step = self.batch * self.layers
+        dense, local = (f"{step * gflops:,.1f}" for gflops in (self.dense_layer_gflops, self.layer_gflops))
+        total = (f"all {self.layers} layers", dense, local)
+        return [("GFLOPs of attention", "dense", "CLEAR"), *(row for row in rows if row[1:] != ("0.0", "0.0")), total]
+
+    def _heading(self) -> str:
+        batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
+        return (
+            f"{self.height} x {self.width} image tokens, {self.text_tokens} text tokens, window {self.window}, "
+            f"down_factor {self.down_factor}{batch}: attention's work falls {self.ratio:.1f} times"
+        )
+
+    def _remarks(self) -> list[str]:
+        quadratic = [f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"]
+        if self.pooled_tokens:
+            quadratic.append(f"attention to the {self.pooled_tokens:,} pooled keys")
+        remarks = [
+            "Dense as before: the text queries, and all that is not attention.",
+            f"Still growing with the square of the tokens: {' and '.join(quadratic)}.",
+        ]
+        if self.controlnets:
+            remarks.append(f"Dense and not counted: {self.controlnets} ControlNet(s).")
+        return remarks
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [f"{name:<{widths[0]}}  {dense:>{widths[1]}}  {local:>{widths[2]}}" for name, dense, local in rows]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join([self._heading(), "", *lines, "", *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        head, *body = self._rows()
+        table = line(head, "th") + "".join(line(row, "td") for row in body)
+        remarks = "<br>".join(html.escape(remark) for remark in self._remarks())
+        return f"<p>{html.escape(self._heading())}</p><table>{table}</table><p>{remarks}</p>"
+
+
+def cost(
+    pipe: Any,
+    height: int,
+    width: int,
+    *,
+    window: int | None = None,
+    down_factor: int | None = None,
+    text_tokens: int | None = None,
+    batch: int = 1,
+) -> Cost:
+    """Counts the attention of one forward pass.
+
+    Args:
+        pipe: a supported pipeline or transformer, linearized or not.
+        height, width (`int`): of the picture in pixels; rounded down to whole tokens, as diffusers does.
+        window, down_factor (`int`, *optional*): default to those of a linearized pipeline, else 16 and 1.
+        text_tokens (`int`, *optional*, defaults to 512): length of the text sequence.
+        batch (`int`, defaults to 1): pictures in one forward pass.
+
+    Raises:
+        TypeError: not a supported pipeline, or a number that is not whole.
+        ValueError: a size below one token, or another number out of range.
+    """
+    transformer, family = find_transformer(pipe)
+    door = door_of(transformer)
+    own = door.config if door else ClearConfig()
+    config = ClearConfig(
+        own.window if window is None else window, own.down_factor if down_factor is None else down_factor
+    )
+    scale = getattr(pipe, "vae_scale_factor", None)
+    pixels = 2 * scale if scale else DEFAULT_PIXELS_PER_TOKEN
+    sides = []
+    for name, side in (("height", height), ("width", width)):
+        check_whole_number(name, side, "it is in pixels")
+        if side < pixels:
+            raise ValueError(f"{name}={side} is less than one token of {pixels} pixels; give the size in pixels")
+        sides.append(side // pixels)
+    if text_tokens is not None and text_tokens != 0:
+        check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence")
+    controlnet = getattr(pipe, "controlnet", None)
+    return Cost(
+        height=sides[0],
+        width=sides[1],
+        text_tokens=DEFAULT_TEXT_TOKENS if text_tokens is None else text_tokens,
+        batch=check_whole_number("batch", batch, "it is the number of pictures"),
+        layers=len(family.attention_layers(transformer)),
+        inner_dim=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
+        window=config.window,
+        down_factor=config.down_factor,
+        controlnets=0 if controlnet is None else len(getattr(controlnet, "nets", [controlnet])),
+    )

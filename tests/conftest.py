@@ -1,0 +1,28 @@
+import os
+
+# Nothing in the tests may reach the Hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests import tiny
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def transformer():
+    return tiny.flux_transformer()
+
+
+@pytest.fixture
+def pipe():
+    return tiny.flux_pipeline()

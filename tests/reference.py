@@ -1,0 +1,48 @@
+"""CLEAR's attention written again, densely and in raster order, to compare with."""
+
+import torch
+
+from clear_attn.config import ClearConfig
+
+
+def coordinates(grids):
+    """Positions of all image tokens in raster order, `[tokens, 2]`, later grids scaled to the first."""
+    (first_height, first_width), parts = grids[0], []
+    for height, width in grids:
+        y = (torch.arange(height) + 0.5) * first_height / height - 0.5
+        x = (torch.arange(width) + 0.5) * first_width / width - 0.5
+        parts.append(torch.cartesian_prod(y, x).mul(16).round().div(16).double())
+    return torch.cat(parts)
+
+
+def window_mask(grids, window):
+    """The rule for image tokens, in one line."""
+    return torch.cdist(coordinates(grids), coordinates(grids), compute_mode="donot_use_mm_for_euclid_dist") < window - 1e-9
+
+
+def pool(x, grids, factor, weight):
+    """`[..., tokens, d]` to `[..., cells, d]`, one cell at a time."""
+    cells, start = [], 0
+    for height, width in grids:
+        picture = x[..., start : start + height * width, :].unflatten(-2, (height, width))
+        for top in range(0, height, factor):
+            for left in range(0, width, factor):
+                cell = picture[..., top : top + factor, left : left + factor, :]
+                share = weight[: cell.shape[-3], : cell.shape[-2], None]
+                scale = factor**2 / (cell.shape[-3] * cell.shape[-2])
+                cells.append((cell * share).sum(dim=(-3, -2)) * scale)
+        start += height * width
+    return torch.stack(cells, dim=-2)
+
+
+def attention(query, key, value, grids, text, config: ClearConfig, weight=None, scale=None):
+    """Output and log-sum-exp; text first, image in raster order."""
+    mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+    mask[text:, text:] = window_mask(grids, config.window)
+    if config.down_factor > 1:
+        pooled = (pool(x[..., text:, :], grids, config.down_factor, weight) for x in (key, value))
+        key, value = (torch.cat(parts, dim=-2) for parts in zip((key, value), pooled, strict=True))
+        sees_pooled = (torch.arange(query.shape[-2]) >= text)[:, None].expand(-1, key.shape[-2] - mask.shape[1])
+        mask = torch.cat([mask, sees_pooled], dim=1)
+    scores = (query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)).masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1)

@@ -1,0 +1,207 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clear_attn.attention import clear_attention, pool
+from clear_attn.backends import choose, dense, flex, tiled
+from clear_attn.config import ClearConfig
+from clear_attn.layout import TokenLayout
+from tests import reference
+
+
+def attend(qkv, grids, text, config, weight, text_first=True, **kwargs):
+    """`clear_attention` on raster-ordered, text-first input and output."""
+    layout = TokenLayout(grids, text, config, text_first=text_first)
+    tokens = torch.arange(text + layout.image_tokens)
+    image = tokens[text:][layout.order]
+    into = torch.cat([tokens[:text], image] if text_first else [image, tokens[:text]])
+    query, key, value = (x[:, :, into] for x in qkv)
+    pooled = None
+    if config.down_factor > 1:
+        pooled = tuple(pool(x[:, :, layout.image], layout, weight) for x in (key, value))
+    output, lse = clear_attention(query, key, value, layout, pooled=pooled, return_lse=True, **kwargs)
+    alone = clear_attention(query, key, value, layout, pooled=pooled, **kwargs)
+    torch.testing.assert_close(alone, output, atol=1e-5, rtol=0)
+    back = into.argsort()
+    return alone[:, :, back], lse[:, :, back]
+
+
+GRID = st.sampled_from([(1, 1), (1, 37), (7, 13), (16, 16), (17, 23), (24, 40), (29, 31)])
+CASES = {
+    "grids": st.lists(GRID, min_size=1, max_size=2),
+    "text": st.sampled_from([0, 1, 7, 77, 128, 150]),
+    "window": st.sampled_from([1, 2, 3, 5, 8, 13, 21, 64]),
+    "factor": st.integers(1, 5),
+    "batch": st.integers(1, 3),
+    "text_first": st.booleans(),
+}
+
+
+def check(backend, grids, text, window, factor, batch, text_first):
+    config = ClearConfig(window, factor)
+    tokens = text + sum(height * width for height, width in grids)
+    qkv = torch.randn(3, batch, 2, tokens, 16).unbind()
+    weight = 2 * torch.rand(factor, factor) / factor**2  # about the plain mean
+    expected, expected_lse = reference.attention(*qkv, grids, text, config, weight)
+    output, lse = attend(qkv, grids, text, config, weight, text_first, backend=backend)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-6)
+
+
+@given(**CASES)
+@settings(max_examples=30)
+def test_tiled_is_the_rule(**case):
+    check("tiled", **case)
+
+
+@given(**CASES)
+@settings(max_examples=20)
+def test_dense_is_the_rule(**case):
+    check("dense", **case)
+
+
+@given(**CASES)
+@settings(max_examples=20)
+def test_flex_is_the_rule(**case):
+    check("flex", **case)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (9, 11), (8, 16), (5, 26)])
+def test_flex_with_little_more_or_less_than_one_block(grid):
+    for _ in range(5):
+        check("flex", [grid], 0, 3, 1, 1, True)
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+@pytest.mark.parametrize("backend", ["tiled", "dense", "auto"])
+def test_gradients(backend, factor):
+    grids, text, config = [(17, 23)], 9, ClearConfig(4, factor)
+    inputs = [torch.randn(2, 2, text + 17 * 23, 16, requires_grad=True) for _ in range(3)]
+    inputs.append(torch.rand(factor, factor, requires_grad=True))
+    expected, _ = reference.attention(*inputs[:3], grids, text, config, inputs[3])
+    output, _ = attend(inputs[:3], grids, text, config, inputs[3], backend=backend)
+    direction = torch.randn_like(output)
+    used = inputs[: 4 if factor > 1 else 3]
+    for ours, dense_one in zip(*(torch.autograd.grad(x, used, direction) for x in (output, expected)), strict=True):
+        torch.testing.assert_close(ours, dense_one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["tiled", "dense", "flex"])
+def test_half_precision(backend, dtype):
+    grids, config = [(17, 23)], ClearConfig(5, 2)
+    qkv = torch.randn(3, 1, 2, 20 + 17 * 23, 16).to(dtype).unbind()
+    weight = torch.rand(2, 2) / 2
+    expected, _ = reference.attention(*(x.float() for x in qkv), grids, 20, config, weight)
+    output, _ = (x.float() for x in attend_half(qkv, grids, config, weight, backend))
+    assert (output - expected).abs().max() < 0.05
+
+
+def attend_half(qkv, grids, config, weight, backend):
+    layout = TokenLayout(grids, 20, config)
+    into = torch.cat([torch.arange(20), 20 + layout.order])
+    query, key, value = (x[:, :, into] for x in qkv)
+    pooled = tuple(pool(x[:, :, layout.image], layout, weight) for x in (key, value))
+    output = clear_attention(query, key, value, layout, pooled=pooled, backend=backend)
+    assert output.dtype == query.dtype
+    return output[:, :, into.argsort()], output
+
+
+def test_partial_results_merge_by_their_log_sum_exp():
+    layout = TokenLayout([(12, 20)], 10, ClearConfig(5))
+    query, key, value = torch.randn(3, 1, 2, 250, 16).unbind()
+    whole, _ = tiled.attend(query[:, :, layout.image], key, value, layout, 0.25, False)
+    bare = TokenLayout([(12, 20)], 0, ClearConfig(5))
+    parts = [tiled.attend(query[:, :, 10:], key[:, :, 10:], value[:, :, 10:], bare, 0.25, True)]
+    scores = query[:, :, 10:] @ key[:, :, :10].transpose(-1, -2) * 0.25
+    parts.append((scores.softmax(-1) @ value[:, :, :10], scores.logsumexp(-1)))
+    lse = torch.stack([part[1] for part in parts])
+    shares = lse.softmax(dim=0)[..., None]
+    merged = sum(share * part[0] for share, part in zip(shares, parts, strict=True))
+    torch.testing.assert_close(merged, whole, atol=1e-5, rtol=0)
+
+
+def test_scale():
+    qkv = torch.randn(3, 1, 2, 5 + 99, 16).unbind()
+    expected, _ = reference.attention(*qkv, [(9, 11)], 5, ClearConfig(3), scale=0.7)
+    for backend in ("tiled", "dense", "flex"):
+        output, _ = attend(qkv, [(9, 11)], 5, ClearConfig(3), None, backend=backend, scale=0.7)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+
+def test_chunks_of_tiles_change_nothing(monkeypatch):
+    qkv = torch.randn(3, 2, 2, 5 + 40 * 40, 16).unbind()
+    whole, _ = attend(qkv, [(40, 40)], 5, ClearConfig(4), None, backend="tiled")
+    monkeypatch.setattr(tiled, "MAX_GATHERED_ELEMENTS", 1)
+    chunked, _ = attend(qkv, [(40, 40)], 5, ClearConfig(4), None, backend="tiled")
+    torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
+
+
+def test_flex_inside_an_outer_compiled_graph():
+    layout = TokenLayout([(24, 24)], 16, ClearConfig(6))
+
+    def block(x, scale):
+        # Views with an offset, made inside the graph: what FlexAttention gets wrong there on a CPU by itself.
+        query, key, value = (x * scale).chunk(3, dim=-1)
+        return clear_attention(query, key, value, layout, backend="flex") + 1
+
+    x = torch.randn(1, 2, 16 + 576, 48)
+    with torch.no_grad():
+        expected = block(x, 1.5)
+        compiled = torch.compile(block, fullgraph=True)(x, 1.5)
+    torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=0)
+
+
+class TestRefusals:
+    layout = TokenLayout([(4, 4)], 2, ClearConfig(2))
+    qkv = torch.randn(3, 1, 1, 18, 8).unbind()
+
+    def test_unknown_backend(self):
+        with pytest.raises(ValueError, match=r"unknown backend 'fast'.*'tiled'"):
+            clear_attention(*self.qkv, self.layout, backend="fast")
+
+    def test_wrong_number_of_tokens(self):
+        with pytest.raises(ValueError, match=r"key must be \[batch, heads, 18, head_dim\].*got \[1, 1, 17, 8\]"):
+            clear_attention(self.qkv[0], self.qkv[1][:, :, 1:], self.qkv[2], self.layout)
+
+    def test_pooled_keys_that_do_not_fit(self):
+        with pytest.raises(ValueError, match="has 0 pooled tokens, got pooled keys for 3"):
+            clear_attention(*self.qkv, self.layout, pooled=(self.qkv[0][:, :, :3],) * 2)
+        with pytest.raises(ValueError, match="has 4 pooled tokens, got pooled keys for None"):
+            clear_attention(*self.qkv, TokenLayout([(4, 4)], 2, ClearConfig(2, 2)))
+
+    def test_flex_with_gradients_on_a_cpu(self):
+        qkv = [x.clone().requires_grad_() for x in self.qkv]
+        with pytest.raises(RuntimeError, match="no gradients on a CPU; use backend='auto' or 'tiled'"):
+            clear_attention(*qkv, self.layout, backend="flex")
+
+    def test_dense_on_a_long_sequence(self):
+        layout = TokenLayout([(91, 91)], 0, ClearConfig(2))
+        qkv = torch.randn(3, 1, 1, 91 * 91, 8).unbind()
+        with pytest.raises(ValueError, match=f"at most {dense.MAX_IMAGE_TOKENS} image tokens, got {91 * 91}"):
+            clear_attention(*qkv, layout, backend="dense")
+
+
+class TestAuto:
+    cpu = torch.device("cpu")
+
+    def test_says_why(self):
+        choice = choose(self.cpu, torch.float32, 64, needs_grad=True, image_tokens=2**16)
+        assert choice.backend == "tiled"
+        assert "no gradients on a CPU" in choice.reason
+
+    def test_falls_to_tiled_on_what_it_does_not_know(self):
+        choice = choose(torch.device("mps"), torch.float16, 128, needs_grad=False, image_tokens=2**16)
+        assert choice.backend == "tiled"
+        assert "mps" in choice.reason
+
+    def test_without_a_compiler(self, monkeypatch):
+        flex._reason_against_compiling.cache_clear()
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        try:
+            choice = choose(self.cpu, torch.float32, 64, needs_grad=False, image_tokens=2**16)
+        finally:
+            flex._reason_against_compiling.cache_clear()
+        assert choice.backend == "tiled"
+        assert "'no-such-compiler' was not found" in choice.reason

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clear_attn.attention import pool
+from clear_attn.config import ClearConfig
+from clear_attn.layout import TokenLayout
+from tests import reference
+
+GRIDS = st.lists(st.tuples(st.integers(1, 37), st.integers(1, 37)), min_size=1, max_size=3)
+
+
+@given(grids=GRIDS)
+def test_order_is_a_permutation_within_segments(grids):
+    layout = TokenLayout(grids, 3, ClearConfig(4))
+    tokens = torch.arange(layout.image_tokens)
+    assert torch.equal(tokens[layout.order][layout.inverse], tokens)
+    assert layout.order.sort().values.tolist() == tokens.tolist()
+    start = 0
+    for height, width in grids:
+        part = layout.order[start : start + height * width]
+        assert part.min() == start
+        assert part.max() == start + height * width - 1
+        start += height * width
+
+
+def test_order_is_nested_tiles():
+    layout = TokenLayout([(32, 48)], 0, ClearConfig())
+    y, x = layout.query
+    for cell in range(0, layout.image_tokens, 64):
+        assert (y[cell : cell + 64].max() - y[cell : cell + 64].min()) == 7
+        assert (x[cell : cell + 64].max() - x[cell : cell + 64].min()) == 7
+    for tile in range(0, layout.image_tokens, 128):
+        assert (y[tile : tile + 128].max() - y[tile : tile + 128].min()) == 7
+        assert (x[tile : tile + 128].max() - x[tile : tile + 128].min()) == 15
+
+
+@given(grids=GRIDS)
+def test_coordinates_are_those_of_the_tokens(grids):
+    layout = TokenLayout(grids, 5, ClearConfig(4), text_first=False)
+    expected = reference.coordinates(grids).float()
+    assert torch.equal(torch.stack(layout.query, dim=1)[layout.inverse], expected)
+    assert torch.equal(layout.key.y[layout.image], layout.query.y)
+    assert layout.reach[layout.text].isinf().all()
+    assert (layout.reach[layout.image] == 16).all()
+
+
+@given(grids=GRIDS, factor=st.integers(2, 6))
+def test_pooling_is_a_weighted_mean_of_cells(grids, factor):
+    layout = TokenLayout(grids, 0, ClearConfig(4, factor))
+    weight = torch.rand(1, 1, 1, factor, 1, factor, 1)
+    raster = torch.randn(2, 3, layout.image_tokens, 4)
+    expected = reference.pool(raster, grids, factor, weight.view(factor, factor))
+    torch.testing.assert_close(pool(raster[:, :, layout.order], layout, weight), expected)
+    ones = torch.ones(1, 1, layout.image_tokens, 1)
+    mean = pool(ones, layout, torch.full((factor, factor), 1 / factor**2))
+    torch.testing.assert_close(mean, torch.ones_like(mean))
+
+
+@pytest.mark.parametrize(
+    ("grids", "text", "error", "words"),
+    [
+        ([], 0, ValueError, "at least one grid"),
+        ([(0, 4)], 0, ValueError, "height of a grid must be at least 1, got 0"),
+        ([(4, 2.5)], 0, TypeError, "width of a grid must be a whole number, got 2.5"),
+        ([(4, 4)], -1, ValueError, "got -1"),
+    ],
+)
+def test_refuses(grids, text, error, words):
+    with pytest.raises(error, match=words):
+        TokenLayout(grids, text, ClearConfig())
+
+
+def test_made_under_inference_mode_serves_training():
+    with torch.inference_mode():
+        layout = TokenLayout([(9, 9)], 2, ClearConfig(3, 2))
+        tensors = [layout.order, layout.pool_weight, *layout.block_lists, layout.tiles.place]
+    assert not any(tensor.is_inference() for tensor in tensors)
