@@ -197,11 +197,11 @@ class TestAuto:
         assert "mps" in choice.reason
 
     def test_without_a_compiler(self, monkeypatch):
-        flex._reason_against_compiling.cache_clear()
+        flex._look_for_tools.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
         try:
             choice = choose(self.cpu, torch.float32, 64, needs_grad=False, image_tokens=2**16)
         finally:
-            flex._reason_against_compiling.cache_clear()
+            flex._look_for_tools.cache_clear()
         assert choice.backend == "tiled"
         assert "'no-such-compiler' was not found" in choice.reason

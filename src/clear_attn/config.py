@@ -6,12 +6,12 @@ import numbers
 from dataclasses import dataclass
 
 
-def check_whole_number(name: str, value: object, remedy: str) -> int:
-    """Returns ``value`` as an int where it is a whole number of at least 1 (a bool is none), else raises."""
+def check_whole_number(name: str, value: object, remedy: str, least: int = 1) -> int:
+    """Returns ``value`` as an int where it is a whole number of at least ``least`` (a bool is none), else raises."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}; {remedy}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}; {remedy}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}; {remedy}")
     return int(value)
 
 

@@ -224,8 +224,8 @@ def cost(
         if side < pixels:
             raise ValueError(f"{name}={side} is less than one token of {pixels} pixels; give the size in pixels")
         sides.append(side // pixels)
-    if text_tokens is not None and text_tokens != 0:
-        check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence")
+    if text_tokens is not None:
+        check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0)
     controlnet = getattr(pipe, "controlnet", None)
     return Cost(
         height=sides[0],

@@ -89,8 +89,7 @@ class TokenLayout:
         for height, width in grids:
             check_whole_number("the height of a grid", height, "grids are (height, width) in tokens")
             check_whole_number("the width of a grid", width, "grids are (height, width) in tokens")
-        if text_tokens < 0:
-            raise ValueError(f"text_tokens must not be negative, got {text_tokens}")
+        check_whole_number("text_tokens", text_tokens, "it is the number of tokens off the grid", least=0)
         self.grids = tuple(grids)
         self.text_tokens = text_tokens
         self.config = config

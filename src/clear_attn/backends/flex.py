@@ -34,9 +34,13 @@ def reason_against(device_type: str, needs_grad: bool) -> str | None:
     return _reason_against_compiling(device_type)
 
 
-@functools.cache
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reason_against_compiling(device_type: str) -> str | None:
+    return _look_for_tools(device_type)
+
+
+@functools.cache
+def _look_for_tools(device_type: str) -> str | None:
     if device_type == "cuda":
         try:
             import triton  # noqa: F401

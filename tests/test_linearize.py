@@ -1,0 +1,356 @@
+"""The verbs: what they change, that they undo it bit for bit, and what they refuse before they touch anything."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import clear_attn as clear
+from clear_attn import state
+from clear_attn.weights import POOLED, replaced_parameters
+from tests import tiny
+
+
+def photograph(transformer):
+    """Everything that linearizing could change, to compare bit for bit."""
+    return {
+        "state": {name: value.clone() for name, value in transformer.state_dict().items()},
+        "parameters": {name: id(parameter) for name, parameter in transformer.named_parameters()},
+        "processors": {name: id(processor) for name, processor in transformer.attn_processors.items()},
+        "hooks": [list(hooks) for hooks in (transformer._forward_pre_hooks, transformer._forward_hooks)],
+        "marks": [transformer._forward_pre_hooks_with_kwargs.copy(), transformer._forward_hooks_with_kwargs.copy()],
+        "modules": [name for name, _ in transformer.named_modules()],
+        "config": dict(transformer.config),
+    }
+
+
+def assert_same(transformer, before):
+    after = photograph(transformer)
+    assert after["state"].keys() == before["state"].keys()
+    assert all(torch.equal(value, before["state"][name]) for name, value in after["state"].items())
+    assert {**after, "state": None} == {**before, "state": None}
+
+
+def checkpoint_for(transformer, factor=1, seed=3):
+    rng = torch.Generator().manual_seed(seed)
+    layers = {name.removesuffix(".processor"): None for name in transformer.attn_processors}
+    layers = {name: transformer.get_submodule(name) for name in layers}
+    values = {name: torch.randn(x.shape, generator=rng) * 0.1 for name, x in replaced_parameters(layers).items()}
+    if factor > 1:
+        shape = (1, 1, 1, factor, 1, factor, 1)
+        values |= {layer + POOLED: torch.rand(shape, generator=rng) / factor**2 for layer in layers}
+    return values
+
+
+@pytest.fixture
+def checkpoint(transformer, tmp_path):
+    save_file(checkpoint_for(transformer, 2), tmp_path / "weights.safetensors", metadata={"format": "pt"})
+    return tmp_path / "weights.safetensors"
+
+
+def test_linearize_and_restore_a_pipeline(pipe):
+    before = photograph(pipe.transformer)
+    assert not clear.is_linearized(pipe)
+    assert clear.linearize(pipe, 4, weights=None) is pipe
+    assert clear.is_linearized(pipe)
+    assert clear.is_linearized(pipe.transformer)
+    assert clear.restore(pipe) is pipe
+    assert not clear.is_linearized(pipe)
+    assert_same(pipe.transformer, before)
+
+
+def test_restore_puts_back_replaced_weights(transformer, checkpoint):
+    before = photograph(transformer)
+    clear.linearize(transformer, 4, weights=checkpoint)
+    values = load_file(checkpoint)
+    assert all(torch.equal(value, values[name]) for name, value in transformer.state_dict().items() if name in values)
+    clear.restore(transformer)
+    assert_same(transformer, before)
+
+
+def test_restore_of_what_is_not_linearized_changes_nothing(transformer):
+    before = photograph(transformer)
+    clear.restore(transformer)
+    assert_same(transformer, before)
+
+
+def test_other_hooks_stay(transformer):
+    calls = []
+    transformer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    before = photograph(transformer)
+    clear.linearize(transformer, 4, weights=None)
+    transformer.register_forward_hook(lambda *_: calls.append("after"))
+    clear.restore(transformer)
+    transformer(**tiny.flux_call(transformer, (3, 3)))
+    assert calls == ["before", "after"]
+    assert photograph(transformer)["hooks"][0] == before["hooks"][0]
+
+
+def test_again_with_other_settings_starts_from_the_original(transformer, checkpoint):
+    before = photograph(transformer)
+    clear.linearize(transformer, 4, weights=checkpoint)
+    clear.linearize(transformer, 3, weights=None)
+    current = photograph(transformer)["state"]
+    assert all(torch.equal(value, current[name]) for name, value in before["state"].items())
+    clear.linearize(transformer, 5, weights=checkpoint)
+    clear.restore(transformer)
+    assert_same(transformer, before)
+
+
+def test_down_factor_comes_from_the_weights(transformer, checkpoint):
+    clear.linearize(transformer, 4, weights=checkpoint)
+    assert clear.cost(transformer, 64, 64).down_factor == 2
+    clear.linearize(transformer, weights=None)
+    assert (clear.cost(transformer, 64, 64).window, clear.cost(transformer, 64, 64).down_factor) == (16, 1)
+
+
+def test_fused_projections_follow_the_weights(transformer, checkpoint):
+    call = tiny.flux_call(transformer, (5, 7))
+    clear.linearize(transformer, 3, weights=checkpoint)
+    expected = transformer(**call).sample
+    clear.restore(transformer)
+    transformer.fuse_qkv_projections()
+    before = photograph(transformer)
+    clear.linearize(transformer, 3, weights=checkpoint)
+    torch.testing.assert_close(transformer(**call).sample, expected, atol=1e-5, rtol=0)
+    clear.restore(transformer)
+    assert_same(transformer, before)
+
+
+def test_processors_take_dtype_backend_and_attention_backend(transformer):
+    transformer.to(torch.bfloat16)
+    transformer.transformer_blocks[0].attn.processor._attention_backend = "sentinel"
+    clear.linearize(transformer, 4, 2, weights=None, backend="tiled")
+    processors = list(transformer.attn_processors.values())
+    assert {processor.backend for processor in processors} == {"tiled"}
+    assert {processor.spatial_weight.dtype for processor in processors} == {torch.bfloat16}
+    assert processors[0]._attention_backend == "sentinel"
+
+
+def test_in_bfloat16(transformer):
+    transformer.to(torch.bfloat16)
+    call = {
+        name: value.bfloat16() if isinstance(value, torch.Tensor) else value
+        for name, value in tiny.flux_call(transformer, (9, 7)).items()
+    }
+    expected = transformer(**call).sample
+    clear.linearize(transformer, 40, weights=None)
+    output = transformer(**call).sample
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, atol=0.05, rtol=0)
+
+
+class TestLinearized:
+    def test_returns_to_a_stock_pipeline(self, transformer, checkpoint):
+        before = photograph(transformer)
+        with clear.linearized(transformer, 4, weights=checkpoint) as inside:
+            assert inside is transformer
+            assert clear.is_linearized(transformer)
+        assert_same(transformer, before)
+
+    def test_returns_to_a_linearized_pipeline(self, transformer, checkpoint):
+        call = tiny.flux_call(transformer, (9, 7))
+        clear.linearize(transformer, 3, weights=checkpoint)
+        expected, config = transformer(**call).sample, clear.cost(transformer, 64, 64)
+        before = photograph(transformer)
+        with clear.linearized(transformer, 8, weights=None):
+            assert not torch.allclose(transformer(**call).sample, expected)
+        after = photograph(transformer)
+        assert all(torch.equal(value, after["state"][name]) for name, value in before["state"].items())
+        assert after["processors"] == before["processors"]
+        assert clear.cost(transformer, 64, 64) == config
+        assert torch.equal(transformer(**call).sample, expected)
+
+    def test_returns_after_an_error_and_after_other_verbs(self, transformer, checkpoint):
+        before = photograph(transformer)
+        with pytest.raises(KeyboardInterrupt), clear.linearized(transformer, 4, weights=None):
+            clear.linearize(transformer, 5, weights=checkpoint)
+            raise KeyboardInterrupt
+        assert_same(transformer, before)
+        with clear.linearized(transformer, 4, weights=None):
+            clear.restore(transformer)
+        assert_same(transformer, before)
+
+
+class TestKeepOriginal:
+    def test_given_up(self, transformer, checkpoint):
+        clear.linearize(transformer, 4, weights=checkpoint, keep_original=False)
+        before = photograph(transformer)
+        for verb in (clear.restore, lambda x: clear.linearize(x, 4, weights=None)):
+            with pytest.raises(RuntimeError, match="given up by linearize"):
+                verb(transformer)
+            assert_same(transformer, before)
+
+    def test_nothing_to_give_up_without_weights(self, transformer):
+        before = photograph(transformer)
+        clear.linearize(transformer, 4, weights=None, keep_original=False)
+        clear.restore(transformer)
+        assert_same(transformer, before)
+
+
+# Copying values, four processors and removing hooks are six steps; restoring first takes as many again.
+@pytest.mark.parametrize(
+    ("linearized_before", "at"), [(False, at) for at in range(1, 7)] + [(True, at) for at in range(1, 13)]
+)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_error_at_any_step_leaves_everything_as_it_was(
+    transformer, checkpoint, monkeypatch, linearized_before, at, error
+):
+    if linearized_before:
+        clear.linearize(transformer, 7, weights=checkpoint)
+    call = tiny.flux_call(transformer, (5, 7))
+    expected, before = transformer(**call).sample, photograph(transformer)
+    steps = []
+
+    def failing(function):
+        def step(*args, **kwargs):
+            steps.append(function)
+            if len(steps) == at:
+                raise error
+            return function(*args, **kwargs)
+
+        return step
+
+    attention = type(transformer.transformer_blocks[0].attn)
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "copy_values", failing(state.copy_values))
+        patched.setattr(attention, "set_processor", failing(attention.set_processor))
+        patched.setattr(state, "_remove_doors", failing(state._remove_doors))
+        with pytest.raises(error):
+            clear.linearize(transformer, 4, weights=checkpoint)
+    assert torch.equal(transformer(**call).sample, expected)
+    after = photograph(transformer)
+    assert all(torch.equal(value, after["state"][name]) for name, value in before["state"].items())
+    assert after["processors"] == before["processors"]
+    assert clear.is_linearized(transformer) == linearized_before
+
+
+class TestRefusals:
+    """Each leaves the transformer as it was."""
+
+    @pytest.fixture(autouse=True)
+    def untouched(self, transformer):
+        before = photograph(transformer)
+        yield
+        assert_same(transformer, before)
+
+    @pytest.mark.parametrize("thing", [None, "FLUX", torch.nn.Linear(2, 2), object()])
+    def test_not_a_pipeline(self, thing, transformer):
+        for verb in (clear.linearize, clear.restore, clear.is_linearized, lambda x: clear.cost(x, 64, 64)):
+            with pytest.raises(TypeError, match=rf"cannot linearize a {type(thing).__name__}; .*FluxTransformer2DModel"):
+                verb(thing)
+
+    @pytest.mark.parametrize("name", ["window", "down_factor"])
+    @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+    def test_numbers(self, transformer, name, value, error):
+        with pytest.raises(error, match=f"{name} must be .* got {value}"):
+            clear.linearize(transformer, **{name: value}, weights=None)
+
+    def test_backend(self, transformer):
+        with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
+            clear.linearize(transformer, weights=None, backend="cutlass")
+
+    def test_flex_where_it_cannot_run(self, transformer, monkeypatch):
+        monkeypatch.setattr("clear_attn.backends.flex._reason_against_compiling", lambda device: "no compiler")
+        with pytest.raises(RuntimeError, match="backend='flex' cannot run on this machine"):
+            clear.linearize(transformer, weights=None, backend="flex")
+
+    def test_foreign_processor(self, transformer):
+        class Foreign:
+            pass
+
+        attn = transformer.transformer_blocks[1].attn
+        stock = attn.processor
+        attn.set_processor(Foreign())
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn has a Foreign"):
+            clear.linearize(transformer, weights=None)
+        attn.set_processor(stock)
+
+    def test_context_parallelism(self, transformer):
+        processor = transformer.transformer_blocks[1].attn.processor
+        processor._parallel_config = object()
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn runs under diffusers' context parallelism"):
+            clear.linearize(transformer, weights=None)
+        processor._parallel_config = None
+
+    def test_parameters_on_meta(self):
+        with torch.device("meta"):
+            absent = tiny.flux_transformer()
+        with pytest.raises(RuntimeError, match="meta device.*linearize first"):
+            clear.linearize(absent, weights=None)
+
+    def test_no_published_weights(self, transformer):
+        with pytest.raises(ValueError, match="weights=None"):
+            clear.linearize(transformer)
+
+    def test_missing_file_and_directory(self, transformer, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no-such.safetensors' does not exist"):
+            clear.linearize(transformer, weights=tmp_path / "no-such.safetensors")
+        with pytest.raises(FileNotFoundError, match="is a directory"):
+            clear.linearize(transformer, weights=tmp_path)
+
+    def test_truncated(self, transformer, checkpoint):
+        whole = checkpoint.read_bytes()
+        for length in (0, 5, 100, len(whole) - 1):
+            checkpoint.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match="no whole safetensors file"):
+                clear.linearize(transformer, weights=checkpoint)
+
+    def test_pickles(self, transformer, tmp_path):
+        class Bomb:
+            def __reduce__(self):
+                return (pytest.fail, ("the pickle was loaded",))
+
+        disguised = [tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.bin")]
+        torch.save({"x": torch.zeros(1)}, disguised[0])
+        disguised[1].write_bytes(pickle.dumps(Bomb()))
+        disguised[2].write_bytes(b"anything")
+        for file in disguised:
+            with pytest.raises(ValueError, match=f"{file.name} is a pickle"):
+                clear.linearize(transformer, weights=file)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda x: x.pop("transformer_blocks.0.attn.to_q.weight"), "misses transformer_blocks.0.attn.to_q.weight"),
+            (lambda x: x.update(extra=torch.zeros(1)), "has unexpected extra"),
+            (
+                lambda x: x.update({"transformer_blocks.0.attn.to_k.bias": torch.zeros(5)}),
+                r"wrong shapes: transformer_blocks.0.attn.to_k.bias \[5\] instead of \[32\]",
+            ),
+            (lambda x: x["transformer_blocks.1.attn.to_v.bias"].fill_(float("nan")), "NaN or infinity in .*to_v.bias"),
+            (lambda x: x["transformer_blocks.1.attn.to_v.bias"].fill_(float("inf")), "NaN or infinity in .*to_v.bias"),
+            (
+                lambda x: x.update({"transformer_blocks.0.attn.processor.spatial_weight": torch.zeros(3, 3)}),
+                "spatial_weight must be",
+            ),
+        ],
+    )
+    def test_checkpoints_that_do_not_fit(self, transformer, checkpoint, change, words):
+        values = load_file(checkpoint)
+        change(values)
+        save_file(values, checkpoint)
+        with pytest.raises(ValueError, match=words):
+            clear.linearize(transformer, weights=checkpoint)
+
+    def test_checkpoint_of_another_model(self, transformer, tmp_path):
+        other = tiny.flux_transformer(num_single_layers=5)
+        save_file(checkpoint_for(other), tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match="does not fit this FluxTransformer2DModel: .* and 15 more"):
+            clear.linearize(transformer, weights=tmp_path / "other.safetensors")
+
+    @pytest.mark.parametrize("given", [1, 3])
+    def test_another_down_factor_than_the_weights(self, transformer, checkpoint, given):
+        with pytest.raises(ValueError, match=f"down_factor={given} does not fit weights .* down_factor=2"):
+            clear.linearize(transformer, 4, given, weights=checkpoint)
+
+
+def test_a_pipeline_survives_a_deep_copy(pipe):
+    clear.linearize(pipe, 4, weights=None)
+    twin = copy.deepcopy(pipe)
+    clear.restore(pipe)
+    assert clear.is_linearized(twin)
+    assert json.dumps(dict(twin.transformer.config), default=str)
