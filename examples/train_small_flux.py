@@ -4,7 +4,7 @@
 
 builds the tokenizers, trains the autoencoder on drawn scenes, then the transformer and both text encoders
 together by flow matching, and saves a `FluxPipeline` in bfloat16. Seeded: the same machine gives the same
-weights. About an hour on two cores.
+weights. About an hour and a quarter on two cores.
 """
 
 import math
@@ -25,7 +25,6 @@ from clear_attn.demo.scenes import Scene, draw, training_scenes
 
 SIZE = 128  # pixels; the autoencoder and the 2 x 2 packing make 16 x 16 tokens of it
 SHIFT = 4.0  # at so few tokens the structure of a picture is decided close to pure noise
-PICTURES = 6144  # drawn once, each a training scene with its own position and size
 CLIP_LENGTH = 24
 # Share and size of the training batches of each text length. FLUX pads the prompt and attends to the padding,
 # and FluxPipeline pads to 512 unless told otherwise, so the model has to see long padding too.
@@ -161,7 +160,7 @@ def report(name: str, step: int, steps: int, loss: torch.Tensor, started: float)
         print(f"{name} {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
 
 
-def train_autoencoder(vae: AutoencoderKL, steps: int, rng: torch.Generator) -> None:
+def train_autoencoder(vae: AutoencoderKL, count: int, steps: int, rng: torch.Generator) -> None:
     """Absolute and squared error with next to no pull to the normal; then latents are scaled to unit variance.
 
     Most steps run at half the size, which costs a quarter; scenes look alike at any size.
@@ -169,7 +168,7 @@ def train_autoencoder(vae: AutoencoderKL, steps: int, rng: torch.Generator) -> N
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     drawing = np.random.default_rng(rng.initial_seed())
-    small, large = (draw_pictures(2048, size, drawing)[1] for size in (SIZE // 2, SIZE))
+    small, large = (draw_pictures(count, size, drawing)[1] for size in (SIZE // 2, SIZE))
     started = time.monotonic()
     for step in range(steps):
         pictures = small if step < 0.86 * steps else large
@@ -239,15 +238,16 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the pipeline is saved.")],
     steps: Annotated[int, typer.Option(help="Steps of the transformer.")] = 2200,
     autoencoder_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2100,
+    pictures: Annotated[int, typer.Option(help="Drawn once, each a training scene, moved and sized a little.")] = 6144,
     seed: int = 0,
 ) -> None:
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     pipe = build_pipeline()
-    train_autoencoder(pipe.vae, autoencoder_steps, rng)
-    scenes, pictures = draw_pictures(PICTURES, SIZE, np.random.default_rng(seed + 1))
+    train_autoencoder(pipe.vae, pictures // 3, autoencoder_steps, rng)
+    scenes, drawn = draw_pictures(pictures, SIZE, np.random.default_rng(seed + 1))
     with torch.no_grad():
-        latents = encode_pictures(pipe, pictures)
+        latents = encode_pictures(pipe, drawn)
     train_transformer(pipe, scenes, latents, steps, rng)
     pipe.to(torch.bfloat16).save_pretrained(output)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from PIL import Image
 
 app = typer.Typer(
     name="clear-attn",
@@ -49,6 +50,9 @@ def demo(
     """Draw captions with the small FLUX in the box, with dense and with local attention."""
     if not output.resolve().parent.is_dir():
         raise typer.BadParameter(f"{output.resolve().parent} is no directory", param_hint="--output")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise typer.BadParameter(f"{output} names no kind of picture; let it end in .png", param_hint="--output")
+    # Only here, for torch and diffusers take seconds to import.
     from clear_attn.demo import draw
 
     report = draw.dense_and_local(prompt or list(DEMO_CAPTIONS), window, down_factor, seed, output)

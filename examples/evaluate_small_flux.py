@@ -1,0 +1,71 @@
+"""How many of the held-out captions the small FLUX draws right, by a check of the pixels.
+
+    python examples/evaluate_small_flux.py --output benchmarks/results/small_flux.json
+
+Each caption has its own seed, so that the result does not depend on the batch.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import FluxPipeline
+
+import clear_attn as clear
+from clear_attn import demo
+from clear_attn.demo.scenes import Scene, held_out_scenes, read
+
+PARTS = ("colour", "ground", "shape", "place")
+
+
+def draw(pipe: FluxPipeline, scenes: list[Scene], text_tokens: int, batch: int) -> list[np.ndarray]:
+    """A picture for each scene, uint8 `[SIZE, SIZE, 3]`."""
+    pictures: list[np.ndarray] = []
+    for first in range(0, len(scenes), batch):
+        part = scenes[first : first + batch]
+        drawn = pipe(
+            [scene.caption for scene in part],
+            height=demo.SIZE,
+            width=demo.SIZE,
+            max_sequence_length=text_tokens,
+            generator=[torch.Generator().manual_seed(first + number) for number in range(len(part))],
+        )
+        pictures += [np.asarray(image) for image in drawn.images]
+    return pictures
+
+
+def count_right(scenes: list[Scene], pictures: list[np.ndarray]) -> dict[str, int]:
+    """How many pictures show what they should: in all, and in each part of the caption."""
+    seen = [read(picture) for picture in pictures]
+    pairs = list(zip(scenes, seen, strict=True))
+    return {
+        "captions": len(scenes),
+        "right": sum(scene == shown for scene, shown in pairs),
+        **{part: sum(shown and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs) for part in PARTS},
+    }
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="A folder with the pipeline.")] = demo.path(),
+    window: Annotated[int | None, typer.Option(help="Radius in tokens; dense without it.")] = None,
+    captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 200,
+    text_tokens: Annotated[int, typer.Option(help="Length that prompts are padded to.")] = demo.TEXT_TOKENS,
+    batch: int = 50,
+    output: Annotated[Path | None, typer.Option(help="Where the numbers go as JSON.")] = None,
+) -> None:
+    pipe = FluxPipeline.from_pretrained(model, torch_dtype=torch.float32, local_files_only=True)
+    scenes = held_out_scenes()[:captions]
+    with clear.linearized(pipe, window, weights=None) if window else contextlib.nullcontext():
+        counts = count_right(scenes, draw(pipe, scenes, text_tokens, batch))
+    result = {"window": window, "text_tokens": text_tokens, **counts}
+    print(json.dumps(result))
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,149 @@
+"""The small FLUX in the box, what it draws, and the command that shows it."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from nbclient import NotebookClient
+from PIL import Image
+from typer.testing import CliRunner
+
+import clear_attn as clear
+from clear_attn import demo
+from clear_attn.cli import app
+from clear_attn.demo.scenes import PLACES, SHAPES, Scene, all_scenes, draw, held_out_scenes, read, training_scenes
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name):
+    """A script of the examples as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestScenes:
+    def test_held_out_scenes_are_not_trained_on(self):
+        held_out, training = set(held_out_scenes()), set(training_scenes())
+        assert len(held_out) == 200
+        assert not held_out & training
+        assert held_out | training == set(all_scenes())
+
+    @pytest.mark.parametrize("size", [64, 128, 512])
+    def test_what_is_drawn_can_be_read(self, size):
+        rng = np.random.default_rng(0)
+        for scene in all_scenes()[:60]:
+            picture = draw(scene, size, shift=tuple(rng.uniform(-0.03, 0.03, 2)), half=rng.uniform(0.17, 0.21))
+            noisy = np.clip(picture + rng.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
+            assert read(noisy) == scene
+
+    def test_what_is_wrong_is_read_as_such(self):
+        scene = Scene("red", "circle", "blue", "in the middle")
+        for part, other in (("colour", "green"), ("shape", "square"), ("ground", "black"), ("place", "at the left")):
+            changed = Scene(**{**vars(scene), part: other})
+            assert read(draw(changed)) == changed
+
+    def test_what_is_unclear_is_not_read(self):
+        rng = np.random.default_rng(0)
+        assert read(np.full((128, 128, 3), 200, dtype=np.uint8)) is None
+        assert read(rng.integers(0, 255, (128, 128, 3)).astype(np.uint8)) is None
+        half_circle = draw(Scene("red", "circle", "white", "in the middle"))
+        half_circle[:, :64] = 245
+        assert read(half_circle) is None
+
+    def test_every_word_is_one_token(self):
+        pipe = demo.pipeline()
+        for scene in (Scene("red", shape, "blue", place) for shape in SHAPES for place in PLACES):
+            words = scene.caption.replace(",", " ,").split()
+            for tokenizer, special in ((pipe.tokenizer, 2), (pipe.tokenizer_2, 1)):
+                assert len(tokenizer(scene.caption).input_ids) == len(words) + special
+
+
+class TestSmallFlux:
+    def test_loads_in_plain_diffusers_and_is_small(self):
+        pipe = FluxPipeline.from_pretrained(demo.path())
+        assert isinstance(pipe, FluxPipeline)
+        files = [file for file in demo.path().rglob("*") if file.is_file()]
+        assert sum(file.stat().st_size for file in files) < 10 * 2**20
+        assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
+
+    def test_draws_captions_it_never_saw(self, pipe):
+        evaluation = example("evaluate_small_flux")
+        scenes = held_out_scenes()[:40]
+        counts = evaluation.count_right(scenes, evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=20))
+        assert counts["right"] >= 36, counts
+
+    def test_draws_at_its_own_size_and_with_long_padding_by_default(self, pipe):
+        scene = held_out_scenes()[0]
+        image = pipe(scene.caption, generator=torch.Generator().manual_seed(0)).images[0]
+        assert image.size == (demo.SIZE, demo.SIZE)
+        assert read(np.asarray(image)) == scene
+
+    def test_a_window_that_covers_the_picture_draws_the_same(self, pipe):
+        def sample():
+            generator = torch.Generator().manual_seed(0)
+            return pipe("a red ring on a white ground, at the top", generator=generator, output_type="latent").images
+
+        expected = sample()
+        clear.linearize(pipe, 23, weights=None)
+        torch.testing.assert_close(sample(), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+        clear.restore(pipe)
+        assert torch.equal(sample(), expected)
+
+    def test_training_runs_and_repeats(self, tmp_path):
+        training = example("train_small_flux")
+        for name in ("first", "second"):
+            training.main(tmp_path / name, steps=2, autoencoder_steps=3, pictures=24)
+        weights = [
+            {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*.safetensors")}
+            for name in ("first", "second")
+        ]
+        assert weights[0] == weights[1]
+
+
+class TestCommand:
+    run = staticmethod(lambda *arguments: CliRunner().invoke(app, list(map(str, arguments))))
+
+    def test_demo(self, tmp_path):
+        output = tmp_path / "out.png"
+        prompt = "a green square on a yellow ground, at the right"
+        result = self.run("demo", "--prompt", prompt, "--window", 5, "--down-factor", 2, "--seed", 3, "--output", output)
+        assert result.exit_code == 0, result.output
+        assert "16 x 16 image tokens, 24 text tokens, window 5, down_factor 2" in result.output
+        assert f"Saved {output}" in result.output
+        assert Image.open(output).size[0] > 2 * demo.SIZE
+
+    def test_demo_refuses_before_it_draws(self, tmp_path):
+        result = self.run("demo", "--output", tmp_path / "no" / "where.png")
+        assert result.exit_code == 2
+        assert "is no directory" in result.output
+        assert self.run("demo", "--window", 0).exit_code == 2
+        result = self.run("demo", "--output", tmp_path / "picture.xyz")
+        assert result.exit_code == 2
+        assert "picture.xyz" in result.output
+
+    def test_cost(self):
+        result = self.run("cost", "--height", 1024, "--width", 1024, "--window", 16, "--json")
+        assert round(json.loads(result.output)["layer_gflops"], 1) == 86.6
+        assert "all 57 layers" in self.run("cost", "--height", 1024, "--width", 768).output
+
+    def test_cost_refuses(self):
+        result = self.run("cost", "--height", 8, "--width", 1024)
+        assert result.exit_code == 2
+        assert "height=8 is less than one token" in result.output
+
+
+def test_the_quickstart_notebook_runs(tmp_path):
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 2
