@@ -45,19 +45,22 @@ def count_right(scenes: list[Scene], pictures: list[np.ndarray]) -> dict[str, in
     return {
         "captions": len(scenes),
         "right": sum(scene == shown for scene, shown in pairs),
-        **{part: sum(shown and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs) for part in PARTS},
+        **{
+            part: sum(shown and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs)
+            for part in PARTS
+        },
     }
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="A folder with the pipeline.")] = demo.path(),
+    model: Annotated[Path | None, typer.Option(help="A folder with the pipeline; default: the one in the box.")] = None,
     window: Annotated[int | None, typer.Option(help="Radius in tokens; dense without it.")] = None,
     captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 200,
     text_tokens: Annotated[int, typer.Option(help="Length that prompts are padded to.")] = demo.TEXT_TOKENS,
     batch: int = 50,
     output: Annotated[Path | None, typer.Option(help="Where the numbers go as JSON.")] = None,
 ) -> None:
-    pipe = FluxPipeline.from_pretrained(model, torch_dtype=torch.float32, local_files_only=True)
+    pipe = FluxPipeline.from_pretrained(model or demo.path(), torch_dtype=torch.float32, local_files_only=True)
     scenes = held_out_scenes()[:captions]
     with clear.linearized(pipe, window, weights=None) if window else contextlib.nullcontext():
         counts = count_right(scenes, draw(pipe, scenes, text_tokens, batch))

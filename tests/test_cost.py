@@ -60,7 +60,13 @@ def test_settings_and_sizes_come_from_the_pipeline(pipe):
 def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
     cost = clear.cost(flux_dev, 4096, 4096, window=8, down_factor=4)
     text, page = str(cost), cost._repr_html_()
-    for words in ("256 x 256 image tokens", "53,604.4", "all 57 layers", "Dense as before: the text queries", "4,096 pooled"):
+    for words in (
+        "256 x 256 image tokens",
+        "53,604.4",
+        "all 57 layers",
+        "Dense as before: the text queries",
+        "4,096 pooled",
+    ):
         assert words in text
         assert words in page
     assert max(map(len, text.splitlines())) <= 132

@@ -166,9 +166,14 @@ class TestLinearized:
 
     def test_returns_after_an_error_and_after_other_verbs(self, transformer, checkpoint):
         before = photograph(transformer)
-        with pytest.raises(KeyboardInterrupt), clear.linearized(transformer, 4, weights=None):
-            clear.linearize(transformer, 5, weights=checkpoint)
-            raise KeyboardInterrupt
+
+        def interrupted():
+            with clear.linearized(transformer, 4, weights=None):
+                clear.linearize(transformer, 5, weights=checkpoint)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         assert_same(transformer, before)
         with clear.linearized(transformer, 4, weights=None):
             clear.restore(transformer)
@@ -240,7 +245,9 @@ class TestRefusals:
     @pytest.mark.parametrize("thing", [None, "FLUX", torch.nn.Linear(2, 2), object()])
     def test_not_a_pipeline(self, thing, transformer):
         for verb in (clear.linearize, clear.restore, clear.is_linearized, lambda x: clear.cost(x, 64, 64)):
-            with pytest.raises(TypeError, match=rf"cannot linearize a {type(thing).__name__}; .*FluxTransformer2DModel"):
+            with pytest.raises(
+                TypeError, match=rf"cannot linearize a {type(thing).__name__}; .*FluxTransformer2DModel"
+            ):
                 verb(thing)
 
     @pytest.mark.parametrize("name", ["window", "down_factor"])
@@ -272,14 +279,16 @@ class TestRefusals:
     def test_context_parallelism(self, transformer):
         processor = transformer.transformer_blocks[1].attn.processor
         processor._parallel_config = object()
-        with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn runs under diffusers' context parallelism"):
+        with pytest.raises(
+            RuntimeError, match=r"transformer_blocks\.1\.attn runs under diffusers' context parallelism"
+        ):
             clear.linearize(transformer, weights=None)
         processor._parallel_config = None
 
     def test_parameters_on_meta(self):
         with torch.device("meta"):
             absent = tiny.flux_transformer()
-        with pytest.raises(RuntimeError, match="meta device.*linearize first"):
+        with pytest.raises(RuntimeError, match=r"meta device.*linearize first"):
             clear.linearize(absent, weights=None)
 
     def test_no_published_weights(self, transformer):
@@ -287,7 +296,7 @@ class TestRefusals:
             clear.linearize(transformer)
 
     def test_missing_file_and_directory(self, transformer, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no-such.safetensors' does not exist"):
+        with pytest.raises(FileNotFoundError, match=r"no-such\.safetensors' does not exist"):
             clear.linearize(transformer, weights=tmp_path / "no-such.safetensors")
         with pytest.raises(FileNotFoundError, match="is a directory"):
             clear.linearize(transformer, weights=tmp_path)
@@ -339,7 +348,7 @@ class TestRefusals:
     def test_checkpoint_of_another_model(self, transformer, tmp_path):
         other = tiny.flux_transformer(num_single_layers=5)
         save_file(checkpoint_for(other), tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match="does not fit this FluxTransformer2DModel: .* and 15 more"):
+        with pytest.raises(ValueError, match=r"does not fit this FluxTransformer2DModel: .* and 15 more"):
             clear.linearize(transformer, weights=tmp_path / "other.safetensors")
 
     @pytest.mark.parametrize("given", [1, 3])

@@ -8,7 +8,10 @@ from clear_attn.masks import BLOCK, Points, block_lists, dense_mask, visible
 
 
 def test_visible_is_strict():
-    origin, keys = Points(torch.zeros(1), torch.zeros(1)), Points(torch.tensor([0.0, 3.0, 3.0]), torch.tensor([4.0, 4.0, 5.0]))
+    origin, keys = (
+        Points(torch.zeros(1), torch.zeros(1)),
+        Points(torch.tensor([0.0, 3.0, 3.0]), torch.tensor([4.0, 4.0, 5.0])),
+    )
     assert visible(origin, keys, torch.tensor(25.0)).tolist() == [True, False, False]
     assert visible(origin, keys, torch.tensor(26.0)).tolist() == [True, True, False]
     assert visible(origin, keys, torch.tensor(float("inf"))).all()

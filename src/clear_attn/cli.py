@@ -49,7 +49,7 @@ def demo(
 ) -> None:
     """Draw captions with the small FLUX in the box, with dense and with local attention."""
     if not output.resolve().parent.is_dir():
-        raise typer.BadParameter(f"{output.resolve().parent} is no directory", param_hint="--output")
+        raise typer.BadParameter(f"no such directory: {output.resolve().parent}", param_hint="--output")
     if output.suffix.lower() not in Image.registered_extensions():
         raise typer.BadParameter(f"{output} names no kind of picture; let it end in .png", param_hint="--output")
     # Only here, for torch and diffusers take seconds to import.
