@@ -46,7 +46,7 @@ def count_right(scenes: list[Scene], pictures: list[np.ndarray]) -> dict[str, in
         "captions": len(scenes),
         "right": sum(scene == shown for scene, shown in pairs),
         **{
-            part: sum(shown and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs)
+            part: sum(shown is not None and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs)
             for part in PARTS
         },
     }

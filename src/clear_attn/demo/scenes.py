@@ -19,8 +19,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "green": (40, 165, 70),
     "blue": (40, 80, 220),
     "yellow": (250, 220, 60),
-    "purple": (140, 50, 170),
-    "orange": (245, 140, 30),
     "white": (245, 245, 245),
     "black": (25, 25, 25),
 }
@@ -30,22 +28,16 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: x**2 + y**2 <= 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 1,
     "triangle": lambda x, y: (abs(x) <= (y + 1) / 2) & (y <= 1),
-    "diamond": lambda x, y: abs(x) + abs(y) <= 1,
     "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.36) & (np.maximum(abs(x), abs(y)) <= 1),
-    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.55**2),
 }
 
 # The centre (x, y) as a share of the picture's side.
-NEAR, MIDDLE, FAR = 0.27, 0.5, 0.73
+NEAR, MIDDLE, FAR = 0.3, 0.5, 0.7
 PLACES: dict[str, tuple[float, float]] = {
     "at the top left": (NEAR, NEAR),
-    "at the top": (MIDDLE, NEAR),
     "at the top right": (FAR, NEAR),
-    "at the left": (NEAR, MIDDLE),
     "in the middle": (MIDDLE, MIDDLE),
-    "at the right": (FAR, MIDDLE),
     "at the bottom left": (NEAR, FAR),
-    "at the bottom": (MIDDLE, FAR),
     "at the bottom right": (FAR, FAR),
 }
 
@@ -94,7 +86,7 @@ def _covered(shape: str, size: int, centre: tuple[float, float], half: tuple[flo
     return inside.reshape(size, 3, size, 3).mean(axis=(1, 3))
 
 
-def draw(scene: Scene, size: int = 128, *, shift: tuple[float, float] = (0.0, 0.0), half: float = 0.19) -> np.ndarray:
+def draw(scene: Scene, size: int = 128, *, shift: tuple[float, float] = (0.0, 0.0), half: float = 0.23) -> np.ndarray:
     """Draws a scene.
 
     Args:
