@@ -244,7 +244,9 @@ def train_transformer(
 
 def main(
     output: Annotated[Path, typer.Option(help="Where the pipeline is saved.")],
-    autoencoder: Annotated[Path | None, typer.Option(help="A saved autoencoder to use instead of training one.")] = None,
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="A saved autoencoder to use instead of training one.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the transformer.")] = 5000,
     autoencoder_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2100,
     pictures: Annotated[int, typer.Option(help="Drawn once, each a training scene, moved and sized a little.")] = 4096,

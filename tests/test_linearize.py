@@ -125,7 +125,6 @@ def test_processors_take_dtype_backend_and_attention_backend(transformer):
     transformer.transformer_blocks[0].attn.processor._attention_backend = "sentinel"
     clear.linearize(transformer, 4, 2, weights=None, backend="tiled")
     processors = list(transformer.attn_processors.values())
-    assert {processor.backend for processor in processors} == {"tiled"}
     assert {processor.spatial_weight.dtype for processor in processors} == {torch.bfloat16}
     assert processors[0]._attention_backend == "sentinel"
 
@@ -246,7 +245,7 @@ class TestRefusals:
     def test_not_a_pipeline(self, thing, transformer):
         for verb in (clear.linearize, clear.restore, clear.is_linearized, lambda x: clear.cost(x, 64, 64)):
             with pytest.raises(
-                TypeError, match=rf"cannot linearize a {type(thing).__name__}; .*FluxTransformer2DModel"
+                TypeError, match=rf"a {type(thing).__name__} is not supported; .*FluxTransformer2DModel"
             ):
                 verb(thing)
 
@@ -288,7 +287,7 @@ class TestRefusals:
     def test_parameters_on_meta(self):
         with torch.device("meta"):
             absent = tiny.flux_transformer()
-        with pytest.raises(RuntimeError, match=r"meta device.*linearize first"):
+        with pytest.raises(RuntimeError, match=r"meta device.*remove_all_hooks"):
             clear.linearize(absent, weights=None)
 
     def test_no_published_weights(self, transformer):

@@ -93,32 +93,25 @@ def clear_attention(
         The output, shaped and ordered as the query; with `return_lse` also float32 `[batch, heads, tokens]`.
 
     Raises:
-        ValueError: unknown backend; number of tokens, or pooled keys, that do not fit the layout; `"dense"` on a
+        ValueError: unknown backend; shapes or pooled keys that do not fit the layout or each other; `"dense"` on a
             long sequence.
         RuntimeError: `"flex"` where it cannot run, or on a CPU with gradients.
     """
-    tokens = layout.text_tokens + layout.image_tokens
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4 or x.shape[2] != tokens:
-            raise ValueError(
-                f"{name} must be [batch, heads, {tokens}, head_dim] for {layout.text_tokens} text tokens and "
-                f"{layout.image_tokens} image tokens, got {list(x.shape)}"
-            )
-    if (pooled is None) != (layout.pooled_tokens == 0) or (pooled and pooled[0].shape[2] != layout.pooled_tokens):
-        given = None if pooled is None else pooled[0].shape[2]
-        raise ValueError(f"the layout has {layout.pooled_tokens} pooled tokens, got pooled keys for {given}")
+    _check_shapes(query, key, value, layout, pooled)
     check_backend(backend)
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if backend == "auto":
-        backend = choose(query.device, query.dtype, query.shape[-1], needs_grad, layout.image_tokens).backend
-    elif backend == "flex" and (obstacle := flex.reason_against(query.device.type, needs_grad)):
-        raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-
     all_key, all_value = key, value
     if pooled is not None:
         all_key, all_value = (torch.cat(parts, dim=2) for parts in zip((key, value), pooled, strict=True))
-    image, image_lse = BACKENDS[backend](query[:, :, layout.image], all_key, all_value, layout, scale, return_lse)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, all_key, all_value))
+    properties = query.device.type, query.dtype, query.shape[-1], needs_grad
+    if backend == "auto":
+        backend = choose(*properties, layout.image_tokens).backend
+    elif backend == "flex" and (obstacle := flex.reason_against(*properties)):
+        raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
+    image, image_lse = BACKENDS[backend].attend(
+        query[:, :, layout.image], all_key, all_value, layout, scale, return_lse
+    )
     text_query = query[:, :, layout.text]
     if text_attention is None or return_lse:
         text, text_lse = softmax_attention(text_query, key, value, None, scale, return_lse)
@@ -129,6 +122,26 @@ def clear_attention(
     if text_lse is None or image_lse is None:
         return output
     return output, _join(text_lse, image_lse, layout, dim=2)
+
+
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, pooled: tuple[Tensor, Tensor] | None
+) -> None:
+    tokens = layout.text_tokens + layout.image_tokens
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4 or x.shape[2] != tokens or x.shape != query.shape:
+            raise ValueError(
+                f"{name} must be [batch, heads, {tokens}, head_dim], shaped as the query, for a layout of "
+                f"{layout.text_tokens} text tokens and {layout.image_tokens} image tokens, got {list(x.shape)}; join "
+                "text and image tokens, or make a TokenLayout for these lengths"
+            )
+    expected = [(*query.shape[:2], layout.pooled_tokens, query.shape[3])] * 2 if layout.pooled_tokens else []
+    given = [tuple(x.shape) for x in pooled or ()]
+    if given != expected:
+        raise ValueError(
+            f"pooled must be {f'two tensors of shape {list(expected[0])}' if expected else 'None'} for a layout of "
+            f"down_factor {layout.config.down_factor}, got shapes {given}; make them with clear_attn.attention.pool"
+        )
 
 
 def _join(text: Tensor, image: Tensor, layout: TokenLayout, dim: int) -> Tensor:

@@ -34,5 +34,10 @@ class ClearConfig:
     down_factor: int = 1
 
     def __post_init__(self) -> None:
-        check_whole_number("window", self.window, "it is a radius in tokens, 8, 16 and 32 are usual")
-        check_whole_number("down_factor", self.down_factor, "it is the side of a pooled cell in tokens, 1 is none")
+        remedies = {
+            "window": "it is a radius in tokens, 8, 16 and 32 are usual",
+            "down_factor": "it is the side of a pooled cell in tokens, 1 is none",
+        }
+        for name, remedy in remedies.items():
+            # As Python's own int: another kind of integer, such as numpy's, may overflow.
+            object.__setattr__(self, name, check_whole_number(name, getattr(self, name), remedy))

@@ -197,7 +197,7 @@ def cost(
     text_tokens: int | None = None,
     batch: int = 1,
 ) -> Cost:
-    """Counts the attention of one forward pass.
+    """Counts the attention of one forward pass over one picture size; reference pictures are not counted.
 
     Args:
         pipe: a supported pipeline or transformer, linearized or not.
@@ -220,17 +220,17 @@ def cost(
     pixels = 2 * scale if scale else DEFAULT_PIXELS_PER_TOKEN
     sides = []
     for name, side in (("height", height), ("width", width)):
-        check_whole_number(name, side, "it is in pixels")
+        side = check_whole_number(name, side, "it is in pixels")
         if side < pixels:
             raise ValueError(f"{name}={side} is less than one token of {pixels} pixels; give the size in pixels")
         sides.append(side // pixels)
-    if text_tokens is not None:
-        check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0)
+    if text_tokens is None:
+        text_tokens = DEFAULT_TEXT_TOKENS
     controlnet = getattr(pipe, "controlnet", None)
     return Cost(
         height=sides[0],
         width=sides[1],
-        text_tokens=DEFAULT_TEXT_TOKENS if text_tokens is None else text_tokens,
+        text_tokens=check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0),
         batch=check_whole_number("batch", batch, "it is the number of pictures"),
         layers=len(family.attention_layers(transformer)),
         inner_dim=transformer.config.num_attention_heads * transformer.config.attention_head_dim,

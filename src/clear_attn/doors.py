@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clear_attn.backends import BACKENDS, choose
 from clear_attn.config import ClearConfig
 from clear_attn.families import Family
 from clear_attn.layout import Grid, TokenLayout
@@ -20,7 +23,9 @@ from clear_attn.processors import ClearAttnProcessor
 if TYPE_CHECKING:
     from clear_attn.state import State
 
-LAYOUT = "clear_layout"
+LAYOUT, BACKEND = "clear_layout", "clear_backend"
+
+logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=8)
@@ -32,18 +37,22 @@ def layout_for(
 
 
 class DoorIn:
-    """A forward pre-hook with keywords.
+    """A forward pre-hook with keywords. Pre-hooks that were there before see raster order, later ones tile order.
 
     Args:
         family: what kind of transformer it stands at.
         config: the window and down_factor of its calls.
+        backend: of its calls, or "auto".
         original: the transformer's state before, for `restore`.
+        given_up: whether the values that were replaced have not been kept.
     """
 
-    def __init__(self, family: Family, config: ClearConfig, original: State) -> None:
+    def __init__(self, family: Family, config: ClearConfig, backend: str, original: State, given_up: bool) -> None:
         self.family = family
         self.config = config
+        self.backend = backend
         self.original = original
+        self.given_up = given_up
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -51,9 +60,30 @@ class DoorIn:
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
         grids, text_tokens, device = self.family.read(call)
         layout = layout_for(grids, text_tokens, self.config, self.family.text_first, device)
+        backend = self._choose_backend(transformer, call, layout)
+        BACKENDS[backend].prepare(layout)
         entered = self.family.enter(call, layout)
-        entered["joint_attention_kwargs"] = {**(call.get("joint_attention_kwargs") or {}), LAYOUT: layout}
+        own = {LAYOUT: layout, BACKEND: backend}
+        entered["joint_attention_kwargs"] = {**(call.get("joint_attention_kwargs") or {}), **own}
         return (), entered
+
+    def _choose_backend(self, transformer: Any, call: dict[str, Any], layout: TokenLayout) -> str:
+        """Once for all layers of a call, so that a recomputation for gradients does as the first computation did."""
+        if self.backend != "auto":
+            return self.backend
+        inputs = [x for x in call.values() if isinstance(x, torch.Tensor)]
+        needs_grad = torch.is_grad_enabled() and any(
+            x.requires_grad for x in itertools.chain(inputs, transformer.parameters())
+        )
+        choice = choose(
+            layout.device.type,
+            call["hidden_states"].dtype,
+            transformer.config.attention_head_dim,
+            needs_grad,
+            layout.image_tokens,
+        )
+        logger.debug("%d image tokens with backend %s: %s", layout.image_tokens, *choice)
+        return choice.backend
 
     def _check_processors(self, transformer: Any) -> None:
         for layer in self.original.processors:
@@ -67,7 +97,7 @@ class DoorIn:
 
 
 class DoorOut:
-    """A forward hook with keywords, the counterpart of `DoorIn`."""
+    """A forward hook with keywords, the counterpart of `DoorIn`. It stands first, so that others see raster order."""
 
     def __init__(self, family: Family) -> None:
         self.family = family

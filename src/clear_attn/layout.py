@@ -72,6 +72,7 @@ class TokenLayout:
             tokens in tile order of each cell's tokens, and their weights without the learned part.
 
     Raises:
+        TypeError: a number that is not whole.
         ValueError: no grid, an empty grid, or a negative number of text tokens.
     """
 
@@ -86,12 +87,17 @@ class TokenLayout:
     ) -> None:
         if not grids:
             raise ValueError("a layout needs at least one grid, got none")
-        for height, width in grids:
-            check_whole_number("the height of a grid", height, "grids are (height, width) in tokens")
-            check_whole_number("the width of a grid", width, "grids are (height, width) in tokens")
-        check_whole_number("text_tokens", text_tokens, "it is the number of tokens off the grid", least=0)
-        self.grids = tuple(grids)
-        self.text_tokens = text_tokens
+        remedy = "grids are (height, width) in tokens"
+        self.grids = tuple(
+            (
+                check_whole_number("the height of a grid", height, remedy),
+                check_whole_number("the width of a grid", width, remedy),
+            )
+            for height, width in grids
+        )
+        self.text_tokens = check_whole_number(
+            "text_tokens", text_tokens, "it is the number of tokens off the grid", least=0
+        )
         self.config = config
         self.text_first = text_first
         self.device = torch.device(device)

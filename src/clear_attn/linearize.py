@@ -14,8 +14,15 @@ from clear_attn.backends import check_backend, flex
 from clear_attn.config import ClearConfig
 from clear_attn.doors import DoorIn
 from clear_attn.families import FAMILIES, Family, family_of
-from clear_attn.state import State, apply, capture, door_of, processors_of
-from clear_attn.weights import POOLED, check_checkpoint, pooled_factor, read_checkpoint, replaced_parameters
+from clear_attn.state import State, apply, capture, door_of, original_state
+from clear_attn.weights import (
+    POOLED,
+    check_checkpoint,
+    check_in_memory,
+    check_replaceable,
+    pooled_factor,
+    read_checkpoint,
+)
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
@@ -32,7 +39,7 @@ def find_transformer(pipe: Any) -> tuple[Any, Family]:
     if family is None:
         supported = ", ".join(family.transformer_class.__name__ for family in FAMILIES)
         given = " with a ".join(dict.fromkeys([type(pipe).__name__, type(transformer).__name__]))
-        raise TypeError(f"cannot linearize a {given}; give a diffusers pipeline or transformer of: {supported}")
+        raise TypeError(f"a {given} is not supported; give a diffusers pipeline or transformer of: {supported}")
     return transformer, family
 
 
@@ -71,8 +78,8 @@ def linearize(
             backend; weights that do not fit.
         FileNotFoundError: no file of weights there.
         RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
-            library; context parallelism; parameters on the meta device; a linearized pipeline whose original
-            weights were given up.
+            library; context parallelism; parameters on the meta device; weights for a model that is quantized or
+            has a LoRA fused in; a linearized pipeline whose original weights were given up.
     """
     transformer, family = find_transformer(pipe)
     check_backend(backend)
@@ -82,26 +89,21 @@ def linearize(
     layers = family.attention_layers(transformer)
     if checkpoint:
         check_checkpoint(checkpoint, layers, type(transformer).__name__)
-    door = door_of(transformer)
-    if door:
-        _check_restorable(door)
-    stock = door.original.processors if door else processors_of(layers)
-    _check_processors(stock, family)
-    parameters = replaced_parameters(layers)
-    _check_in_memory(parameters)
-
+    stock = original_state(transformer, layers)
+    _check_processors(stock.processors, family)
+    check_in_memory(layers)
     values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
-    processors = {
-        layer: _new_processor(family, config, backend, layer, attn, stock[layer], checkpoint)
-        for layer, attn in layers.items()
-    }
-    before = capture(transformer, layers, parameters if values or (door and door.original.values) else ())
+    at_stake = values.keys() | stock.values.keys()
+    if at_stake:
+        check_replaceable(layers)
+
+    processors = {layer: _new_processor(family, config, layer, attn, checkpoint) for layer, attn in layers.items()}
+    before = capture(transformer, layers, at_stake)
+    kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
+    given_up = bool(values) and not keep_original
+    door = DoorIn(family, config, backend, stock._replace(values=kept), given_up)
     try:
-        restore(pipe)
-        original = capture(transformer, layers, values)
-        given_up = bool(values) and not keep_original
-        door = DoorIn(family, config, original._replace(values=None) if given_up else original)
-        apply(transformer, layers, State(door, processors, values))
+        apply(transformer, layers, State(door, processors, {**stock.values, **values}))
     except BaseException:
         apply(transformer, layers, before)
         raise
@@ -111,15 +113,21 @@ def linearize(
 def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     """Undoes `linearize`, bit for bit: parameters, processors, hooks. A pipeline that is not linearized stays so.
 
+    What was changed since then by others stays: other hooks, LoRAs, the attention backend.
+
     Raises:
         TypeError: not a supported pipeline.
-        RuntimeError: the original weights were given up with `keep_original=False`.
+        RuntimeError: the original weights were given up with `keep_original=False`, or cannot be put back:
+            parameters on the meta device, a LoRA fused in.
     """
     transformer, family = find_transformer(pipe)
-    door = door_of(transformer)
-    if door is not None:
-        _check_restorable(door)
-        apply(transformer, family.attention_layers(transformer), door.original)
+    if door_of(transformer):
+        layers = family.attention_layers(transformer)
+        stock = original_state(transformer, layers)
+        if stock.values:
+            check_in_memory(layers)
+            check_replaceable(layers)
+        apply(transformer, layers, stock)
     return pipe
 
 
@@ -148,13 +156,14 @@ def linearized(
     transformer, family = find_transformer(pipe)
     layers = family.attention_layers(transformer)
     door = door_of(transformer)
-    before = capture(transformer, layers, (door and door.original.values) or ())
+    before = capture(transformer, layers, door.original.values if door else ())
     linearize(pipe, window, down_factor, weights=weights, backend=backend)
     try:
         yield pipe
     finally:
         restore(pipe)
-        apply(transformer, layers, before)
+        if before.door:
+            apply(transformer, layers, before)
 
 
 def _load(weights: str | os.PathLike[str] | None) -> dict[str, Tensor]:
@@ -185,17 +194,9 @@ def _check_backend_can_run(backend: str) -> None:
     if backend != "flex":
         return
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    obstacles = {device: flex.reason_against(device, needs_grad=False) for device in devices}
+    obstacles = {device: flex.reason_against_device(device) for device in devices}
     if all(obstacles.values()):
         raise RuntimeError(f"backend='flex' cannot run on this machine: {obstacles}; use backend='auto' or 'tiled'")
-
-
-def _check_restorable(door: DoorIn) -> None:
-    if door.original.values is None:
-        raise RuntimeError(
-            "the original weights of this pipeline were given up by linearize(..., keep_original=False); load the "
-            "pipeline anew"
-        )
 
 
 def _check_processors(processors: Mapping[str, Any], family: Family) -> None:
@@ -212,27 +213,14 @@ def _check_processors(processors: Mapping[str, Any], family: Family) -> None:
             )
 
 
-def _check_in_memory(parameters: Mapping[str, nn.Parameter]) -> None:
-    absent = [name for name, parameter in parameters.items() if parameter.is_meta]
-    if absent:
-        raise RuntimeError(
-            f"{absent[0]} and {len(absent) - 1} more parameters are on the meta device, as under sequential offload; "
-            "linearize first, then call pipe.enable_sequential_cpu_offload()"
-        )
-
-
 def _new_processor(
     family: Family,
     config: ClearConfig,
-    backend: str,
     layer: str,
     attn: Any,
-    stock: Any,
     checkpoint: Mapping[str, Tensor],
 ) -> nn.Module:
-    processor = family.new_processor(config.down_factor, backend, layer)
-    # A backend that the user has set for dense attention goes on serving the text queries.
-    processor._attention_backend = stock._attention_backend
+    processor = family.new_processor(config.down_factor, layer)
     if layer + POOLED in checkpoint:
         processor.load_state_dict({"spatial_weight": checkpoint[layer + POOLED]})
     reference = next(attn.parameters())

@@ -17,16 +17,17 @@ from clear_attn.layout import TokenLayout
 class ClearAttnProcessor(nn.Module):
     """CLEAR's attention for one layer of FLUX.
 
-    It is called by the layer as diffusers calls its own processors; what it needs beyond that, the layout,
-    arrives as the keyword `clear_layout` of the model's `joint_attention_kwargs`, which the door of a linearized
-    transformer adds. It is a module for the sake of its one parameter, `spatial_weight`, so calling it as a
-    module means pooling and calling it as diffusers does means attention: offloading hooks wrap the former, and
-    only the former touches the parameter.
+    It is called by the layer as diffusers calls its own processors; what it needs beyond that, the layout and the
+    backend, arrives in the model's `joint_attention_kwargs` as `clear_layout` and `clear_backend`, which the door
+    of a linearized transformer adds.
+
+    It is a module for the sake of its one parameter, `spatial_weight`, so calling it as a module means pooling and
+    calling it as diffusers does means attention: offloading hooks wrap the former, and only the former touches the
+    parameter.
 
     Args:
         down_factor (`int`, defaults to 1): side of the pooled cells in tokens; above 1 the processor has the
             parameter `spatial_weight` of shape `(1, 1, 1, f, 1, f, 1)`, initially the plain mean, 1 / f^2.
-        backend (`str`, defaults to `"auto"`): as in `clear_attention`.
         layer (`str`, defaults to `""`): the layer's name, for errors.
 
     Raises:
@@ -39,17 +40,16 @@ class ClearAttnProcessor(nn.Module):
     _parallel_config: Any = None
     spatial_weight: nn.Parameter
 
-    def __init__(self, down_factor: int = 1, backend: str = "auto", layer: str = "") -> None:
+    def __init__(self, down_factor: int = 1, layer: str = "") -> None:
         super().__init__()
         self.down_factor = down_factor
-        self.backend = backend
         self.layer = layer
         shape = (1, 1, 1, down_factor, 1, down_factor, 1)
         weight = nn.Parameter(torch.full(shape, 1 / down_factor**2)) if down_factor > 1 else None
         self.register_parameter("spatial_weight", weight)
 
     def extra_repr(self) -> str:
-        return f"down_factor={self.down_factor}, backend={self.backend!r}"
+        return f"down_factor={self.down_factor}"
 
     def forward(self, image: Tensor, layout: TokenLayout) -> Tensor:
         """Pools image keys or values, see `clear_attn.attention.pool`."""
@@ -63,6 +63,7 @@ class ClearAttnProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         clear_layout: TokenLayout | None = None,
+        clear_backend: str = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         layout = self._check(attention_mask, clear_layout)
         query, key, value = project_flux(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
@@ -71,7 +72,7 @@ class ClearAttnProcessor(nn.Module):
             pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
             pooled = pool_image(key[:, :, layout.image], layout), pool_image(value[:, :, layout.image], layout)
         joint = clear_attention(
-            query, key, value, layout, pooled=pooled, backend=self.backend, text_attention=self._text_attention
+            query, key, value, layout, pooled=pooled, backend=clear_backend, text_attention=self._text_attention
         )
         joint = joint.transpose(1, 2).flatten(2, 3)
         if encoder_hidden_states is None:
@@ -87,12 +88,16 @@ class ClearAttnProcessor(nn.Module):
                 "clear_attn.linearize() the model anew if its hooks were removed"
             )
         if attention_mask is not None:
-            raise RuntimeError(f"{where} takes no attention mask, got one of shape {list(attention_mask.shape)}")
+            raise RuntimeError(
+                f"{where} takes no attention mask, got one of shape {list(attention_mask.shape)}; leave it out of "
+                "joint_attention_kwargs, or clear_attn.restore() the model"
+            )
         if self._parallel_config is not None:
             raise RuntimeError(f"{where} does not work under diffusers' context parallelism; leave it switched off")
         if layout.config.down_factor != self.down_factor:
             raise RuntimeError(
-                f"{where} pools cells of side {self.down_factor}, the layout of this call {layout.config.down_factor}"
+                f"{where} pools cells of side {self.down_factor}, the layout of this call {layout.config.down_factor}; "
+                "give both one down_factor"
             )
         return layout
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from clear_attn.doors import DoorIn, DoorOut
+from clear_attn.processors import ClearAttnProcessor
 from clear_attn.weights import copy_values, replaced_parameters
 
 
@@ -17,12 +18,12 @@ class State(NamedTuple):
     Attributes:
         door: the entrance hook, or None where there is none.
         processors: by layer.
-        values: by name in a checkpoint, on the CPU; None where they were given up.
+        values: by name in a checkpoint, on the CPU.
     """
 
     door: DoorIn | None
     processors: dict[str, Any]
-    values: dict[str, Tensor] | None
+    values: dict[str, Tensor]
 
 
 def door_of(transformer: Any) -> DoorIn | None:
@@ -41,15 +42,39 @@ def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -
     return State(door_of(transformer), processors_of(layers), values)
 
 
+def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
+    """The state that restoring leads to. What others have put in place since stays as it is.
+
+    Raises:
+        RuntimeError: the original weights were given up.
+    """
+    door, processors = door_of(transformer), processors_of(layers)
+    if door is None:
+        return State(None, processors, {})
+    if door.given_up:
+        raise RuntimeError(
+            "the original weights of this pipeline were given up by linearize(..., keep_original=False); load the "
+            "pipeline anew"
+        )
+    for layer, processor in processors.items():
+        if isinstance(processor, ClearAttnProcessor):
+            processors[layer] = door.original.processors[layer]
+    return State(None, processors, door.original.values)
+
+
 def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
     """Puts a state in place of the present one."""
-    copy_values(state.values or {}, layers)
+    copy_values(state.values, layers)
     for layer, attn in layers.items():
-        attn.set_processor(state.processors[layer])
+        processor, present = state.processors[layer], attn.get_processor()
+        if processor is not present:
+            # What the user set with set_attention_backend() belongs to the layer.
+            processor._attention_backend = getattr(present, "_attention_backend", None)
+            attn.set_processor(processor)
     _remove_doors(transformer)
     if state.door is not None:
         transformer.register_forward_pre_hook(state.door, with_kwargs=True)
-        transformer.register_forward_hook(DoorOut(state.door.family), with_kwargs=True)
+        transformer.register_forward_hook(DoorOut(state.door.family), with_kwargs=True, prepend=True)
 
 
 def _remove_doors(transformer: Any) -> None:

@@ -31,15 +31,12 @@ class TileGroup(NamedTuple):
     Attributes:
         queries: int64 `[tiles, q]`, positions among the image tokens in tile order.
         keys: int64 `[tiles, k]`, positions likewise: the keys that at least one query of the tile sees.
+        mask: bool `[q, k]`, the rule, the same for every tile.
     """
 
     queries: Tensor
     keys: Tensor
-
-    def mask(self, positions: Points, reach: Tensor) -> Tensor:
-        """The rule for every tile of the group, bool `[q, k]`, given the positions in tile order."""
-        query, key = (Points(*(axis[index[0]] for axis in positions)) for index in (self.queries, self.keys))
-        return dense_mask(query, key, reach)
+    mask: Tensor
 
 
 class _Span(NamedTuple):
@@ -106,9 +103,11 @@ def find_tiles(segments: Sequence[Axes], rank: np.ndarray, positions: Points, wi
                 _raster_indices(other, [span.keys[i] for span in rows], [span.keys[i] for span in columns])
                 for i, other in enumerate(segments)
             ]
-            group = TileGroup(
-                *(torch.from_numpy(rank[index]).to(reach.device) for index in (queries, np.concatenate(boxes, axis=1)))
+            query, key = (
+                torch.from_numpy(rank[index]).to(reach.device) for index in (queries, np.concatenate(boxes, axis=1))
             )
-            seen = group.mask(positions, reach).any(dim=0)
-            groups.append(TileGroup(group.queries, group.keys[:, seen]))
+            first_query, first_key = (Points(*(axis[index[0]] for axis in positions)) for index in (query, key))
+            mask = dense_mask(first_query, first_key, reach)
+            seen = mask.any(dim=0)
+            groups.append(TileGroup(query, key[:, seen], mask[:, seen]))
     return Tiles(tuple(groups), torch.argsort(torch.cat([group.queries.flatten() for group in groups])))

@@ -7,6 +7,7 @@ The format is that of the published checkpoints (Hugging Face `Huage001/CLEAR`):
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,27 +19,63 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 POOLED = ".processor.spatial_weight"
 
 
-def _submodule(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-        if module is None:
-            return None
+def _projections(layers: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The projections whose weights are replaced, by name; a LoRA's wrapper where there is one."""
+    found = {
+        f"{layer}.{projection}": functools.reduce(
+            lambda module, name: getattr(module, name, None), projection.split("."), attn
+        )
+        for layer, attn in layers.items()
+        for projection in PROJECTIONS
+    }
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def _base(projection: Any) -> Any:
     # A LoRA wraps the projection and keeps it as its base layer.
-    return getattr(module, "base_layer", module)
+    return getattr(projection, "base_layer", projection)
 
 
 def replaced_parameters(layers: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     """The parameters that distilled weights replace, by their name in a checkpoint."""
     return {
-        f"{layer}.{projection}.{name}": parameter
-        for layer, attn in layers.items()
-        for projection in PROJECTIONS
-        if (linear := _submodule(attn, projection)) is not None
-        for name, parameter in linear.named_parameters(recurse=False)
+        f"{projection}.{name}": parameter
+        for projection, module in _projections(layers).items()
+        for name, parameter in _base(module).named_parameters(recurse=False)
     }
+
+
+def check_in_memory(layers: Mapping[str, Any]) -> None:
+    """Raises RuntimeError where parameters that could be replaced are not in memory."""
+    absent = [name for name, parameter in replaced_parameters(layers).items() if parameter.is_meta]
+    if absent:
+        raise RuntimeError(
+            f"{absent[0]} and {len(absent) - 1} more parameters are on the meta device, as under sequential offload; "
+            "call pipe.remove_all_hooks() first, and pipe.enable_sequential_cpu_offload() again afterwards"
+        )
+
+
+def check_replaceable(layers: Mapping[str, Any]) -> None:
+    """Raises RuntimeError where values cannot be copied in, or not without spoiling what was made of the old ones."""
+    for projection, module in _projections(layers).items():
+        fused: Any = getattr(module, "merged_adapters", None)
+        if fused:
+            raise RuntimeError(
+                f"{projection} has the LoRA {', '.join(fused)} fused into the weights that would be "
+                "replaced; call pipe.unfuse_lora() first, and pipe.fuse_lora() again afterwards"
+            )
+    for name, parameter in replaced_parameters(layers).items():
+        if type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES:
+            raise RuntimeError(
+                f"{name} is a {type(parameter).__name__} of {parameter.dtype}, as in a quantized model or "
+                "under layerwise casting, and takes no distilled weights; load the model in bfloat16, and linearize "
+                "it first"
+            )
 
 
 @torch.no_grad()
@@ -49,7 +86,7 @@ def copy_values(values: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None
         parameters[name].copy_(value)
     for attn in layers.values() if values else ():
         if attn.fused_projections:
-            parts = [_submodule(attn, name) for name in ("to_q", "to_k", "to_v")]
+            parts = [_base(getattr(attn, name)) for name in ("to_q", "to_k", "to_v")]
             for name, fused in attn.to_qkv.named_parameters(recurse=False):
                 fused.copy_(torch.cat([getattr(part, name) for part in parts]))
 
@@ -65,14 +102,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not file.is_file():
         kind = "is a directory" if file.is_dir() else "does not exist"
         raise FileNotFoundError(f"weights={str(path)!r} {kind}; give the path of a .safetensors file, or None")
-    with file.open("rb") as stream:
-        start = stream.read(2)
-    # A torch.save archive is a zip file or a bare pickle; loading either can run code.
-    if start == b"PK" or start[:1] == b"\x80" or file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-        raise ValueError(f"{file} is a pickle, which can run code when it is loaded; convert it to safetensors first")
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
+        with file.open("rb") as stream:
+            start = stream.read(2)
+        # A torch.save archive is a zip file or a bare pickle.
+        if start == b"PK" or start[:1] == b"\x80" or file.suffix in PICKLE_ENDINGS:
+            raise ValueError(
+                f"{file} is a pickle, which could run code when loaded; convert it to safetensors first"
+            ) from None
         raise ValueError(f"{file} is no whole safetensors file ({error}); fetch it again") from error
 
 
@@ -91,7 +130,8 @@ def pooled_factor(checkpoint: Mapping[str, Tensor]) -> int:
 
 def check_checkpoint(checkpoint: Mapping[str, Tensor], layers: Mapping[str, Any], model: str) -> None:
     """Raises ValueError where a checkpoint does not fit a model in names, shapes or values."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in replaced_parameters(layers).items()}
+    parameters = replaced_parameters(layers)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     factor = pooled_factor(checkpoint)
     if factor > 1:
         shapes |= {layer + POOLED: (1, 1, 1, factor, 1, factor, 1) for layer in layers}
@@ -103,7 +143,12 @@ def check_checkpoint(checkpoint: Mapping[str, Tensor], layers: Mapping[str, Any]
         if tuple(value.shape) != shapes[name]
     }
     _raise_if("has wrong shapes:", wrong, model)
-    _raise_if("has NaN or infinity in", {name for name, x in checkpoint.items() if not torch.isfinite(x).all()}, model)
+    other = {f"{name} {value.dtype}" for name, value in checkpoint.items() if value.dtype not in DTYPES}
+    _raise_if("has other values than float32, bfloat16 or float16:", other, model)
+    dtype = next(iter(parameters.values())).dtype
+    # As the model will hold them: float16 has no room for large values.
+    unusable = {name for name, x in checkpoint.items() if not torch.isfinite(x.to(dtype)).all()}
+    _raise_if(f"has NaN or infinity, as {dtype}, in", unusable, model)
 
 
 def _raise_if(what: str, names: Iterable[str], model: str) -> None:

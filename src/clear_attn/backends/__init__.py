@@ -12,7 +12,7 @@ the scaled scores of the keys that each query sees, so that results over parts o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,24 @@ from torch import Tensor
 from clear_attn.backends import dense, flex, tiled
 from clear_attn.layout import TokenLayout
 
-Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout, float, bool], tuple[Tensor, Tensor | None]]
 
-BACKENDS: dict[str, Attend] = {"flex": flex.attend, "tiled": tiled.attend, "dense": dense.attend}
+class Backend(NamedTuple):
+    """A way to compute.
 
+    Attributes:
+        attend: the function.
+        prepare: makes what it needs of a layout, for compiled code, which cannot.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor, TokenLayout, float, bool], tuple[Tensor, Tensor | None]]
+    prepare: Callable[[TokenLayout], Any]
+
+
+BACKENDS: dict[str, Backend] = {
+    "flex": Backend(flex.attend, lambda layout: layout.block_lists),
+    "tiled": Backend(tiled.attend, lambda layout: layout.tiles),
+    "dense": Backend(dense.attend, lambda layout: None),
+}
 
 # Measured on two cores of an EPYC (AVX2) with torch 2.13, float32.
 CPU_FLEX_FROM = 4096
@@ -42,11 +56,14 @@ def check_backend(name: object) -> None:
         raise ValueError(f"unknown backend {name!r}; choose one of {['auto', *BACKENDS]}")
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, image_tokens: int) -> Choice:
+def choose(device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool, image_tokens: int) -> Choice:
     """What `backend="auto"` takes, a pure function of a call's properties."""
-    obstacle = flex.reason_against(device.type, needs_grad)
+    obstacle = flex.reason_against(device_type, dtype, head_dim, needs_grad)
     if obstacle:
         return Choice("tiled", f"flex cannot run: {obstacle}")
-    if device.type == "cpu" and image_tokens < CPU_FLEX_FROM:
+    if needs_grad:
+        # https://github.com/pytorch/pytorch/issues/158212 and 153799
+        return Choice("tiled", "torch has open bugs in the gradients of FlexAttention on GPUs")
+    if device_type == "cpu" and image_tokens < CPU_FLEX_FROM:
         return Choice("tiled", f"below {CPU_FLEX_FROM} image tokens it beats flex on a CPU")
     return Choice("flex", "FlexAttention visits only the blocks of keys that the window reaches")

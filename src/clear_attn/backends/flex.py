@@ -1,8 +1,8 @@
 """FlexAttention over the layout's block lists: the default on CUDA, and on CPUs where no gradient is asked for.
 
-FlexAttention is compiled by itself, never as a part of a larger compiled graph: on a CPU it gives silently
-wrong results there for views that the graph made (seen in torch 2.13). On a CPU it therefore stands behind a
-custom operator, which an outer graph takes as it is.
+On a CPU, FlexAttention gives silently wrong results as a part of a larger compiled graph, for views that the
+graph made (seen in torch 2.13). There it therefore stands behind a custom operator, compiled by itself, which an
+outer graph takes as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils._triton import has_triton
 
 from clear_attn.backends import tiled
 from clear_attn.layout import TokenLayout
@@ -27,10 +28,19 @@ TABLE_LENGTH = 2**19
 MOST_COMPILATIONS = 64
 
 
-def reason_against(device_type: str, needs_grad: bool) -> str | None:
-    """Why FlexAttention cannot serve a kind of device here, or None where it can."""
+def reason_against(device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+    """Why FlexAttention cannot serve a call here, or None where it can."""
     if device_type == "cpu" and needs_grad:
         return "FlexAttention has no gradients on a CPU"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"FlexAttention takes no {dtype}"
+    if device_type == "cuda" and head_dim < 16:
+        return f"FlexAttention takes no head_dim below 16 on CUDA, got {head_dim}"
+    return reason_against_device(device_type)
+
+
+def reason_against_device(device_type: str) -> str | None:
+    """Why FlexAttention cannot serve a kind of device on this machine, or None where it can."""
     return _reason_against_compiling(device_type)
 
 
@@ -42,11 +52,7 @@ def _reason_against_compiling(device_type: str) -> str | None:
 @functools.cache
 def _look_for_tools(device_type: str) -> str | None:
     if device_type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "Triton is not installed"
-        return None
+        return None if has_triton() else "it needs Triton and a GPU that Triton supports"
     if device_type == "cpu":
         if sys.platform not in ("linux", "win32"):
             return f"torch has no FlexAttention for CPUs on {sys.platform}"
@@ -70,6 +76,15 @@ def _compiled_flex() -> Callable[..., Any]:
 def _flex(*args: Any, **kwargs: Any) -> Any:
     # Compilations are counted for each function: those of this one are not mixed with the user's own.
     return flex_attention(*args, **kwargs)
+
+
+def _run_compiled(*args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():  # an outer graph compiles it along, and cannot take the setting below
+        return flex_attention(*args, **kwargs)
+    # Models differ in dtype, head_dim and scale, and tiny pictures in being a single block: a few more variants than
+    # torch's default of 8 allows for.
+    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+        return _compiled_flex()(*args, **kwargs)
 
 
 def _call(
@@ -99,10 +114,7 @@ def _call(
         compute_q_blocks=needs_grad,
     )
     wanted = AuxRequest(lse=True) if return_lse else None
-    # Models differ in dtype, head_dim and scale, and tiny pictures in being a single block: a few more variants than
-    # torch's default of 8 allows for.
-    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
-        result = _compiled_flex()(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted)
+    result = _run_compiled(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted)
     return (result[0], result[1].lse) if return_lse else (result, None)
 
 

@@ -21,9 +21,10 @@ def softmax_attention(
     """
     if not return_lse:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
-    scores = (query.float() @ key.float().transpose(-1, -2)) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None])
-    return (weights @ value.float()).to(query.dtype), lse
+    with torch.autocast(query.device.type, enabled=False):  # which would round the scores
+        scores = (query.float() @ key.float().transpose(-1, -2)) * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1)
+        weights = torch.exp(scores - lse[..., None])
+        return (weights @ value.float()).to(query.dtype), lse

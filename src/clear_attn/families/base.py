@@ -35,7 +35,7 @@ class Family(abc.ABC):
         }
 
     @abc.abstractmethod
-    def new_processor(self, down_factor: int, backend: str, layer: str) -> nn.Module:
+    def new_processor(self, down_factor: int, layer: str) -> nn.Module:
         """The processor for a layer."""
 
     @abc.abstractmethod

@@ -15,6 +15,8 @@ from clear_attn.families.base import Call, Family
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.processors import ClearAttnProcessor
 
+CONTROLNET_RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
+
 
 class Flux(Family):
     name = "flux"
@@ -22,15 +24,27 @@ class Flux(Family):
     stock_processors = (FluxAttnProcessor,)
     text_first = True
 
-    def new_processor(self, down_factor: int, backend: str, layer: str) -> nn.Module:
-        return ClearAttnProcessor(down_factor, backend, layer)
+    def new_processor(self, down_factor: int, layer: str) -> nn.Module:
+        return ClearAttnProcessor(down_factor, layer)
 
     def read(self, kwargs: dict[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        if kwargs.get("img_ids") is None:
+            raise ValueError("img_ids must tell where the image tokens stand, got None; pass them as FluxPipeline does")
         grids = _read_ids(kwargs["img_ids"]).grids
         tokens = sum(height * width for height, width in grids)
         if hidden_states.shape[1] != tokens:
-            raise ValueError(f"img_ids place {tokens} image tokens, hidden_states has {hidden_states.shape[1]} of them")
+            raise ValueError(
+                f"img_ids place {tokens} image tokens, hidden_states has {hidden_states.shape[1]}; give "
+                "each image token its row in img_ids"
+            )
+        for name in CONTROLNET_RESIDUALS:
+            for residual in kwargs.get(name) or ():
+                if residual.shape[1] != tokens:
+                    raise ValueError(
+                        f"{name} must have a residual for each of {tokens} image tokens, got {residual.shape[1]}; "
+                        "give the ControlNet the picture's own height and width"
+                    )
         return Call(grids, text.shape[1], hidden_states.device)
 
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
@@ -42,7 +56,7 @@ class Flux(Family):
             "hidden_states": kwargs["hidden_states"][:, layout.order],
             "img_ids": ids[layout.order],
         }
-        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+        for name in CONTROLNET_RESIDUALS:
             if kwargs.get(name) is not None:
                 entered[name] = [sample[:, layout.order] for sample in kwargs[name]]
         return entered
@@ -76,7 +90,7 @@ def _read_ids(ids: Tensor) -> _Positions:
 
 def _parse_ids(ids: Tensor) -> _Positions:
     if ids.ndim not in (2, 3) or ids.shape[-1] != 3 or ids.numel() == 0:
-        raise ValueError(f"img_ids must be [image tokens, 3], got {list(ids.shape)}")
+        raise ValueError(f"img_ids must be [image tokens, 3], got {list(ids.shape)}; pass them as FluxPipeline does")
     values = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float32)
     _, lengths = torch.unique_consecutive(values[:, 0], return_counts=True)
     grids, regular = [], []
@@ -88,10 +102,10 @@ def _parse_ids(ids: Tensor) -> _Positions:
         if not torch.equal(part[:, 1:], torch.cartesian_prod(rows, columns)):
             raise ValueError(
                 f"img_ids must number the tokens of each picture row by row; {len(part)} of them with the first "
-                f"number {part[0, 0].item():g} are no grid of {width} columns"
+                f"number {part[0, 0].item():g} are no grid of {width} columns; pass them as FluxPipeline does"
             )
         grids.append((height, width))
-        counted = torch.cartesian_prod(torch.arange(height) + rows[0], torch.arange(width) + columns[0])
+        counted = torch.cartesian_prod(*(torch.arange(len(line), device="cpu") + line[0] for line in (rows, columns)))
         regular.append(torch.cat([part[:, :1], counted], dim=1))
     exact = torch.cat(regular)
     # Counted anew only where that is what the coarser numbers stand for; positions of another kind are left alone.
