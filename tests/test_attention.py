@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear_attn.attention import clear_attention, pool
-from clear_attn.backends import choose, dense, flex, tiled
+from clear_attn.backends import BACKENDS, choose, dense, flex, tiled
 from clear_attn.config import ClearConfig
 from clear_attn.layout import TokenLayout
 from tests import reference
@@ -153,6 +153,47 @@ def test_flex_inside_an_outer_compiled_graph():
     torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=0)
 
 
+def check_double():
+    grids, config = [(17, 23)], ClearConfig(5)
+    qkv = torch.randn(3, 1, 2, 20 + 17 * 23, 16, dtype=torch.float64).unbind()
+    expected, _ = reference.attention(*qkv, grids, 20, config)
+    layout = TokenLayout(grids, 20, config)
+    into = torch.cat([torch.arange(20), 20 + layout.order])
+    output = clear_attention(*(x[:, :, into] for x in qkv), layout)
+    torch.testing.assert_close(output[:, :, into.argsort()], expected, atol=1e-10, rtol=0)
+
+
+def test_flex_as_a_part_of_an_outer_graph(monkeypatch):
+    """As on a GPU, where there is no custom operator between."""
+    monkeypatch.setitem(BACKENDS, "flex", BACKENDS["flex"]._replace(attend=flex.attend_directly))
+    layout = TokenLayout([(24, 24)], 16, ClearConfig(6))
+    layout.block_lists  # noqa: B018
+    query, key, value = torch.randn(3, 1, 2, 16 + 576, 16).unbind()
+    expected = clear_attention(query, key, value, layout, backend="dense")
+    compiled = torch.compile(clear_attention, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        output = compiled(query, key, value, layout, backend="flex")
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+
+def test_the_log_sum_exp_under_autocast():
+    layout = TokenLayout([(9, 11)], 5, ClearConfig(3))
+    qkv = torch.randn(3, 1, 2, 5 + 99, 16).unbind()
+    _, expected = clear_attention(*qkv, layout, backend="tiled", return_lse=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, lse = clear_attention(*qkv, layout, backend="tiled", return_lse=True)
+    assert torch.equal(lse, expected)
+
+
+def test_gradients_of_pooled_keys_alone():
+    layout = TokenLayout([(8, 8)], 2, ClearConfig(2, 2))
+    qkv = torch.randn(3, 1, 1, 66, 16).unbind()
+    pooled = tuple(torch.randn(2, 1, 1, 16, 16, requires_grad=True).unbind())
+    clear_attention(*qkv, layout, pooled=pooled).sum().backward()
+    with pytest.raises(RuntimeError, match="no gradients on a CPU"):
+        clear_attention(*qkv, layout, pooled=pooled, backend="flex")
+
+
 class TestRefusals:
     layout = TokenLayout([(4, 4)], 2, ClearConfig(2))
     qkv = torch.randn(3, 1, 1, 18, 8).unbind()
@@ -165,10 +206,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"key must be \[batch, heads, 18, head_dim\].*got \[1, 1, 17, 8\]"):
             clear_attention(self.qkv[0], self.qkv[1][:, :, 1:], self.qkv[2], self.layout)
 
+    def test_other_heads_than_the_query(self):
+        with pytest.raises(ValueError, match=r"value must be .* shaped as the query.*got \[1, 1, 18, 4\]"):
+            clear_attention(self.qkv[0], self.qkv[1], self.qkv[2][..., :4], self.layout)
+
     def test_pooled_keys_that_do_not_fit(self):
-        with pytest.raises(ValueError, match="has 0 pooled tokens, got pooled keys for 3"):
+        with pytest.raises(ValueError, match=r"pooled must be None for .* down_factor 1, got shapes \[\(1, 1, 3, 8\)"):
             clear_attention(*self.qkv, self.layout, pooled=(self.qkv[0][:, :, :3],) * 2)
-        with pytest.raises(ValueError, match="has 4 pooled tokens, got pooled keys for None"):
+        with pytest.raises(ValueError, match=r"pooled must be two tensors of shape \[1, 1, 4, 8\] .* got shapes \[\]"):
             clear_attention(*self.qkv, TokenLayout([(4, 4)], 2, ClearConfig(2, 2)))
 
     def test_flex_with_gradients_on_a_cpu(self):
@@ -184,23 +229,27 @@ class TestRefusals:
 
 
 class TestAuto:
-    cpu = torch.device("cpu")
-
     def test_says_why(self):
-        choice = choose(self.cpu, torch.float32, 64, needs_grad=True, image_tokens=2**16)
+        choice = choose("cpu", torch.float32, 64, needs_grad=True, image_tokens=2**16)
         assert choice.backend == "tiled"
         assert "no gradients on a CPU" in choice.reason
 
     def test_falls_to_tiled_on_what_it_does_not_know(self):
-        choice = choose(torch.device("mps"), torch.float16, 128, needs_grad=False, image_tokens=2**16)
+        choice = choose("mps", torch.float16, 128, needs_grad=False, image_tokens=2**16)
         assert choice.backend == "tiled"
         assert "mps" in choice.reason
+
+    def test_double_precision(self):
+        choice = choose("cpu", torch.float64, 64, needs_grad=False, image_tokens=2**16)
+        assert choice.backend == "tiled"
+        assert "torch.float64" in choice.reason
+        check_double()
 
     def test_without_a_compiler(self, monkeypatch):
         flex._look_for_tools.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
         try:
-            choice = choose(self.cpu, torch.float32, 64, needs_grad=False, image_tokens=2**16)
+            choice = choose("cpu", torch.float32, 64, needs_grad=False, image_tokens=2**16)
         finally:
             flex._look_for_tools.cache_clear()
         assert choice.backend == "tiled"

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clear_attn as clear
-from clear_attn.backends import flex, softmax
+from clear_attn import attention
+from clear_attn.backends import dense, flex, tiled
 from clear_attn.doors import layout_for
 from clear_attn.families import flux
 from tests import reference, tiny
@@ -99,14 +100,11 @@ def test_positional_arguments_and_dataclass_output(transformer):
 def test_the_callers_keywords_are_left_alone(transformer):
     call = tiny.flux_call(transformer, (6, 5), controlnet=True)
     call["joint_attention_kwargs"] = {}
-    before = dict(call)
-    tensors = {name: value.clone() for name, value in call.items() if isinstance(value, torch.Tensor)}
+    before = copy.deepcopy(call)
     clear.linearize(transformer, 3, weights=None)
-    run(transformer, call)
-    assert call.keys() == before.keys()
-    assert all(call[name] is before[name] for name in before)
-    assert call["joint_attention_kwargs"] == {}
-    assert all(torch.equal(call[name], value) for name, value in tensors.items())
+    with torch.no_grad():
+        transformer(**call)
+    torch.testing.assert_close(call, before, atol=0, rtol=0)
 
 
 def test_portrait_and_landscape_in_turn(transformer):
@@ -121,8 +119,9 @@ def test_portrait_and_landscape_in_turn(transformer):
             torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
 
 
-def test_two_threads_see_their_own_layouts(transformer):
-    clear.linearize(transformer, 4, 2, weights=None)
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+def test_two_threads_see_their_own_layouts(transformer, backend):
+    clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     calls = [tiny.flux_call(transformer, grid) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
     expected = [run(transformer, call) for call in calls]
     layout_for.cache_clear()
@@ -158,22 +157,28 @@ def test_a_deep_copy_is_independent(transformer):
     assert torch.equal(run(transformer, call), expected)
 
 
+@pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradients_under_checkpointing_with_two_sizes_in_flight(transformer, use_reentrant):
+def test_gradients_under_checkpointing_with_two_sizes_in_flight(transformer, use_reentrant, factor):
     sizes = ((9, 7), (6, 11))
     calls = [tiny.flux_call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
     for call in calls:
         call["hidden_states"].requires_grad_()
-    plain = [in_raster_order(transformer, [grid], 7, clear.ClearConfig(3)) for grid in sizes]
+    plain = [in_raster_order(transformer, [grid], 7, clear.ClearConfig(3, factor)) for grid in sizes]
+    names = [name for name, _ in transformer.named_parameters()]
 
     def gradients(models):
-        for call in calls:
-            call["hidden_states"].grad = None
-        sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True)).backward()
-        return [call["hidden_states"].grad for call in calls]
+        """Of both inputs, and of all parameters."""
+        inputs = [call["hidden_states"] for call in calls]
+        loss = sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True))
+        for tensor in (*inputs, *(x for model in models for x in model.parameters())):
+            tensor.grad = None
+        loss.backward()
+        found = [dict(model.named_parameters()) for model in dict.fromkeys(models)]
+        return [x.grad for x in inputs] + [sum(each[name].grad for each in found) for name in names]
 
     expected = gradients(plain)
-    clear.linearize(transformer, 3, weights=None)
+    clear.linearize(transformer, 3, factor, weights=None)
     transformer.enable_gradient_checkpointing(
         lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant)
     )
@@ -182,12 +187,18 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(transformer, use
         torch.testing.assert_close(ours, dense, atol=1e-6, rtol=1e-5)
 
 
-def test_regional_compilation(transformer):
-    call = tiny.flux_call(transformer, (13, 7))
-    clear.linearize(transformer, 4, weights=None, backend="flex")
-    expected = run(transformer, call)
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+def test_regional_compilation(transformer, backend):
+    calls = [tiny.flux_call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
+    plain = [
+        in_raster_order(transformer, [grid], text, clear.ClearConfig(4))
+        for grid, text in (((13, 7), 7), ((18, 20), 11))
+    ]
+    clear.linearize(transformer, 4, weights=None, backend=backend)
+    layout_for.cache_clear()
     transformer.compile_repeated_blocks(fullgraph=True)
-    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+    for call, model in zip(calls, plain, strict=True):
+        torch.testing.assert_close(run(transformer, call), run(model, call), atol=1e-5, rtol=0)
 
 
 def test_compiled_transformer(transformer):
@@ -199,22 +210,37 @@ def test_compiled_transformer(transformer):
 
 def test_twenty_sizes_stay_within_bounds(transformer, monkeypatch):
     """Caches stay bounded, FlexAttention is compiled a handful of times, and nothing takes a dense path."""
-    monkeypatch.setattr(softmax, "softmax_attention", None)
+    for module in (attention, dense, tiled):
+        monkeypatch.setattr(module, "softmax_attention", None)
     clear.linearize(transformer, 4, weights=None, backend="flex")
     compiled = []
     monkeypatch.setattr(
         flex, "_call", lambda *args, call=flex._call, **kwargs: compiled.append(1) or call(*args, **kwargs)
     )
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    alive = []
     for size in range(20):
         run(transformer, tiny.flux_call(transformer, (12 + size, 13 + 2 * size), text=5 + 3 * size))
+        gc.collect()
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
     assert len(compiled) == 20 * 4
+    assert max(alive[10:]) <= alive[9], alive
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
     assert layout_for.cache_info().currsize <= 8
     assert len(flux._recent) <= 16
     gc.collect()
     dead = [reference for reference, *_ in flux._recent if reference() is not None]
     assert not dead
+
+
+def test_another_default_device(transformer):
+    call = tiny.flux_call(transformer, (9, 7))
+    clear.linearize(transformer, 3, 2, weights=None)
+    expected = run(transformer, call)
+    layout_for.cache_clear()
+    flux._recent.clear()
+    with torch.device("meta"):
+        assert torch.equal(run(transformer, call), expected)
 
 
 class TestIds:
@@ -259,6 +285,18 @@ class TestIds:
     def test_refuses_what_is_no_grid(self, ids, words):
         with pytest.raises(ValueError, match=words):
             flux._read_ids(ids)
+
+    def test_refuses_a_call_without_ids(self, transformer):
+        clear.linearize(transformer, 3, weights=None)
+        with pytest.raises(ValueError, match="img_ids must tell where .* got None"):
+            run(transformer, {**tiny.flux_call(transformer, (4, 6)), "img_ids": None})
+
+    def test_refuses_controlnet_residuals_of_another_picture(self, transformer):
+        call = tiny.flux_call(transformer, (4, 6), controlnet=True)
+        call["controlnet_single_block_samples"] = [call["controlnet_single_block_samples"][0][:, :20]]
+        clear.linearize(transformer, 3, weights=None)
+        with pytest.raises(ValueError, match="controlnet_single_block_samples must have .* 24 image tokens, got 20"):
+            run(transformer, call)
 
     def test_refuses_ids_for_another_picture(self, transformer):
         call = tiny.flux_call(transformer, (4, 6))

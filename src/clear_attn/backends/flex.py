@@ -165,10 +165,19 @@ def attend(
 
     On a CPU, where FlexAttention keeps the log-sum-exp to itself, that comes from the tiled backend, at its cost.
     """
-    lists = layout.block_lists
-    places = [*layout.query, *layout.key, layout.reach]
-    if query.device.type == "cpu":
-        output = _flex_on_cpu(query, key, value, list(lists), places, scale)
-        return output, tiled.attend(query, key, value, layout, scale, True)[1] if return_lse else None
+    if query.device.type != "cpu":
+        return attend_directly(query, key, value, layout, scale, return_lse)
+    output = _flex_on_cpu(query, key, value, list(layout.block_lists), _places(layout), scale)
+    return output, tiled.attend(query, key, value, layout, scale, True)[1] if return_lse else None
+
+
+def attend_directly(
+    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Without the precautions that a CPU needs."""
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return _call(query, key, value, lists, places, scale, needs_grad, return_lse)
+    return _call(query, key, value, layout.block_lists, _places(layout), scale, needs_grad, return_lse)
+
+
+def _places(layout: TokenLayout) -> list[Tensor]:
+    return [*layout.query, *layout.key, layout.reach]
