@@ -183,8 +183,8 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(transformer, use
         lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant)
     )
     transformer.train()
-    for ours, dense in zip(gradients([transformer, transformer]), expected, strict=True):
-        torch.testing.assert_close(ours, dense, atol=1e-6, rtol=1e-5)
+    for ours, plain_one in zip(gradients([transformer, transformer]), expected, strict=True):
+        torch.testing.assert_close(ours, plain_one, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "flex"])
@@ -288,14 +288,14 @@ class TestIds:
 
     def test_refuses_a_call_without_ids(self, transformer):
         clear.linearize(transformer, 3, weights=None)
-        with pytest.raises(ValueError, match="img_ids must tell where .* got None"):
+        with pytest.raises(ValueError, match=r"img_ids must tell where .* got None"):
             run(transformer, {**tiny.flux_call(transformer, (4, 6)), "img_ids": None})
 
     def test_refuses_controlnet_residuals_of_another_picture(self, transformer):
         call = tiny.flux_call(transformer, (4, 6), controlnet=True)
         call["controlnet_single_block_samples"] = [call["controlnet_single_block_samples"][0][:, :20]]
         clear.linearize(transformer, 3, weights=None)
-        with pytest.raises(ValueError, match="controlnet_single_block_samples must have .* 24 image tokens, got 20"):
+        with pytest.raises(ValueError, match=r"controlnet_single_block_samples must have .* 24 image tokens, got 20"):
             run(transformer, call)
 
     def test_refuses_ids_for_another_picture(self, transformer):

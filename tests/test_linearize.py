@@ -485,5 +485,5 @@ def test_hooks_of_others_see_raster_order(transformer):
     clear.linearize(transformer, 3, weights=None)
     transformer.register_forward_hook(lambda _, args, output: seen.append(output.sample))
     output = transformer(**call).sample
-    assert len(seen) == 3
-    assert all(torch.equal(ours, expected) for ours, expected in zip(seen, [call["hidden_states"], output, output]))
+    expected = [call["hidden_states"], output, output]
+    assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
