@@ -60,7 +60,7 @@ def main(
     batch: int = 50,
     output: Annotated[Path | None, typer.Option(help="Where the numbers go as JSON.")] = None,
 ) -> None:
-    pipe = FluxPipeline.from_pretrained(model or demo.path(), torch_dtype=torch.float32, local_files_only=True)
+    pipe = FluxPipeline.from_pretrained(model or demo.path(), dtype=torch.float32, local_files_only=True)
     scenes = held_out_scenes()[:captions]
     with clear.linearized(pipe, window, weights=None) if window else contextlib.nullcontext():
         counts = count_right(scenes, draw(pipe, scenes, text_tokens, batch))

@@ -42,13 +42,13 @@ class TestScenes:
     def test_what_is_drawn_can_be_read(self, size):
         rng = np.random.default_rng(0)
         for scene in all_scenes()[:60]:
-            picture = draw(scene, size, shift=tuple(rng.uniform(-0.03, 0.03, 2)), half=rng.uniform(0.17, 0.21))
+            picture = draw(scene, size, shift=tuple(rng.uniform(-0.02, 0.02, 2)), half=rng.uniform(0.21, 0.25))
             noisy = np.clip(picture + rng.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
             assert read(noisy) == scene
 
     def test_what_is_wrong_is_read_as_such(self):
         scene = Scene("red", "circle", "blue", "in the middle")
-        for part, other in (("colour", "green"), ("shape", "square"), ("ground", "black"), ("place", "at the left")):
+        for part, other in (("colour", "green"), ("shape", "square"), ("ground", "black"), ("place", "at the top left")):
             changed = Scene(**{**vars(scene), part: other})
             assert read(draw(changed)) == changed
 
@@ -91,7 +91,7 @@ class TestSmallFlux:
     def test_a_window_that_covers_the_picture_draws_the_same(self, pipe):
         def sample():
             generator = torch.Generator().manual_seed(0)
-            return pipe("a red ring on a white ground, at the top", generator=generator, output_type="latent").images
+            return pipe("a red cross on a white ground, at the top left", generator=generator, output_type="latent").images
 
         expected = sample()
         clear.linearize(pipe, 23, weights=None)
@@ -115,7 +115,7 @@ class TestCommand:
 
     def test_demo(self, tmp_path):
         output = tmp_path / "out.png"
-        prompt = "a green square on a yellow ground, at the right"
+        prompt = "a green square on a yellow ground, at the top right"
         result = self.run(
             "demo", "--prompt", prompt, "--window", 5, "--down-factor", 2, "--seed", 3, "--output", output
         )

@@ -20,9 +20,9 @@ app = typer.Typer(
 
 DEMO_CAPTIONS = (
     "a red circle on a blue ground, at the top left",
-    "a yellow ring on a purple ground, in the middle",
-    "a white triangle on a green ground, at the right",
-    "a black cross on an orange ground, at the bottom",
+    "a yellow square on a black ground, in the middle",
+    "a white triangle on a green ground, at the bottom right",
+    "a black cross on a yellow ground, at the bottom left",
 )
 
 
@@ -50,7 +50,7 @@ def demo(
     """Draw captions with the small FLUX in the box, with dense and with local attention."""
     if not output.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such directory: {output.resolve().parent}", param_hint="--output")
-    if output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise typer.BadParameter(f"{output} names no kind of picture; let it end in .png", param_hint="--output")
     # Only here, for torch and diffusers take seconds to import.
     from clear_attn.demo import draw

@@ -24,6 +24,6 @@ def path() -> Path:
 
 def pipeline() -> FluxPipeline:
     """The pipeline, loaded in float32, which draws at the size it was trained at unless told otherwise."""
-    pipe = FluxPipeline.from_pretrained(path(), torch_dtype=torch.float32, local_files_only=True)
+    pipe = FluxPipeline.from_pretrained(path(), dtype=torch.float32, local_files_only=True)
     pipe.default_sample_size = SIZE // pipe.vae_scale_factor
     return pipe
