@@ -48,7 +48,12 @@ class TestScenes:
 
     def test_what_is_wrong_is_read_as_such(self):
         scene = Scene("red", "circle", "blue", "in the middle")
-        for part, other in (("colour", "green"), ("shape", "square"), ("ground", "black"), ("place", "at the top left")):
+        for part, other in (
+            ("colour", "green"),
+            ("shape", "square"),
+            ("ground", "black"),
+            ("place", "at the top left"),
+        ):
             changed = Scene(**{**vars(scene), part: other})
             assert read(draw(changed)) == changed
 
@@ -91,7 +96,9 @@ class TestSmallFlux:
     def test_a_window_that_covers_the_picture_draws_the_same(self, pipe):
         def sample():
             generator = torch.Generator().manual_seed(0)
-            return pipe("a red cross on a white ground, at the top left", generator=generator, output_type="latent").images
+            return pipe(
+                "a red cross on a white ground, at the top left", generator=generator, output_type="latent"
+            ).images
 
         expected = sample()
         clear.linearize(pipe, 23, weights=None)

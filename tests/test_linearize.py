@@ -260,7 +260,7 @@ class TestRefusals:
             clear.linearize(transformer, weights=None, backend="cutlass")
 
     def test_flex_where_it_cannot_run(self, transformer, monkeypatch):
-        monkeypatch.setattr("clear_attn.backends.flex._reason_against_compiling", lambda device: "no compiler")
+        monkeypatch.setattr("clear_attn.backends.flex.reason_against_device", lambda device: "no compiler")
         with pytest.raises(RuntimeError, match="backend='flex' cannot run on this machine"):
             clear.linearize(transformer, weights=None, backend="flex")
 

@@ -13,6 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from clear_attn.backends import BACKENDS, choose
 from clear_attn.config import ClearConfig
@@ -71,10 +72,8 @@ class DoorIn:
         """Once for all layers of a call, so that a recomputation for gradients does as the first computation did."""
         if self.backend != "auto":
             return self.backend
-        inputs = [x for x in call.values() if isinstance(x, torch.Tensor)]
-        needs_grad = torch.is_grad_enabled() and any(
-            x.requires_grad for x in itertools.chain(inputs, transformer.parameters())
-        )
+        tensors = itertools.chain(tree_leaves(call), transformer.parameters())
+        needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
         choice = choose(
             layout.device.type,
             call["hidden_states"].dtype,
@@ -91,7 +90,7 @@ class DoorIn:
             if not isinstance(processor, ClearAttnProcessor) or processor.down_factor != self.config.down_factor:
                 raise RuntimeError(
                     f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
-                    "clear_attn.linearize() (loading an IP-Adapter or fusing projections can do that); call "
+                    "clear_attn.linearize() (loading or unloading an IP-Adapter does that); call "
                     "clear_attn.linearize() again after the change, or clear_attn.restore()"
                 )
 

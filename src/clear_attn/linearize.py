@@ -14,7 +14,7 @@ from clear_attn.backends import check_backend, flex
 from clear_attn.config import ClearConfig
 from clear_attn.doors import DoorIn
 from clear_attn.families import FAMILIES, Family, family_of
-from clear_attn.state import State, apply, capture, door_of, original_state
+from clear_attn.state import State, apply, capture, door_of, original_state, processors_of, stand_beside
 from clear_attn.weights import (
     POOLED,
     check_checkpoint,
@@ -73,7 +73,7 @@ def linearize(
         ``pipe`` itself.
 
     Raises:
-        TypeError: not a supported pipeline; window or down_factor not a whole number.
+        TypeError: not a supported pipeline; window or down_factor not a whole number; weights no path.
         ValueError: window or down_factor below 1, or other than what the weights were distilled for; unknown
             backend; weights that do not fit.
         FileNotFoundError: no file of weights there.
@@ -87,18 +87,16 @@ def linearize(
     checkpoint = _load(weights)
     config = _settings(window, down_factor, checkpoint)
     layers = family.attention_layers(transformer)
+    check_in_memory(transformer, layers)
     if checkpoint:
+        check_replaceable(layers)
         check_checkpoint(checkpoint, layers, type(transformer).__name__)
     stock = original_state(transformer, layers)
     _check_processors(stock.processors, family)
-    check_in_memory(layers)
+    _check_parallelism(processors_of(layers))
     values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
-    at_stake = values.keys() | stock.values.keys()
-    if at_stake:
-        check_replaceable(layers)
-
     processors = {layer: _new_processor(family, config, layer, attn, checkpoint) for layer, attn in layers.items()}
-    before = capture(transformer, layers, at_stake)
+    before = capture(transformer, layers, values.keys() | stock.values.keys())
     kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
     given_up = bool(values) and not keep_original
     door = DoorIn(family, config, backend, stock._replace(values=kept), given_up)
@@ -123,11 +121,7 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     transformer, family = find_transformer(pipe)
     if door_of(transformer):
         layers = family.attention_layers(transformer)
-        stock = original_state(transformer, layers)
-        if stock.values:
-            check_in_memory(layers)
-            check_replaceable(layers)
-        apply(transformer, layers, stock)
+        apply(transformer, layers, original_state(transformer, layers))
     return pipe
 
 
@@ -161,14 +155,16 @@ def linearized(
     try:
         yield pipe
     finally:
-        restore(pipe)
-        if before.door:
-            apply(transformer, layers, before)
+        stock = original_state(transformer, layers)
+        values = {**stock.values, **before.values}
+        apply(transformer, layers, before._replace(values=values) if before.door else stock)
 
 
 def _load(weights: str | os.PathLike[str] | None) -> dict[str, Tensor]:
     if weights is None:
         return {}
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(f"weights must be a path, 'auto' or None, got {weights!r} of type {type(weights).__name__}")
     if weights == "auto":
         raise ValueError(
             "weights='auto' has no published weights to take in this version; give the path of a .safetensors file, or "
@@ -204,8 +200,12 @@ def _check_processors(processors: Mapping[str, Any], family: Family) -> None:
         if type(processor) not in family.stock_processors:
             raise RuntimeError(
                 f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
-                "(an IP-Adapter by pipe.unload_ip_adapter()), then linearize"
+                "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline anew, then linearize"
             )
+
+
+def _check_parallelism(processors: Mapping[str, Any]) -> None:
+    for layer, processor in processors.items():
         if getattr(processor, "_parallel_config", None) is not None:
             raise RuntimeError(
                 f"{layer} runs under diffusers' context parallelism, which splits the sequence without regard to "
@@ -220,8 +220,9 @@ def _new_processor(
     attn: Any,
     checkpoint: Mapping[str, Tensor],
 ) -> nn.Module:
-    processor = family.new_processor(config.down_factor, layer)
+    # Whatever mode the caller is in, the parameter must serve training too, and its values are set here.
+    with torch.inference_mode(False), torch.device("cpu"):
+        processor = family.new_processor(config.down_factor, layer)
     if layer + POOLED in checkpoint:
         processor.load_state_dict({"spatial_weight": checkpoint[layer + POOLED]})
-    reference = next(attn.parameters())
-    return processor.to(reference.device, reference.dtype if reference.dtype.is_floating_point else None)
+    return stand_beside(processor, attn)

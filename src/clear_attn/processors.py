@@ -84,8 +84,8 @@ class ClearAttnProcessor(nn.Module):
         where = f"CLEAR's attention at {self.layer or 'an unnamed layer'}"
         if layout is None:
             raise RuntimeError(
-                f"{where} was called without a layout: call the linearized transformer, not its blocks, or "
-                "clear_attn.linearize() the model anew if its hooks were removed"
+                f"{where} was called without a layout: call the linearized transformer, not its blocks; if its hooks "
+                "were removed, load the model anew"
             )
         if attention_mask is not None:
             raise RuntimeError(

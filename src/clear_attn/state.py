@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clear_attn.doors import DoorIn, DoorOut
 from clear_attn.processors import ClearAttnProcessor
-from clear_attn.weights import copy_values, replaced_parameters
+from clear_attn.weights import check_in_memory, check_replaceable, copy_values, replaced_parameters
 
 
 class State(NamedTuple):
@@ -36,7 +36,13 @@ def processors_of(layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -> State:
-    """The present state, with copies of the named parameters' values."""
+    """The present state, with copies of the named parameters' values.
+
+    Raises:
+        RuntimeError: a value is not in memory.
+    """
+    if names:
+        check_in_memory(transformer, layers)
     parameters = replaced_parameters(layers)
     values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
     return State(door_of(transformer), processors_of(layers), values)
@@ -63,18 +69,43 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
 
 
 def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
-    """Puts a state in place of the present one."""
+    """Puts a state in place of the present one.
+
+    Raises:
+        RuntimeError: values cannot be copied in; nothing has been changed then.
+    """
+    if state.values:
+        check_in_memory(transformer, layers)
+        check_replaceable(layers)
     copy_values(state.values, layers)
     for layer, attn in layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
-            # What the user set with set_attention_backend() belongs to the layer.
-            processor._attention_backend = getattr(present, "_attention_backend", None)
-            attn.set_processor(processor)
-    _remove_doors(transformer)
-    if state.door is not None:
-        transformer.register_forward_pre_hook(state.door, with_kwargs=True)
-        transformer.register_forward_hook(DoorOut(state.door.family), with_kwargs=True, prepend=True)
+            # What the user set with set_attention_backend() or enable_parallelism() belongs to the layer.
+            for name in ("_attention_backend", "_parallel_config"):
+                setattr(processor, name, getattr(present, name, None))
+            attn.set_processor(stand_beside(processor, attn))
+    _set_door(transformer, state.door)
+
+
+def stand_beside(processor: Any, attn: Any) -> Any:
+    """Puts a processor's own parameter where the layer's are, and in their dtype."""
+    if isinstance(processor, ClearAttnProcessor):
+        reference = next(attn.parameters())
+        processor.to(reference.device, reference.dtype if reference.dtype.is_floating_point else None)
+    return processor
+
+
+def _set_door(transformer: Any, door: DoorIn | None) -> None:
+    """In the old one's place where there is one, so that the order among others' hooks stays."""
+    present = [key for key, hook in transformer._forward_pre_hooks.items() if isinstance(hook, DoorIn)]
+    if door is None:
+        _remove_doors(transformer)
+    elif present:
+        transformer._forward_pre_hooks[present[0]] = door
+    else:
+        transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
+        transformer.register_forward_pre_hook(door, with_kwargs=True)
 
 
 def _remove_doors(transformer: Any) -> None:

@@ -24,14 +24,14 @@ PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 POOLED = ".processor.spatial_weight"
 
 
-def _projections(layers: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The projections whose weights are replaced, by name; a LoRA's wrapper where there is one."""
+def _projections(layers: Mapping[str, Any], names: Iterable[str] = PROJECTIONS) -> dict[str, nn.Module]:
+    """Projections by name, a LoRA's wrapper where there is one; by default those whose weights are replaced."""
     found = {
         f"{layer}.{projection}": functools.reduce(
             lambda module, name: getattr(module, name, None), projection.split("."), attn
         )
         for layer, attn in layers.items()
-        for projection in PROJECTIONS
+        for projection in names
     }
     return {name: module for name, module in found.items() if module is not None}
 
@@ -50,8 +50,15 @@ def replaced_parameters(layers: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     }
 
 
-def check_in_memory(layers: Mapping[str, Any]) -> None:
+def check_in_memory(transformer: Any, layers: Mapping[str, Any]) -> None:
     """Raises RuntimeError where parameters that could be replaced are not in memory."""
+    for module in transformer.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            if getattr(getattr(hook, "group", None), "offload_to_disk_path", None):
+                raise RuntimeError(
+                    f"the transformer's parameters are offloaded to {hook.group.offload_to_disk_path}; linearize the "
+                    "pipeline first, then call enable_group_offload()"
+                )
     absent = [name for name, parameter in replaced_parameters(layers).items() if parameter.is_meta]
     if absent:
         raise RuntimeError(
@@ -62,7 +69,7 @@ def check_in_memory(layers: Mapping[str, Any]) -> None:
 
 def check_replaceable(layers: Mapping[str, Any]) -> None:
     """Raises RuntimeError where values cannot be copied in, or not without spoiling what was made of the old ones."""
-    for projection, module in _projections(layers).items():
+    for projection, module in _projections(layers, (*PROJECTIONS, "to_qkv")).items():
         fused: Any = getattr(module, "merged_adapters", None)
         if fused:
             raise RuntimeError(
@@ -76,6 +83,14 @@ def check_replaceable(layers: Mapping[str, Any]) -> None:
                 "under layerwise casting, and takes no distilled weights; load the model in bfloat16, and linearize "
                 "it first"
             )
+    for layer, attn in layers.items():
+        if attn.fused_projections:
+            for name, values in _fused_from_parts(attn).items():
+                if not torch.equal(values, getattr(_base(attn.to_qkv), name)):
+                    raise RuntimeError(
+                        f"{layer}.to_qkv.{name} is no longer what it was fused from, and would be lost; call "
+                        "transformer.unfuse_qkv_projections() first, or load the model anew"
+                    )
 
 
 @torch.no_grad()
@@ -86,9 +101,15 @@ def copy_values(values: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None
         parameters[name].copy_(value)
     for attn in layers.values() if values else ():
         if attn.fused_projections:
-            parts = [_base(getattr(attn, name)) for name in ("to_q", "to_k", "to_v")]
-            for name, fused in attn.to_qkv.named_parameters(recurse=False):
-                fused.copy_(torch.cat([getattr(part, name) for part in parts]))
+            for name, fused in _fused_from_parts(attn).items():
+                getattr(_base(attn.to_qkv), name).copy_(fused)
+
+
+def _fused_from_parts(attn: Any) -> dict[str, Tensor]:
+    """What the fused projection of query, key and value has to hold, by name."""
+    parts = [_base(getattr(attn, name)) for name in ("to_q", "to_k", "to_v")]
+    names = [name for name, _ in parts[0].named_parameters(recurse=False)]
+    return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -96,14 +117,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, or not whole.
+        ValueError: it is no safetensors file, or not whole, or empty.
     """
     file = Path(path)
     if not file.is_file():
         kind = "is a directory" if file.is_dir() else "does not exist"
         raise FileNotFoundError(f"weights={str(path)!r} {kind}; give the path of a .safetensors file, or None")
     try:
-        return load_file(file)
+        checkpoint = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         with file.open("rb") as stream:
             start = stream.read(2)
@@ -113,6 +134,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 f"{file} is a pickle, which could run code when loaded; convert it to safetensors first"
             ) from None
         raise ValueError(f"{file} is no whole safetensors file ({error}); fetch it again") from error
+    if not checkpoint:
+        raise ValueError(f"{file} holds no tensors; give a file of distilled weights, or weights=None")
+    return checkpoint
 
 
 def pooled_factor(checkpoint: Mapping[str, Tensor]) -> int:

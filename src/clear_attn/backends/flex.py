@@ -39,13 +39,9 @@ def reason_against(device_type: str, dtype: torch.dtype, head_dim: int, needs_gr
     return reason_against_device(device_type)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def reason_against_device(device_type: str) -> str | None:
     """Why FlexAttention cannot serve a kind of device on this machine, or None where it can."""
-    return _reason_against_compiling(device_type)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _reason_against_compiling(device_type: str) -> str | None:
     return _look_for_tools(device_type)
 
 
