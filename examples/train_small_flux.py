@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,34 @@ SIZE = 128  # pixels; the autoencoder and the 2 x 2 packing make 16 x 16 tokens 
 SHIFT = 4.0  # at so few tokens the structure of a picture is decided close to pure noise
 CLIP_LENGTH = 24
 LATENT_NOISE = 0.1  # as a share of the latents' spread
-# Share and size of the training batches of each text length. FLUX pads the prompt and attends to the padding,
-# and FluxPipeline pads to 512 unless told otherwise, so the model has to see long padding too.
-BATCHES = {24: (0.88, 16), 96: (0.08, 12), 512: (0.04, 5)}
+# Share of the training batches of each text length. FLUX pads the prompt and attends to the padding, and FluxPipeline
+# pads to 512 unless told otherwise, so the model has to see long padding too.
+TEXT_LENGTHS = {24: 0.88, 96: 0.08, 512: 0.04}
+
+
+class Phase(NamedTuple):
+    """A part of the transformer's training, at the end of which the weights are rounded to bfloat16.
+
+    Attributes:
+        steps: of the optimizer, their rate falling to 0 along a cosine.
+        learning_rate: the highest.
+        image_tokens: how many tokens of each picture are seen, at random places.
+        batch_sizes: for each text length.
+    """
+
+    steps: int
+    learning_rate: float
+    image_tokens: int
+    batch_sizes: dict[int, int]
+
+
+WHOLE = {24: 16, 96: 12, 512: 5}
+PHASES = (
+    Phase(5000, 2e-3, 256, WHOLE),
+    # A quarter of each picture costs a third: more pictures, and what each token can know is the text and its place.
+    Phase(2200, 1.5e-3, 64, {24: 48, 96: 28, 512: 7}),
+    Phase(500, 5e-4, 256, WHOLE),
+)
 
 
 def captions_of(scene: Scene) -> list[str]:
@@ -204,20 +229,21 @@ def encode_pictures(pipe: FluxPipeline, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def train_transformer(
-    pipe: FluxPipeline, scenes: list[Scene], latents: torch.Tensor, steps: int, rng: torch.Generator
+    pipe: FluxPipeline, scenes: list[Scene], latents: torch.Tensor, phase: Phase, rng: torch.Generator
 ) -> None:
     """Flow matching, transformer and text encoders together; what is kept is a moving average."""
     trained = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
     parameters = [parameter for module in trained for parameter in module.parameters()]
     average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    shares = torch.tensor([share for share, _ in BATCHES.values()])
+    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, phase.steps))
+    shares = torch.tensor(list(TEXT_LENGTHS.values()))
     side = SIZE // (2 * pipe.vae_scale_factor)
     image_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
     started = time.monotonic()
-    for step in range(steps):
-        length, (_, batch) = list(BATCHES.items())[int(torch.multinomial(shares, 1, generator=rng))]
+    for step in range(phase.steps):
+        length = list(TEXT_LENGTHS)[int(torch.multinomial(shares, 1, generator=rng))]
+        batch = phase.batch_sizes[length]
         chosen = torch.randint(len(scenes), (batch,), generator=rng)
         wordings = torch.randint(4, (batch,), generator=rng)
         captions = [captions_of(scenes[i])[wording] for i, wording in zip(chosen, wordings, strict=True)]
@@ -225,10 +251,13 @@ def train_transformer(
 
         uniform = torch.rand(batch, generator=rng)
         sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        clean = latents[chosen]
+        clean, seen_ids = latents[chosen], image_ids
+        if phase.image_tokens < clean.shape[1]:
+            seen = torch.randperm(clean.shape[1], generator=rng)[: phase.image_tokens]
+            clean, seen_ids = clean[:, seen], image_ids[seen]
         noise = torch.randn(clean.shape, generator=rng)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        velocity = pipe.transformer(noisy, text, pooled, sigma, image_ids, text_ids, return_dict=False)[0]
+        velocity = pipe.transformer(noisy, text, pooled, sigma, seen_ids, text_ids, return_dict=False)[0]
         loss = F.mse_loss(velocity, noise - clean)
 
         optimizer.zero_grad()
@@ -237,7 +266,7 @@ def train_transformer(
         optimizer.step()
         schedule.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (1 + step) / (10 + step)))
-        report("transformer", step, steps, loss, started)
+        report("transformer", step, phase.steps, loss, started)
     with torch.no_grad():
         torch._foreach_copy_(parameters, average)
 
@@ -247,24 +276,31 @@ def main(
     autoencoder: Annotated[
         Path | None, typer.Option(help="A saved autoencoder to use instead of training one.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the transformer.")] = 5000,
+    resume: Annotated[Path | None, typer.Option(help="A pipeline that was saved here after a phase.")] = None,
+    first_phase: Annotated[int, typer.Option(help="The phase to resume with, counted from 0.")] = 0,
+    most_steps: Annotated[int | None, typer.Option(help="Cut each phase short, to try the script.")] = None,
     autoencoder_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2100,
     pictures: Annotated[int, typer.Option(help="Drawn once, each a training scene, moved and sized a little.")] = 4096,
     seed: int = 0,
 ) -> None:
     torch.manual_seed(seed)
-    pipe = build_pipeline()
+    pipe = FluxPipeline.from_pretrained(resume, dtype=torch.float32) if resume else build_pipeline()
     if autoencoder:
-        pipe.register_modules(vae=AutoencoderKL.from_pretrained(autoencoder))
-    else:
+        pipe.register_modules(vae=AutoencoderKL.from_pretrained(autoencoder, dtype=torch.float32))
+    elif not resume:
         train_autoencoder(pipe.vae, pictures // 2, autoencoder_steps, torch.Generator().manual_seed(seed))
     # Rounded as it will be saved, so that the transformer learns the latents that it will meet.
     pipe.vae.to(torch.bfloat16).to(torch.float32)
     scenes, drawn = draw_pictures(pictures, SIZE, np.random.default_rng(seed + 1))
     with torch.no_grad():
         latents = encode_pictures(pipe, drawn)
-    train_transformer(pipe, scenes, latents, steps, torch.Generator().manual_seed(seed + 2))
-    pipe.to(torch.bfloat16).save_pretrained(output)
+    for number, phase in enumerate(PHASES):
+        if number >= first_phase:
+            steps = min(phase.steps, most_steps or phase.steps)
+            phase_rng = torch.Generator().manual_seed(seed + 2 + number)
+            train_transformer(pipe, scenes, latents, phase._replace(steps=steps), phase_rng)
+            pipe.to(torch.bfloat16).save_pretrained(output)
+            pipe.to(torch.float32)
     for file in output.rglob("*.safetensors"):
         file.chmod(0o644)
 

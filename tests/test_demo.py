@@ -109,7 +109,7 @@ class TestSmallFlux:
     def test_training_runs_and_repeats(self, tmp_path):
         training = example("train_small_flux")
         for name in ("first", "second"):
-            training.main(tmp_path / name, steps=2, autoencoder_steps=3, pictures=24)
+            training.main(tmp_path / name, most_steps=2, autoencoder_steps=3, pictures=24)
         weights = [
             {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*.safetensors")}
             for name in ("first", "second")

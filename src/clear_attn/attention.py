@@ -79,7 +79,8 @@ def clear_attention(
 
     Args:
         query, key, value: `[batch, heads, tokens, head_dim]`, the text tokens and the image tokens joined as the
-            layout says, the image tokens in tile order; any floating point, of which `flex` takes float32, bfloat16 and float16.
+            layout says, the image tokens in tile order; any floating point, of which `flex` takes float32,
+            bfloat16 and float16.
         layout (`TokenLayout`): where the tokens stand.
         pooled (*optional*): pooled keys and values as `pool` makes them, needed where the layout's down_factor
             is above 1.
