@@ -239,6 +239,14 @@ class TestAuto:
         assert choice.backend == "tiled"
         assert "mps" in choice.reason
 
+    def test_on_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(flex, "reason_against_device", lambda device: None)
+        assert choose("cuda", torch.bfloat16, 64, needs_grad=False, image_tokens=64).backend == "flex"
+        for head_dim, needs_grad, reason in ((8, False, "head_dim below 16 on CUDA, got 8"), (64, True, "gradients")):
+            choice = choose("cuda", torch.bfloat16, head_dim, needs_grad, image_tokens=2**16)
+            assert choice.backend == "tiled"
+            assert reason in choice.reason
+
     def test_double_precision(self):
         choice = choose("cpu", torch.float64, 64, needs_grad=False, image_tokens=2**16)
         assert choice.backend == "tiled"

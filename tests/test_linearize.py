@@ -121,10 +121,10 @@ def test_fused_projections_follow_the_weights(transformer, checkpoint):
     assert_same(transformer, before)
 
 
-def test_processors_take_dtype_backend_and_attention_backend(transformer):
+def test_processors_take_dtype_and_attention_backend(transformer):
     transformer.to(torch.bfloat16)
     transformer.transformer_blocks[0].attn.processor._attention_backend = "sentinel"
-    clear.linearize(transformer, 4, 2, weights=None, backend="tiled")
+    clear.linearize(transformer, 4, 2, weights=None)
     processors = list(transformer.attn_processors.values())
     assert {processor.spatial_weight.dtype for processor in processors} == {torch.bfloat16}
     assert processors[0]._attention_backend == "sentinel"
@@ -181,6 +181,12 @@ class TestLinearized:
 
 
 class TestKeepOriginal:
+    def test_offloaded_before_a_block(self, transformer, checkpoint):
+        clear.linearize(transformer, 4, weights=checkpoint)
+        accelerate.cpu_offload(transformer, execution_device="cpu")
+        with pytest.raises(RuntimeError, match="remove_all_hooks"), clear.linearized(transformer, 5, weights=None):
+            pass
+
     def test_given_up(self, transformer, checkpoint):
         clear.linearize(transformer, 4, weights=checkpoint, keep_original=False)
         before = photograph(transformer)
@@ -196,9 +202,10 @@ class TestKeepOriginal:
         assert_same(transformer, before)
 
 
-# Copying values, four processors and removing hooks are six steps.
-@pytest.mark.parametrize("at", range(1, 7))
-@pytest.mark.parametrize("linearized_before", [False, True])
+# Copying values, four processors and setting the door are six steps, and the first door needs two hooks.
+@pytest.mark.parametrize(
+    ("linearized_before", "at"), [*((False, at) for at in range(1, 9)), *((True, at) for at in range(1, 7))]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_error_at_any_step_leaves_everything_as_it_was(
     transformer, checkpoint, monkeypatch, linearized_before, at, error
@@ -222,7 +229,9 @@ def test_an_error_at_any_step_leaves_everything_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr(state, "copy_values", failing(state.copy_values))
         patched.setattr(attention, "set_processor", failing(attention.set_processor))
-        patched.setattr(state, "_remove_doors", failing(state._remove_doors))
+        patched.setattr(state, "_set_door", failing(state._set_door))
+        for name in ("register_forward_hook", "register_forward_pre_hook"):
+            patched.setattr(transformer, name, failing(getattr(transformer, name)), raising=False)
         with pytest.raises(error):
             clear.linearize(transformer, 4, weights=checkpoint)
     assert torch.equal(transformer(**call).sample, expected)
@@ -306,6 +315,33 @@ class TestRefusals:
             checkpoint.write_bytes(whole[:length])
             with pytest.raises(ValueError, match="no whole safetensors file"):
                 clear.linearize(transformer, weights=checkpoint)
+
+    def test_an_empty_file(self, transformer, tmp_path):
+        save_file({}, tmp_path / "empty.safetensors")
+        with pytest.raises(ValueError, match=r"empty\.safetensors holds no tensors"):
+            clear.linearize(transformer, weights=tmp_path / "empty.safetensors")
+
+    def test_not_a_path(self, transformer):
+        with pytest.raises(TypeError, match="weights must be a path, 'auto' or None, got 5 of type int"):
+            clear.linearize(transformer, weights=5)
+
+    def test_fused_projections_that_went_their_own_way(self, checkpoint):
+        fused = tiny.flux_transformer()
+        fused.fuse_qkv_projections()
+        with torch.no_grad():
+            fused.transformer_blocks[1].attn.to_qkv.weight.add_(1)
+        before = photograph(fused)
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn\.to_qkv\.weight is no longer what"):
+            clear.linearize(fused, weights=checkpoint)
+        assert_same(fused, before)
+
+    def test_offloaded_to_disk(self, checkpoint, tmp_path):
+        offloaded = tiny.flux_transformer()
+        offloaded.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
+        )
+        with pytest.raises(RuntimeError, match=r"are offloaded to .*linearize the pipeline first"):
+            clear.linearize(offloaded, weights=checkpoint)
 
     def test_pickles(self, transformer, tmp_path):
         class Bomb:
@@ -439,6 +475,16 @@ class TestLora:
         clear.restore(transformer)
         assert torch.equal(transformer(**call).sample, before)
 
+    def test_fused_inside_a_block_is_not_overwritten(self, transformer, checkpoint):
+        clear.linearize(transformer, 4, weights=checkpoint)
+        with (  # noqa: PT012
+            pytest.raises(RuntimeError, match=r"call pipe.unfuse_lora\(\) first"),
+            clear.linearized(transformer, 5, weights=None),
+        ):
+            transformer.fuse_lora()
+            before = photograph(transformer)
+        assert_same(transformer, before)
+
     def test_fused_is_refused_where_its_weights_would_be_replaced(self, transformer, checkpoint):
         clear.linearize(transformer, 4, weights=checkpoint)
         transformer.fuse_lora()
@@ -474,6 +520,25 @@ def test_what_others_changed_since_stays(transformer):
     assert processors.pop("transformer_blocks.1.attn.processor") is foreign
     assert {type(processor).__name__ for processor in processors.values()} == {"FluxAttnProcessor"}
     assert {str(processor._attention_backend.value) for processor in processors.values()} == {"_native_math"}
+
+
+def test_parallelism_switched_on_since_is_not_lost(transformer):
+    clear.linearize(transformer, 4, weights=None)
+    for processor in transformer.attn_processors.values():
+        processor._parallel_config = "sentinel"
+    with pytest.raises(RuntimeError, match="runs under diffusers' context parallelism"):
+        clear.linearize(transformer, 5, weights=None)
+    clear.restore(transformer)
+    assert {processor._parallel_config for processor in transformer.attn_processors.values()} == {"sentinel"}
+
+
+def test_what_is_made_inside_other_modes_is_whole(transformer):
+    with torch.inference_mode():
+        clear.linearize(transformer, 4, 2, weights=None)
+    assert not transformer.transformer_blocks[0].attn.processor.spatial_weight.is_inference()
+    with torch.device("meta"):
+        clear.linearize(transformer, 4, 3, weights=None)
+    assert not transformer.transformer_blocks[0].attn.processor.spatial_weight.is_meta
 
 
 def test_hooks_of_others_see_raster_order(transformer):
