@@ -7,7 +7,7 @@ from clear_attn.attention import clear_attention, pool
 from clear_attn.backends import BACKENDS, choose, dense, flex, tiled
 from clear_attn.config import ClearConfig
 from clear_attn.layout import TokenLayout
-from tests import reference
+from tests import machine, reference
 
 
 def attend(qkv, grids, text, config, weight, text_first=True, **kwargs):
@@ -61,12 +61,14 @@ def test_dense_is_the_rule(**case):
     check("dense", **case)
 
 
+@machine.needs_compiler
 @given(**CASES)
 @settings(max_examples=20)
 def test_flex_is_the_rule(**case):
     check("flex", **case)
 
 
+@machine.needs_compiler
 @pytest.mark.parametrize("grid", [(1, 1), (9, 11), (8, 16), (5, 26)])
 def test_flex_with_little_more_or_less_than_one_block(grid):
     for _ in range(5):
@@ -88,7 +90,7 @@ def test_gradients(backend, factor):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["tiled", "dense", "flex"])
+@pytest.mark.parametrize("backend", machine.BACKENDS)
 def test_half_precision(backend, dtype):
     grids, config = [(17, 23)], ClearConfig(5, 2)
     qkv = torch.randn(3, 1, 2, 20 + 17 * 23, 16).to(dtype).unbind()
@@ -125,7 +127,7 @@ def test_partial_results_merge_by_their_log_sum_exp():
 def test_scale():
     qkv = torch.randn(3, 1, 2, 5 + 99, 16).unbind()
     expected, _ = reference.attention(*qkv, [(9, 11)], 5, ClearConfig(3), scale=0.7)
-    for backend in ("tiled", "dense", "flex"):
+    for backend in machine.BACKENDS:
         output, _ = attend(qkv, [(9, 11)], 5, ClearConfig(3), None, backend=backend, scale=0.7)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
@@ -138,6 +140,7 @@ def test_chunks_of_tiles_change_nothing(monkeypatch):
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
 
 
+@machine.needs_compiler
 def test_flex_inside_an_outer_compiled_graph():
     layout = TokenLayout([(24, 24)], 16, ClearConfig(6))
 

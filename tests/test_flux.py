@@ -15,7 +15,7 @@ from clear_attn import attention, backends
 from clear_attn.backends import dense, flex, tiled
 from clear_attn.doors import layout_for
 from clear_attn.families import flux
-from tests import reference, tiny
+from tests import machine, reference, tiny
 
 
 class RasterProcessor(torch.nn.Module):
@@ -60,7 +60,7 @@ GRID = st.sampled_from([(1, 1), (3, 5), (8, 8), (13, 7), (17, 23), (16, 24)])
     batch=st.integers(1, 3),
     guidance=st.booleans(),
     controlnet=st.booleans(),
-    backend=st.sampled_from(["tiled", "dense", "flex"]),
+    backend=st.sampled_from(machine.BACKENDS),
 )
 @settings(max_examples=30)
 def test_equals_the_rule_in_raster_order(grids, text, window, factor, batch, guidance, controlnet, backend):
@@ -119,7 +119,7 @@ def test_portrait_and_landscape_in_turn(transformer):
             torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "flex"])
+@pytest.mark.parametrize("backend", machine.BACKENDS)
 def test_two_threads_see_their_own_layouts(transformer, backend):
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     calls = [tiny.flux_call(transformer, grid) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
@@ -187,7 +187,8 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(transformer, use
         torch.testing.assert_close(ours, plain_one, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["tiled", "flex"])
+@machine.needs_compiler
+@pytest.mark.parametrize("backend", machine.BACKENDS)
 def test_regional_compilation(transformer, backend):
     calls = [tiny.flux_call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
     plain = [
@@ -201,6 +202,7 @@ def test_regional_compilation(transformer, backend):
         torch.testing.assert_close(run(transformer, call), run(model, call), atol=1e-5, rtol=0)
 
 
+@machine.needs_compiler
 def test_compiled_transformer(transformer):
     call = tiny.flux_call(transformer, (13, 7))
     clear.linearize(transformer, 4, 2, weights=None)
@@ -208,6 +210,7 @@ def test_compiled_transformer(transformer):
     torch.testing.assert_close(run(torch.compile(transformer), call), expected, atol=1e-5, rtol=0)
 
 
+@machine.needs_compiler
 def test_twenty_sizes_stay_within_bounds(transformer, monkeypatch):
     """Caches stay bounded, FlexAttention is compiled a handful of times, and nothing takes a dense path."""
     for module in (attention, dense, tiled):
