@@ -4,7 +4,7 @@
 
 builds the tokenizers, trains the autoencoder on drawn scenes, then the transformer and both text encoders
 together by flow matching, and saves a `FluxPipeline` in bfloat16. Seeded: the same machine gives the same
-weights. About an hour and a quarter on two cores, the autoencoder's five minutes included; `--autoencoder` takes
+weights. About an hour and a half on two cores, the autoencoder's five minutes included; `--autoencoder` takes
 one that was trained before.
 """
 
@@ -41,20 +41,24 @@ class Phase(NamedTuple):
         learning_rate: the highest.
         image_tokens: how many tokens of each picture are seen, at random places.
         batch_sizes: for each text length.
+        jitter: how far a figure may lie off its place, and how much its half side may vary, as shares of the
+            picture's side.
     """
 
     steps: int
     learning_rate: float
     image_tokens: int
     batch_sizes: dict[int, int]
+    jitter: float
 
 
+LOOSE, NEAT = 0.02, 0.01
 WHOLE = {24: 16, 96: 12, 512: 5}
 PHASES = (
-    Phase(5000, 2e-3, 256, WHOLE),
+    Phase(5000, 2e-3, 256, WHOLE, LOOSE),
     # A quarter of each picture costs a third: more pictures, and what each token can know is the text and its place.
-    Phase(2200, 1.5e-3, 64, {24: 48, 96: 28, 512: 7}),
-    Phase(500, 5e-4, 256, WHOLE),
+    Phase(1300, 1.5e-3, 64, {24: 48, 96: 28, 512: 7}, NEAT),
+    Phase(500, 7e-4, 256, WHOLE, NEAT),
 )
 
 
@@ -168,12 +172,13 @@ def build_pipeline() -> FluxPipeline:
     )
 
 
-def draw_pictures(count: int, size: int, rng: np.random.Generator) -> tuple[list[Scene], torch.Tensor]:
+def draw_pictures(count: int, size: int, jitter: float, rng: np.random.Generator) -> tuple[list[Scene], torch.Tensor]:
     """Scenes in random order and their pictures, `[count, 3, size, size]` in -1..1."""
     known = training_scenes()
     scenes = [known[index % len(known)] for index in rng.permutation(count)]
     drawn = [
-        draw(scene, size, shift=tuple(rng.uniform(-0.02, 0.02, 2)), half=rng.uniform(0.21, 0.25)) for scene in scenes
+        draw(scene, size, shift=tuple(rng.uniform(-jitter, jitter, 2)), half=0.23 + rng.uniform(-jitter, jitter))
+        for scene in scenes
     ]
     return scenes, torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -195,7 +200,7 @@ def train_autoencoder(vae: AutoencoderKL, count: int, steps: int, rng: torch.Gen
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     drawing = np.random.default_rng(rng.initial_seed())
-    small, large = (draw_pictures(count, size, drawing)[1] for size in (SIZE // 2, SIZE))
+    small, large = (draw_pictures(count, size, LOOSE, drawing)[1] for size in (SIZE // 2, SIZE))
     started = time.monotonic()
     for step in range(steps):
         pictures = small if step < 0.86 * steps else large
@@ -291,11 +296,11 @@ def main(
         train_autoencoder(pipe.vae, pictures // 2, autoencoder_steps, torch.Generator().manual_seed(seed))
     # Rounded as it will be saved, so that the transformer learns the latents that it will meet.
     pipe.vae.to(torch.bfloat16).to(torch.float32)
-    scenes, drawn = draw_pictures(pictures, SIZE, np.random.default_rng(seed + 1))
-    with torch.no_grad():
-        latents = encode_pictures(pipe, drawn)
     for number, phase in enumerate(PHASES):
         if number >= first_phase:
+            scenes, drawn = draw_pictures(pictures, SIZE, phase.jitter, np.random.default_rng(seed + 1))
+            with torch.no_grad():
+                latents = encode_pictures(pipe, drawn)
             steps = min(phase.steps, most_steps or phase.steps)
             phase_rng = torch.Generator().manual_seed(seed + 2 + number)
             train_transformer(pipe, scenes, latents, phase._replace(steps=steps), phase_rng)
