@@ -42,7 +42,7 @@ def demo(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; may be repeated.", show_default="four captions")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 6,
+    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 8,
     down_factor: Annotated[int, typer.Option(min=1, help="Side of pooled cells in tokens; 1 for none.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("clear-attn-demo.png"),

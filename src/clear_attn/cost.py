@@ -136,20 +136,21 @@ class Cost:
         }
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        def row(name: str, dense: int, pairs: int) -> tuple[str, str, str]:
-            return name, f"{self.flops(dense) / 1e9:,.1f}", f"{self.flops(pairs) / 1e9:,.1f}"
+        digits = 1 if self.dense_layer_gflops > 10 else 3
 
-        rows = [
-            row("text queries, all keys", self.text_query_pairs, self.text_query_pairs),
-            row("image queries, text keys", self.text_key_pairs, self.text_key_pairs),
-            row("image queries, image keys", self.image_tokens**2, self.window_pairs),
-            row("image queries, pooled keys", 0, self.pooled_pairs),
-            row("a layer", self.dense_pairs, self.pairs),
+        def row(name: str, dense: int, pairs: int, times: int = 1) -> tuple[str, str, str]:
+            dense_cell, cell = (f"{times * self.flops(number) / 1e9:,.{digits}f}" for number in (dense, pairs))
+            return name, dense_cell, cell
+
+        kinds = [
+            ("text queries, all keys", self.text_query_pairs, self.text_query_pairs),
+            ("image queries, text keys", self.text_key_pairs, self.text_key_pairs),
+            ("image queries, image keys", self.image_tokens**2, self.window_pairs),
+            ("image queries, pooled keys", 0, self.pooled_pairs),
+            ("a layer", self.dense_pairs, self.pairs),
         ]
-        step = self.batch * self.layers
-        dense, local = (f"{step * gflops:,.1f}" for gflops in (self.dense_layer_gflops, self.layer_gflops))
-        total = (f"all {self.layers} layers", dense, local)
-        return [("GFLOPs of attention", "dense", "CLEAR"), *(row for row in rows if row[1:] != ("0.0", "0.0")), total]
+        total = row(f"all {self.layers} layers", self.dense_pairs, self.pairs, self.batch * self.layers)
+        return [("GFLOPs of attention", "dense", "CLEAR"), *(row(*kind) for kind in kinds if any(kind[1:])), total]
 
     def _heading(self) -> str:
         batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
