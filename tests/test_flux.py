@@ -189,7 +189,10 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(transformer, use
 
 @machine.needs_compiler
 @pytest.mark.parametrize("backend", machine.BACKENDS)
-def test_regional_compilation(transformer, backend):
+def test_regional_compilation(backend):
+    """Of more blocks than torch would compile one by one."""
+    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+    transformer = tiny.flux_transformer(num_layers=torch._dynamo.config.recompile_limit + 1)
     calls = [tiny.flux_call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
     plain = [
         in_raster_order(transformer, [grid], text, clear.ClearConfig(4))

@@ -80,24 +80,30 @@ class ClearAttnProcessor(nn.Module):
         text, image = joint[:, layout.text], joint[:, layout.image]
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
+    @property
+    def _where(self) -> str:
+        return f"CLEAR's attention at {self.layer or 'an unnamed layer'}"
+
     def _check(self, attention_mask: Tensor | None, layout: TokenLayout | None) -> TokenLayout:
-        where = f"CLEAR's attention at {self.layer or 'an unnamed layer'}"
+        # The layer's name is read only where it is needed: a compiled block that reads it is compiled anew for each.
         if layout is None:
             raise RuntimeError(
-                f"{where} was called without a layout: call the linearized transformer, not its blocks; if its hooks "
-                "were removed, load the model anew"
+                f"{self._where} was called without a layout: call the linearized transformer, not its blocks; if its "
+                "hooks were removed, load the model anew"
             )
         if attention_mask is not None:
             raise RuntimeError(
-                f"{where} takes no attention mask, got one of shape {list(attention_mask.shape)}; leave it out of "
-                "joint_attention_kwargs, or clear_attn.restore() the model"
+                f"{self._where} takes no attention mask, got one of shape {list(attention_mask.shape)}; leave it out "
+                "of joint_attention_kwargs, or clear_attn.restore() the model"
             )
         if self._parallel_config is not None:
-            raise RuntimeError(f"{where} does not work under diffusers' context parallelism; leave it switched off")
+            raise RuntimeError(
+                f"{self._where} does not work under diffusers' context parallelism; leave it switched off"
+            )
         if layout.config.down_factor != self.down_factor:
             raise RuntimeError(
-                f"{where} pools cells of side {self.down_factor}, the layout of this call {layout.config.down_factor}; "
-                "give both one down_factor"
+                f"{self._where} pools cells of side {self.down_factor}, the layout of this call "
+                f"{layout.config.down_factor}; give both one down_factor"
             )
         return layout
 
