@@ -233,25 +233,25 @@ class TestRefusals:
 
 class TestAuto:
     def test_says_why(self):
-        choice = choose("cpu", torch.float32, 64, needs_grad=True, image_tokens=2**16)
+        choice = choose("cpu", torch.float32, 64, needs_grad=True)
         assert choice.backend == "tiled"
         assert "no gradients on a CPU" in choice.reason
 
     def test_falls_to_tiled_on_what_it_does_not_know(self):
-        choice = choose("mps", torch.float16, 128, needs_grad=False, image_tokens=2**16)
+        choice = choose("mps", torch.float16, 128, needs_grad=False)
         assert choice.backend == "tiled"
         assert "mps" in choice.reason
 
     def test_on_a_gpu(self, monkeypatch):
         monkeypatch.setattr(flex, "reason_against_device", lambda device: None)
-        assert choose("cuda", torch.bfloat16, 64, needs_grad=False, image_tokens=64).backend == "flex"
+        assert choose("cuda", torch.bfloat16, 64, needs_grad=False).backend == "flex"
         for head_dim, needs_grad, reason in ((8, False, "head_dim below 16 on CUDA, got 8"), (64, True, "gradients")):
-            choice = choose("cuda", torch.bfloat16, head_dim, needs_grad, image_tokens=2**16)
+            choice = choose("cuda", torch.bfloat16, head_dim, needs_grad)
             assert choice.backend == "tiled"
             assert reason in choice.reason
 
     def test_double_precision(self):
-        choice = choose("cpu", torch.float64, 64, needs_grad=False, image_tokens=2**16)
+        choice = choose("cpu", torch.float64, 64, needs_grad=False)
         assert choice.backend == "tiled"
         assert "torch.float64" in choice.reason
         check_double()
@@ -260,7 +260,7 @@ class TestAuto:
         flex._look_for_tools.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
         try:
-            choice = choose("cpu", torch.float32, 64, needs_grad=False, image_tokens=2**16)
+            choice = choose("cpu", torch.float32, 64, needs_grad=False)
         finally:
             flex._look_for_tools.cache_clear()
         assert choice.backend == "tiled"

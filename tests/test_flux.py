@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clear_attn as clear
-from clear_attn import attention, backends
+from clear_attn import attention
 from clear_attn.backends import dense, flex, tiled
 from clear_attn.doors import layout_for
 from clear_attn.families import flux
@@ -239,8 +239,7 @@ def test_twenty_sizes_stay_within_bounds(transformer, monkeypatch):
     assert not dead
 
 
-def test_gradients_of_controlnet_residuals_alone(transformer, monkeypatch):
-    monkeypatch.setattr(backends, "CPU_FLEX_FROM", 0)
+def test_gradients_of_controlnet_residuals_alone(transformer):
     call = tiny.flux_call(transformer, (6, 5), controlnet=True)
     residual = call["controlnet_block_samples"][1].requires_grad_()
     transformer.requires_grad_(False)

@@ -107,7 +107,7 @@ def clear_attention(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, all_key, all_value))
     properties = query.device.type, query.dtype, query.shape[-1], needs_grad
     if backend == "auto":
-        backend = choose(*properties, layout.image_tokens).backend
+        backend = choose(*properties).backend
     elif backend == "flex" and (obstacle := flex.reason_against(*properties)):
         raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
     image, image_lse = BACKENDS[backend].attend(

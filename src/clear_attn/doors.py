@@ -74,13 +74,8 @@ class DoorIn:
             return self.backend
         tensors = itertools.chain(tree_leaves(call), transformer.parameters())
         needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
-        choice = choose(
-            layout.device.type,
-            call["hidden_states"].dtype,
-            transformer.config.attention_head_dim,
-            needs_grad,
-            layout.image_tokens,
-        )
+        dtype, head_dim = call["hidden_states"].dtype, transformer.config.attention_head_dim
+        choice = choose(layout.device.type, dtype, head_dim, needs_grad)
         logger.debug("%d image tokens with backend %s: %s", layout.image_tokens, *choice)
         return choice.backend
 

@@ -39,9 +39,6 @@ BACKENDS: dict[str, Backend] = {
     "dense": Backend(dense.attend, lambda layout: None),
 }
 
-# Measured on two cores of an EPYC (AVX2) with torch 2.13, float32.
-CPU_FLEX_FROM = 4096
-
 
 class Choice(NamedTuple):
     """A backend's name, and why it was chosen."""
@@ -56,7 +53,7 @@ def check_backend(name: object) -> None:
         raise ValueError(f"unknown backend {name!r}; choose one of {['auto', *BACKENDS]}")
 
 
-def choose(device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool, image_tokens: int) -> Choice:
+def choose(device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> Choice:
     """What `backend="auto"` takes, a pure function of a call's properties."""
     obstacle = flex.reason_against(device_type, dtype, head_dim, needs_grad)
     if obstacle:
@@ -64,6 +61,6 @@ def choose(device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool
     if needs_grad:
         # https://github.com/pytorch/pytorch/issues/158212 and 153799
         return Choice("tiled", "torch has open bugs in the gradients of FlexAttention on GPUs")
-    if device_type == "cpu" and image_tokens < CPU_FLEX_FROM:
-        return Choice("tiled", f"below {CPU_FLEX_FROM} image tokens it beats flex on a CPU")
+    if device_type == "cpu":
+        return Choice("tiled", "it beat flex at every size that was measured (benchmarks/results/backends-cpu.json)")
     return Choice("flex", "FlexAttention visits only the blocks of keys that the window reaches")
