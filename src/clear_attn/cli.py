@@ -30,6 +30,9 @@ class Model(StrEnum):
     """Architectures whose costs can be told without their weights."""
 
     flux = "flux"
+    sd3_medium = "sd3-medium"
+    sd35_medium = "sd3.5-medium"
+    sd35_large = "sd3.5-large"
 
 
 @app.callback()
@@ -65,7 +68,9 @@ def cost(
     width: Annotated[int, typer.Option(help="Width of the picture in pixels.")],
     window: Annotated[int, typer.Option(help="Radius of the window in tokens.")] = 16,
     down_factor: Annotated[int, typer.Option(help="Side of pooled cells in tokens; 1 for none.")] = 1,
-    text_tokens: Annotated[int, typer.Option(help="Length of the text sequence.")] = 512,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Length of the text sequence.", show_default="512 for flux, 333 for sd3")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures in one forward pass.")] = 1,
     model: Annotated[Model, typer.Option(help="The architecture.")] = Model.flux,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -91,8 +96,17 @@ def cost(
 def _without_weights(model: Model) -> Any:
     """A transformer of an architecture on the meta device, at its published size."""
     import torch
-    from diffusers import FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-    assert model is Model.flux
+    sd3_medium = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+    sd35_large = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
     with torch.device("meta"):
-        return FluxTransformer2DModel(guidance_embeds=True)
+        match model:
+            case Model.flux:
+                return FluxTransformer2DModel(guidance_embeds=True)
+            case Model.sd3_medium:
+                return SD3Transformer2DModel(**sd3_medium)
+            case Model.sd35_medium:
+                return SD3Transformer2DModel(**sd3_medium, dual_attention_layers=tuple(range(13)))
+            case Model.sd35_large:
+                return SD3Transformer2DModel(**sd35_large)

@@ -13,8 +13,7 @@ from clear_attn.linearize import find_transformer
 from clear_attn.masks import BLOCK
 from clear_attn.state import door_of
 
-DEFAULT_PIXELS_PER_TOKEN = 16
-DEFAULT_TEXT_TOKENS = 512
+DEFAULT_VAE_SCALE = 8
 
 
 def window_pairs(grid: Grid, window: int) -> int:
@@ -40,9 +39,11 @@ class Cost:
 
     Attributes:
         height, width (`int`): of the grid, in tokens.
-        text_tokens, batch, layers (`int`): numbers of text tokens, pictures, attention layers.
+        text_tokens, batch (`int`): numbers of text tokens and pictures.
+        layers (`int`): attention layers in which text takes part.
         inner_dim (`int`): heads x head_dim.
         window, down_factor (`int`): of CLEAR.
+        layers_without_text (`int`): attention layers in which the image tokens stand alone.
         controlnets (`int`): ControlNets in the pipeline, whose attention stays dense and is not counted.
     """
 
@@ -54,6 +55,7 @@ class Cost:
     inner_dim: int
     window: int
     down_factor: int
+    layers_without_text: int = 0
     controlnets: int = 0
 
     @property
@@ -92,8 +94,18 @@ class Cost:
     def dense_pairs(self) -> int:
         return (self.text_tokens + self.image_tokens) ** 2
 
+    @property
+    def step_pairs(self) -> int:
+        """Visible pairs of all layers and pictures."""
+        without_text = self.layers_without_text * (self.window_pairs + self.pooled_pairs)
+        return self.batch * (self.layers * self.pairs + without_text)
+
+    @property
+    def dense_step_pairs(self) -> int:
+        return self.batch * (self.layers * self.dense_pairs + self.layers_without_text * self.image_tokens**2)
+
     def flops(self, pairs: int) -> int:
-        """FLOPs of so many pairs in one layer and picture."""
+        """FLOPs of so many pairs."""
         return 4 * pairs * self.inner_dim
 
     @property
@@ -107,7 +119,7 @@ class Cost:
     @property
     def ratio(self) -> float:
         """How many times the dense work is that of CLEAR."""
-        return self.dense_pairs / self.pairs
+        return self.dense_step_pairs / self.step_pairs
 
     @property
     def block_list_bytes(self) -> int:
@@ -127,19 +139,18 @@ class Cost:
             "ratio",
             "block_list_bytes",
         )
-        step = self.batch * self.layers
         return {
             **inputs,
             **{name: getattr(self, name) for name in derived},
-            "step_gflops": step * self.layer_gflops,
-            "dense_step_gflops": step * self.dense_layer_gflops,
+            "step_gflops": self.flops(self.step_pairs) / 1e9,
+            "dense_step_gflops": self.flops(self.dense_step_pairs) / 1e9,
         }
 
     def _rows(self) -> list[tuple[str, str, str]]:
         digits = 1 if self.dense_layer_gflops > 10 else 3
 
-        def row(name: str, dense: int, pairs: int, times: int = 1) -> tuple[str, str, str]:
-            dense_cell, cell = (f"{times * self.flops(number) / 1e9:,.{digits}f}" for number in (dense, pairs))
+        def row(name: str, dense: int, pairs: int) -> tuple[str, str, str]:
+            dense_cell, cell = (f"{self.flops(number) / 1e9:,.{digits}f}" for number in (dense, pairs))
             return name, dense_cell, cell
 
         kinds = [
@@ -148,9 +159,9 @@ class Cost:
             ("image queries, image keys", self.image_tokens**2, self.window_pairs),
             ("image queries, pooled keys", 0, self.pooled_pairs),
             ("a layer", self.dense_pairs, self.pairs),
+            (f"all {self.layers + self.layers_without_text} layers", self.dense_step_pairs, self.step_pairs),
         ]
-        total = row(f"all {self.layers} layers", self.dense_pairs, self.pairs, self.batch * self.layers)
-        return [("GFLOPs of attention", "dense", "CLEAR"), *(row(*kind) for kind in kinds if any(kind[1:])), total]
+        return [("GFLOPs of attention", "dense", "CLEAR"), *(row(*kind) for kind in kinds if any(kind[1:]))]
 
     def _heading(self) -> str:
         batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
@@ -169,6 +180,8 @@ class Cost:
         ]
         if self.controlnets:
             remarks.append(f"Dense and not counted: {self.controlnets} ControlNet(s).")
+        if self.layers_without_text:
+            remarks.append(f"In {self.layers_without_text} of the layers the image tokens stand alone, without text.")
         return remarks
 
     def __str__(self) -> str:
@@ -204,7 +217,8 @@ def cost(
         pipe: a supported pipeline or transformer, linearized or not.
         height, width (`int`): of the picture in pixels; rounded down to whole tokens, as diffusers does.
         window, down_factor (`int`, *optional*): default to those of a linearized pipeline, else 16 and 1.
-        text_tokens (`int`, *optional*, defaults to 512): length of the text sequence.
+        text_tokens (`int`, *optional*): length of the text sequence; by default that of the family's pipelines, 512
+            for FLUX, 333 for SD3.
         batch (`int`, defaults to 1): pictures in one forward pass.
 
     Raises:
@@ -218,7 +232,7 @@ def cost(
         own.window if window is None else window, own.down_factor if down_factor is None else down_factor
     )
     scale = getattr(pipe, "vae_scale_factor", None)
-    pixels = 2 * scale if scale else DEFAULT_PIXELS_PER_TOKEN
+    pixels = family.latents_per_token(transformer) * (scale or DEFAULT_VAE_SCALE)
     sides = []
     for name, side in (("height", height), ("width", width)):
         side = check_whole_number(name, side, "it is in pixels")
@@ -226,14 +240,16 @@ def cost(
             raise ValueError(f"{name}={side} is less than one token of {pixels} pixels; give the size in pixels")
         sides.append(side // pixels)
     if text_tokens is None:
-        text_tokens = DEFAULT_TEXT_TOKENS
+        text_tokens = family.text_tokens
+    has_text = [family.has_text(layer) for layer in family.attention_layers(transformer)]
     controlnet = getattr(pipe, "controlnet", None)
     return Cost(
         height=sides[0],
         width=sides[1],
         text_tokens=check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0),
         batch=check_whole_number("batch", batch, "it is the number of pictures"),
-        layers=len(family.attention_layers(transformer)),
+        layers=sum(has_text),
+        layers_without_text=len(has_text) - sum(has_text),
         inner_dim=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
         window=config.window,
         down_factor=config.down_factor,

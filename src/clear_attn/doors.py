@@ -13,7 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clear_attn.backends import BACKENDS, choose
 from clear_attn.config import ClearConfig
@@ -59,10 +59,12 @@ class DoorIn:
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         self._check_processors(transformer)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
-        grids, text_tokens, device = self.family.read(call)
+        grids, text_tokens, device = self.family.read(transformer, call)
         layout = layout_for(grids, text_tokens, self.config, self.family.text_first, device)
         backend = self._choose_backend(transformer, call, layout)
         BACKENDS[backend].prepare(layout)
+        if not all(map(self.family.has_text, self.original.processors)):
+            BACKENDS[backend].prepare(layout.without_text)
         entered = self.family.enter(call, layout)
         own = {LAYOUT: layout, BACKEND: backend}
         entered["joint_attention_kwargs"] = {**(call.get("joint_attention_kwargs") or {}), **own}
@@ -99,6 +101,4 @@ class DoorOut:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout = kwargs["joint_attention_kwargs"][LAYOUT]
-        if isinstance(output, tuple):
-            return (self.family.leave(output[0], layout), *output[1:])
-        return type(output)(sample=self.family.leave(output.sample, layout))
+        return tree_map_only(torch.Tensor, lambda tensor: self.family.leave(tensor, layout), output)

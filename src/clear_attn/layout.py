@@ -29,6 +29,13 @@ def _tile_order(grid: Grid) -> np.ndarray:
     return np.lexsort((x % 8, y % 8, x // 8 % 2, y // 8 % 2, x // 16, y // 16))
 
 
+@functools.lru_cache(maxsize=16)
+def tile_order(grid: Grid, device: torch.device) -> Tensor:
+    """int64 `[tokens]`: `x[tile_order]` puts the tokens of one picture from raster into tile order."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(_tile_order(grid)).to(device)
+
+
 def _axis_coordinates(length: int, first: int) -> np.ndarray:
     """Centres of `length` tokens along an axis on which the first grid has `first`, to a sixteenth of a token."""
     centres = (np.arange(length) + 0.5) * (first / length) - 0.5
@@ -154,6 +161,13 @@ class TokenLayout:
         """What FlexAttention visits, for image queries against all keys."""
         with torch.inference_mode(False):
             return block_lists(self.query, self.key, self.reach)
+
+    @functools.cached_property
+    def without_text(self) -> TokenLayout:
+        """The layout of a layer in which the image tokens stand alone."""
+        if not self.text_tokens:
+            return self
+        return TokenLayout(self.grids, 0, self.config, text_first=self.text_first, device=self.device)
 
     @functools.cached_property
     def tiles(self) -> Tiles:

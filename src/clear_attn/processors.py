@@ -66,7 +66,9 @@ class ClearAttnProcessor(nn.Module):
         clear_backend: str = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         layout = self._check(attention_mask, clear_layout)
-        query, key, value = project_flux(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        if hidden_states.shape[1] == layout.image_tokens and encoder_hidden_states is None:
+            layout = layout.without_text
+        query, key, value = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first)
         pooled = None
         if layout.pooled_tokens:
             pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
@@ -75,10 +77,13 @@ class ClearAttnProcessor(nn.Module):
             query, key, value, layout, pooled=pooled, backend=clear_backend, text_attention=self._text_attention
         )
         joint = joint.transpose(1, 2).flatten(2, 3)
+        image = joint if encoder_hidden_states is None else joint[:, layout.image]
+        if getattr(attn, "to_out", None) is not None:
+            image = attn.to_out[1](attn.to_out[0](image))
         if encoder_hidden_states is None:
-            return joint
-        text, image = joint[:, layout.text], joint[:, layout.image]
-        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+            return image
+        text = joint[:, layout.text]
+        return image, text if attn.context_pre_only else attn.to_add_out(text)
 
     @property
     def _where(self) -> str:
@@ -116,33 +121,33 @@ class ClearAttnProcessor(nn.Module):
         return dispatch_attention_fn(query, key, value, scale=scale, backend=backend).transpose(1, 2)
 
 
-def _project(attn: Any, names: tuple[str, str, str], fused: str, x: Tensor) -> list[Tensor]:
-    """Query, key and value `[batch, tokens, heads, head_dim]` by three projections, or by their fused one."""
+def _project(attn: Any, names: tuple[str, str, str], fused: str, norms: tuple[str, str], x: Tensor) -> list[Tensor]:
+    """Query, key and value `[batch, tokens, heads, head_dim]` by three projections or by their fused one, normed."""
     if attn.fused_projections:
         parts = getattr(attn, fused)(x).chunk(3, dim=-1)
     else:
         parts = [getattr(attn, name)(x) for name in names]
-    return [part.unflatten(-1, (-1, attn.head_dim)) for part in parts]
+    query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts)
+    norm_query, norm_key = (getattr(attn, norm, None) or nn.Identity() for norm in norms)
+    return [norm_query(query), norm_key(key), value]
 
 
-def project_flux(
+def project(
     attn: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value `[batch, heads, tokens, head_dim]` of a FLUX layer, text first.
+    text_first: bool,
+) -> list[Tensor]:
+    """Query, key and value `[batch, heads, tokens, head_dim]` of a layer, as FLUX's and SD3's own processors do.
 
-    A single block is given text and image joined, a double block is given them apart.
+    A layer is given text and image apart, to be joined in the family's order, or one sequence.
     """
-    query, key, value = _project(attn, ("to_q", "to_k", "to_v"), "to_qkv", hidden_states)
-    query, key = attn.norm_q(query), attn.norm_k(key)
+    parts = [_project(attn, ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k"), hidden_states)]
     if encoder_hidden_states is not None:
-        names = ("add_q_proj", "add_k_proj", "add_v_proj")
-        text_query, text_key, text_value = _project(attn, names, "to_added_qkv", encoder_hidden_states)
-        query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
-        key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
-        value = torch.cat([text_value, value], dim=1)
+        names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+        parts.insert(0 if text_first else 1, _project(attn, names, "to_added_qkv", norms, encoder_hidden_states))
+    query, key, value = (torch.cat(each, dim=1) if len(each) > 1 else each[0] for each in zip(*parts, strict=True))
     if rotary is not None:
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return [x.transpose(1, 2) for x in (query, key, value)]

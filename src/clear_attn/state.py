@@ -104,12 +104,18 @@ def _set_door(transformer: Any, door: DoorIn | None) -> None:
     elif present:
         transformer._forward_pre_hooks[present[0]] = door
     else:
+        for module, hook in door.family.inner_doors(transformer):
+            module.register_forward_hook(hook)
         transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
         transformer.register_forward_pre_hook(door, with_kwargs=True)
 
 
 def _remove_doors(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
+    door = door_of(transformer)
+    for module, inner in door.family.inner_doors(transformer) if door else ():
+        for key in [key for key, hook in module._forward_hooks.items() if hook is inner]:
+            del module._forward_hooks[key]
     for hooks, marks, kind in (
         (transformer._forward_pre_hooks, transformer._forward_pre_hooks_with_kwargs, DoorIn),
         (transformer._forward_hooks, transformer._forward_hooks_with_kwargs, DoorOut),

@@ -6,8 +6,9 @@ from typing import Any
 
 from clear_attn.families.base import Call, Family
 from clear_attn.families.flux import Flux
+from clear_attn.families.sd3 import SD3
 
-FAMILIES: tuple[Family, ...] = (Flux(),)
+FAMILIES: tuple[Family, ...] = (Flux(), SD3())
 
 
 def family_of(transformer: Any) -> Family | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clear_attn.layout import Grid, TokenLayout
+from clear_attn.processors import ClearAttnProcessor
 
 
 class Call(NamedTuple):
@@ -20,12 +22,21 @@ class Call(NamedTuple):
 
 
 class Family(abc.ABC):
-    """One family. Stateless: what differs from call to call travels in the call's keywords."""
+    """One family. Stateless: what differs from call to call travels in the call's keywords.
+
+    Attributes:
+        name: in `clear-attn cost --model`.
+        transformer_class: its transformers in diffusers.
+        stock_processors: those that CLEAR's processor can stand in for.
+        text_first: whether text comes before the image where they are joined.
+        text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
+    """
 
     name: str
     transformer_class: type
     stock_processors: tuple[type, ...]
     text_first: bool
+    text_tokens: int
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""
@@ -34,12 +45,24 @@ class Family(abc.ABC):
             for key in transformer.attn_processors
         }
 
-    @abc.abstractmethod
+    def has_text(self, layer: str) -> bool:
+        """Whether text takes part in a layer's attention, by the layer's name."""
+        return True
+
     def new_processor(self, down_factor: int, layer: str) -> nn.Module:
         """The processor for a layer."""
+        return ClearAttnProcessor(down_factor, layer)
 
     @abc.abstractmethod
-    def read(self, kwargs: dict[str, Any]) -> Call:
+    def latents_per_token(self, transformer: Any) -> int:
+        """The side of a token in pixels of the latent picture."""
+
+    def inner_doors(self, transformer: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """Modules inside whose output goes into tile order, each with the forward hook that does it."""
+        return []
+
+    @abc.abstractmethod
+    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         """Reads the grids and the text length from a call's keywords; raises ValueError where they do not fit."""
 
     @abc.abstractmethod
@@ -48,4 +71,4 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        """The transformer's output in raster order."""
+        """A tensor of the transformer's output in raster order."""

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from clear_attn.families.base import Call, Family
 from clear_attn.layout import Grid, TokenLayout
-from clear_attn.processors import ClearAttnProcessor
 
 CONTROLNET_RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 
@@ -23,11 +22,12 @@ class Flux(Family):
     transformer_class = FluxTransformer2DModel
     stock_processors = (FluxAttnProcessor,)
     text_first = True
+    text_tokens = 512
 
-    def new_processor(self, down_factor: int, layer: str) -> nn.Module:
-        return ClearAttnProcessor(down_factor, layer)
+    def latents_per_token(self, transformer: Any) -> int:
+        return 2  # the pipelines pack them so
 
-    def read(self, kwargs: dict[str, Any]) -> Call:
+    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         if kwargs.get("img_ids") is None:
             raise ValueError("img_ids must tell where the image tokens stand, got None; pass them as FluxPipeline does")

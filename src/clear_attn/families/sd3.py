@@ -1,0 +1,68 @@
+"""Stable Diffusion 3 and 3.5 in diffusers: image first, the picture itself as input, dual attention without text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
+from torch import Tensor, nn
+
+from clear_attn.families.base import Call, Family
+from clear_attn.layout import TokenLayout, tile_order
+
+CONTROLNET_RESIDUALS = "block_controlnet_hidden_states"
+
+
+class SD3(Family):
+    name = "sd3"
+    transformer_class = SD3Transformer2DModel
+    stock_processors = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
+    text_first = False
+    text_tokens = 77 + 256  # CLIP's and T5's
+
+    def has_text(self, layer: str) -> bool:
+        return not layer.endswith(".attn2")
+
+    def latents_per_token(self, transformer: Any) -> int:
+        return int(transformer.config.patch_size)
+
+    def inner_doors(self, transformer: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        return [(transformer.pos_embed, into_tile_order)]
+
+    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        side = self.latents_per_token(transformer)
+        height, width = hidden_states.shape[-2:]
+        if height % side or width % side or hidden_states.ndim != 4:
+            raise ValueError(
+                f"hidden_states must be [batch, channels, height, width] with sides in multiples of {side}, got "
+                f"{list(hidden_states.shape)}; give the picture a height and width in multiples of 16 pixels"
+            )
+        grid = height // side, width // side
+        for residual in kwargs.get(CONTROLNET_RESIDUALS) or ():
+            if residual.shape[1] != grid[0] * grid[1]:
+                raise ValueError(
+                    f"{CONTROLNET_RESIDUALS} must have a residual for each of {grid[0] * grid[1]} image tokens, got "
+                    f"{residual.shape[1]}; give the ControlNet the picture's own height and width"
+                )
+        return Call((grid,), text.shape[1], hidden_states.device)
+
+    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        residuals = kwargs.get(CONTROLNET_RESIDUALS)
+        if residuals is None:
+            return dict(kwargs)
+        return {**kwargs, CONTROLNET_RESIDUALS: [residual[:, layout.order] for residual in residuals]}
+
+    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        (rows, columns), (height, width) = layout.grids[0], sample.shape[-2:]
+        patches = sample.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
+        tokens = patches.transpose(3, 4).flatten(2, 3)[:, :, layout.inverse]
+        return tokens.unflatten(2, (rows, columns)).transpose(3, 4).reshape(sample.shape)
+
+
+def into_tile_order(patch_embedding: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A forward hook. Only behind the positions' embedding, which counts rows and columns, may the order change."""
+    height, width = (length // patch_embedding.patch_size for length in args[0].shape[-2:])
+    return output[:, tile_order((height, width), output.device)]
