@@ -18,9 +18,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request):
+    return tiny.FAMILIES[request.param]
+
+
 @pytest.fixture
-def transformer():
-    return tiny.flux_transformer()
+def transformer(family):
+    return family.transformer()
 
 
 @pytest.fixture

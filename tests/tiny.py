@@ -2,9 +2,11 @@
 
 import copy
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from clear_attn import demo
 
@@ -44,13 +46,14 @@ def image_ids(*grids):
     return torch.cat(parts).float()
 
 
+def _random(seed):
+    rng = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=rng)
+
+
 def flux_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
     """Keywords of a forward call with random values."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(shape, generator=rng)
-
+    random = _random(seed)
     config, tokens = transformer.config, sum(height * width for height, width in grids)
     inner = config.num_attention_heads * config.attention_head_dim
     call = {
@@ -66,3 +69,62 @@ def flux_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
         call["controlnet_block_samples"] = [random(batch, tokens, inner) for _ in range(config.num_layers)]
         call["controlnet_single_block_samples"] = [random(batch, tokens, inner)]
     return call
+
+
+def sd3_transformer(dual=True, **changes):
+    """A random SD3.5 of three blocks, the first with dual attention, the last without a text output; 2 heads of 16."""
+    config = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 10,
+        "pos_embed_max_size": 72,
+        "dual_attention_layers": (0,) if dual else (),
+        "qk_norm": "rms_norm" if dual else None,
+    }
+    torch.manual_seed(1)
+    return SD3Transformer2DModel(**{**config, **changes}).eval()
+
+
+def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
+    """Keywords of a forward call with random values."""
+    random, config = _random(seed), transformer.config
+    height, width = grid
+    inner = config.num_attention_heads * config.attention_head_dim
+    call = {
+        "hidden_states": random(batch, config.in_channels, 2 * height, 2 * width),
+        "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+        "pooled_projections": random(batch, config.pooled_projection_dim),
+        "timestep": torch.full((batch,), 700.0),
+    }
+    if controlnet:
+        call["block_controlnet_hidden_states"] = [random(batch, height * width, inner) for _ in range(2)]
+    return call
+
+
+class Family(NamedTuple):
+    """How the tests make a family's models, variants of them, and calls.
+
+    Attributes:
+        transformer: makes a small random one.
+        variants: keywords that make other kinds of it.
+        call: makes the keywords of a forward call of it for grids, text, batch, seed, controlnet.
+        layers: how many attention layers it has.
+        most_grids: how many pictures a sequence may join.
+    """
+
+    transformer: Callable
+    variants: list[dict]
+    call: Callable
+    layers: int
+    most_grids: int
+
+
+FLUX = Family(flux_transformer, [{"guidance": False}, {"guidance": True}], flux_call, layers=4, most_grids=2)
+SD3 = Family(sd3_transformer, [{"dual": False}, {"dual": True}], sd3_call, layers=4, most_grids=1)
+FAMILIES = {"flux": FLUX, "sd3": SD3}

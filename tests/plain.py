@@ -1,0 +1,55 @@
+"""CLEAR the plain way: the stock model, in raster order, with the rule as a mask in each layer's attention."""
+
+import copy
+from unittest import mock
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from tests import reference
+
+# What each family's stock processor calls, and whether heads come before tokens there.
+FLUX_ATTENTION = "diffusers.models.transformers.transformer_flux.dispatch_attention_fn", False
+SD3_ATTENTION = "diffusers.models.attention_processor.F.scaled_dot_product_attention", True
+
+
+class RasterProcessor(torch.nn.Module):
+    def __init__(self, stock, grids, text, config, weight, text_first, called, heads_first):
+        super().__init__()
+        self.stock, self.rule, self.text_first = stock, (grids, text, config, weight), text_first
+        self.called, self.heads_first = called, heads_first
+
+    def attend(self, query, key, value, **_):
+        grids, text, *rule = self.rule
+        qkv = query, key, value
+        if not self.heads_first:
+            qkv = [x.transpose(1, 2) for x in qkv]
+        image = sum(height * width for height, width in grids)
+        if qkv[0].shape[2] == image:
+            text = 0
+        # The reference has text first.
+        shift = 0 if self.text_first else text
+        output, _ = reference.attention(*(x.roll(shift, 2) for x in qkv), grids, text, *rule)
+        output = output.roll(-shift, 2)
+        return output if self.heads_first else output.transpose(1, 2)
+
+    def __call__(self, *args, **kwargs):
+        with mock.patch(self.called, self.attend):
+            return self.stock(*args, **kwargs)
+
+
+def in_raster_order(transformer, grids, text, config):
+    """A copy whose layers compute the rule densely in raster order, pooling with plain means."""
+    plain = copy.deepcopy(transformer)
+    weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
+    text_first = isinstance(transformer, FluxTransformer2DModel)
+    attention = FLUX_ATTENTION if text_first else SD3_ATTENTION
+    for name, stock in plain.attn_processors.items():
+        layer = plain.get_submodule(name.removesuffix(".processor"))
+        layer.set_processor(RasterProcessor(stock, grids, text, config, weight, text_first, *attention))
+    return plain
+
+
+def run(transformer, call):
+    with torch.no_grad():
+        return transformer(**call, return_dict=False)[0]

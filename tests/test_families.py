@@ -1,0 +1,253 @@
+"""Each family through its doors: all that runs beside the image tokens, at every size, in every kind of call."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import clear_attn as clear
+from clear_attn import attention
+from clear_attn.backends import dense, flex, tiled
+from clear_attn.doors import layout_for
+from clear_attn.families import flux
+from clear_attn.layout import tile_order
+from tests import machine, tiny
+from tests.plain import in_raster_order, run
+
+GRID = st.sampled_from([(1, 1), (3, 5), (8, 8), (13, 7), (17, 23), (16, 24)])
+SIZES = {"text": 40, "window": 30, "factor": 5}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
+@given(data=st.data())
+@settings(max_examples=25)
+def test_equals_the_rule_in_raster_order(family, data):
+    grids = data.draw(st.lists(GRID, min_size=1, max_size=family.most_grids), "grids")
+    text, window, factor = (data.draw(st.integers(1, most), name) for name, most in SIZES.items())
+    batch, controlnet = data.draw(st.integers(1, 3), "batch"), data.draw(st.booleans(), "controlnet")
+    transformer = family.transformer(**data.draw(st.sampled_from(family.variants)))
+    call = family.call(transformer, *grids, text=text, batch=batch, controlnet=controlnet)
+    expected = run(in_raster_order(transformer, grids, text, clear.ClearConfig(window, factor)), call)
+    backend = data.draw(st.sampled_from(machine.BACKENDS), "backend")
+    clear.linearize(transformer, window, factor, weights=None, backend=backend)
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+def test_fused_projections(family, transformer):
+    call = family.call(transformer, (13, 7))
+    clear.linearize(transformer, 4, weights=None)
+    expected = run(transformer, call)
+    transformer.fuse_qkv_projections()
+    clear.linearize(transformer, 4, weights=None)
+    assert transformer.transformer_blocks[0].attn.fused_projections
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+def test_a_window_that_covers_the_grid_is_the_stock_model(family, transformer):
+    call = family.call(transformer, (13, 17), batch=2)
+    expected = run(transformer, call)
+    clear.linearize(transformer, 25, weights=None)
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+def test_positional_arguments_and_dataclass_output(family, transformer):
+    call = family.call(transformer, (6, 5))
+    clear.linearize(transformer, 3, weights=None)
+    expected = run(transformer, call)
+    call.pop("guidance", None)
+    with torch.no_grad():
+        assert torch.equal(transformer(*call.values()).sample, expected)
+
+
+def test_the_callers_keywords_are_left_alone(family, transformer):
+    call = family.call(transformer, (6, 5), controlnet=True)
+    call["joint_attention_kwargs"] = {}
+    before = copy.deepcopy(call)
+    clear.linearize(transformer, 3, weights=None)
+    with torch.no_grad():
+        transformer(**call)
+    torch.testing.assert_close(call, before, atol=0, rtol=0)
+
+
+def test_portrait_and_landscape_in_turn(family, transformer):
+    calls = [family.call(transformer, grid, text=text) for grid, text in (((5, 12), 7), ((12, 5), 7), ((5, 12), 9))]
+    expected = []
+    for call, grid in zip(calls, ((5, 12), (12, 5), (5, 12)), strict=True):
+        text = call["encoder_hidden_states"].shape[1]
+        expected.append(run(in_raster_order(transformer, [grid], text, clear.ClearConfig(4, 2)), call))
+    clear.linearize(transformer, 4, 2, weights=None)
+    for _ in range(2):
+        for call, output in zip(calls, expected, strict=True):
+            torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", machine.BACKENDS)
+def test_two_threads_see_their_own_layouts(family, transformer, backend):
+    clear.linearize(transformer, 4, 2, weights=None, backend=backend)
+    calls = [family.call(transformer, grid) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
+    expected = [run(transformer, call) for call in calls]
+    layout_for.cache_clear()
+    wrong = []
+
+    def work(start):
+        for turn in range(12):
+            which = (start + turn) % len(calls)
+            if not torch.allclose(run(transformer, calls[which]), expected[which], atol=1e-5):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_deep_copy_is_independent(family, transformer):
+    call = family.call(transformer, (9, 9))
+    stock = run(transformer, call)
+    clear.linearize(transformer, 3, 2, weights=None)
+    expected = run(transformer, call)
+    twin = copy.deepcopy(transformer)
+    with torch.no_grad():
+        twin.transformer_blocks[0].attn.processor.spatial_weight.mul_(2)
+    assert not torch.allclose(run(twin, call), expected, atol=1e-5)
+    assert torch.equal(run(transformer, call), expected)
+    clear.restore(twin)
+    assert clear.is_linearized(transformer)
+    torch.testing.assert_close(run(twin, call), stock)
+    assert torch.equal(run(transformer, call), expected)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transformer, use_reentrant, factor):
+    sizes = ((9, 7), (6, 11))
+    calls = [family.call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
+    for call in calls:
+        call["hidden_states"].requires_grad_()
+    plain = [in_raster_order(transformer, [grid], 7, clear.ClearConfig(3, factor)) for grid in sizes]
+    names = [name for name, _ in transformer.named_parameters()]
+
+    def gradients(models):
+        """Of both inputs, and of all parameters."""
+        inputs = [call["hidden_states"] for call in calls]
+        loss = sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True))
+        for tensor in (*inputs, *(x for model in models for x in model.parameters())):
+            tensor.grad = None
+        loss.backward()
+        found = [dict(model.named_parameters()) for model in dict.fromkeys(models)]
+        return [x.grad for x in inputs] + [sum(each[name].grad for each in found) for name in names]
+
+    expected = gradients(plain)
+    clear.linearize(transformer, 3, factor, weights=None)
+    transformer.enable_gradient_checkpointing(
+        lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant)
+    )
+    transformer.train()
+    for ours, plain_one in zip(gradients([transformer, transformer]), expected, strict=True):
+        torch.testing.assert_close(ours, plain_one, atol=1e-6, rtol=1e-5)
+
+
+@machine.needs_compiler
+def test_compiled_transformer(family, transformer):
+    call = family.call(transformer, (13, 7))
+    clear.linearize(transformer, 4, 2, weights=None)
+    expected = run(transformer, call)
+    torch.testing.assert_close(run(torch.compile(transformer), call), expected, atol=1e-5, rtol=0)
+
+
+@machine.needs_compiler
+def test_twenty_sizes_stay_within_bounds(family, transformer, monkeypatch):
+    """Caches stay bounded, FlexAttention is compiled a handful of times, and nothing takes a dense path."""
+    for module in (attention, dense, tiled):
+        monkeypatch.setattr(module, "softmax_attention", None)
+    clear.linearize(transformer, 4, weights=None, backend="flex")
+    compiled = []
+    monkeypatch.setattr(
+        flex, "_call", lambda *args, call=flex._call, **kwargs: compiled.append(1) or call(*args, **kwargs)
+    )
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    alive = []
+    for size in range(20):
+        run(transformer, family.call(transformer, (12 + size, 13 + 2 * size), text=5 + 3 * size))
+        gc.collect()
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert len(compiled) == 20 * family.layers
+    assert max(alive[10:]) <= alive[9], alive
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
+    assert layout_for.cache_info().currsize <= 8
+    assert len(flux._recent) <= 16
+    gc.collect()
+    dead = [reference for reference, *_ in flux._recent if reference() is not None]
+    assert not dead
+
+
+def test_gradients_of_controlnet_residuals_alone(family, transformer):
+    call = family.call(transformer, (6, 5), controlnet=True)
+    residual = next(value for name, value in call.items() if "controlnet" in name)[0].requires_grad_()
+    transformer.requires_grad_(False)
+    clear.linearize(transformer, 3, weights=None)
+    transformer(**call).sample.sum().backward()
+    assert residual.grad.abs().sum() > 0
+
+
+def test_another_default_device(family, transformer):
+    call = family.call(transformer, (9, 7))
+    clear.linearize(transformer, 3, 2, weights=None)
+    expected = run(transformer, call)
+    layout_for.cache_clear()
+    tile_order.cache_clear()
+    flux._recent.clear()
+    with torch.device("meta"):
+        assert torch.equal(run(transformer, call), expected)
+
+
+class TestDoor:
+    def test_names_a_layer_whose_processor_was_replaced(self, family, transformer):
+        stock = transformer.transformer_blocks[1].attn.processor
+        clear.linearize(transformer, 3, weights=None)
+        transformer.transformer_blocks[1].attn.set_processor(stock)
+        with pytest.raises(
+            RuntimeError, match=rf"transformer_blocks\.1\.attn was replaced by a {type(stock).__name__}"
+        ):
+            run(transformer, family.call(transformer, (4, 4)))
+
+    def test_names_a_layer_that_was_rebuilt_without_its_parameter(self, family, transformer):
+        clear.linearize(transformer, 3, 2, weights=None)
+        attn = transformer.transformer_blocks[1].attn
+        attn.set_processor(type(attn.processor)())
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn was replaced"):
+            run(transformer, family.call(transformer, (4, 4)))
+
+    def test_refuses_controlnet_residuals_of_another_picture(self, family, transformer):
+        call = family.call(transformer, (4, 6), controlnet=True)
+        name = [name for name in call if "controlnet" in name][-1]
+        call[name] = [residual[:, :20] for residual in call[name]]
+        clear.linearize(transformer, 3, weights=None)
+        with pytest.raises(ValueError, match=rf"{name} must have .* 24 image tokens, got 20"):
+            run(transformer, call)
+
+    def test_a_layer_without_a_layout_says_so(self, family, transformer):
+        clear.linearize(transformer, 3, weights=None)
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.attn was called without a layout"):
+            transformer.transformer_blocks[0].attn(torch.zeros(1, 4, 32), torch.zeros(1, 2, 32))
+
+    def test_an_attention_mask_is_refused(self, family, transformer):
+        clear.linearize(transformer, 3, weights=None)
+        call = family.call(transformer, (4, 4))
+        call["joint_attention_kwargs"] = {"attention_mask": torch.ones(1, 1, 1, 23)}
+        with pytest.raises(RuntimeError, match=r"takes no attention mask, got one of shape \[1, 1, 1, 23\]"):
+            run(transformer, call)
+
+    def test_context_parallelism_is_refused(self, family, transformer):
+        clear.linearize(transformer, 3, weights=None)
+        transformer.transformer_blocks[1].attn.processor._parallel_config = object()
+        with pytest.raises(
+            RuntimeError, match=r"transformer_blocks\.1\.attn does not work under .*context parallelism"
+        ):
+            run(transformer, family.call(transformer, (4, 4)))
