@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save, save_file
 import clear_attn as clear
 from clear_attn import state
 from clear_attn.weights import POOLED, replaced_parameters
-from tests import tiny
 
 
 def photograph(transformer):
@@ -78,14 +77,14 @@ def test_restore_of_what_is_not_linearized_changes_nothing(transformer):
     assert_same(transformer, before)
 
 
-def test_other_hooks_stay(transformer):
+def test_other_hooks_stay(family, transformer):
     calls = []
     transformer.register_forward_pre_hook(lambda *_: calls.append("before"))
     before = photograph(transformer)
     clear.linearize(transformer, 4, weights=None)
     transformer.register_forward_hook(lambda *_: calls.append("after"))
     clear.restore(transformer)
-    transformer(**tiny.flux_call(transformer, (3, 3)))
+    transformer(**family.call(transformer, (3, 3)))
     assert calls == ["before", "after"]
     assert photograph(transformer)["hooks"][0] == before["hooks"][0]
 
@@ -108,8 +107,8 @@ def test_down_factor_comes_from_the_weights(transformer, checkpoint):
     assert (clear.cost(transformer, 64, 64).window, clear.cost(transformer, 64, 64).down_factor) == (16, 1)
 
 
-def test_fused_projections_follow_the_weights(transformer, checkpoint):
-    call = tiny.flux_call(transformer, (5, 7))
+def test_fused_projections_follow_the_weights(family, transformer, checkpoint):
+    call = family.call(transformer, (5, 7))
     clear.linearize(transformer, 3, weights=checkpoint)
     expected = transformer(**call).sample
     clear.restore(transformer)
@@ -130,11 +129,11 @@ def test_processors_take_dtype_and_attention_backend(transformer):
     assert processors[0]._attention_backend == "sentinel"
 
 
-def test_in_bfloat16(transformer):
+def test_in_bfloat16(family, transformer):
     transformer.to(torch.bfloat16)
     call = {
         name: value.bfloat16() if isinstance(value, torch.Tensor) else value
-        for name, value in tiny.flux_call(transformer, (9, 7)).items()
+        for name, value in family.call(transformer, (9, 7)).items()
     }
     expected = transformer(**call).sample
     clear.linearize(transformer, 40, weights=None)
@@ -151,8 +150,8 @@ class TestLinearized:
             assert clear.is_linearized(transformer)
         assert_same(transformer, before)
 
-    def test_returns_to_a_linearized_pipeline(self, transformer, checkpoint):
-        call = tiny.flux_call(transformer, (9, 7))
+    def test_returns_to_a_linearized_pipeline(self, family, transformer, checkpoint):
+        call = family.call(transformer, (9, 7))
         clear.linearize(transformer, 3, weights=checkpoint)
         expected, config = transformer(**call).sample, clear.cost(transformer, 64, 64)
         before = photograph(transformer)
@@ -208,11 +207,11 @@ class TestKeepOriginal:
 )
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_error_at_any_step_leaves_everything_as_it_was(
-    transformer, checkpoint, monkeypatch, linearized_before, at, error
+    family, transformer, checkpoint, monkeypatch, linearized_before, at, error
 ):
     if linearized_before:
         clear.linearize(transformer, 7, weights=checkpoint)
-    call = tiny.flux_call(transformer, (5, 7))
+    call = family.call(transformer, (5, 7))
     expected, before = transformer(**call).sample, photograph(transformer)
     steps = []
 
@@ -293,9 +292,9 @@ class TestRefusals:
             clear.linearize(transformer, weights=None)
         processor._parallel_config = None
 
-    def test_parameters_on_meta(self):
+    def test_parameters_on_meta(self, family):
         with torch.device("meta"):
-            absent = tiny.flux_transformer()
+            absent = family.transformer()
         with pytest.raises(RuntimeError, match=r"meta device.*remove_all_hooks"):
             clear.linearize(absent, weights=None)
 
@@ -325,8 +324,8 @@ class TestRefusals:
         with pytest.raises(TypeError, match="weights must be a path, 'auto' or None, got 5 of type int"):
             clear.linearize(transformer, weights=5)
 
-    def test_fused_projections_that_went_their_own_way(self, checkpoint):
-        fused = tiny.flux_transformer()
+    def test_fused_projections_that_went_their_own_way(self, family, checkpoint):
+        fused = family.transformer()
         fused.fuse_qkv_projections()
         with torch.no_grad():
             fused.transformer_blocks[1].attn.to_qkv.weight.add_(1)
@@ -335,8 +334,8 @@ class TestRefusals:
             clear.linearize(fused, weights=checkpoint)
         assert_same(fused, before)
 
-    def test_offloaded_to_disk(self, checkpoint, tmp_path):
-        offloaded = tiny.flux_transformer()
+    def test_offloaded_to_disk(self, family, checkpoint, tmp_path):
+        offloaded = family.transformer()
         offloaded.enable_group_offload(
             onload_device=torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
         )
@@ -388,28 +387,28 @@ class TestRefusals:
         with pytest.raises(ValueError, match=words):
             clear.linearize(transformer, weights=checkpoint)
 
-    def test_values_too_large_for_the_model(self, checkpoint):
+    def test_values_too_large_for_the_model(self, family, checkpoint):
         values = load_file(checkpoint)
         values["transformer_blocks.1.attn.to_v.bias"][3] = 1e6
         save_file(values, checkpoint)
-        half = tiny.flux_transformer().half()
+        half = family.transformer().half()
         before = photograph(half)
         with pytest.raises(ValueError, match=r"NaN or infinity, as torch\.float16, in .*to_v\.bias"):
             clear.linearize(half, weights=checkpoint)
         assert_same(half, before)
 
-    def test_parameters_that_take_no_weights(self, checkpoint):
-        quantized = tiny.flux_transformer()
+    def test_parameters_that_take_no_weights(self, family, checkpoint):
+        quantized = family.transformer()
         quantized.transformer_blocks[1].attn.to_k.to(torch.float8_e4m3fn)
         before = photograph(quantized)
         with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn\.to_k\.weight .* takes no distilled"):
             clear.linearize(quantized, weights=checkpoint)
         assert_same(quantized, before)
 
-    def test_checkpoint_of_another_model(self, transformer, tmp_path):
-        other = tiny.flux_transformer(num_single_layers=5)
+    def test_checkpoint_of_another_model(self, family, transformer, tmp_path):
+        other = family.transformer(num_layers=5)
         save_file(checkpoint_for(other), tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match=r"does not fit this FluxTransformer2DModel: .* and 15 more"):
+        with pytest.raises(ValueError, match=rf"does not fit this {type(transformer).__name__}: .* and \d+ more"):
             clear.linearize(transformer, weights=tmp_path / "other.safetensors")
 
     @pytest.mark.parametrize("given", [1, 3])
@@ -462,8 +461,8 @@ class TestLora:
         transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False))
         return transformer
 
-    def test_is_kept(self, transformer, checkpoint):
-        call = tiny.flux_call(transformer, (5, 7))
+    def test_is_kept(self, family, transformer, checkpoint):
+        call = family.call(transformer, (5, 7))
         before = transformer(**call).sample
         clear.linearize(transformer, 30, weights=None)
         torch.testing.assert_close(transformer(**call).sample, before, atol=1e-5, rtol=0)
@@ -502,13 +501,14 @@ class TestLora:
 
 
 def test_what_others_changed_since_stays(transformer):
+    stock = type(transformer.transformer_blocks[0].attn.processor)
     clear.linearize(transformer, 4, weights=None)
     transformer.set_attention_backend("_native_math")
     clear.linearize(transformer, 5, weights=None)
     chosen = {str(processor._attention_backend.value) for processor in transformer.attn_processors.values()}
     assert chosen == {"_native_math"}
 
-    class Foreign(type(transformer.transformer_blocks[0].attn._default_processor_cls())):
+    class Foreign(stock):
         pass
 
     foreign = Foreign()
@@ -518,7 +518,7 @@ def test_what_others_changed_since_stays(transformer):
     clear.restore(transformer)
     processors = transformer.attn_processors
     assert processors.pop("transformer_blocks.1.attn.processor") is foreign
-    assert {type(processor).__name__ for processor in processors.values()} == {"FluxAttnProcessor"}
+    assert {type(processor).__name__ for processor in processors.values()} == {stock.__name__}
     assert {str(processor._attention_backend.value) for processor in processors.values()} == {"_native_math"}
 
 
@@ -541,8 +541,8 @@ def test_what_is_made_inside_other_modes_is_whole(transformer):
     assert not transformer.transformer_blocks[0].attn.processor.spatial_weight.is_meta
 
 
-def test_hooks_of_others_see_raster_order(transformer):
-    call, seen = tiny.flux_call(transformer, (5, 7)), []
+def test_hooks_of_others_see_raster_order(family, transformer):
+    call, seen = family.call(transformer, (5, 7)), []
     transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
     )
