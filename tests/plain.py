@@ -14,19 +14,17 @@ SD3_ATTENTION = "diffusers.models.attention_processor.F.scaled_dot_product_atten
 
 
 class RasterProcessor(torch.nn.Module):
-    def __init__(self, stock, grids, text, config, weight, text_first, called, heads_first):
+    def __init__(self, stock, grids, config, weight, text_first, called, heads_first):
         super().__init__()
-        self.stock, self.rule, self.text_first = stock, (grids, text, config, weight), text_first
+        self.stock, self.rule, self.text_first = stock, (grids, config, weight), text_first
         self.called, self.heads_first = called, heads_first
 
     def attend(self, query, key, value, **_):
-        grids, text, *rule = self.rule
+        grids, *rule = self.rule
         qkv = query, key, value
         if not self.heads_first:
             qkv = [x.transpose(1, 2) for x in qkv]
-        image = sum(height * width for height, width in grids)
-        if qkv[0].shape[2] == image:
-            text = 0
+        text = qkv[0].shape[2] - sum(height * width for height, width in grids)
         # The reference has text first.
         shift = 0 if self.text_first else text
         output, _ = reference.attention(*(x.roll(shift, 2) for x in qkv), grids, text, *rule)
@@ -38,7 +36,7 @@ class RasterProcessor(torch.nn.Module):
             return self.stock(*args, **kwargs)
 
 
-def in_raster_order(transformer, grids, text, config):
+def in_raster_order(transformer, grids, config):
     """A copy whose layers compute the rule densely in raster order, pooling with plain means."""
     plain = copy.deepcopy(transformer)
     weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
@@ -46,7 +44,7 @@ def in_raster_order(transformer, grids, text, config):
     attention = FLUX_ATTENTION if text_first else SD3_ATTENTION
     for name, stock in plain.attn_processors.items():
         layer = plain.get_submodule(name.removesuffix(".processor"))
-        layer.set_processor(RasterProcessor(stock, grids, text, config, weight, text_first, *attention))
+        layer.set_processor(RasterProcessor(stock, grids, config, weight, text_first, *attention))
     return plain
 
 

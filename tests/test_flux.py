@@ -23,8 +23,7 @@ def test_regional_compilation(backend):
     transformer = tiny.FLUX.transformer(num_layers=torch._dynamo.config.recompile_limit + 1)
     calls = [tiny.FLUX.call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
     plain = [
-        in_raster_order(transformer, [grid], text, clear.ClearConfig(4))
-        for grid, text in (((13, 7), 7), ((18, 20), 11))
+        in_raster_order(transformer, [grid], clear.ClearConfig(4)) for grid, text in (((13, 7), 7), ((18, 20), 11))
     ]
     clear.linearize(transformer, 4, weights=None, backend=backend)
     layout_for.cache_clear()

@@ -6,7 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from clear_attn import demo
 
@@ -105,6 +111,46 @@ def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
     if controlnet:
         call["block_controlnet_hidden_states"] = [random(batch, height * width, inner) for _ in range(2)]
     return call
+
+
+@functools.cache
+def _sd3_pipeline():
+    """Random, with the small FLUX's tokenizers."""
+    parts = _demo_pipeline().components
+    torch.manual_seed(2)
+    ids = {name: getattr(parts["tokenizer"], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    clip = CLIPTextConfig(
+        vocab_size=len(parts["tokenizer"]),
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        projection_dim=16,
+        max_position_embeddings=parts["tokenizer"].model_max_length,
+        **ids,
+    )
+    t5 = T5Config(
+        vocab_size=len(parts["tokenizer_2"]), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=sd3_transformer(joint_attention_dim=32, pooled_projection_dim=32, num_layers=4),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=parts["vae"],
+        text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=parts["tokenizer"],
+        text_encoder_2=CLIPTextModelWithProjection(clip),
+        tokenizer_2=parts["tokenizer"],
+        text_encoder_3=T5EncoderModel(t5),
+        tokenizer_3=parts["tokenizer_2"],
+    )
+    pipe.tokenizer_max_length = parts["tokenizer"].model_max_length
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd3_pipeline():
+    """A random SD3.5 that draws noise of 32 x 32 tokens and less; a copy, for tests change it."""
+    return copy.deepcopy(_sd3_pipeline())
 
 
 class Family(NamedTuple):

@@ -1,0 +1,116 @@
+"""What SD3 has of its own: pictures as input, dual attention, batched guidance, skipped layers."""
+
+import pytest
+import torch
+
+import clear_attn as clear
+from clear_attn.layout import tile_order
+from tests import tiny
+from tests.plain import in_raster_order, run
+
+
+@pytest.fixture
+def pipe():
+    return tiny.sd3_pipeline()
+
+
+@pytest.fixture
+def transformer():
+    return tiny.SD3.transformer()
+
+
+def draw(pipe, **kwargs):
+    return pipe(
+        "a red circle",
+        height=72,
+        width=96,
+        max_sequence_length=20,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        **kwargs,
+    ).images
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 4.0, "negative_prompt": "blue"},
+        {
+            "guidance_scale": 4.0,
+            "skip_guidance_layers": [0, 2],
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 1.0,
+        },
+    ],
+)
+def test_pipeline(pipe, settings):
+    """With a window that covers the picture the stock pipeline's result, with another one the plain rule's."""
+    stock = draw(pipe, **settings)
+    transformer = pipe.transformer
+    side = 2 * pipe.vae_scale_factor
+    plain = in_raster_order(transformer, [(72 // side, 96 // side)], clear.ClearConfig(3, 2))
+    pipe.transformer = plain
+    expected = draw(pipe, **settings)
+    pipe.transformer = transformer
+    scale = stock.abs().max().item()
+    clear.linearize(pipe, 20, weights=None)
+    torch.testing.assert_close(draw(pipe, **settings), stock, atol=1e-5 * scale, rtol=0)
+    clear.linearize(pipe, 3, 2, weights=None)
+    local = draw(pipe, **settings)
+    torch.testing.assert_close(local, expected, atol=1e-5 * scale, rtol=0)
+    assert (local - stock).abs().max() > 1e-3 * scale
+    clear.restore(pipe)
+    assert torch.equal(draw(pipe, **settings), stock)
+
+
+def test_dual_attention_has_its_own_processors_and_weights(transformer):
+    clear.linearize(transformer, 3, 2, weights=None)
+    block = transformer.transformer_blocks[0]
+    assert block.attn.processor is not block.attn2.processor
+    assert "transformer_blocks.0.attn2.processor.spatial_weight" in transformer.state_dict()
+    call = tiny.SD3.call(transformer, (9, 7))
+    expected = run(transformer, call)
+    with torch.no_grad():
+        block.attn2.processor.spatial_weight.mul_(2)
+    assert not torch.allclose(run(transformer, call), expected, atol=1e-5)
+
+
+def test_positions_are_hooked_once_and_freed(transformer):
+    for _ in range(2):
+        clear.linearize(transformer, 3, weights=None)
+        assert len(transformer.pos_embed._forward_hooks) == 1
+    clear.restore(transformer)
+    assert not transformer.pos_embed._forward_hooks
+
+
+def test_fused_projections_are_normed(transformer):
+    """diffusers' own processor for fused projections leaves SD3.5's norms out, and fails in dual attention."""
+    call = tiny.SD3.call(transformer, (9, 7))
+    stock = run(transformer, call)
+    transformer.fuse_qkv_projections()
+    clear.linearize(transformer, 20, weights=None)
+    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+
+
+def test_sides_that_are_no_whole_tokens(transformer):
+    clear.linearize(transformer, 3, weights=None)
+    call = tiny.SD3.call(transformer, (9, 7))
+    call["hidden_states"] = call["hidden_states"][..., :-1]
+    with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 4, 18, 13\]"):
+        run(transformer, call)
+
+
+def test_the_order_of_a_grid_is_its_layouts():
+    layout = clear.TokenLayout([(19, 34)], 5, clear.ClearConfig(4), text_first=False)
+    assert torch.equal(layout.order, tile_order((19, 34), torch.device("cpu")))
+
+
+def test_cost_counts_layers_without_text(transformer):
+    counted = clear.cost(transformer, 128, 96, window=3, text_tokens=7)
+    grid, text, dim = 8 * 6, 7, 32
+    assert (counted.layers, counted.layers_without_text, clear.cost(transformer, 64, 64).text_tokens) == (3, 1, 333)
+    assert counted.to_dict()["dense_step_gflops"] == 4 * dim * (3 * (grid + text) ** 2 + grid**2) / 1e9
+    pairs = counted.window_pairs
+    assert counted.step_pairs == 3 * (pairs + text * (2 * grid + text)) + pairs
