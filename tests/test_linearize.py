@@ -321,7 +321,7 @@ class TestRefusals:
             clear.linearize(transformer, weights=tmp_path / "empty.safetensors")
 
     def test_not_a_path(self, transformer):
-        with pytest.raises(TypeError, match="weights must be a path, 'auto' or None, got 5 of type int"):
+        with pytest.raises(TypeError, match="weights must be a path, a Hub id, 'auto' or None, got 5 of type int"):
             clear.linearize(transformer, weights=5)
 
     def test_fused_projections_that_went_their_own_way(self, family, checkpoint):

@@ -6,6 +6,7 @@ from clear_attn.cost import Cost, cost
 from clear_attn.layout import TokenLayout
 from clear_attn.linearize import is_linearized, linearize, linearized, restore
 from clear_attn.processors import ClearAttnProcessor
+from clear_attn.saving import push_to_hub, save_pretrained
 
 __all__ = [
     "ClearAttnProcessor",
@@ -17,5 +18,7 @@ __all__ = [
     "is_linearized",
     "linearize",
     "linearized",
+    "push_to_hub",
     "restore",
+    "save_pretrained",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -14,15 +15,10 @@ from clear_attn.backends import check_backend, flex
 from clear_attn.config import ClearConfig
 from clear_attn.doors import DoorIn
 from clear_attn.families import FAMILIES, Family, family_of
+from clear_attn.record import make_mark, mark_of
+from clear_attn.sources import Checkpoint, load
 from clear_attn.state import State, apply, capture, door_of, original_state, processors_of, stand_beside
-from clear_attn.weights import (
-    POOLED,
-    check_checkpoint,
-    check_in_memory,
-    check_replaceable,
-    pooled_factor,
-    read_checkpoint,
-)
+from clear_attn.weights import POOLED, check_checkpoint, check_in_memory, check_replaceable
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
@@ -49,6 +45,8 @@ def linearize(
     down_factor: int | None = None,
     *,
     weights: str | os.PathLike[str] | None = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
     backend: str = "auto",
     keep_original: bool = True,
 ) -> PipelineOrTransformer:
@@ -58,13 +56,17 @@ def linearize(
     it starts from the restored one.
 
     Args:
-        pipe: a diffusers pipeline or transformer, FLUX.1 or a variant of it.
-        window (`int`, *optional*, defaults to 16): radius in tokens of the disc of image keys that an image
-            query sees. A token is 16 x 16 pixels.
+        pipe: a diffusers pipeline or transformer, FLUX.1, Stable Diffusion 3 or 3.5, or a variant of them.
+        window (`int`, *optional*, defaults to what the weights were distilled for, else 16): radius in tokens of
+            the disc of image keys that an image query sees. A token is 16 x 16 pixels.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
             of the cells whose pooled keys every image query sees too; 1 means none.
-        weights (*optional*): path of a `.safetensors` file of distilled weights, or None to keep the model's own
-            (training-free).
+        weights (`str` or path, *optional*, defaults to `"auto"`): distilled weights. `"auto"` fetches those
+            published for FLUX.1-dev and window and down_factor, or puts a pipeline that was saved whole while
+            linearized back to work. None keeps the model's own (training-free). Or a `.safetensors` file, a
+            directory that `save_pretrained` wrote, or a Hub id, `owner/repo` or `owner/repo/file.safetensors`.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        token (`str` or `bool`, *optional*): of the Hub; by default that of `hf auth login`.
         backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"dense"`, or what fits each call best.
         keep_original (`bool`, defaults to `True`): keep the weights that are replaced, on the CPU, so that
             `restore` can put them back.
@@ -73,10 +75,11 @@ def linearize(
         ``pipe`` itself.
 
     Raises:
-        TypeError: not a supported pipeline; window or down_factor not a whole number; weights no path.
+        TypeError: not a supported pipeline; window or down_factor not a whole number; weights no path or name.
         ValueError: window or down_factor below 1, or other than what the weights were distilled for; unknown
-            backend; weights that do not fit.
-        FileNotFoundError: no file of weights there.
+            backend; weights that do not fit, or that are not published; a pipeline saved whole that cannot be put
+            back to work without its weights.
+        FileNotFoundError, PermissionError, ConnectionError: no weights there, or no way to them.
         RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
             library; context parallelism; parameters on the meta device; weights for a model that is quantized or
             has a LoRA fused in; a linearized pipeline whose original weights were given up.
@@ -84,24 +87,31 @@ def linearize(
     transformer, family = find_transformer(pipe)
     check_backend(backend)
     _check_backend_can_run(backend)
-    checkpoint = _load(weights)
-    config = _settings(window, down_factor, checkpoint)
     layers = family.attention_layers(transformer)
     check_in_memory(transformer, layers)
-    if checkpoint:
-        check_replaceable(layers)
-        check_checkpoint(checkpoint, layers, type(transformer).__name__)
     stock = original_state(transformer, layers)
     _check_processors(stock.processors, family)
     _check_parallelism(processors_of(layers))
+    carried = stock.mark["weights"] if stock.mark else None
+    if weights == "auto" and stock.mark:
+        window, down_factor = _settings_of_mark(window, down_factor, stock.mark)
+        weights = None
+    if weights is not None:
+        check_replaceable(layers)
+    source = None if weights is None else load(weights, pipe, transformer, window, down_factor, revision, token)
+    config = _settings(window, down_factor, source)
+    checkpoint = source.values if source else {}
+    if source:
+        _check_fits(source, layers, type(transformer).__name__)
     values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
     processors = {layer: _new_processor(family, config, layer, attn, checkpoint) for layer, attn in layers.items()}
     before = capture(transformer, layers, values.keys() | stock.values.keys())
     kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
     given_up = bool(values) and not keep_original
     door = DoorIn(family, config, backend, stock._replace(values=kept), given_up)
+    mark = make_mark(config, source.name if source else carried)
     try:
-        apply(transformer, layers, State(door, processors, {**stock.values, **values}))
+        apply(transformer, layers, State(door, processors, {**stock.values, **values}, mark))
     except BaseException:
         apply(transformer, layers, before)
         raise
@@ -121,17 +131,33 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     transformer, family = find_transformer(pipe)
     if door_of(transformer):
         layers = family.attention_layers(transformer)
-        apply(transformer, layers, original_state(transformer, layers))
+        original = original_state(transformer, layers)
+        if original.mark and original.mark["weights"]:
+            raise RuntimeError(
+                f"this pipeline was loaded with distilled weights in it ({original.mark['weights']}), saved whole "
+                "while it was linearized; for the original load the original pipeline"
+            )
+        apply(transformer, layers, original)
     return pipe
 
 
 def is_linearized(pipe: Any) -> bool:
     """Whether a pipeline's transformer has been linearized.
 
+    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded.
+
     Raises:
         TypeError: not a supported pipeline.
     """
-    return door_of(find_transformer(pipe)[0]) is not None
+    transformer, _ = find_transformer(pipe)
+    mark = mark_of(transformer)
+    if mark and not door_of(transformer):
+        warnings.warn(
+            f"this pipeline was saved while it was linearized (window {mark['window']}, weights {mark['weights']}), "
+            "and now runs with dense attention; call clear_attn.linearize(pipe)",
+            stacklevel=2,
+        )
+    return door_of(transformer) is not None
 
 
 @contextlib.contextmanager
@@ -141,6 +167,8 @@ def linearized(
     down_factor: int | None = None,
     *,
     weights: str | os.PathLike[str] | None = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
     backend: str = "auto",
 ) -> Iterator[PipelineOrTransformer]:
     """`linearize` for the length of a `with` block; then the state before, whatever it was.
@@ -151,7 +179,7 @@ def linearized(
     layers = family.attention_layers(transformer)
     door = door_of(transformer)
     before = capture(transformer, layers, door.original.values if door else ())
-    linearize(pipe, window, down_factor, weights=weights, backend=backend)
+    linearize(pipe, window, down_factor, weights=weights, revision=revision, token=token, backend=backend)
     try:
         yield pipe
     finally:
@@ -160,29 +188,52 @@ def linearized(
         apply(transformer, layers, before._replace(values=values) if before.door else stock)
 
 
-def _load(weights: str | os.PathLike[str] | None) -> dict[str, Tensor]:
-    if weights is None:
-        return {}
-    if not isinstance(weights, (str, os.PathLike)):
-        raise TypeError(f"weights must be a path, 'auto' or None, got {weights!r} of type {type(weights).__name__}")
-    if weights == "auto":
+def _settings_of_mark(window: int | None, down_factor: int | None, mark: Mapping[str, Any]) -> tuple[int, int]:
+    """What a pipeline that was saved whole was linearized with, where its own values are all that it takes.
+
+    Raises:
+        ValueError: others are asked for, or something was not saved with it.
+    """
+    for name, given in (("window", window), ("down_factor", down_factor)):
+        if given not in (None, mark[name]):
+            raise ValueError(
+                f"{name}={given} does not fit this pipeline, which was saved while it was linearized with "
+                f"{name}={mark[name]}; leave it out, or say what weights to take (None: those in the pipeline)"
+            )
+    if mark["weights"] and mark["down_factor"] > 1:
         raise ValueError(
-            "weights='auto' has no published weights to take in this version; give the path of a .safetensors file, or "
-            "weights=None to keep the model's own weights (training-free)"
+            "this pipeline was saved whole while it was linearized with pooled keys, whose trained weights diffusers "
+            f"does not save; give weights={mark['weights']!r}, which they came from, or a directory that "
+            "clear_attn.save_pretrained() wrote"
         )
-    return read_checkpoint(weights)
+    return mark["window"], mark["down_factor"]
 
 
-def _settings(window: int | None, down_factor: int | None, checkpoint: Mapping[str, Tensor]) -> ClearConfig:
-    """The settings given, and those of the checkpoint where none is; without one, 16 and 1."""
-    own_factor = pooled_factor(checkpoint)
-    config = ClearConfig(16 if window is None else window, own_factor if down_factor is None else down_factor)
-    if checkpoint and config.down_factor != own_factor:
-        raise ValueError(
-            f"down_factor={config.down_factor} does not fit weights that were distilled for down_factor={own_factor}; "
-            "leave it out, or give other weights"
-        )
+def _settings(window: int | None, down_factor: int | None, source: Checkpoint | None) -> ClearConfig:
+    """The settings given, and those of the weights where none is; else 16 and 1."""
+    own = (source.window, source.down_factor) if source else (None, None)
+    usual = ClearConfig()
+    config = ClearConfig(
+        window if window is not None else own[0] or usual.window,
+        down_factor if down_factor is not None else own[1] or usual.down_factor,
+    )
+    for name, distilled_for in zip(("window", "down_factor"), own, strict=True):
+        if distilled_for not in (None, getattr(config, name)):
+            raise ValueError(
+                f"{name}={getattr(config, name)} does not fit weights that were distilled for {name}={distilled_for}; "
+                "leave it out, or give other weights"
+            )
     return config
+
+
+def _check_fits(source: Checkpoint, layers: Mapping[str, Any], model: str) -> None:
+    """Raises ValueError where weights are not for this kind of model."""
+    if source.architecture not in (None, model):
+        raise ValueError(
+            f"{source.name} was distilled for a {source.architecture}, and this is a {model}; give weights distilled "
+            "for this model, or weights=None"
+        )
+    check_checkpoint(source.values, layers, model)
 
 
 def _check_backend_can_run(backend: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from clear_attn.doors import DoorIn, DoorOut
 from clear_attn.processors import ClearAttnProcessor
+from clear_attn.record import MARK, mark_of
 from clear_attn.weights import check_in_memory, check_replaceable, copy_values, replaced_parameters
 
 
@@ -19,11 +21,13 @@ class State(NamedTuple):
         door: the entrance hook, or None where there is none.
         processors: by layer.
         values: by name in a checkpoint, on the CPU.
+        mark: the entry in the transformer's config, or None where there is none.
     """
 
     door: DoorIn | None
     processors: dict[str, Any]
     values: dict[str, Tensor]
+    mark: dict[str, Any] | None
 
 
 def door_of(transformer: Any) -> DoorIn | None:
@@ -45,7 +49,7 @@ def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -
         check_in_memory(transformer, layers)
     parameters = replaced_parameters(layers)
     values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
-    return State(door_of(transformer), processors_of(layers), values)
+    return State(door_of(transformer), processors_of(layers), values, mark_of(transformer))
 
 
 def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
@@ -56,7 +60,7 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
     """
     door, processors = door_of(transformer), processors_of(layers)
     if door is None:
-        return State(None, processors, {})
+        return State(None, processors, {}, mark_of(transformer))
     if door.given_up:
         raise RuntimeError(
             "the original weights of this pipeline were given up by linearize(..., keep_original=False); load the "
@@ -65,7 +69,7 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
     for layer, processor in processors.items():
         if isinstance(processor, ClearAttnProcessor):
             processors[layer] = door.original.processors[layer]
-    return State(None, processors, door.original.values)
+    return State(None, processors, door.original.values, door.original.mark)
 
 
 def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
@@ -86,6 +90,7 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
                 setattr(processor, name, getattr(present, name, None))
             attn.set_processor(stand_beside(processor, attn))
     _set_door(transformer, state.door)
+    _set_mark(transformer, state.mark)
 
 
 def stand_beside(processor: Any, attn: Any) -> Any:
@@ -94,6 +99,12 @@ def stand_beside(processor: Any, attn: Any) -> Any:
         reference = next(attn.parameters())
         processor.to(reference.device, reference.dtype if reference.dtype.is_floating_point else None)
     return processor
+
+
+def _set_mark(transformer: Any, mark: dict[str, Any] | None) -> None:
+    others = {name: value for name, value in transformer.config.items() if name != MARK}
+    # diffusers offers a way to add to a config, and none to take away.
+    transformer._internal_dict = FrozenDict({**others, **({MARK: mark} if mark else {})})
 
 
 def _set_door(transformer: Any, door: DoorIn | None) -> None:

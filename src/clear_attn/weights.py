@@ -122,7 +122,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     file = Path(path)
     if not file.is_file():
         kind = "is a directory" if file.is_dir() else "does not exist"
-        raise FileNotFoundError(f"weights={str(path)!r} {kind}; give the path of a .safetensors file, or None")
+        raise FileNotFoundError(
+            f"weights={str(path)!r} {kind}; give the path of a .safetensors file, a directory that save_pretrained "
+            "wrote, a Hub id (owner/repo), or None"
+        )
     try:
         checkpoint = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:

@@ -1,0 +1,57 @@
+"""Files of the Hugging Face Hub, with errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors
+
+
+def fetch(repo: str, file: str, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """Downloads a file through huggingface_hub's cache, and returns where it lies.
+
+    Raises:
+        ValueError: not an id.
+        FileNotFoundError: no such repository, revision or file; or a private repository and no token for it.
+        PermissionError: a gated repository.
+        ConnectionError: the Hub is out of reach, and the file is not in the cache.
+    """
+    where = repo + (f" at revision {revision!r}" if revision else "")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, token=token))
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repo!r} is no id of a Hub repository ({error}); give 'owner/repo'") from error
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{where} is gated: accept its terms on https://huggingface.co/{repo}, then log in or give token="
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where} does not exist on the Hub, or is private; check the id, or log in or give token="
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo} has no revision {revision!r}; leave revision= out, or give another") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"the Hub is out of reach (or HF_HUB_OFFLINE is set), and {file} of {where} is not in the cache, which "
+            f"holds {cached_files(repo) or 'nothing'} of it; connect once, or give the path of a file"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"{where} has no file {file}; name one that it has, owner/repo/file") from error
+    except errors.HfHubHTTPError as error:
+        raise ConnectionError(f"the Hub did not give {file} of {where} ({error}); try again later") from error
+
+
+def cached_files(repo: str) -> list[str]:
+    """The safetensors files of a repository that lie in the cache."""
+    try:
+        cache = huggingface_hub.scan_cache_dir()
+    except errors.CacheNotFound:
+        return []
+    revisions = (revision for each in cache.repos if each.repo_id == repo for revision in each.revisions)
+    return sorted({file.file_name for revision in revisions for file in revision.files if _is_weights(file.file_name)})
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")

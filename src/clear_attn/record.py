@@ -1,0 +1,90 @@
+"""What is written down of a linearized model: beside its weights in clear_config.json, and in its own config."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clear_attn.config import ClearConfig
+
+CONFIG_FILE = "clear_config.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """Of distilled weights.
+
+    Attributes:
+        config (`ClearConfig`): what they were distilled for.
+        architecture (`str`): the class of transformer in diffusers.
+        base_model (`str`, *optional*): the Hub id of the model that they were distilled from.
+    """
+
+    config: ClearConfig
+    architecture: str
+    base_model: str | None = None
+
+    def to_json(self) -> str:
+        """The text of a clear_config.json."""
+        values = {
+            "format": FORMAT,
+            "window": self.config.window,
+            "down_factor": self.config.down_factor,
+            "architecture": self.architecture,
+            "base_model": self.base_model,
+            "library_version": importlib.metadata.version("clear_attn"),
+        }
+        return json.dumps(values, indent=2) + "\n"
+
+
+def read_record(file: Path) -> Record:
+    """Reads a clear_config.json.
+
+    Raises:
+        ValueError: it is no such file, or of another format.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        check_format(values, str(file))
+        return Record(
+            ClearConfig(values["window"], values["down_factor"]), str(values["architecture"]), values["base_model"]
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no whole {CONFIG_FILE} ({error}); save or fetch it again") from error
+
+
+def check_format(values: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where something was written down in a format that this version cannot read."""
+    found = values["format"]
+    if found != FORMAT:
+        version = values.get("library_version", "another version")
+        raise ValueError(
+            f"{where} is of format {found!r}, written by clear_attn {version}, and this version reads {FORMAT}; "
+            "update clear_attn (pip install -U clear_attn), or save the weights anew"
+        )
+
+
+# The entry in a linearized transformer's config, by which one that was saved whole is recognised.
+MARK = "clear_attn"
+
+
+def make_mark(config: ClearConfig, weights: str | None) -> dict[str, Any]:
+    """Of a transformer that was linearized with weights of this name, or with its own (None)."""
+    return {"format": FORMAT, "window": config.window, "down_factor": config.down_factor, "weights": weights}
+
+
+def mark_of(transformer: Any) -> dict[str, Any] | None:
+    """The entry in a transformer's config, or None.
+
+    Raises:
+        ValueError: it is of another format.
+    """
+    mark: dict[str, Any] | None = transformer.config.get(MARK)
+    if mark:
+        check_format(mark, "the config of this transformer")
+    return mark

@@ -1,0 +1,125 @@
+"""Distilled weights, written: to a folder, and to the Hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from safetensors.torch import save_file
+
+from clear_attn.linearize import find_transformer
+from clear_attn.published import BASE, LICENCE, base_model_of
+from clear_attn.record import CONFIG_FILE, Record
+from clear_attn.sources import WEIGHTS_FILE
+from clear_attn.state import door_of
+from clear_attn.weights import POOLED, check_in_memory, check_replaceable, replaced_parameters
+
+CARD_FILE = "README.md"
+
+
+def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
+    """Saves what distillation trains of a linearized pipeline, and what it takes to use it, nothing else.
+
+    Writes `clear_weights.safetensors` (the projections that distilled weights replace, and the pooled weights, in
+    the model's own dtype), `clear_config.json` and a model card. They appear when all are written; until then an
+    earlier save in the same directory stays as it was.
+
+    Args:
+        pipe: a linearized pipeline or transformer.
+        directory: where to; made where there is none.
+
+    Raises:
+        TypeError: not a supported pipeline.
+        RuntimeError: it is not linearized; its parameters are on the meta device, or mixed with a fused LoRA.
+        NotADirectoryError: ``directory`` is a file.
+    """
+    transformer, family = find_transformer(pipe)
+    door = door_of(transformer)
+    if door is None:
+        raise RuntimeError("this pipeline is not linearized, so there is nothing to save; call clear_attn.linearize()")
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{str(directory)!r} is a file; give a directory to save to")
+    layers = family.attention_layers(transformer)
+    check_in_memory(transformer, layers)
+    check_replaceable(layers)
+    values = {name: parameter.detach() for name, parameter in replaced_parameters(layers).items()}
+    if door.config.down_factor > 1:
+        values |= {layer + POOLED: attn.processor.spatial_weight.detach() for layer, attn in layers.items()}
+    values = {name: value.to("cpu").contiguous() for name, value in values.items()}
+    record = Record(door.config, type(transformer).__name__, base_model_of(pipe, transformer))
+    folder.mkdir(parents=True, exist_ok=True)
+    # On the same disk, so that what takes time or room can fail only before the first file is put in place.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        save_file(values, Path(unfinished, WEIGHTS_FILE), metadata={"format": "pt"})
+        Path(unfinished, CARD_FILE).write_text(_card(record), encoding="utf-8")
+        Path(unfinished, CONFIG_FILE).write_text(record.to_json(), encoding="utf-8")
+        # Never an old record beside new weights.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
+            Path(unfinished, name).chmod(0o644)
+            Path(unfinished, name).replace(folder / name)
+
+
+def push_to_hub(
+    pipe: Any,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload CLEAR weights",
+) -> str:
+    """Uploads what `save_pretrained` writes.
+
+    Args:
+        pipe: a linearized pipeline or transformer.
+        repo_id (`str`): `owner/repo`; made where there is none.
+        private (`bool`, *optional*): whether a new repository is private; by default as the owner's settings say.
+        token (`str` or `bool`, *optional*): of the Hub, with the right to write; by default that of `hf auth login`.
+        commit_message (`str`): of the upload.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        As `save_pretrained`, and huggingface_hub's own errors.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        save_pretrained(pipe, directory)
+        repo = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
+        commit = huggingface_hub.upload_folder(
+            repo_id=repo.repo_id, folder_path=directory, token=token, commit_message=commit_message
+        )
+    return str(commit.commit_url)
+
+
+def _card(record: Record) -> str:
+    window, factor = record.config.window, record.config.down_factor
+    head = ["library_name: clear_attn", "tags:", "- clear", "- text-to-image"]
+    model, licence = "a " + record.architecture, ""
+    if record.base_model:
+        head += [f"base_model: {record.base_model}"]
+        model = f"[{record.base_model}](https://huggingface.co/{record.base_model})"
+    if record.base_model == BASE:
+        head += ["license: other", "license_name: flux-1-dev-non-commercial-license"]
+        licence = f"\nThe weights are {LICENCE}.\n"
+    pooled = f", and means over cells of {factor} x {factor} tokens" if factor > 1 else ""
+    return f"""---
+{chr(10).join(head)}
+---
+
+# CLEAR weights for {model}
+
+Projections of query, key, value and output that make the image attention of {model} local: an image token sees the text
+and the image tokens at a distance below {window} tokens{pooled}.
+The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112)).
+{licence}
+```python
+import clear_attn as clear
+
+clear.linearize(pipe, weights="this repository's id, or a folder with its files")
+```
+"""

@@ -1,0 +1,136 @@
+"""Where distilled weights come from: a file, a folder, the Hub, or what is published for a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from clear_attn.config import ClearConfig
+from clear_attn.hub import fetch
+from clear_attn.published import BASE, LICENCE, REPO, check_served, published_file, settings_of
+from clear_attn.record import CONFIG_FILE, read_record
+from clear_attn.weights import pooled_factor, read_checkpoint
+
+WEIGHTS_FILE = "clear_weights.safetensors"
+HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+\.safetensors))?")
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """Distilled weights, not yet compared with a model.
+
+    Attributes:
+        values: tensors by name.
+        name: where they came from, as a user would give it.
+        window, down_factor: what they were distilled for; a window of None is unknown.
+        architecture: the class of transformer they are for, where that is known.
+    """
+
+    values: dict[str, Tensor]
+    name: str
+    window: int | None
+    down_factor: int
+    architecture: str | None = None
+
+
+def load(
+    weights: str | os.PathLike[str],
+    pipe: Any,
+    transformer: Any,
+    window: int | None,
+    down_factor: int | None,
+    revision: str | None,
+    token: str | bool | None,
+) -> Checkpoint:
+    """Finds and reads what `linearize` was asked for; its docstring tells the forms.
+
+    Raises:
+        TypeError: not a path or a name.
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: nothing there, or not to be read.
+    """
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(
+            f"weights must be a path, a Hub id, 'auto' or None, got {weights!r} of type {type(weights).__name__}"
+        )
+    if weights == "auto":
+        return _load_auto(pipe, transformer, window, down_factor, revision, token)
+    path = Path(weights).expanduser()
+    on_hub = HUB_FILE.fullmatch(weights) if isinstance(weights, str) else None
+    # "folder/file.safetensors" could be a repository by its form; nobody means that.
+    if path.exists() or not on_hub or (on_hub[2] is None and path.suffix == ".safetensors"):
+        return _load_local(path)
+    repo, file = on_hub.groups()
+    if file is None and repo == REPO:
+        file = published_file(*_defaults(window, down_factor))
+    return _load_hub_folder(repo, revision, token) if file is None else _load_hub_file(repo, file, revision, token)
+
+
+def _defaults(window: int | None, down_factor: int | None) -> tuple[int, int]:
+    config = ClearConfig(16 if window is None else window, 1 if down_factor is None else down_factor)
+    return config.window, config.down_factor
+
+
+def _load_auto(
+    pipe: Any,
+    transformer: Any,
+    window: int | None,
+    down_factor: int | None,
+    revision: str | None,
+    token: str | bool | None,
+) -> Checkpoint:
+    fine_tune = check_served(pipe, transformer)
+    file = published_file(*_defaults(window, down_factor))
+    if fine_tune:
+        logger.warning(
+            "%s is not %s by name: the published weights replace its own to_q, to_k, to_v and to_out.0 in every "
+            "attention layer, and what it learned there is lost while it is linearized. weights=None keeps them; "
+            "weights='%s/%s' says that you mean it.",
+            fine_tune,
+            BASE,
+            REPO,
+            file,
+        )
+    return _load_hub_file(REPO, file, revision, token)
+
+
+def _load_local(path: Path) -> Checkpoint:
+    if path.is_dir():
+        return _load_folder(path / CONFIG_FILE, path / WEIGHTS_FILE, str(path))
+    values = read_checkpoint(path)
+    return Checkpoint(values, str(path), None, pooled_factor(values))
+
+
+def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
+    if repo == REPO:
+        logger.warning("%s/%s: weights %s", repo, file, LICENCE)
+    values = read_checkpoint(fetch(repo, file, revision, token))
+    window, _ = settings_of(repo, file) or (None, None)
+    return Checkpoint(values, f"{repo}/{file}", window, pooled_factor(values))
+
+
+def _load_hub_folder(repo: str, revision: str | None, token: str | bool | None) -> Checkpoint:
+    config, weights = (fetch(repo, file, revision, token) for file in (CONFIG_FILE, WEIGHTS_FILE))
+    return _load_folder(config, weights, repo)
+
+
+def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint:
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"weights={name!r} is a directory without {CONFIG_FILE}, not one that clear_attn.save_pretrained() wrote "
+            "in full; give a .safetensors file in it, or save it again"
+        )
+    record = read_record(config_file)
+    values = read_checkpoint(weights_file)
+    factor = pooled_factor(values)
+    if factor != record.config.down_factor:
+        raise ValueError(
+            f"{config_file} says down_factor={record.config.down_factor}, and the weights beside it were distilled for "
+            f"{factor}; save or fetch both again"
+        )
+    return Checkpoint(values, name, record.config.window, factor, record.architecture)
