@@ -1,0 +1,254 @@
+"""Weights on their way out and back: save_pretrained, push_to_hub, and pipelines that diffusers saves whole."""
+
+import json
+import types
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import clear_attn as clear
+from clear_attn import saving
+from tests import tiny
+from tests.plain import run
+from tests.test_linearize import assert_same, checkpoint_for, photograph
+
+
+@pytest.fixture
+def trained(family, tmp_path):
+    """A transformer linearized with random weights, as a trainer would leave it."""
+    transformer = family.transformer()
+    save_file(checkpoint_for(transformer, 2), tmp_path / "weights.safetensors")
+    return clear.linearize(transformer, 5, weights=tmp_path / "weights.safetensors")
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    clear.save_pretrained(trained, tmp_path / "my-clear")
+    return tmp_path / "my-clear"
+
+
+def test_there_and_back(family, trained, folder, transformer):
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
+        "clear_config.json",
+        "clear_weights.safetensors",
+    ]
+    record = json.loads((folder / "clear_config.json").read_text())
+    assert record == {
+        "format": 1,
+        "window": 5,
+        "down_factor": 2,
+        "architecture": type(transformer).__name__,
+        "base_model": None,
+        "library_version": "0.1.0",
+    }
+    call = family.call(transformer, (9, 7))
+    clear.linearize(transformer, weights=folder)
+    assert torch.equal(run(transformer, call), run(trained, call))
+    assert clear.cost(transformer, 64, 64) == clear.cost(trained, 64, 64)
+
+
+def test_what_was_trained_since_is_saved(trained, folder):
+    with torch.no_grad():
+        trained.transformer_blocks[0].attn.to_q.weight.add_(1)
+        trained.transformer_blocks[0].attn.processor.spatial_weight.add_(1)
+    before = load_file(folder / "clear_weights.safetensors")
+    clear.save_pretrained(trained, folder)
+    after = load_file(folder / "clear_weights.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        "transformer_blocks.0.attn.to_q.weight",
+        "transformer_blocks.0.attn.processor.spatial_weight",
+    }
+
+
+def test_a_lora_is_not_saved(family, trained, folder, transformer, tmp_path):
+    expected = load_file(folder / "clear_weights.safetensors")
+    trained.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    clear.save_pretrained(trained, tmp_path / "with-lora")
+    saved = load_file(tmp_path / "with-lora" / "clear_weights.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in saved.items())
+    trained.fuse_lora()
+    with pytest.raises(RuntimeError, match=r"call pipe.unfuse_lora\(\) first"):
+        clear.save_pretrained(trained, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+def test_the_model_card_names_base_and_licence(tmp_path):
+    transformer = tiny.FLUX.transformer()
+    transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
+    clear.linearize(transformer, 8, 4, weights=None)
+    clear.save_pretrained(transformer, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: black-forest-labs/FLUX.1-dev" in card
+    assert "license_name: flux-1-dev-non-commercial-license" in card
+    assert "at a distance below 8 tokens, and means over cells of 4 x 4 tokens." in card
+    assert huggingface_hub.ModelCard(card).data.library_name == "clear_attn"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
+def test_an_interrupted_save_leaves_the_last_one(trained, folder, monkeypatch, error):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def interrupted(values, file, metadata):
+        file.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(saving, "save_file", interrupted)
+    with torch.no_grad():
+        trained.transformer_blocks[0].attn.to_q.weight.add_(1)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        clear.save_pretrained(trained, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_push_to_hub(trained, monkeypatch):
+    calls = []
+
+    def create_repo(repo, **kwargs):
+        calls.append((repo, kwargs))
+        return types.SimpleNamespace(repo_id="me/my-clear")
+
+    def upload_folder(*, folder_path, **kwargs):
+        calls.append((set(load_file(f"{folder_path}/clear_weights.safetensors")), kwargs))
+        return types.SimpleNamespace(commit_url="address")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    assert clear.push_to_hub(trained, "my-clear", private=True, token="secret") == "address"  # noqa: S106
+    (repo, creation), (names, upload) = calls
+    assert (repo, creation) == ("my-clear", {"private": True, "token": "secret", "exist_ok": True})
+    assert names == checkpoint_for(trained, 2).keys()
+    assert (upload["repo_id"], upload["token"]) == ("me/my-clear", "secret")
+
+
+class TestRefusals:
+    def test_nothing_to_save(self, transformer, tmp_path):
+        with pytest.raises(RuntimeError, match="not linearized, so there is nothing to save"):
+            clear.save_pretrained(transformer, tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+    def test_a_file_in_the_way(self, trained, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(NotADirectoryError, match="file' is a file; give a directory"):
+            clear.save_pretrained(trained, tmp_path / "file")
+
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            (
+                lambda f: (f / "clear_config.json").unlink(),
+                FileNotFoundError,
+                r"a directory without clear_config\.json",
+            ),
+            (lambda f: (f / "clear_weights.safetensors").unlink(), FileNotFoundError, "does not exist"),
+            (lambda f: _rewrite(f, format=2), ValueError, r"format 2, written by clear_attn 0\.1\.0, .*update"),
+            (lambda f: _rewrite(f, format=0), ValueError, "format 0, .*this version reads 1"),
+            (lambda f: _rewrite(f, window=0), ValueError, "window must be at least 1, got 0"),
+            (lambda f: _rewrite(f, window=None), ValueError, "no whole clear_config"),
+            (lambda f: _rewrite(f, down_factor=3), ValueError, "says down_factor=3, and the weights .* for 2"),
+            (
+                lambda f: _rewrite(f, architecture="Other2DModel"),
+                ValueError,
+                "distilled for a Other2DModel, and this is",
+            ),
+            (lambda f: (f / "clear_config.json").write_text('{"format": 1'), ValueError, "no whole clear_config"),
+            (lambda f: (f / "clear_config.json").write_text("[]"), ValueError, "no whole clear_config"),
+        ],
+    )
+    def test_folders(self, transformer, folder, change, error, words):
+        change(folder)
+        before = photograph(transformer)
+        with pytest.raises(error, match=words):
+            clear.linearize(transformer, weights=folder)
+        assert_same(transformer, before)
+
+    @pytest.mark.parametrize("settings", [{"window": 6}, {"down_factor": 1}])
+    def test_other_settings_than_the_folder_says(self, transformer, folder, settings):
+        with pytest.raises(ValueError, match="does not fit weights that were distilled for"):
+            clear.linearize(transformer, weights=folder, **settings)
+
+
+def _rewrite(folder, **changes):
+    file = folder / "clear_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+class TestSavedWhole:
+    """A pipeline that diffusers saves and loads while it is linearized."""
+
+    @pytest.fixture
+    def save_whole(self, pipe, tmp_path):
+        def save_whole(factor, distilled):
+            weights = None
+            if distilled:
+                weights = tmp_path / "weights.safetensors"
+                save_file(checkpoint_for(pipe.transformer, factor), weights)
+            clear.linearize(pipe, 5, factor, weights=weights)
+            pipe.save_pretrained(tmp_path / "whole")
+            return FluxPipeline.from_pretrained(tmp_path / "whole")
+
+        return save_whole
+
+    def call(self, pipe):
+        return tiny.flux_call(pipe.transformer, (9, 7))
+
+    @pytest.mark.parametrize(("factor", "distilled"), [(1, False), (2, False), (1, True)])
+    def test_comes_back(self, pipe, save_whole, factor, distilled):
+        back = save_whole(factor, distilled)
+        with pytest.warns(UserWarning, match="now runs with dense attention"):
+            assert not clear.is_linearized(back)
+        clear.linearize(back)
+        assert clear.is_linearized(back)
+        assert torch.equal(run(back.transformer, self.call(pipe)), run(pipe.transformer, self.call(pipe)))
+        assert clear.cost(back, 128, 128) == clear.cost(pipe, 128, 128)
+
+    def test_without_its_pooled_weights_it_needs_the_folder(self, pipe, save_whole, tmp_path):
+        back = save_whole(2, distilled=True)
+        before = photograph(back.transformer)
+        with pytest.raises(ValueError, match=r"give weights='.*weights\.safetensors'"):
+            clear.linearize(back)
+        assert_same(back.transformer, before)
+        clear.linearize(back, 5, weights=tmp_path / "weights.safetensors")
+        assert torch.equal(run(back.transformer, self.call(pipe)), run(pipe.transformer, self.call(pipe)))
+
+    def test_other_settings(self, save_whole):
+        back = save_whole(1, distilled=True)
+        with pytest.raises(ValueError, match="window=6 does not fit this pipeline, which was saved .* window=5"):
+            clear.linearize(back, 6)
+
+    def test_the_original_is_not_in_it(self, save_whole):
+        back = save_whole(1, distilled=True)
+        before = photograph(back.transformer)
+        with clear.linearized(back):
+            pass
+        assert_same(back.transformer, before)
+        clear.linearize(back)
+        with pytest.raises(RuntimeError, match="for the original load the original pipeline"):
+            clear.restore(back)
+        assert clear.is_linearized(back)
+
+    def test_training_free_can_be_restored(self, pipe, save_whole):
+        expected = run(tiny.flux_pipeline().transformer, self.call(pipe))
+        back = save_whole(2, distilled=False)
+        clear.linearize(back)
+        clear.restore(back)
+        assert torch.equal(run(back.transformer, self.call(pipe)), expected)
+
+    def test_a_mark_of_another_format(self, transformer):
+        transformer.register_to_config(clear_attn={"format": 3})
+        with pytest.raises(ValueError, match="config of this transformer is of format 3"):
+            clear.linearize(transformer)
+
+
+def test_restore_takes_the_mark_away(transformer):
+    before = dict(transformer.config)
+    clear.linearize(transformer, 5, weights=None)
+    assert transformer.config.clear_attn["window"] == 5
+    clear.restore(transformer)
+    assert dict(transformer.config) == before

@@ -1,0 +1,208 @@
+"""Where weights come from: the published ones, the Hub, folders; and what is refused."""
+
+import json
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import save
+
+import clear_attn as clear
+from clear_attn import published
+from tests import hub, tiny
+from tests.test_linearize import assert_same, checkpoint_for, photograph
+
+SECRET = "hf_secret"
+
+
+@pytest.fixture
+def transformer():
+    return tiny.FLUX.transformer()
+
+
+@pytest.fixture
+def repos(transformer):
+    """The published files under their real names, and repositories of other people."""
+    files = {
+        name: save(checkpoint_for(transformer, factor, seed=window), metadata={"format": "pt"})
+        for (window, factor), name in published.FILES.items()
+    }
+    mine = {
+        "clear_config.json": json.dumps(
+            {"format": 1, "window": 5, "down_factor": 1, "architecture": "FluxTransformer2DModel", "base_model": None}
+        ).encode(),
+        "clear_weights.safetensors": files["clear_local_16.safetensors"],
+    }
+    return {
+        published.REPO: {"files": files},
+        "someone/weights": {"files": mine},
+        "someone/secret": {"files": mine, "token": SECRET},
+        "someone/gated": {"files": mine, "gated": True},
+        "someone/else": {"files": {"model.safetensors": b""}},
+    }
+
+
+@pytest.fixture
+def server(repos, monkeypatch, tmp_path):
+    with hub.serve(repos) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "*")
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def as_flux(transformer, monkeypatch):
+    """The tiny transformer taken for FLUX.1's architecture, under a name to be given."""
+    own = {name: transformer.config[name] for name in published.ARCHITECTURE}
+    monkeypatch.setattr(published, "ARCHITECTURE", own)
+
+    def named(name):
+        transformer.register_to_config(_name_or_path=name)
+        return transformer
+
+    return named
+
+
+def weights_are(transformer, values):
+    state = transformer.state_dict()
+    return all(torch.equal(state[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize(("window", "factor"), published.FILES)
+def test_the_published_weights(server, as_flux, window, factor):
+    transformer = as_flux("black-forest-labs/FLUX.1-dev")
+    before = photograph(transformer)
+    clear.linearize(transformer, window, factor)
+    counted = clear.cost(transformer, 64, 64)
+    assert (counted.window, counted.down_factor) == (window, factor)
+    assert weights_are(transformer, checkpoint_for(transformer, factor, seed=window))
+    clear.restore(transformer)
+    assert_same(transformer, before)
+
+
+def test_window_and_down_factor_left_out(server, as_flux, caplog):
+    transformer = as_flux("/home/me/.cache/huggingface/hub/models--black-forest-labs--FLUX.1-schnell/snapshots/ab/x")
+    clear.linearize(transformer)
+    assert weights_are(transformer, checkpoint_for(transformer, 1, seed=16))
+    assert "non-commercial licence" in caplog.text
+    assert "is not black-forest-labs/FLUX.1-dev by name" not in caplog.text
+
+
+def test_a_second_time_comes_from_the_cache(server, as_flux):
+    transformer = as_flux("black-forest-labs/FLUX.1-dev")
+    clear.linearize(transformer, 8, revision=hub.COMMIT)
+    server.asked.clear()
+    clear.linearize(transformer, 8, revision=hub.COMMIT)
+    assert not server.asked
+
+
+@pytest.mark.parametrize("name", ["someone/FLUX.1-dev-anime", "", "./trained"])
+def test_a_fine_tune_is_warned_of(server, as_flux, caplog, name):
+    transformer = as_flux(name)
+    clear.linearize(transformer, 16)
+    assert f"{name or 'an unnamed FLUX.1 transformer'} is not black-forest-labs/FLUX.1-dev by name" in caplog.text
+    assert "to_q, to_k, to_v and to_out.0" in caplog.text
+
+
+def test_a_named_checkpoint_is_not(server, as_flux, caplog):
+    transformer = as_flux("someone/FLUX.1-Kontext-anime")
+    clear.linearize(transformer, weights="Huage001/CLEAR/clear_local_8_down_4.safetensors")
+    counted = clear.cost(transformer, 64, 64)
+    assert (counted.window, counted.down_factor) == (8, 4)
+    clear.linearize(transformer, 32, weights="Huage001/CLEAR")
+    assert weights_are(transformer, checkpoint_for(transformer, 1, seed=32))
+    assert "by name" not in caplog.text
+
+
+def test_a_folder_of_the_hub_needs_no_other_argument(server, transformer):
+    clear.linearize(transformer, weights="someone/weights")
+    assert clear.cost(transformer, 64, 64).window == 5
+    clear.linearize(transformer, weights="someone/secret", token=SECRET)
+
+
+class TestRefusals:
+    """Each leaves the transformer as it was."""
+
+    @pytest.fixture(autouse=True)
+    def untouched(self, transformer):
+        before = photograph(transformer)
+        before["config"].pop("_name_or_path", None)
+        yield
+        transformer._internal_dict = {
+            name: value for name, value in transformer.config.items() if name != "_name_or_path"
+        }
+        assert_same(transformer, before)
+
+    @pytest.mark.parametrize("settings", [{"window": 12}, {"down_factor": 4, "window": 32}, {"down_factor": 2}])
+    def test_pairs_that_are_not_published(self, as_flux, settings):
+        with pytest.raises(ValueError, match=r"no weights are published for .*\(8, 1\), \(8, 4\), \(16, 1\)"):
+            clear.linearize(as_flux("black-forest-labs/FLUX.1-dev"), **settings)
+
+    def test_another_architecture(self, transformer):
+        with pytest.raises(ValueError, match=r"this is a FluxTransformer2DModel with in_channels=8, num_layers=2"):
+            clear.linearize(transformer)
+
+    def test_kontext(self, as_flux):
+        with pytest.raises(ValueError, match=r"this is FLUX\.1 Kontext; name a checkpoint"):
+            clear.linearize(as_flux("black-forest-labs/FLUX.1-Kontext-dev"))
+
+    def test_another_family(self):
+        other = tiny.SD3.transformer()
+        with pytest.raises(ValueError, match=r"this is a SD3Transformer2DModel; name a checkpoint"):
+            clear.linearize(other)
+
+    @pytest.mark.parametrize(
+        ("weights", "error", "words"),
+        [
+            ("nobody/nothing", FileNotFoundError, "nobody/nothing does not exist on the Hub, or is private"),
+            ("someone/secret", FileNotFoundError, "or is private; .* give token="),
+            ("someone/gated", PermissionError, "someone/gated is gated: accept its terms"),
+            ("someone/else", FileNotFoundError, r"someone/else has no file clear_config\.json; name one"),
+            ("Huage001/CLEAR/clear_local_64.safetensors", FileNotFoundError, "has no file clear_local_64"),
+            ("some..one/weights", ValueError, "is no id of a Hub repository"),
+            ("weights", FileNotFoundError, "'weights' does not exist; give the path of .* a Hub id"),
+            ("folder/weights.safetensors", FileNotFoundError, "does not exist; give the path"),
+        ],
+    )
+    def test_what_is_not_there(self, server, transformer, weights, error, words):
+        with pytest.raises(error, match=words):
+            clear.linearize(transformer, weights=weights)
+
+    def test_a_revision_that_is_not_there(self, server, transformer):
+        with pytest.raises(FileNotFoundError, match="has no revision 'v7'"):
+            clear.linearize(transformer, weights="someone/weights", revision="v7")
+
+    def test_out_of_reach(self, server, as_flux, monkeypatch):
+        transformer = as_flux("black-forest-labs/FLUX.1-dev")
+        with clear.linearized(transformer, 8):
+            pass
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with clear.linearized(transformer, 8):
+            pass
+        with pytest.raises(ConnectionError, match=r"cache, which holds \['clear_local_8\.safetensors'\] of it"):
+            clear.linearize(transformer, 32)
+
+    def test_a_window_that_is_not_the_weights_own(self, server, transformer):
+        with pytest.raises(ValueError, match="window=7 does not fit weights that were distilled for window=5"):
+            clear.linearize(transformer, 7, weights="someone/weights")
+
+    def test_interrupted_download(self, server, transformer, monkeypatch):
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            clear.linearize(transformer, weights="someone/weights")
+
+
+def test_the_registry_is_the_published_one():
+    """The names of the files at https://huggingface.co/Huage001/CLEAR, by window and down_factor."""
+    for (window, factor), name in published.FILES.items():
+        assert name == f"clear_local_{window}{f'_down_{factor}' if factor > 1 else ''}.safetensors"
+    assert set(published.FILES) == {(32, 1), (16, 1), (8, 1), (16, 4), (8, 4)}
