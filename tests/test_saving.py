@@ -120,7 +120,7 @@ def test_push_to_hub(trained, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
-    assert clear.push_to_hub(trained, "my-clear", private=True, token="secret") == "address"  # noqa: S106
+    assert clear.push_to_hub(trained, "my-clear", private=True, token="secret") == "address"
     (repo, creation), (names, upload) = calls
     assert (repo, creation) == ("my-clear", {"private": True, "token": "secret", "exist_ok": True})
     assert names == checkpoint_for(trained, 2).keys()
@@ -219,7 +219,7 @@ class TestSavedWhole:
 
     def test_other_settings(self, save_whole):
         back = save_whole(1, distilled=True)
-        with pytest.raises(ValueError, match="window=6 does not fit this pipeline, which was saved .* window=5"):
+        with pytest.raises(ValueError, match=r"window=6 does not fit this pipeline, which was saved .* window=5"):
             clear.linearize(back, 6)
 
     def test_the_original_is_not_in_it(self, save_whole):

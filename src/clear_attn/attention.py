@@ -28,7 +28,8 @@ def pool(image: Tensor, layout: TokenLayout, spatial_weight: Tensor) -> Tensor:
     Returns:
         `[batch, heads, pooled tokens, head_dim]`.
     """
-    weight = layout.pool_weight * spatial_weight.flatten()
+    # An offloaded weight may wait elsewhere.
+    weight = layout.pool_weight * spatial_weight.flatten().to(layout.pool_weight.device)
     cells = image.index_select(2, layout.pool_index.flatten()).unflatten(2, layout.pool_index.shape)
     return torch.einsum("bhcnd,cn->bhcd", cells, weight.to(image.dtype))
 

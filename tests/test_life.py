@@ -1,0 +1,134 @@
+"""The rest of a pipeline's life: offloading, casting, shared and copied transformers, before and after linearizing."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from safetensors.torch import save_file
+
+import clear_attn as clear
+from clear_attn import demo
+from tests.plain import run
+from tests.test_linearize import assert_same, checkpoint_for, photograph
+
+
+@pytest.fixture
+def checkpoint(transformer, tmp_path):
+    save_file(checkpoint_for(transformer, 2), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def by_group(level):
+    def offload(transformer):
+        transformer.enable_group_offload(
+            onload_device=torch.device("cpu"),
+            offload_type=level,
+            num_blocks_per_group=1 if level == "block_level" else None,
+        )
+
+    return offload
+
+
+def as_a_whole(transformer):
+    accelerate.cpu_offload_with_hook(transformer, execution_device="cpu")
+
+
+OFFLOADS = {"model": as_a_whole, "block": by_group("block_level"), "leaf": by_group("leaf_level")}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
+@pytest.mark.parametrize("first", ["offload", "linearize"])
+def test_offloading(family, transformer, checkpoint, offload, first):
+    call = family.call(transformer, (9, 7))
+    stock = run(transformer, call)
+    expected = run(clear.linearize(family.transformer(), 4, weights=checkpoint), call)
+    if first == "offload":
+        offload(transformer)
+        clear.linearize(transformer, 4, weights=checkpoint)
+    else:
+        clear.linearize(transformer, 4, weights=checkpoint)
+        offload(transformer)
+    torch.testing.assert_close(run(transformer, call), expected)
+    clear.restore(transformer)
+    torch.testing.assert_close(run(transformer, call), stock)
+
+
+def test_sequential_offload_afterwards(family, transformer, checkpoint):
+    call = family.call(transformer, (9, 7))
+    expected = run(clear.linearize(transformer, 4, weights=checkpoint), call)
+    accelerate.cpu_offload(transformer, execution_device="cpu")
+    torch.testing.assert_close(run(transformer, call), expected)
+
+
+def test_layerwise_casting(family, transformer, checkpoint):
+    call = family.call(transformer, (9, 7))
+    expected = run(clear.linearize(family.transformer(), 4, weights=checkpoint), call)
+    clear.linearize(transformer, 4, weights=checkpoint)
+    transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    torch.testing.assert_close(run(transformer, call), expected, atol=0.05, rtol=0.05)
+    cast = family.transformer()
+    cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    clear.linearize(cast, 4, 2, weights=None)
+    assert run(cast, call).isfinite().all()
+    clear.restore(cast)
+    before = photograph(cast)
+    with pytest.raises(RuntimeError, match="layerwise casting, and takes no distilled weights"):
+        clear.linearize(cast, 4, weights=checkpoint)
+    assert_same(cast, before)
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "device_map": "cpu"}])
+def test_loading_options(options, tmp_path):
+    pipe = FluxPipeline.from_pretrained(demo.path(), **options)
+    save_file(checkpoint_for(pipe.transformer.float(), 2), tmp_path / "weights.safetensors")
+    pipe.transformer.bfloat16()
+    clear.linearize(pipe, 4, weights=tmp_path / "weights.safetensors")
+    assert {x.dtype for x in pipe.transformer.parameters()} == {torch.bfloat16}
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red circle", num_inference_steps=1, max_sequence_length=24, output_type="pt").images
+    assert image.isfinite().all()
+
+
+def test_pipelines_that_share_a_transformer_are_one(pipe):
+    other = FluxImg2ImgPipeline(**pipe.components)
+    before = photograph(pipe.transformer)
+    clear.linearize(pipe, 4, weights=None)
+    assert clear.is_linearized(other)
+    clear.linearize(other, 5, weights=None)
+    assert clear.cost(pipe, 128, 128).window == 5
+    clear.restore(other)
+    assert not clear.is_linearized(pipe)
+    assert_same(pipe.transformer, before)
+
+
+def test_nested_blocks(family, transformer, checkpoint):
+    call = family.call(transformer, (9, 7))
+    before = photograph(transformer)
+    with clear.linearized(transformer, 4, weights=checkpoint):
+        outer = run(transformer, call)
+        with clear.linearized(transformer, 6, 3, weights=None):
+            with clear.linearized(transformer, 2, weights=checkpoint):
+                assert clear.cost(transformer, 64, 64).window == 2
+            assert clear.cost(transformer, 64, 64).window == 6
+        assert torch.equal(run(transformer, call), outer)
+    assert_same(transformer, before)
+
+
+def test_a_deep_copy_has_its_own_original(family, transformer, checkpoint):
+    call = family.call(transformer, (9, 7))
+    stock = run(transformer, call)
+    clear.linearize(transformer, 4, weights=checkpoint)
+    twin = copy.deepcopy(transformer)
+    clear.restore(transformer)
+    assert clear.is_linearized(twin)
+    clear.restore(twin)
+    assert torch.equal(run(twin, call), stock)
+    assert torch.equal(run(transformer, call), stock)
+
+
+def test_originals_given_up_are_freed(transformer, checkpoint):
+    clear.linearize(transformer, 4, weights=checkpoint, keep_original=False)
+    door = next(iter(transformer._forward_pre_hooks.values()))
+    assert not door.original.values
