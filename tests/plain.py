@@ -4,7 +4,8 @@ import copy
 from unittest import mock
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from torch.utils._pytree import tree_leaves
 
 from tests import reference
 
@@ -40,7 +41,7 @@ def in_raster_order(transformer, grids, config):
     """A copy whose layers compute the rule densely in raster order, pooling with plain means."""
     plain = copy.deepcopy(transformer)
     weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
-    text_first = isinstance(transformer, FluxTransformer2DModel)
+    text_first = isinstance(transformer, (FluxTransformer2DModel, FluxControlNetModel))
     attention = FLUX_ATTENTION if text_first else SD3_ATTENTION
     for name, stock in plain.attn_processors.items():
         layer = plain.get_submodule(name.removesuffix(".processor"))
@@ -48,6 +49,8 @@ def in_raster_order(transformer, grids, config):
     return plain
 
 
-def run(transformer, call):
+def run(model, call):
+    """A transformer's output, or all of a ControlNet's in one tensor."""
     with torch.no_grad():
-        return transformer(**call, return_dict=False)[0]
+        parts = tree_leaves(model(**call, return_dict=False))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clear_attn.config import ClearConfig, check_whole_number
+from clear_attn.families import Family
 from clear_attn.layout import Grid
 from clear_attn.linearize import find_transformer
 from clear_attn.masks import BLOCK
@@ -44,7 +46,8 @@ class Cost:
         inner_dim (`int`): heads x head_dim.
         window, down_factor (`int`): of CLEAR.
         layers_without_text (`int`): attention layers in which the image tokens stand alone.
-        controlnets (`int`): ControlNets in the pipeline, whose attention stays dense and is not counted.
+        controlnets: of each ControlNet in the pipeline, the FLOPs of its attention, dense and as it is; not part of
+            the other numbers.
     """
 
     height: int
@@ -56,7 +59,7 @@ class Cost:
     window: int
     down_factor: int
     layers_without_text: int = 0
-    controlnets: int = 0
+    controlnets: tuple[tuple[int, int], ...] = ()
 
     @property
     def image_tokens(self) -> int:
@@ -149,8 +152,8 @@ class Cost:
     def _rows(self) -> list[tuple[str, str, str]]:
         digits = 1 if self.dense_layer_gflops > 10 else 3
 
-        def row(name: str, dense: int, pairs: int) -> tuple[str, str, str]:
-            dense_cell, cell = (f"{self.flops(number) / 1e9:,.{digits}f}" for number in (dense, pairs))
+        def row(name: str, dense: int, own: int) -> tuple[str, str, str]:
+            dense_cell, cell = (f"{flops / 1e9:,.{digits}f}" for flops in (dense, own))
             return name, dense_cell, cell
 
         kinds = [
@@ -161,7 +164,10 @@ class Cost:
             ("a layer", self.dense_pairs, self.pairs),
             (f"all {self.layers + self.layers_without_text} layers", self.dense_step_pairs, self.step_pairs),
         ]
-        return [("GFLOPs of attention", "dense", "CLEAR"), *(row(*kind) for kind in kinds if any(kind[1:]))]
+        rows = [row(name, *map(self.flops, pairs)) for name, *pairs in kinds if any(pairs)]
+        for number, (dense, own) in enumerate(self.controlnets, start=1):
+            rows.append(row(f"ControlNet {number}{', dense' if dense == own else ''}", dense, own))
+        return [("GFLOPs of attention", "dense", "CLEAR"), *rows]
 
     def _heading(self) -> str:
         batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
@@ -178,8 +184,8 @@ class Cost:
             "Dense as before: the text queries, and all that is not attention.",
             f"Still growing with the square of the tokens: {' and '.join(quadratic)}.",
         ]
-        if self.controlnets:
-            remarks.append(f"Dense and not counted: {self.controlnets} ControlNet(s).")
+        if any(dense == own for dense, own in self.controlnets):
+            remarks.append("A dense ControlNet becomes local by linearize(pipe.controlnet, ..., weights=None).")
         if self.layers_without_text:
             remarks.append(f"In {self.layers_without_text} of the layers the image tokens stand alone, without text.")
         return remarks
@@ -226,32 +232,46 @@ def cost(
         ValueError: a size below one token, or another number out of range.
     """
     transformer, family = find_transformer(pipe)
-    door = door_of(transformer)
-    own = door.config if door else ClearConfig()
-    config = ClearConfig(
-        own.window if window is None else window, own.down_factor if down_factor is None else down_factor
-    )
-    scale = getattr(pipe, "vae_scale_factor", None)
-    pixels = family.latents_per_token(transformer) * (scale or DEFAULT_VAE_SCALE)
+    pixels = family.latents_per_token(transformer) * (getattr(pipe, "vae_scale_factor", None) or DEFAULT_VAE_SCALE)
     sides = []
     for name, side in (("height", height), ("width", width)):
         side = check_whole_number(name, side, "it is in pixels")
         if side < pixels:
             raise ValueError(f"{name}={side} is less than one token of {pixels} pixels; give the size in pixels")
         sides.append(side // pixels)
-    if text_tokens is None:
-        text_tokens = family.text_tokens
-    has_text = [family.has_text(layer) for layer in family.attention_layers(transformer)]
+    text_tokens = family.text_tokens if text_tokens is None else text_tokens
+    text_tokens = check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0)
+    batch = check_whole_number("batch", batch, "it is the number of pictures")
+    door = door_of(transformer)
+    own = door.config if door else ClearConfig()
+    config = ClearConfig(
+        own.window if window is None else window, own.down_factor if down_factor is None else down_factor
+    )
+    counted = _count(transformer, family, (sides[0], sides[1]), text_tokens, batch, config)
     controlnet = getattr(pipe, "controlnet", None)
+    nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])
+    return dataclasses.replace(counted, controlnets=tuple(_count_controlnet(net, counted) for net in nets))
+
+
+def _count(transformer: Any, family: Family, grid: Grid, text_tokens: int, batch: int, config: ClearConfig) -> Cost:
+    has_text = [family.has_text(layer) for layer in family.attention_layers(transformer)]
     return Cost(
-        height=sides[0],
-        width=sides[1],
-        text_tokens=check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0),
-        batch=check_whole_number("batch", batch, "it is the number of pictures"),
+        height=grid[0],
+        width=grid[1],
+        text_tokens=text_tokens,
+        batch=batch,
         layers=sum(has_text),
-        layers_without_text=len(has_text) - sum(has_text),
         inner_dim=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
         window=config.window,
         down_factor=config.down_factor,
-        controlnets=0 if controlnet is None else len(getattr(controlnet, "nets", [controlnet])),
+        layers_without_text=len(has_text) - sum(has_text),
     )
+
+
+def _count_controlnet(controlnet: Any, beside: Cost) -> tuple[int, int]:
+    """FLOPs of a ControlNet's attention for the same picture, dense and as it is."""
+    net, family = find_transformer(controlnet)
+    door, grid = door_of(net), (beside.height, beside.width)
+    counted = _count(net, family, grid, beside.text_tokens, beside.batch, door.config if door else ClearConfig())
+    dense = counted.flops(counted.dense_step_pairs)
+    return dense, counted.flops(counted.step_pairs) if door else dense

@@ -67,6 +67,7 @@ class DoorIn:
             BACKENDS[backend].prepare(layout.without_text)
         entered = self.family.enter(call, layout)
         own = {LAYOUT: layout, BACKEND: backend}
+        self.family.announce(own)
         entered["joint_attention_kwargs"] = {**(call.get("joint_attention_kwargs") or {}), **own}
         return (), entered
 
@@ -101,4 +102,5 @@ class DoorOut:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout = kwargs["joint_attention_kwargs"][LAYOUT]
+        self.family.announce(None)
         return tree_map_only(torch.Tensor, lambda tensor: self.family.leave(tensor, layout), output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from diffusers.configuration_utils import FrozenDict
@@ -115,8 +115,11 @@ def _set_door(transformer: Any, door: DoorIn | None) -> None:
     elif present:
         transformer._forward_pre_hooks[present[0]] = door
     else:
-        for module, hook in door.family.inner_doors(transformer):
-            module.register_forward_hook(hook)
+        for module, hook, before in door.family.inner_doors(transformer):
+            if before:
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+            else:
+                module.register_forward_hook(hook)
         transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
         transformer.register_forward_pre_hook(door, with_kwargs=True)
 
@@ -124,13 +127,16 @@ def _set_door(transformer: Any, door: DoorIn | None) -> None:
 def _remove_doors(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
     door = door_of(transformer)
-    for module, inner in door.family.inner_doors(transformer) if door else ():
-        for key in [key for key, hook in module._forward_hooks.items() if hook is inner]:
-            del module._forward_hooks[key]
-    for hooks, marks, kind in (
-        (transformer._forward_pre_hooks, transformer._forward_pre_hooks_with_kwargs, DoorIn),
-        (transformer._forward_hooks, transformer._forward_hooks_with_kwargs, DoorOut),
+    for module, inner, _ in door.family.inner_doors(transformer) if door else ():
+        _remove_hooks(module, lambda hook: hook is inner)  # noqa: B023
+    _remove_hooks(transformer, lambda hook: isinstance(hook, (DoorIn, DoorOut)))
+
+
+def _remove_hooks(module: Any, unwanted: Callable[[Any], bool]) -> None:
+    for hooks, marks in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
     ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
             del hooks[key]
             marks.pop(key, None)

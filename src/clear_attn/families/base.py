@@ -21,6 +21,14 @@ class Call(NamedTuple):
     device: torch.device
 
 
+class InnerDoor(NamedTuple):
+    """A hook inside a transformer: on a module's output, or before it runs, with its keywords."""
+
+    module: nn.Module
+    hook: Callable[..., Any]
+    before: bool = False
+
+
 class Family(abc.ABC):
     """One family. Stateless: what differs from call to call travels in the call's keywords.
 
@@ -57,9 +65,13 @@ class Family(abc.ABC):
     def latents_per_token(self, transformer: Any) -> int:
         """The side of a token in pixels of the latent picture."""
 
-    def inner_doors(self, transformer: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """Modules inside whose output goes into tile order, each with the forward hook that does it."""
+    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+        """What has to be changed inside, where the transformer's entrance does not reach."""
         return []
+
+    def announce(self, own: dict[str, Any] | None) -> None:
+        """Tells the layers of a call's own keywords, where the transformer does not; None when the call is over."""
+        return
 
     @abc.abstractmethod
     def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:

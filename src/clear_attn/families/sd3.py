@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
-from clear_attn.families.base import Call, Family
+from clear_attn.families.base import Call, Family, InnerDoor
 from clear_attn.layout import TokenLayout, tile_order
 
 CONTROLNET_RESIDUALS = "block_controlnet_hidden_states"
@@ -28,11 +27,11 @@ class SD3(Family):
     def latents_per_token(self, transformer: Any) -> int:
         return int(transformer.config.patch_size)
 
-    def inner_doors(self, transformer: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        return [(transformer.pos_embed, into_tile_order)]
+    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+        return [InnerDoor(transformer.pos_embed, into_tile_order)]
 
     def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
-        hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        hidden_states, text = kwargs["hidden_states"], kwargs.get("encoder_hidden_states")
         side = self.latents_per_token(transformer)
         height, width = hidden_states.shape[-2:]
         if height % side or width % side or hidden_states.ndim != 4:
@@ -47,7 +46,7 @@ class SD3(Family):
                     f"{CONTROLNET_RESIDUALS} must have a residual for each of {grid[0] * grid[1]} image tokens, got "
                     f"{residual.shape[1]}; give the ControlNet the picture's own height and width"
                 )
-        return Call((grid,), text.shape[1], hidden_states.device)
+        return Call((grid,), 0 if text is None else text.shape[1], hidden_states.device)
 
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         residuals = kwargs.get(CONTROLNET_RESIDUALS)

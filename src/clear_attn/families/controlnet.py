@@ -1,0 +1,69 @@
+"""ControlNets of FLUX.1 and SD3 in diffusers: the doors of their models, but their layers are told nothing.
+
+A ControlNet keeps the call's keywords from its blocks, so the layout waits in a context variable for as long as the
+call runs. A recomputation for gradients runs later, finds none, and each layer says so.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import Any
+
+from diffusers import FluxControlNetModel, SD3ControlNetModel
+from torch import Tensor
+
+from clear_attn.families.base import Call, InnerDoor
+from clear_attn.families.flux import Flux
+from clear_attn.families.sd3 import SD3, into_tile_order
+from clear_attn.layout import TokenLayout
+
+_own_keywords: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("clear_attn", default=None)
+
+
+class _ControlNet:
+    """What the ControlNets of all families share; goes before the family."""
+
+    def attention_doors(self, controlnet: Any) -> list[InnerDoor]:
+        layers = self.attention_layers(controlnet).values()  # type: ignore[attr-defined]
+        return [InnerDoor(attn, tell_layer, before=True) for attn in layers]
+
+    def announce(self, own: dict[str, Any] | None) -> None:
+        _own_keywords.set(own)
+
+    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        return sample[:, layout.inverse]
+
+
+class FluxControlNet(_ControlNet, Flux):
+    name = "flux-controlnet"
+    transformer_class = FluxControlNetModel
+
+    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+        # The condition may still be a picture at the door.
+        return [*self.attention_doors(transformer), InnerDoor(transformer.controlnet_x_embedder, order_condition)]
+
+    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        call = super().read(transformer, kwargs)
+        # A union ControlNet puts its mode before the text.
+        return call._replace(text_tokens=call.text_tokens + bool(transformer.union))
+
+
+class SD3ControlNet(_ControlNet, SD3):
+    name = "sd3-controlnet"
+    transformer_class = SD3ControlNetModel
+
+    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+        embedders = [transformer.pos_embed, transformer.pos_embed_input]
+        doors = [InnerDoor(embedder, into_tile_order) for embedder in embedders if embedder is not None]
+        return [*self.attention_doors(transformer), *doors]
+
+
+def tell_layer(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook with keywords."""
+    return args, {**kwargs, **(_own_keywords.get() or {})}
+
+
+def order_condition(embedder: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A forward hook."""
+    own = _own_keywords.get()
+    return output if own is None else output[:, own["clear_layout"].order]

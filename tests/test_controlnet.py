@@ -1,0 +1,163 @@
+"""ControlNets made local: their residuals are the plain rule's, whatever the layers are not told."""
+
+import pytest
+import torch
+from diffusers import FluxControlNetModel, FluxControlNetPipeline, SD3ControlNetModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import clear_attn as clear
+from tests import machine, tiny
+from tests.plain import in_raster_order, run
+from tests.test_linearize import assert_same, photograph
+
+
+def wake(controlnet):
+    """Random values for what is zero until it is trained."""
+    torch.manual_seed(3)
+    for parameter in controlnet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return controlnet.eval()
+
+
+def flux_controlnet(**changes):
+    config = {
+        "in_channels": 8,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "pooled_projection_dim": 10,
+        "axes_dims_rope": [4, 6, 6],
+    }
+    return wake(FluxControlNetModel(**{**config, **changes}))
+
+
+def flux_call(controlnet, grid, text, batch):
+    call = tiny.flux_call(controlnet, grid, text=text, batch=batch)
+    rng = torch.Generator().manual_seed(5)
+    if controlnet.input_hint_block is None:
+        call["controlnet_cond"] = torch.randn(call["hidden_states"].shape, generator=rng)
+    else:  # a picture, which the ControlNet itself makes eight times smaller and packs
+        call["controlnet_cond"] = torch.randn(batch, 3, 16 * grid[0], 16 * grid[1], generator=rng)
+    if controlnet.union:
+        call["controlnet_mode"] = torch.ones(batch, 1, dtype=torch.long)
+    return call
+
+
+def sd3_controlnet(**changes):
+    config = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 10,
+        "pos_embed_max_size": 72,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    return wake(SD3ControlNetModel(**{**config, **changes}))
+
+
+def sd3_call(controlnet, grid, text, batch):
+    call = tiny.sd3_call(tiny.SD3.transformer(), grid, text=text, batch=batch)
+    call["controlnet_cond"] = call["hidden_states"].flip(-1)
+    if controlnet.context_embedder is None:
+        call["encoder_hidden_states"] = None
+    return call
+
+
+KINDS = {
+    "flux": (flux_controlnet, {}, flux_call),
+    "flux-union": (flux_controlnet, {"num_mode": 3}, flux_call),
+    "flux-picture": (
+        flux_controlnet,
+        {"patch_size": 2, "in_channels": 64, "conditioning_embedding_channels": 16},
+        flux_call,
+    ),
+    "sd3": (sd3_controlnet, {}, sd3_call),
+    "sd3-no-text": (sd3_controlnet, {"joint_attention_dim": None, "dual_attention_layers": ()}, sd3_call),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@given(
+    grid=st.sampled_from([(1, 1), (3, 5), (13, 7), (17, 23)]),
+    text=st.integers(1, 30),
+    window=st.integers(1, 25),
+    factor=st.integers(1, 3),
+    batch=st.integers(1, 2),
+    backend=st.sampled_from(machine.BACKENDS),
+)
+@settings(max_examples=8)
+def test_equals_the_rule_in_raster_order(kind, grid, text, window, factor, batch, backend):
+    build, changes, make_call = kind
+    controlnet = build(**changes)
+    call = make_call(controlnet, grid, text, batch)
+    expected = run(in_raster_order(controlnet, [grid], clear.ClearConfig(window, factor)), call)
+    before = photograph(controlnet)
+    stock = run(controlnet, call)
+    clear.linearize(controlnet, window, factor, weights=None, backend=backend)
+    torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    clear.restore(controlnet)
+    assert_same(controlnet, before)
+    assert torch.equal(run(controlnet, call), stock)
+
+
+def test_no_gradients_with_checkpointing():
+    controlnet = flux_controlnet()
+    call = flux_call(controlnet, (5, 4), 7, 1)
+    clear.linearize(controlnet, 3, weights=None)
+    controlnet.enable_gradient_checkpointing()
+    controlnet.train()
+    loss = controlnet(**call).controlnet_block_samples[0].sum()
+    with pytest.raises(RuntimeError, match=r"\.attn was called without a layout"):
+        loss.backward()
+
+
+def test_only_training_free():
+    with pytest.raises(ValueError, match=r"this is a FluxControlNetModel; .* weights=None"):
+        clear.linearize(flux_controlnet())
+
+
+def test_in_a_pipeline_beside_its_transformer(pipe):
+    heads = {"num_attention_heads": 4, "attention_head_dim": 32}
+    controlnet = wake(
+        FluxControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_single_layers=1, **heads)
+    )
+    pipe = FluxControlNetPipeline(**pipe.components, controlnet=controlnet)
+    pipe.set_progress_bar_config(disable=True)
+    rng = torch.Generator()
+    picture = Image.effect_noise((96, 72), 90).convert("RGB")
+
+    def draw():
+        return pipe(
+            "a red circle",
+            control_image=picture,
+            height=72,
+            width=96,
+            max_sequence_length=24,
+            num_inference_steps=2,
+            generator=rng.manual_seed(0),
+            output_type="latent",
+        ).images
+
+    stock = draw()
+    clear.linearize(pipe, 3, weights=None)
+    with_dense = draw()
+    assert "ControlNet 1, dense" in str(clear.cost(pipe, 72, 96))
+    clear.linearize(pipe.controlnet, 3, weights=None)
+    assert "ControlNet 1  " in str(clear.cost(pipe, 72, 96))
+    assert not torch.allclose(draw(), with_dense, atol=1e-4)
+    clear.linearize(pipe, 20, weights=None)
+    clear.linearize(pipe.controlnet, 20, weights=None)
+    torch.testing.assert_close(draw(), stock, atol=1e-4, rtol=0)
+    clear.restore(pipe.controlnet)
+    clear.restore(pipe)
+    assert torch.equal(draw(), stock)
