@@ -145,6 +145,12 @@ class TestCommand:
         assert round(json.loads(result.output)["layer_gflops"], 1) == 86.6
         assert "all 57 layers" in self.run("cost", "--height", 1024, "--width", 768).output
 
+    @pytest.mark.parametrize(("model", "layers"), [("sd3-medium", 24), ("sd3.5-medium", 37), ("sd3.5-large", 38)])
+    def test_cost_of_other_models(self, model, layers):
+        output = self.run("cost", "--height", 1024, "--width", 1024, "--model", model).output
+        assert f"all {layers} layers" in output
+        assert "333 text tokens" in output
+
     def test_cost_refuses(self):
         result = self.run("cost", "--height", 8, "--width", 1024)
         assert result.exit_code == 2

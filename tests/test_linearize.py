@@ -20,7 +20,7 @@ def photograph(transformer):
         "state": {name: value.clone() for name, value in transformer.state_dict().items()},
         "parameters": {name: id(parameter) for name, parameter in transformer.named_parameters()},
         "processors": {name: id(processor) for name, processor in transformer.attn_processors.items()},
-        "hooks": [list(hooks) for hooks in (transformer._forward_pre_hooks, transformer._forward_hooks)],
+        "hooks": [list(hooks) for x in transformer.modules() for hooks in (x._forward_pre_hooks, x._forward_hooks)],
         "marks": [transformer._forward_pre_hooks_with_kwargs.copy(), transformer._forward_hooks_with_kwargs.copy()],
         "modules": [name for name, _ in transformer.named_modules()],
         "config": dict(transformer.config),
@@ -201,9 +201,10 @@ class TestKeepOriginal:
         assert_same(transformer, before)
 
 
-# Copying values, four processors and setting the door are six steps, and the first door needs two hooks.
+# Copying values, four processors, setting the door and the mark are seven steps, and the first door needs two hooks,
+# SD3's a third.
 @pytest.mark.parametrize(
-    ("linearized_before", "at"), [*((False, at) for at in range(1, 9)), *((True, at) for at in range(1, 7))]
+    ("linearized_before", "at"), [*((False, at) for at in range(1, 10)), *((True, at) for at in range(1, 8))]
 )
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_error_at_any_step_leaves_everything_as_it_was(
@@ -229,14 +230,17 @@ def test_an_error_at_any_step_leaves_everything_as_it_was(
         patched.setattr(state, "copy_values", failing(state.copy_values))
         patched.setattr(attention, "set_processor", failing(attention.set_processor))
         patched.setattr(state, "_set_door", failing(state._set_door))
+        patched.setattr(state, "_set_mark", failing(state._set_mark))
         for name in ("register_forward_hook", "register_forward_pre_hook"):
-            patched.setattr(transformer, name, failing(getattr(transformer, name)), raising=False)
+            patched.setattr(torch.nn.Module, name, failing(getattr(torch.nn.Module, name)))
         with pytest.raises(error):
             clear.linearize(transformer, 4, weights=checkpoint)
     assert torch.equal(transformer(**call).sample, expected)
     after = photograph(transformer)
     assert all(torch.equal(value, after["state"][name]) for name, value in before["state"].items())
     assert after["processors"] == before["processors"]
+    assert after["hooks"] == before["hooks"]
+    assert after["config"] == before["config"]
     assert clear.is_linearized(transformer) == linearized_before
 
 

@@ -88,7 +88,7 @@ class DoorIn:
             if not isinstance(processor, ClearAttnProcessor) or processor.down_factor != self.config.down_factor:
                 raise RuntimeError(
                     f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
-                    "clear_attn.linearize() (loading or unloading an IP-Adapter does that); call "
+                    "clear_attn.linearize() (an IP-Adapter that comes or goes does that, and fusing SD3's projections); call "
                     "clear_attn.linearize() again after the change, or clear_attn.restore()"
                 )
 

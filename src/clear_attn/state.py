@@ -115,13 +115,14 @@ def _set_door(transformer: Any, door: DoorIn | None) -> None:
     elif present:
         transformer._forward_pre_hooks[present[0]] = door
     else:
+        # The entrance first: by it the others are found, should one fail to be put in.
+        transformer.register_forward_pre_hook(door, with_kwargs=True)
+        transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
         for module, hook, before in door.family.inner_doors(transformer):
             if before:
                 module.register_forward_pre_hook(hook, with_kwargs=True)
             else:
                 module.register_forward_hook(hook)
-        transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
-        transformer.register_forward_pre_hook(door, with_kwargs=True)
 
 
 def _remove_doors(transformer: Any) -> None:
