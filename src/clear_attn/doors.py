@@ -88,8 +88,8 @@ class DoorIn:
             if not isinstance(processor, ClearAttnProcessor) or processor.down_factor != self.config.down_factor:
                 raise RuntimeError(
                     f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
-                    "clear_attn.linearize() (an IP-Adapter that comes or goes does that, and fusing SD3's projections); call "
-                    "clear_attn.linearize() again after the change, or clear_attn.restore()"
+                    "clear_attn.linearize() (an IP-Adapter that comes or goes does that, and fusing SD3's projections); "
+                    "call clear_attn.linearize() again after the change, or clear_attn.restore()"
                 )
 
 
