@@ -1,8 +1,10 @@
 """ControlNets made local: their residuals are the plain rule's, whatever the layers are not told."""
 
+import copy
+
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxControlNetPipeline, SD3ControlNetModel
+from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxMultiControlNetModel, SD3ControlNetModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -122,7 +124,7 @@ def test_no_gradients_with_checkpointing():
 
 
 def test_only_training_free():
-    with pytest.raises(ValueError, match=r"this is a FluxControlNetModel; .* weights=None"):
+    with pytest.raises(ValueError, match=r"this is a FluxControlNetModel; give weights=None"):
         clear.linearize(flux_controlnet())
 
 
@@ -161,3 +163,36 @@ def test_in_a_pipeline_beside_its_transformer(pipe):
     clear.restore(pipe.controlnet)
     clear.restore(pipe)
     assert torch.equal(draw(), stock)
+
+
+def test_an_embedder_that_is_replaced_is_found_out():
+    """As a pipeline does to a ControlNet of SD3.5 that has none of its own."""
+    controlnet = sd3_controlnet(use_pos_embed=False, joint_attention_dim=None, dual_attention_layers=())
+    call = sd3_call(controlnet, (11, 20), 7, 1)
+    clear.linearize(controlnet, 4, weights=None)
+    controlnet.pos_embed = copy.deepcopy(tiny.SD3.transformer().pos_embed)
+    with pytest.raises(RuntimeError, match="a PatchEmbed of this SD3ControlNetModel was replaced"):
+        run(controlnet, call)
+    expected = run(in_raster_order(clear.restore(copy.deepcopy(controlnet)), [(11, 20)], clear.ClearConfig(4)), call)
+    clear.linearize(controlnet, 4, weights=None)
+    torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+
+
+def test_cost_of_one_without_text():
+    controlnet = sd3_controlnet(joint_attention_dim=None, dual_attention_layers=())
+    counted = clear.cost(controlnet, 64, 64)
+    assert (counted.layers, counted.layers_without_text) == (0, 3)
+    assert counted.step_pairs == 3 * counted.window_pairs
+
+
+def test_several_are_linearized_one_by_one():
+    several = FluxMultiControlNetModel([flux_controlnet(), flux_controlnet()])
+    with pytest.raises(TypeError, match=r"one by one: for net in controlnet\.nets"):
+        clear.linearize(several, weights=None)
+
+
+def test_made_from_a_linearized_transformer_it_carries_no_mark():
+    transformer = clear.linearize(tiny.FLUX.transformer(), 4, weights=None)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16}
+    controlnet = FluxControlNetModel.from_transformer(transformer, num_layers=1, num_single_layers=1, **heads)
+    assert not clear.is_linearized(controlnet)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import clear_attn as clear
 from clear_attn.layout import tile_order
@@ -70,7 +71,7 @@ def test_dual_attention_has_its_own_processors_and_weights(transformer):
     block = transformer.transformer_blocks[0]
     assert block.attn.processor is not block.attn2.processor
     assert "transformer_blocks.0.attn2.processor.spatial_weight" in transformer.state_dict()
-    call = tiny.SD3.call(transformer, (9, 7))
+    call = tiny.SD3.call(transformer, (11, 20))
     expected = run(transformer, call)
     with torch.no_grad():
         block.attn2.processor.spatial_weight.mul_(2)
@@ -87,18 +88,18 @@ def test_positions_are_hooked_once_and_freed(transformer):
 
 def test_fused_projections_are_normed(transformer):
     """diffusers' own processor for fused projections leaves SD3.5's norms out, and fails in dual attention."""
-    call = tiny.SD3.call(transformer, (9, 7))
+    call = tiny.SD3.call(transformer, (11, 20))
     stock = run(transformer, call)
     transformer.fuse_qkv_projections()
-    clear.linearize(transformer, 20, weights=None)
+    clear.linearize(transformer, 30, weights=None)
     torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
 
 
 def test_sides_that_are_no_whole_tokens(transformer):
     clear.linearize(transformer, 3, weights=None)
-    call = tiny.SD3.call(transformer, (9, 7))
+    call = tiny.SD3.call(transformer, (11, 20))
     call["hidden_states"] = call["hidden_states"][..., :-1]
-    with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 4, 18, 13\]"):
+    with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 4, 22, 39\]"):
         run(transformer, call)
 
 
@@ -114,3 +115,42 @@ def test_cost_counts_layers_without_text(transformer):
     assert counted.to_dict()["dense_step_gflops"] == 4 * dim * (3 * (grid + text) ** 2 + grid**2) / 1e9
     pairs = counted.window_pairs
     assert counted.step_pairs == 3 * (pairs + text * (2 * grid + text)) + pairs
+
+
+def test_a_lora_after_fused_projections_were_given_up(transformer):
+    """diffusers leaves the layers' flag and the fused matrices behind."""
+    call = tiny.SD3.call(transformer, (11, 20))
+    transformer.fuse_qkv_projections()
+    transformer.unfuse_qkv_projections()
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    stock = run(transformer, call)
+    clear.linearize(transformer, 30, weights=None)
+    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+
+
+def test_fusing_between_does_not_keep_our_processors(transformer):
+    call = tiny.SD3.call(transformer, (11, 20))
+    stock = run(transformer, call)
+    clear.linearize(transformer, 4, weights=None)
+    transformer.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match="replaced by a FusedJointAttnProcessor2_0"):
+        run(transformer, call)
+    clear.linearize(transformer, 4, weights=None)
+    clear.restore(transformer)
+    transformer.unfuse_qkv_projections()
+    assert torch.equal(run(transformer, call), stock)
+
+
+def test_pooled_weights_are_no_float8(transformer):
+    transformer = tiny.SD3.transformer(dual=False)
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    clear.linearize(transformer, 4, 3, weights=None)
+    assert transformer.transformer_blocks[0].attn.processor.spatial_weight.dtype == torch.float32
+    assert run(transformer, tiny.SD3.call(transformer, (11, 20))).isfinite().all()
+
+
+def test_restoring_leaves_nothing_on_the_processors(transformer):
+    processor = transformer.transformer_blocks[0].attn.processor
+    clear.restore(clear.linearize(transformer, 4, weights=None))
+    assert transformer.transformer_blocks[0].attn.processor is processor
+    assert not vars(processor)

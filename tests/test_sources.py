@@ -1,6 +1,7 @@
 """Where weights come from: the published ones, the Hub, folders; and what is refused."""
 
 import json
+import types
 
 import huggingface_hub.constants
 import pytest
@@ -29,7 +30,14 @@ def repos(transformer):
     }
     mine = {
         "clear_config.json": json.dumps(
-            {"format": 1, "window": 5, "down_factor": 1, "architecture": "FluxTransformer2DModel", "base_model": None}
+            {
+                "format": 1,
+                "window": 5,
+                "down_factor": 1,
+                "architecture": "FluxTransformer2DModel",
+                "base_model": None,
+                "source": None,
+            }
         ).encode(),
         "clear_weights.safetensors": files["clear_local_16.safetensors"],
     }
@@ -87,7 +95,9 @@ def test_the_published_weights(server, as_flux, window, factor):
 
 
 def test_window_and_down_factor_left_out(server, as_flux, caplog):
-    transformer = as_flux("/home/me/.cache/huggingface/hub/models--black-forest-labs--FLUX.1-schnell/snapshots/ab/x")
+    transformer = as_flux(
+        "/home/me/.cache/huggingface/hub/models--black-forest-labs--FLUX.1-schnell/snapshots/ab/transformer"
+    )
     clear.linearize(transformer)
     assert weights_are(transformer, checkpoint_for(transformer, 1, seed=16))
     assert "non-commercial licence" in caplog.text
@@ -102,12 +112,20 @@ def test_a_second_time_comes_from_the_cache(server, as_flux):
     assert not server.asked
 
 
-@pytest.mark.parametrize("name", ["someone/FLUX.1-dev-anime", "", "./trained"])
+@pytest.mark.parametrize("name", ["someone/FLUX.1-dev-anime", "someone/FLUX.1-dev", "", "./trained"])
 def test_a_fine_tune_is_warned_of(server, as_flux, caplog, name):
     transformer = as_flux(name)
     clear.linearize(transformer, 16)
     assert f"{name or 'an unnamed FLUX.1 transformer'} is not black-forest-labs/FLUX.1-dev by name" in caplog.text
     assert "to_q, to_k, to_v and to_out.0" in caplog.text
+
+
+def test_a_fine_tuned_transformer_in_the_original_pipeline_is_warned_of(server, as_flux, caplog):
+    pipe = types.SimpleNamespace(
+        transformer=as_flux("someone/anime"), config={"_name_or_path": "black-forest-labs/FLUX.1-dev"}
+    )
+    clear.linearize(pipe, 16)
+    assert "someone/anime is not black-forest-labs/FLUX.1-dev by name" in caplog.text
 
 
 def test_a_named_checkpoint_is_not(server, as_flux, caplog):
@@ -154,18 +172,24 @@ class TestRefusals:
 
     def test_another_family(self):
         other = tiny.SD3.transformer()
-        with pytest.raises(ValueError, match=r"this is a SD3Transformer2DModel; name a checkpoint"):
+        with pytest.raises(ValueError, match=r"this is a SD3Transformer2DModel; give weights=None"):
             clear.linearize(other)
 
     @pytest.mark.parametrize(
         ("weights", "error", "words"),
         [
-            ("nobody/nothing", FileNotFoundError, "nobody/nothing does not exist on the Hub, or is private"),
+            (
+                "nobody/nothing",
+                FileNotFoundError,
+                "nobody/nothing is no path here and does not exist on the Hub, or is private",
+            ),
             ("someone/secret", FileNotFoundError, "or is private; .* give token="),
             ("someone/gated", PermissionError, "someone/gated is gated: accept its terms"),
             ("someone/else", FileNotFoundError, r"someone/else has no file clear_config\.json; name one"),
             ("Huage001/CLEAR/clear_local_64.safetensors", FileNotFoundError, "has no file clear_local_64"),
             ("some..one/weights", ValueError, "is no id of a Hub repository"),
+            ("./weights", FileNotFoundError, "'weights' does not exist; give the path"),
+            ("../my/weights", FileNotFoundError, "does not exist; give the path"),
             ("weights", FileNotFoundError, "'weights' does not exist; give the path of .* a Hub id"),
             ("folder/weights.safetensors", FileNotFoundError, "does not exist; give the path"),
         ],
@@ -185,7 +209,9 @@ class TestRefusals:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         with clear.linearized(transformer, 8):
             pass
-        with pytest.raises(ConnectionError, match=r"cache, which holds \['clear_local_8\.safetensors'\] of it"):
+        with pytest.raises(
+            ConnectionError, match=r"not in the cache, which holds \['clear_local_8\.safetensors'\] of it"
+        ):
             clear.linearize(transformer, 32)
 
     def test_a_window_that_is_not_the_weights_own(self, server, transformer):

@@ -13,6 +13,7 @@ from clear_attn.families import Family
 from clear_attn.layout import Grid
 from clear_attn.linearize import find_transformer
 from clear_attn.masks import BLOCK
+from clear_attn.record import mark_of
 from clear_attn.state import door_of
 
 DEFAULT_VAE_SCALE = 8
@@ -185,7 +186,10 @@ class Cost:
             f"Still growing with the square of the tokens: {' and '.join(quadratic)}.",
         ]
         if any(dense == own for dense, own in self.controlnets):
-            remarks.append("A dense ControlNet becomes local by linearize(pipe.controlnet, ..., weights=None).")
+            remarks.append(
+                "A dense ControlNet becomes local by linearize(pipe.controlnet, ..., weights=None), several by a call "
+                "for each of pipe.controlnet.nets."
+            )
         if self.layers_without_text:
             remarks.append(f"In {self.layers_without_text} of the layers the image tokens stand alone, without text.")
         return remarks
@@ -243,7 +247,8 @@ def cost(
     text_tokens = check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0)
     batch = check_whole_number("batch", batch, "it is the number of pictures")
     door = door_of(transformer)
-    own = door.config if door else ClearConfig()
+    mark = mark_of(transformer)
+    own = door.config if door else ClearConfig(mark["window"], mark["down_factor"]) if mark else ClearConfig()
     config = ClearConfig(
         own.window if window is None else window, own.down_factor if down_factor is None else down_factor
     )
@@ -254,7 +259,7 @@ def cost(
 
 
 def _count(transformer: Any, family: Family, grid: Grid, text_tokens: int, batch: int, config: ClearConfig) -> Cost:
-    has_text = [family.has_text(layer) for layer in family.attention_layers(transformer)]
+    has_text = [family.has_text(transformer, layer) for layer in family.attention_layers(transformer)]
     return Cost(
         height=grid[0],
         width=grid[1],

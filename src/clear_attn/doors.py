@@ -63,7 +63,7 @@ class DoorIn:
         layout = layout_for(grids, text_tokens, self.config, self.family.text_first, device)
         backend = self._choose_backend(transformer, call, layout)
         BACKENDS[backend].prepare(layout)
-        if not all(map(self.family.has_text, self.original.processors)):
+        if not all(self.family.has_text(transformer, layer) for layer in self.original.processors):
             BACKENDS[backend].prepare(layout.without_text)
         entered = self.family.enter(call, layout)
         own = {LAYOUT: layout, BACKEND: backend}
@@ -88,8 +88,15 @@ class DoorIn:
             if not isinstance(processor, ClearAttnProcessor) or processor.down_factor != self.config.down_factor:
                 raise RuntimeError(
                     f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
-                    "clear_attn.linearize() (an IP-Adapter that comes or goes does that, and fusing SD3's projections); "
-                    "call clear_attn.linearize() again after the change, or clear_attn.restore()"
+                    "clear_attn.linearize() (an IP-Adapter that comes or goes does that, or fusing SD3's "
+                    "projections); call clear_attn.linearize() again after the change, or clear_attn.restore()"
+                )
+        for inner in self.family.inner_doors(transformer):
+            if not inner.stands():
+                raise RuntimeError(
+                    f"a {type(inner.module).__name__} of this {type(transformer).__name__} was replaced after "
+                    "clear_attn.linearize() (a pipeline does that to SD3.5's ControlNets); call clear_attn.linearize() "
+                    "again after the change"
                 )
 
 

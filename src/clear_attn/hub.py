@@ -28,13 +28,15 @@ def fetch(repo: str, file: str, revision: str | None = None, token: str | bool |
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{where} does not exist on the Hub, or is private; check the id, or log in or give token="
+            f"{where} is no path here and does not exist on the Hub, or is private; check the id, or log in or give "
+            "token="
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no revision {revision!r}; leave revision= out, or give another") from error
     except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"the Hub is out of reach (or HF_HUB_OFFLINE is set), and {file} of {where} is not in the cache, which "
+            f"{where} is no path here, the Hub is out of reach (or HF_HUB_OFFLINE is set), and {file} is not in the "
+            f"cache, which "
             f"holds {cached_files(repo) or 'nothing'} of it; connect once, or give the path of a file"
         ) from error
     except errors.EntryNotFoundError as error:

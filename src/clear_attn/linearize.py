@@ -35,6 +35,8 @@ def find_transformer(pipe: Any) -> tuple[Any, Family]:
     if family is None:
         supported = ", ".join(family.transformer_class.__name__ for family in FAMILIES)
         given = " with a ".join(dict.fromkeys([type(pipe).__name__, type(transformer).__name__]))
+        if hasattr(transformer, "nets"):
+            raise TypeError(f"a {given} is not supported; give its ControlNets one by one: for net in controlnet.nets")
         raise TypeError(f"a {given} is not supported; give a diffusers pipeline or transformer of: {supported}")
     return transformer, family
 
@@ -92,7 +94,7 @@ def linearize(
     stock = original_state(transformer, layers)
     _check_processors(stock.processors, family)
     _check_parallelism(processors_of(layers))
-    carried = stock.mark["weights"] if stock.mark else None
+    carried = (stock.mark["weights"], stock.mark["source"]) if stock.mark else (None, None)
     if weights == "auto" and stock.mark:
         window, down_factor = _settings_of_mark(window, down_factor, stock.mark)
         weights = None
@@ -109,7 +111,7 @@ def linearize(
     kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
     given_up = bool(values) and not keep_original
     door = DoorIn(family, config, backend, stock._replace(values=kept), given_up)
-    mark = make_mark(config, source.name if source else carried)
+    mark = make_mark(transformer, config, *((source.name, source.source) if source else carried))
     try:
         apply(transformer, layers, State(door, processors, {**stock.values, **values}, mark))
     except BaseException:
@@ -123,12 +125,15 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
 
     What was changed since then by others stays: other hooks, LoRAs, the attention backend.
 
+    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded.
+
     Raises:
         TypeError: not a supported pipeline.
         RuntimeError: the original weights were given up with `keep_original=False`, or cannot be put back:
             parameters on the meta device, a LoRA fused in.
     """
     transformer, family = find_transformer(pipe)
+    _warn_if_left_dense(transformer)
     if door_of(transformer):
         layers = family.attention_layers(transformer)
         original = original_state(transformer, layers)
@@ -150,14 +155,18 @@ def is_linearized(pipe: Any) -> bool:
         TypeError: not a supported pipeline.
     """
     transformer, _ = find_transformer(pipe)
+    _warn_if_left_dense(transformer)
+    return door_of(transformer) is not None
+
+
+def _warn_if_left_dense(transformer: Any) -> None:
     mark = mark_of(transformer)
     if mark and not door_of(transformer):
         warnings.warn(
             f"this pipeline was saved while it was linearized (window {mark['window']}, weights {mark['weights']}), "
             "and now runs with dense attention; call clear_attn.linearize(pipe)",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return door_of(transformer) is not None
 
 
 @contextlib.contextmanager
@@ -200,11 +209,12 @@ def _settings_of_mark(window: int | None, down_factor: int | None, mark: Mapping
                 f"{name}={given} does not fit this pipeline, which was saved while it was linearized with "
                 f"{name}={mark[name]}; leave it out, or say what weights to take (None: those in the pipeline)"
             )
-    if mark["weights"] and mark["down_factor"] > 1:
+    if mark["down_factor"] > 1:
+        origin = f"{mark['weights']!r}, which it had" if mark["weights"] else "None, which pools plain means"
         raise ValueError(
             "this pipeline was saved whole while it was linearized with pooled keys, whose trained weights diffusers "
-            f"does not save; give weights={mark['weights']!r}, which they came from, or a directory that "
-            "clear_attn.save_pretrained() wrote"
+            f"does not load; give weights= a directory that clear_attn.save_pretrained() wrote; or, if nothing was "
+            f"trained since, {origin}"
         )
     return mark["window"], mark["down_factor"]
 

@@ -68,7 +68,10 @@ class ClearAttnProcessor(nn.Module):
         layout = self._check(attention_mask, clear_layout)
         if hidden_states.shape[1] == layout.image_tokens and encoder_hidden_states is None:
             layout = layout.without_text
-        query, key, value = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first)
+        fused = self.takes_fused(attn)
+        query, key, value = project(
+            attn, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first, fused
+        )
         pooled = None
         if layout.pooled_tokens:
             pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
@@ -84,6 +87,10 @@ class ClearAttnProcessor(nn.Module):
             return image
         text = joint[:, layout.text]
         return image, text if attn.context_pre_only else attn.to_add_out(text)
+
+    def takes_fused(self, attn: Any) -> bool:
+        """Whether query, key and value come from one fused projection."""
+        return bool(attn.fused_projections)
 
     @property
     def _where(self) -> str:
@@ -121,12 +128,11 @@ class ClearAttnProcessor(nn.Module):
         return dispatch_attention_fn(query, key, value, scale=scale, backend=backend).transpose(1, 2)
 
 
-def _project(attn: Any, names: tuple[str, str, str], fused: str, norms: tuple[str, str], x: Tensor) -> list[Tensor]:
+def _project(
+    attn: Any, names: tuple[str, str, str], fused: str | None, norms: tuple[str, str], x: Tensor
+) -> list[Tensor]:
     """Query, key and value `[batch, tokens, heads, head_dim]` by three projections or by their fused one, normed."""
-    if attn.fused_projections:
-        parts = getattr(attn, fused)(x).chunk(3, dim=-1)
-    else:
-        parts = [getattr(attn, name)(x) for name in names]
+    parts = getattr(attn, fused)(x).chunk(3, dim=-1) if fused else [getattr(attn, name)(x) for name in names]
     query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts)
     norm_query, norm_key = (getattr(attn, norm, None) or nn.Identity() for norm in norms)
     return [norm_query(query), norm_key(key), value]
@@ -138,15 +144,19 @@ def project(
     encoder_hidden_states: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
     text_first: bool,
+    fused: bool,
 ) -> list[Tensor]:
     """Query, key and value `[batch, heads, tokens, head_dim]` of a layer, as FLUX's and SD3's own processors do.
 
     A layer is given text and image apart, to be joined in the family's order, or one sequence.
     """
-    parts = [_project(attn, ("to_q", "to_k", "to_v"), "to_qkv", ("norm_q", "norm_k"), hidden_states)]
+    parts = [_project(attn, ("to_q", "to_k", "to_v"), "to_qkv" if fused else None, ("norm_q", "norm_k"), hidden_states)]
     if encoder_hidden_states is not None:
         names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-        parts.insert(0 if text_first else 1, _project(attn, names, "to_added_qkv", norms, encoder_hidden_states))
+        parts.insert(
+            0 if text_first else 1,
+            _project(attn, names, "to_added_qkv" if fused else None, norms, encoder_hidden_states),
+        )
     query, key, value = (torch.cat(each, dim=1) if len(each) > 1 else each[0] for each in zip(*parts, strict=True))
     if rotary is not None:
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))

@@ -48,16 +48,16 @@ def published_file(window: int, down_factor: int) -> str:
     return FILES[window, down_factor]
 
 
-def settings_of(repo: str, file: str) -> tuple[int, int] | None:
-    """The (window, down_factor) of a published file, or None where it is no such file."""
-    return next((pair for pair, name in FILES.items() if (repo, file) == (REPO, name)), None)
+def window_of(file: str) -> int | None:
+    """The window of a published file, or None where none has this name."""
+    return next((window for (window, _), name in FILES.items() if name == file), None)
 
 
-def names_of(pipe: Any, transformer: Any) -> list[str]:
-    """The Hub ids, or else the folders, that a pipeline and its transformer were loaded from."""
-    configs = (getattr(part, "config", {}) for part in (pipe, transformer))
-    paths = [str(config.get("_name_or_path") or "") for config in configs]
-    return [_hub_id(path) for path in paths if path]
+def name_of(pipe: Any, transformer: Any) -> str:
+    """The Hub id, or else the folder, that a transformer or its pipeline was loaded from; "" where neither says."""
+    configs = (getattr(part, "config", {}) for part in (transformer, pipe))
+    paths = (str(config.get("_name_or_path") or "") for config in configs)
+    return _hub_id(next((path for path in paths if path), "").removesuffix("/transformer"))
 
 
 def _hub_id(path: str) -> str:
@@ -66,10 +66,14 @@ def _hub_id(path: str) -> str:
     return "/".join(cached.groups()) if cached else path
 
 
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
 def base_model_of(pipe: Any, transformer: Any) -> str | None:
     """The Hub id of a pipeline, or None where it was not loaded from the Hub."""
-    ids = (name for name in names_of(pipe, transformer) if re.fullmatch(r"[\w.-]+/[\w.-]+", name))
-    return next((name for name in ids if not os.path.exists(name)), None)
+    name = name_of(pipe, transformer)
+    return name if _is_hub_id(name) else None
 
 
 def check_served(pipe: Any, transformer: Any) -> str | None:
@@ -81,19 +85,27 @@ def check_served(pipe: Any, transformer: Any) -> str | None:
     Raises:
         ValueError: not the architecture they were distilled for, or a variant of it with another task.
     """
-    kind, names = type(transformer).__name__, names_of(pipe, transformer)
-    kontext = "Kontext" in type(pipe).__name__ or any("kontext" in name.lower() for name in names)
-    other = {name: transformer.config.get(name) for name in ARCHITECTURE if kind == CLASS}
-    other = {name: value for name, value in other.items() if value != ARCHITECTURE[name]}
-    if kind != CLASS or other or kontext:
-        listed = ", ".join(f"{name}={value}" for name, value in other.items())
-        what = "FLUX.1 Kontext" if kontext else f"a {kind}{' with ' if other else ''}{listed}"
+    kind, name = type(transformer).__name__, name_of(pipe, transformer)
+    if kind != CLASS:
         raise ValueError(
-            f"weights='auto' takes the weights published for {BASE}, and this is {what}; name a checkpoint "
+            f"weights='auto' takes the weights published for {BASE}, and this is a {kind}; give weights=None to keep "
+            "the model's own (training-free), or weights of your own"
+        )
+    kontext = "Kontext" in type(pipe).__name__ or "kontext" in name.lower()
+    own = {setting: transformer.config.get(setting) for setting in ARCHITECTURE}
+    other = {setting: value for setting, value in own.items() if value != ARCHITECTURE[setting]}
+    if other or kontext:
+        listed = ", ".join(f"{setting}={value}" for setting, value in other.items())
+        raise ValueError(
+            f"weights='auto' takes the weights published for {BASE}, and this is "
+            f"{'FLUX.1 Kontext' if kontext else f'a {kind} with {listed}'}; name a checkpoint "
             f"(weights='{REPO}/{FILES[16, 1]}' is the published one for window 16) or give weights=None to keep the "
             "model's own (training-free)"
         )
-    served = {Path(name).name for name in SERVED}
-    if any(Path(name).name in served for name in names):
-        return None
-    return names[0] if names else "an unnamed FLUX.1 transformer"
+    known = name in SERVED if _is_hub_id(name) else Path(name).name in {Path(served).name for served in SERVED}
+    return None if known else name or "an unnamed FLUX.1 transformer"
+
+
+def is_published(source: str | None) -> bool:
+    """Whether weights came from the published ones, and are under the licence of FLUX.1-dev."""
+    return source is not None and source.startswith(REPO + "/")

@@ -22,12 +22,14 @@ class Record:
     Attributes:
         config (`ClearConfig`): what they were distilled for.
         architecture (`str`): the class of transformer in diffusers.
-        base_model (`str`, *optional*): the Hub id of the model that they were distilled from.
+        base_model (`str`, *optional*): the Hub id of the model that they are for.
+        source (`str`, *optional*): where they first came from: the published file, say, whose licence they keep.
     """
 
     config: ClearConfig
     architecture: str
     base_model: str | None = None
+    source: str | None = None
 
     def to_json(self) -> str:
         """The text of a clear_config.json."""
@@ -37,6 +39,7 @@ class Record:
             "down_factor": self.config.down_factor,
             "architecture": self.architecture,
             "base_model": self.base_model,
+            "source": self.source,
             "library_version": importlib.metadata.version("clear_attn"),
         }
         return json.dumps(values, indent=2) + "\n"
@@ -51,9 +54,8 @@ def read_record(file: Path) -> Record:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         check_format(values, str(file))
-        return Record(
-            ClearConfig(values["window"], values["down_factor"]), str(values["architecture"]), values["base_model"]
-        )
+        config = ClearConfig(values["window"], values["down_factor"])
+        return Record(config, str(values["architecture"]), values["base_model"], values["source"])
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no whole {CONFIG_FILE} ({error}); save or fetch it again") from error
 
@@ -73,9 +75,16 @@ def check_format(values: Mapping[str, Any], where: str) -> None:
 MARK = "clear_attn"
 
 
-def make_mark(config: ClearConfig, weights: str | None) -> dict[str, Any]:
-    """Of a transformer that was linearized with weights of this name, or with its own (None)."""
-    return {"format": FORMAT, "window": config.window, "down_factor": config.down_factor, "weights": weights}
+def make_mark(transformer: Any, config: ClearConfig, weights: str | None, source: str | None) -> dict[str, Any]:
+    """Of a transformer that was linearized with weights of this name and first source, or with its own (None)."""
+    return {
+        "format": FORMAT,
+        "architecture": type(transformer).__name__,
+        "window": config.window,
+        "down_factor": config.down_factor,
+        "weights": weights,
+        "source": source,
+    }
 
 
 def mark_of(transformer: Any) -> dict[str, Any] | None:
@@ -85,6 +94,8 @@ def mark_of(transformer: Any) -> dict[str, Any] | None:
         ValueError: it is of another format.
     """
     mark: dict[str, Any] | None = transformer.config.get(MARK)
-    if mark:
-        check_format(mark, "the config of this transformer")
-    return mark
+    if not mark:
+        return None
+    check_format(mark, "the config of this transformer")
+    # A ControlNet that is made from a transformer gets the transformer's config.
+    return mark if mark["architecture"] == type(transformer).__name__ else None

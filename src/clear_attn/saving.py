@@ -11,11 +11,11 @@ import huggingface_hub
 from safetensors.torch import save_file
 
 from clear_attn.linearize import find_transformer
-from clear_attn.published import BASE, LICENCE, base_model_of
-from clear_attn.record import CONFIG_FILE, Record
+from clear_attn.published import BASE, LICENCE, base_model_of, is_published
+from clear_attn.record import CONFIG_FILE, Record, mark_of
 from clear_attn.sources import WEIGHTS_FILE
 from clear_attn.state import door_of
-from clear_attn.weights import POOLED, check_in_memory, check_replaceable, replaced_parameters
+from clear_attn.weights import DTYPES, POOLED, check_in_memory, check_replaceable, replaced_parameters
 
 CARD_FILE = "README.md"
 
@@ -25,7 +25,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
 
     Writes `clear_weights.safetensors` (the projections that distilled weights replace, and the pooled weights, in
     the model's own dtype), `clear_config.json` and a model card. They appear when all are written; until then an
-    earlier save in the same directory stays as it was.
+    earlier save in the same directory stays as it was. A README.md that is there is left alone.
 
     Args:
         pipe: a linearized pipeline or transformer.
@@ -47,10 +47,18 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
     check_in_memory(transformer, layers)
     check_replaceable(layers)
     values = {name: parameter.detach() for name, parameter in replaced_parameters(layers).items()}
+    coarse = next((value.dtype for value in values.values() if value.dtype not in DTYPES), None)
+    if coarse:
+        raise RuntimeError(
+            f"this model's weights are stored in {coarse} by layerwise casting, and would be saved so; save before "
+            "enable_layerwise_casting()"
+        )
     if door.config.down_factor > 1:
         values |= {layer + POOLED: attn.processor.spatial_weight.detach() for layer, attn in layers.items()}
     values = {name: value.to("cpu").contiguous() for name, value in values.items()}
-    record = Record(door.config, type(transformer).__name__, base_model_of(pipe, transformer))
+    mark = mark_of(transformer)
+    source = mark["source"] if mark else None
+    record = Record(door.config, type(transformer).__name__, base_model_of(pipe, transformer), source)
     folder.mkdir(parents=True, exist_ok=True)
     # On the same disk, so that what takes time or room can fail only before the first file is put in place.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
@@ -59,7 +67,9 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
         Path(unfinished, CONFIG_FILE).write_text(record.to_json(), encoding="utf-8")
         # Never an old record beside new weights.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-        for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
+        # A card that is there may be the user's own.
+        card = [] if (folder / CARD_FILE).exists() else [CARD_FILE]
+        for name in (WEIGHTS_FILE, *card, CONFIG_FILE):
             Path(unfinished, name).chmod(0o644)
             Path(unfinished, name).replace(folder / name)
 
@@ -103,7 +113,7 @@ def _card(record: Record) -> str:
     if record.base_model:
         head += [f"base_model: {record.base_model}"]
         model = f"[{record.base_model}](https://huggingface.co/{record.base_model})"
-    if record.base_model == BASE:
+    if record.base_model == BASE or is_published(record.source):
         head += ["license: other", "license_name: flux-1-dev-non-commercial-license"]
         licence = f"\nThe weights are {LICENCE}.\n"
     pooled = f", and means over cells of {factor} x {factor} tokens" if factor > 1 else ""

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from clear_attn.config import ClearConfig
 from clear_attn.hub import fetch
-from clear_attn.published import BASE, LICENCE, REPO, check_served, published_file, settings_of
+from clear_attn.published import BASE, FILES, LICENCE, REPO, check_served, published_file, window_of
 from clear_attn.record import CONFIG_FILE, read_record
 from clear_attn.weights import pooled_factor, read_checkpoint
 
 WEIGHTS_FILE = "clear_weights.safetensors"
-HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+\.safetensors))?")
+HUB_FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/(.+\.safetensors))?")
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class Checkpoint(NamedTuple):
         name: where they came from, as a user would give it.
         window, down_factor: what they were distilled for; a window of None is unknown.
         architecture: the class of transformer they are for, where that is known.
+        source: where they first came from, which `name` may be a copy of.
     """
 
     values: dict[str, Tensor]
@@ -37,6 +38,7 @@ class Checkpoint(NamedTuple):
     window: int | None
     down_factor: int
     architecture: str | None = None
+    source: str | None = None
 
 
 def load(
@@ -102,16 +104,19 @@ def _load_auto(
 def _load_local(path: Path) -> Checkpoint:
     if path.is_dir():
         return _load_folder(path / CONFIG_FILE, path / WEIGHTS_FILE, str(path))
+    if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
+        return _load_folder(path.with_name(CONFIG_FILE), path, str(path))
     values = read_checkpoint(path)
-    return Checkpoint(values, str(path), None, pooled_factor(values))
+    source = f"{REPO}/{path.name}" if path.name in FILES.values() else None
+    return Checkpoint(values, str(path), window_of(path.name), pooled_factor(values), source=source)
 
 
 def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
     if repo == REPO:
         logger.warning("%s/%s: weights %s", repo, file, LICENCE)
     values = read_checkpoint(fetch(repo, file, revision, token))
-    window, _ = settings_of(repo, file) or (None, None)
-    return Checkpoint(values, f"{repo}/{file}", window, pooled_factor(values))
+    name = f"{repo}/{file}"
+    return Checkpoint(values, name, window_of(file) if repo == REPO else None, pooled_factor(values), source=name)
 
 
 def _load_hub_folder(repo: str, revision: str | None, token: str | bool | None) -> Checkpoint:
@@ -133,4 +138,4 @@ def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint
             f"{config_file} says down_factor={record.config.down_factor}, and the weights beside it were distilled for "
             f"{factor}; save or fetch both again"
         )
-    return Checkpoint(values, name, record.config.window, factor, record.architecture)
+    return Checkpoint(values, name, record.config.window, factor, record.architecture, record.source)

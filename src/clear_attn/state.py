@@ -11,7 +11,7 @@ from torch import Tensor
 from clear_attn.doors import DoorIn, DoorOut
 from clear_attn.processors import ClearAttnProcessor
 from clear_attn.record import MARK, mark_of
-from clear_attn.weights import check_in_memory, check_replaceable, copy_values, replaced_parameters
+from clear_attn.weights import DTYPES, check_in_memory, check_replaceable, copy_values, replaced_parameters
 
 
 class State(NamedTuple):
@@ -82,22 +82,32 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
         check_in_memory(transformer, layers)
         check_replaceable(layers)
     copy_values(state.values, layers)
+    _free_kept_processors(transformer)
     for layer, attn in layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
             # What the user set with set_attention_backend() or enable_parallelism() belongs to the layer.
             for name in ("_attention_backend", "_parallel_config"):
-                setattr(processor, name, getattr(present, name, None))
+                if (value := getattr(present, name, None)) is not None or hasattr(processor, name):
+                    setattr(processor, name, value)
             attn.set_processor(stand_beside(processor, attn))
     _set_door(transformer, state.door)
     _set_mark(transformer, state.mark)
+
+
+def _free_kept_processors(transformer: Any) -> None:
+    """Takes CLEAR's processors out of what SD3 keeps of its processors while its projections are fused."""
+    door, kept = door_of(transformer), getattr(transformer, "original_attn_processors", None) or {}
+    for key, processor in kept.items():
+        if door and isinstance(processor, ClearAttnProcessor):
+            kept[key] = door.original.processors[key.removesuffix(".processor")]
 
 
 def stand_beside(processor: Any, attn: Any) -> Any:
     """Puts a processor's own parameter where the layer's are, and in their dtype."""
     if isinstance(processor, ClearAttnProcessor):
         reference = next(attn.parameters())
-        processor.to(reference.device, reference.dtype if reference.dtype.is_floating_point else None)
+        processor.to(reference.device, reference.dtype if reference.dtype in DTYPES else None)
     return processor
 
 
@@ -109,20 +119,23 @@ def _set_mark(transformer: Any, mark: dict[str, Any] | None) -> None:
 
 def _set_door(transformer: Any, door: DoorIn | None) -> None:
     """In the old one's place where there is one, so that the order among others' hooks stays."""
-    present = [key for key, hook in transformer._forward_pre_hooks.items() if isinstance(hook, DoorIn)]
     if door is None:
         _remove_doors(transformer)
-    elif present:
+        return
+    present = [key for key, hook in transformer._forward_pre_hooks.items() if isinstance(hook, DoorIn)]
+    if present:
         transformer._forward_pre_hooks[present[0]] = door
     else:
         # The entrance first: by it the others are found, should one fail to be put in.
         transformer.register_forward_pre_hook(door, with_kwargs=True)
         transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
-        for module, hook, before in door.family.inner_doors(transformer):
-            if before:
-                module.register_forward_pre_hook(hook, with_kwargs=True)
-            else:
-                module.register_forward_hook(hook)
+    for inner in door.family.inner_doors(transformer):
+        if inner.stands():
+            continue
+        if inner.before:
+            inner.module.register_forward_pre_hook(inner.hook, with_kwargs=True)
+        else:
+            inner.module.register_forward_hook(inner.hook)
 
 
 def _remove_doors(transformer: Any) -> None:

@@ -77,11 +77,10 @@ def check_replaceable(layers: Mapping[str, Any]) -> None:
                 "replaced; call pipe.unfuse_lora() first, and pipe.fuse_lora() again afterwards"
             )
     for name, parameter in replaced_parameters(layers).items():
-        if type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES:
+        if type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point:
             raise RuntimeError(
-                f"{name} is a {type(parameter).__name__} of {parameter.dtype}, as in a quantized model or "
-                "under layerwise casting, and takes no distilled weights; load the model in bfloat16, and linearize "
-                "it first"
+                f"{name} is a {type(parameter).__name__} of {parameter.dtype}, as in a quantized model, and takes no "
+                "other values; load the model in bfloat16, linearize it, and quantize it then"
             )
     for layer, attn in layers.items():
         if attn.fused_projections:
@@ -89,7 +88,8 @@ def check_replaceable(layers: Mapping[str, Any]) -> None:
                 if not torch.equal(values, getattr(_base(attn.to_qkv), name)):
                     raise RuntimeError(
                         f"{layer}.to_qkv.{name} is no longer what it was fused from, and would be lost; call "
-                        "transformer.unfuse_qkv_projections() first, or load the model anew"
+                        "transformer.unfuse_qkv_projections() first (and set fused_projections = False on SD3's "
+                        "attention layers, which diffusers forgets), or load the model anew"
                     )
 
 
@@ -174,7 +174,7 @@ def check_checkpoint(checkpoint: Mapping[str, Tensor], layers: Mapping[str, Any]
     _raise_if("has other values than float32, bfloat16 or float16:", other, model)
     dtype = next(iter(parameters.values())).dtype
     # As the model will hold them: float16 has no room for large values.
-    unusable = {name for name, x in checkpoint.items() if not torch.isfinite(x.to(dtype)).all()}
+    unusable = {name for name, x in checkpoint.items() if not torch.isfinite(x.to(dtype).float()).all()}
     _raise_if(f"has NaN or infinity, as {dtype}, in", unusable, model)
 
 

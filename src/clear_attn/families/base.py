@@ -28,6 +28,11 @@ class InnerDoor(NamedTuple):
     hook: Callable[..., Any]
     before: bool = False
 
+    def stands(self) -> bool:
+        """Whether the hook is in place."""
+        hooks = self.module._forward_pre_hooks if self.before else self.module._forward_hooks
+        return any(hook is self.hook for hook in hooks.values())
+
 
 class Family(abc.ABC):
     """One family. Stateless: what differs from call to call travels in the call's keywords.
@@ -53,8 +58,8 @@ class Family(abc.ABC):
             for key in transformer.attn_processors
         }
 
-    def has_text(self, layer: str) -> bool:
-        """Whether text takes part in a layer's attention, by the layer's name."""
+    def has_text(self, transformer: Any, layer: str) -> bool:
+        """Whether text takes part in the attention of the layer of this name."""
         return True
 
     def new_processor(self, down_factor: int, layer: str) -> nn.Module:

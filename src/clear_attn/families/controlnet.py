@@ -52,6 +52,9 @@ class SD3ControlNet(_ControlNet, SD3):
     name = "sd3-controlnet"
     transformer_class = SD3ControlNetModel
 
+    def has_text(self, transformer: Any, layer: str) -> bool:
+        return transformer.context_embedder is not None and super().has_text(transformer, layer)
+
     def inner_doors(self, transformer: Any) -> list[InnerDoor]:
         embedders = [transformer.pos_embed, transformer.pos_embed_input]
         doors = [InnerDoor(embedder, into_tile_order) for embedder in embedders if embedder is not None]

@@ -6,12 +6,23 @@ from typing import Any
 
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 
 from clear_attn.families.base import Call, Family, InnerDoor
 from clear_attn.layout import TokenLayout, tile_order
+from clear_attn.processors import ClearAttnProcessor
 
 CONTROLNET_RESIDUALS = "block_controlnet_hidden_states"
+
+
+class PartsProcessor(ClearAttnProcessor):
+    """Never takes the fused projection: SD3's layers call themselves fused also after it has been given up.
+
+    The parts that it was made from stay, and hold the same values.
+    """
+
+    def takes_fused(self, attn: Any) -> bool:
+        return False
 
 
 class SD3(Family):
@@ -21,7 +32,10 @@ class SD3(Family):
     text_first = False
     text_tokens = 77 + 256  # CLIP's and T5's
 
-    def has_text(self, layer: str) -> bool:
+    def new_processor(self, down_factor: int, layer: str) -> nn.Module:
+        return PartsProcessor(down_factor, layer)
+
+    def has_text(self, transformer: Any, layer: str) -> bool:
         return not layer.endswith(".attn2")
 
     def latents_per_token(self, transformer: Any) -> int:
