@@ -198,6 +198,11 @@ class TestRefusals:
         with pytest.raises(error, match=words):
             clear.linearize(transformer, weights=weights)
 
+    def test_bad_numbers_are_found_before_the_download(self, server, transformer):
+        with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+            clear.linearize(transformer, 0, weights="someone/weights")
+        assert not server.asked
+
     def test_a_revision_that_is_not_there(self, server, transformer):
         with pytest.raises(FileNotFoundError, match="has no revision 'v7'"):
             clear.linearize(transformer, weights="someone/weights", revision="v7")

@@ -87,6 +87,10 @@ def linearize(
             has a LoRA fused in; a linearized pipeline whose original weights were given up.
     """
     transformer, family = find_transformer(pipe)
+    usual = ClearConfig()
+    wanted = ClearConfig(
+        usual.window if window is None else window, usual.down_factor if down_factor is None else down_factor
+    )
     check_backend(backend)
     _check_backend_can_run(backend)
     layers = family.attention_layers(transformer)
@@ -100,7 +104,7 @@ def linearize(
         weights = None
     if weights is not None:
         check_replaceable(layers)
-    source = None if weights is None else load(weights, pipe, transformer, window, down_factor, revision, token)
+    source = None if weights is None else load(weights, pipe, transformer, wanted, revision, token)
     config = _settings(window, down_factor, source)
     checkpoint = source.values if source else {}
     if source:

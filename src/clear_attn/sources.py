@@ -45,12 +45,13 @@ def load(
     weights: str | os.PathLike[str],
     pipe: Any,
     transformer: Any,
-    window: int | None,
-    down_factor: int | None,
+    wanted: ClearConfig,
     revision: str | None,
     token: str | bool | None,
 ) -> Checkpoint:
     """Finds and reads what `linearize` was asked for; its docstring tells the forms.
+
+    Of several published files it takes the one for the settings that are wanted.
 
     Raises:
         TypeError: not a path or a name.
@@ -61,7 +62,7 @@ def load(
             f"weights must be a path, a Hub id, 'auto' or None, got {weights!r} of type {type(weights).__name__}"
         )
     if weights == "auto":
-        return _load_auto(pipe, transformer, window, down_factor, revision, token)
+        return _load_auto(pipe, transformer, wanted, revision, token)
     path = Path(weights).expanduser()
     on_hub = HUB_FILE.fullmatch(weights) if isinstance(weights, str) else None
     # "folder/file.safetensors" could be a repository by its form; nobody means that.
@@ -69,25 +70,15 @@ def load(
         return _load_local(path)
     repo, file = on_hub.groups()
     if file is None and repo == REPO:
-        file = published_file(*_defaults(window, down_factor))
+        file = published_file(wanted.window, wanted.down_factor)
     return _load_hub_folder(repo, revision, token) if file is None else _load_hub_file(repo, file, revision, token)
 
 
-def _defaults(window: int | None, down_factor: int | None) -> tuple[int, int]:
-    config = ClearConfig(16 if window is None else window, 1 if down_factor is None else down_factor)
-    return config.window, config.down_factor
-
-
 def _load_auto(
-    pipe: Any,
-    transformer: Any,
-    window: int | None,
-    down_factor: int | None,
-    revision: str | None,
-    token: str | bool | None,
+    pipe: Any, transformer: Any, wanted: ClearConfig, revision: str | None, token: str | bool | None
 ) -> Checkpoint:
     fine_tune = check_served(pipe, transformer)
-    file = published_file(*_defaults(window, down_factor))
+    file = published_file(wanted.window, wanted.down_factor)
     if fine_tune:
         logger.warning(
             "%s is not %s by name: the published weights replace its own to_q, to_k, to_v and to_out.0 in every "
