@@ -167,6 +167,12 @@ class TestRefusals:
             clear.save_pretrained(transformer, tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
 
+    def test_a_processor_that_was_replaced(self, family, trained, tmp_path):
+        trained.transformer_blocks[1].attn.set_processor(family.transformer().transformer_blocks[1].attn.processor)
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn was replaced by"):
+            clear.save_pretrained(trained, tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
     def test_a_file_in_the_way(self, trained, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(NotADirectoryError, match="file' is a file; give a directory"):

@@ -57,7 +57,7 @@ class DoorIn:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        self._check_processors(transformer)
+        self.check(transformer)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
         grids, text_tokens, device = self.family.read(transformer, call)
         layout = layout_for(grids, text_tokens, self.config, self.family.text_first, device)
@@ -82,7 +82,8 @@ class DoorIn:
         logger.debug("%d image tokens with backend %s: %s", layout.image_tokens, *choice)
         return choice.backend
 
-    def _check_processors(self, transformer: Any) -> None:
+    def check(self, transformer: Any) -> None:
+        """Raises RuntimeError where something that linearizing put in place is no longer there."""
         for layer in self.original.processors:
             processor = transformer.get_submodule(layer).processor
             if not isinstance(processor, ClearAttnProcessor) or processor.down_factor != self.config.down_factor:

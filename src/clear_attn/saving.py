@@ -33,7 +33,8 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: not a supported pipeline.
-        RuntimeError: it is not linearized; its parameters are on the meta device, or mixed with a fused LoRA.
+        RuntimeError: it is not linearized, or no longer in whole; its parameters are on the meta device, stored in
+            eight bits, or mixed with a fused LoRA.
         NotADirectoryError: ``directory`` is a file.
     """
     transformer, family = find_transformer(pipe)
@@ -44,6 +45,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{str(directory)!r} is a file; give a directory to save to")
     layers = family.attention_layers(transformer)
+    door.check(transformer)
     check_in_memory(transformer, layers)
     check_replaceable(layers)
     values = {name: parameter.detach() for name, parameter in replaced_parameters(layers).items()}
