@@ -196,3 +196,12 @@ def test_made_from_a_linearized_transformer_it_carries_no_mark():
     heads = {"num_attention_heads": 2, "attention_head_dim": 16}
     controlnet = FluxControlNetModel.from_transformer(transformer, num_layers=1, num_single_layers=1, **heads)
     assert not clear.is_linearized(controlnet)
+
+
+@machine.needs_compiler
+def test_compiled():
+    controlnet = flux_controlnet()
+    call = flux_call(controlnet, (11, 20), 7, 1)
+    clear.linearize(controlnet, 4, weights=None)
+    expected = run(controlnet, call)
+    torch.testing.assert_close(run(torch.compile(controlnet), call), expected, atol=1e-4, rtol=1e-4)

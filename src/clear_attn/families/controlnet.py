@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 from typing import Any
 
+import torch
 from diffusers import FluxControlNetModel, SD3ControlNetModel
 from torch import Tensor
 
@@ -61,11 +62,13 @@ class SD3ControlNet(_ControlNet, SD3):
         return [*self.attention_doors(transformer), *doors]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def tell_layer(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A forward pre-hook with keywords."""
     return args, {**kwargs, **(_own_keywords.get() or {})}
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def order_condition(embedder: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A forward hook."""
     own = _own_keywords.get()

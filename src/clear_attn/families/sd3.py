@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ class SD3(Family):
         return tokens.unflatten(2, (rows, columns)).transpose(3, 4).reshape(sample.shape)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def into_tile_order(patch_embedding: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A forward hook. Only behind the positions' embedding, which counts rows and columns, may the order change."""
     height, width = (length // patch_embedding.patch_size for length in args[0].shape[-2:])
