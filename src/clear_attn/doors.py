@@ -19,12 +19,10 @@ from clear_attn.backends import BACKENDS, choose
 from clear_attn.config import ClearConfig
 from clear_attn.families import Family
 from clear_attn.layout import Grid, TokenLayout
-from clear_attn.processors import ClearAttnProcessor
+from clear_attn.processors import BACKEND, LAYOUT, ClearAttnProcessor
 
 if TYPE_CHECKING:
     from clear_attn.state import State
-
-LAYOUT, BACKEND = "clear_layout", "clear_backend"
 
 logger = logging.getLogger(__name__)
 

@@ -36,8 +36,7 @@ def fetch(repo: str, file: str, revision: str | None = None, token: str | bool |
     except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
             f"{where} is no path here, the Hub is out of reach (or HF_HUB_OFFLINE is set), and {file} is not in the "
-            f"cache, which "
-            f"holds {cached_files(repo) or 'nothing'} of it; connect once, or give the path of a file"
+            f"cache, which holds {cached_files(repo) or 'nothing'} of it; connect once, or give the path of a file"
         ) from error
     except errors.EntryNotFoundError as error:
         raise FileNotFoundError(f"{where} has no file {file}; name one that it has, owner/repo/file") from error
@@ -52,8 +51,5 @@ def cached_files(repo: str) -> list[str]:
     except errors.CacheNotFound:
         return []
     revisions = (revision for each in cache.repos if each.repo_id == repo for revision in each.revisions)
-    return sorted({file.file_name for revision in revisions for file in revision.files if _is_weights(file.file_name)})
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(".safetensors")
+    names = {file.file_name for revision in revisions for file in revision.files}
+    return sorted(name for name in names if name.endswith(".safetensors"))

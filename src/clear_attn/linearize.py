@@ -87,10 +87,7 @@ def linearize(
             has a LoRA fused in; a linearized pipeline whose original weights were given up.
     """
     transformer, family = find_transformer(pipe)
-    usual = ClearConfig()
-    wanted = ClearConfig(
-        usual.window if window is None else window, usual.down_factor if down_factor is None else down_factor
-    )
+    wanted = _settings(window, down_factor, None)
     check_backend(backend)
     _check_backend_can_run(backend)
     layers = family.attention_layers(transformer)

@@ -1,4 +1,4 @@
-"""The attention processors that stand in for diffusers' own, and how each family projects query, key and value."""
+"""The attention processor that stands in for diffusers' own, and how it projects query, key and value."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from clear_attn.attention import clear_attention, pool
 from clear_attn.layout import TokenLayout
 
+# The keywords beyond diffusers' own that a processor takes.
+LAYOUT, BACKEND = "clear_layout", "clear_backend"
+
 
 class ClearAttnProcessor(nn.Module):
-    """CLEAR's attention for one layer of FLUX.
+    """CLEAR's attention for one layer.
 
     It is called by the layer as diffusers calls its own processors; what it needs beyond that, the layout and the
     backend, arrives in the model's `joint_attention_kwargs` as `clear_layout` and `clear_backend`, which the door

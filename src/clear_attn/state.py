@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -141,8 +143,8 @@ def _set_door(transformer: Any, door: DoorIn | None) -> None:
 def _remove_doors(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
     door = door_of(transformer)
-    for module, inner, _ in door.family.inner_doors(transformer) if door else ():
-        _remove_hooks(module, lambda hook: hook is inner)  # noqa: B023
+    for inner in door.family.inner_doors(transformer) if door else ():
+        _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
     _remove_hooks(transformer, lambda hook: isinstance(hook, (DoorIn, DoorOut)))
 
 

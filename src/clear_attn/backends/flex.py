@@ -1,4 +1,4 @@
-"""FlexAttention over the layout's block lists: the default on CUDA, and on CPUs where no gradient is asked for.
+"""FlexAttention over the layout's block lists: the default on CUDA where no gradient is asked for.
 
 On a CPU, FlexAttention gives silently wrong results as a part of a larger compiled graph, for views that the
 graph made (seen in torch 2.13). There it therefore stands behind a custom operator, compiled by itself, which an

@@ -38,18 +38,18 @@ class Family(abc.ABC):
     """One family. Stateless: what differs from call to call travels in the call's keywords.
 
     Attributes:
-        name: in `clear-attn cost --model`.
         transformer_class: its transformers in diffusers.
         stock_processors: those that CLEAR's processor can stand in for.
         text_first: whether text comes before the image where they are joined.
         text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
+        residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
     """
 
-    name: str
     transformer_class: type
     stock_processors: tuple[type, ...]
     text_first: bool
     text_tokens: int
+    residuals: tuple[str, ...]
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""
@@ -81,6 +81,21 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         """Reads the grids and the text length from a call's keywords; raises ValueError where they do not fit."""
+
+    def check_residuals(self, kwargs: dict[str, Any], tokens: int) -> None:
+        """Raises ValueError where a ControlNet's residuals are not for so many image tokens."""
+        for name in self.residuals:
+            for residual in kwargs.get(name) or ():
+                if residual.shape[1] != tokens:
+                    raise ValueError(
+                        f"{name} must have a residual for each of {tokens} image tokens, got {residual.shape[1]}; "
+                        "give the ControlNet the picture's own height and width"
+                    )
+
+    def enter_residuals(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """The keywords with a ControlNet's residuals in tile order."""
+        given = [name for name in self.residuals if kwargs.get(name) is not None]
+        return {**kwargs, **{name: [residual[:, layout.order] for residual in kwargs[name]] for name in given}}
 
     @abc.abstractmethod
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:

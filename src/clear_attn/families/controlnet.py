@@ -17,6 +17,7 @@ from clear_attn.families.base import Call, InnerDoor
 from clear_attn.families.flux import Flux
 from clear_attn.families.sd3 import SD3, into_tile_order
 from clear_attn.layout import TokenLayout
+from clear_attn.processors import LAYOUT
 
 _own_keywords: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("clear_attn", default=None)
 
@@ -36,7 +37,6 @@ class _ControlNet:
 
 
 class FluxControlNet(_ControlNet, Flux):
-    name = "flux-controlnet"
     transformer_class = FluxControlNetModel
 
     def inner_doors(self, transformer: Any) -> list[InnerDoor]:
@@ -50,7 +50,6 @@ class FluxControlNet(_ControlNet, Flux):
 
 
 class SD3ControlNet(_ControlNet, SD3):
-    name = "sd3-controlnet"
     transformer_class = SD3ControlNetModel
 
     def has_text(self, transformer: Any, layer: str) -> bool:
@@ -72,4 +71,4 @@ def tell_layer(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 def order_condition(embedder: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A forward hook."""
     own = _own_keywords.get()
-    return output if own is None else output[:, own["clear_layout"].order]
+    return output if own is None else output[:, own[LAYOUT].order]

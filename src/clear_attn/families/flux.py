@@ -14,15 +14,13 @@ from torch import Tensor
 from clear_attn.families.base import Call, Family
 from clear_attn.layout import Grid, TokenLayout
 
-CONTROLNET_RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
-
 
 class Flux(Family):
-    name = "flux"
     transformer_class = FluxTransformer2DModel
     stock_processors = (FluxAttnProcessor,)
     text_first = True
     text_tokens = 512
+    residuals = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def latents_per_token(self, transformer: Any) -> int:
         return 2  # the pipelines pack them so
@@ -38,28 +36,18 @@ class Flux(Family):
                 f"img_ids place {tokens} image tokens, hidden_states has {hidden_states.shape[1]}; give "
                 "each image token its row in img_ids"
             )
-        for name in CONTROLNET_RESIDUALS:
-            for residual in kwargs.get(name) or ():
-                if residual.shape[1] != tokens:
-                    raise ValueError(
-                        f"{name} must have a residual for each of {tokens} image tokens, got {residual.shape[1]}; "
-                        "give the ControlNet the picture's own height and width"
-                    )
+        self.check_residuals(kwargs, tokens)
         return Call(grids, text.shape[1], hidden_states.device)
 
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         ids = kwargs["img_ids"]
         exact = _read_ids(ids).exact
         ids = (ids[0] if ids.ndim == 3 else ids) if exact is None else exact
-        entered = {
-            **kwargs,
+        return {
+            **self.enter_residuals(kwargs, layout),
             "hidden_states": kwargs["hidden_states"][:, layout.order],
             "img_ids": ids[layout.order],
         }
-        for name in CONTROLNET_RESIDUALS:
-            if kwargs.get(name) is not None:
-                entered[name] = [sample[:, layout.order] for sample in kwargs[name]]
-        return entered
 
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]

@@ -13,8 +13,6 @@ from clear_attn.families.base import Call, Family, InnerDoor
 from clear_attn.layout import TokenLayout, tile_order
 from clear_attn.processors import ClearAttnProcessor
 
-CONTROLNET_RESIDUALS = "block_controlnet_hidden_states"
-
 
 class PartsProcessor(ClearAttnProcessor):
     """Never takes the fused projection: SD3's layers call themselves fused also after it has been given up.
@@ -27,11 +25,11 @@ class PartsProcessor(ClearAttnProcessor):
 
 
 class SD3(Family):
-    name = "sd3"
     transformer_class = SD3Transformer2DModel
     stock_processors = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
     text_first = False
     text_tokens = 77 + 256  # CLIP's and T5's
+    residuals = ("block_controlnet_hidden_states",)
 
     def new_processor(self, down_factor: int, layer: str) -> nn.Module:
         return PartsProcessor(down_factor, layer)
@@ -55,19 +53,11 @@ class SD3(Family):
                 f"{list(hidden_states.shape)}; give the picture a height and width in multiples of 16 pixels"
             )
         grid = height // side, width // side
-        for residual in kwargs.get(CONTROLNET_RESIDUALS) or ():
-            if residual.shape[1] != grid[0] * grid[1]:
-                raise ValueError(
-                    f"{CONTROLNET_RESIDUALS} must have a residual for each of {grid[0] * grid[1]} image tokens, got "
-                    f"{residual.shape[1]}; give the ControlNet the picture's own height and width"
-                )
+        self.check_residuals(kwargs, grid[0] * grid[1])
         return Call((grid,), 0 if text is None else text.shape[1], hidden_states.device)
 
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        residuals = kwargs.get(CONTROLNET_RESIDUALS)
-        if residuals is None:
-            return dict(kwargs)
-        return {**kwargs, CONTROLNET_RESIDUALS: [residual[:, layout.order] for residual in residuals]}
+        return self.enter_residuals(kwargs, layout)
 
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         (rows, columns), (height, width) = layout.grids[0], sample.shape[-2:]
