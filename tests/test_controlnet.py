@@ -25,17 +25,7 @@ def wake(controlnet):
 
 
 def flux_controlnet(**changes):
-    config = {
-        "in_channels": 8,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 12,
-        "pooled_projection_dim": 10,
-        "axes_dims_rope": [4, 6, 6],
-    }
-    return wake(FluxControlNetModel(**{**config, **changes}))
+    return wake(FluxControlNetModel(**{**tiny.FLUX_CONFIG, **changes}))
 
 
 def flux_call(controlnet, grid, text, batch):
@@ -51,20 +41,7 @@ def flux_call(controlnet, grid, text, batch):
 
 
 def sd3_controlnet(**changes):
-    config = {
-        "sample_size": 16,
-        "in_channels": 4,
-        "num_layers": 3,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 12,
-        "caption_projection_dim": 32,
-        "pooled_projection_dim": 10,
-        "pos_embed_max_size": 72,
-        "dual_attention_layers": (0,),
-        "qk_norm": "rms_norm",
-    }
-    return wake(SD3ControlNetModel(**{**config, **changes}))
+    return wake(SD3ControlNetModel(**{**tiny.SD3_CONFIG, **changes}))
 
 
 def sd3_call(controlnet, grid, text, batch):

@@ -35,21 +35,37 @@ def as_a_whole(transformer):
     accelerate.cpu_offload_with_hook(transformer, execution_device="cpu")
 
 
-OFFLOADS = {"model": as_a_whole, "block": by_group("block_level"), "leaf": by_group("leaf_level")}
+def to_eight_bits(transformer):
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS)
-@pytest.mark.parametrize("first", ["offload", "linearize"])
-def test_offloading(family, transformer, checkpoint, offload, first):
+def nothing(transformer):
+    pass
+
+
+# What is done to a transformer, and what has the same effect on its numbers.
+ARRANGEMENTS = {
+    "model": (as_a_whole, nothing),
+    "block": (by_group("block_level"), nothing),
+    "leaf": (by_group("leaf_level"), nothing),
+    "eight-bits": (to_eight_bits, to_eight_bits),
+}
+
+
+@pytest.mark.parametrize(("arrange", "same"), ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+@pytest.mark.parametrize("first", ["arrange", "linearize"])
+def test_offloading_and_casting_before_and_after(family, transformer, checkpoint, arrange, same, first):
     call = family.call(transformer, (11, 20))
-    stock = run(transformer, call)
-    expected = run(clear.linearize(family.transformer(), 4, weights=checkpoint), call)
-    if first == "offload":
-        offload(transformer)
+    plain = family.transformer()
+    same(plain)
+    stock = run(plain, call)
+    expected = run(clear.linearize(plain, 4, weights=checkpoint), call)
+    if first == "arrange":
+        arrange(transformer)
         clear.linearize(transformer, 4, weights=checkpoint)
     else:
         clear.linearize(transformer, 4, weights=checkpoint)
-        offload(transformer)
+        arrange(transformer)
     torch.testing.assert_close(run(transformer, call), expected)
     clear.restore(transformer)
     torch.testing.assert_close(run(transformer, call), stock)
@@ -68,29 +84,6 @@ def test_layerwise_casting(family, transformer, checkpoint):
     clear.linearize(transformer, 4, weights=checkpoint)
     transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     torch.testing.assert_close(run(transformer, call), expected, atol=0.05, rtol=0.05)
-
-
-@pytest.mark.parametrize("first", ["cast", "linearize"])
-def test_layerwise_casting_to_eight_bits(family, transformer, checkpoint, first):
-    """Casting and linearizing give the same in either order, and restoring what casting alone gives."""
-    call = family.call(transformer, (11, 20))
-    alone = family.transformer()
-
-    def cast(model):
-        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-
-    cast(alone)
-    stock = run(alone, call)
-    expected = run(clear.linearize(alone, 4, weights=checkpoint), call)
-    if first == "cast":
-        cast(transformer)
-        clear.linearize(transformer, 4, weights=checkpoint)
-    else:
-        clear.linearize(transformer, 4, weights=checkpoint)
-        cast(transformer)
-    torch.testing.assert_close(run(transformer, call), expected)
-    clear.restore(transformer)
-    torch.testing.assert_close(run(transformer, call), stock)
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "device_map": "cpu"}])

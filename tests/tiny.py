@@ -16,21 +16,36 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from clear_attn import demo
 
+FLUX_CONFIG = {
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "axes_dims_rope": (4, 6, 6),
+}
+SD3_CONFIG = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 10,
+    "pos_embed_max_size": 72,
+    "dual_attention_layers": (0,),
+    "qk_norm": "rms_norm",
+}
+
 
 def flux_transformer(guidance=False, **changes):
     """A random FLUX of two double and two single blocks, 2 heads of 16."""
-    config = {
-        "in_channels": 8,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 12,
-        "pooled_projection_dim": 10,
-        "axes_dims_rope": (4, 6, 6),
-    }
     torch.manual_seed(1)
-    return FluxTransformer2DModel(**{**config, "guidance_embeds": guidance, **changes}).eval()
+    return FluxTransformer2DModel(**{**FLUX_CONFIG, "guidance_embeds": guidance, **changes}).eval()
 
 
 @functools.cache
@@ -78,23 +93,10 @@ def flux_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
 
 
 def sd3_transformer(dual=True, **changes):
-    """A random SD3.5 of three blocks, the first with dual attention, the last without a text output; 2 heads of 16."""
-    config = {
-        "sample_size": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 3,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 12,
-        "caption_projection_dim": 32,
-        "pooled_projection_dim": 10,
-        "pos_embed_max_size": 72,
-        "dual_attention_layers": (0,) if dual else (),
-        "qk_norm": "rms_norm" if dual else None,
-    }
+    """A random SD3.5 of three blocks, the first with dual attention, the last without a text output; or an SD3."""
+    without = {} if dual else {"dual_attention_layers": (), "qk_norm": None}
     torch.manual_seed(1)
-    return SD3Transformer2DModel(**{**config, **changes}).eval()
+    return SD3Transformer2DModel(**{**SD3_CONFIG, **without, **changes}).eval()
 
 
 def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
