@@ -1,11 +1,12 @@
 """What this machine can run: compiling for the CPU takes a C++ compiler, and not every system has one."""
 
 import pytest
+import torch
 
 from clear_attn import backends
 from clear_attn.backends import flex
 
-_obstacle = flex.reason_against_device("cpu")
+_obstacle = flex.reason_against_device(torch.device("cpu"))
 
 BACKENDS = [name for name in backends.BACKENDS if name != "flex" or _obstacle is None]
 needs_compiler = pytest.mark.skipif(_obstacle is not None, reason=f"nothing can be compiled here: {_obstacle}")

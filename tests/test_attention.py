@@ -1,10 +1,12 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear_attn.attention import clear_attention, pool
-from clear_attn.backends import BACKENDS, choose, dense, flex, tiled
+from clear_attn.backends import BACKENDS, choose, choose_aloud, dense, flex, tiled
 from clear_attn.config import ClearConfig
 from clear_attn.layout import TokenLayout
 from tests import machine, reference
@@ -135,7 +137,7 @@ def test_scale():
 def test_chunks_of_tiles_change_nothing(monkeypatch):
     qkv = torch.randn(3, 2, 2, 5 + 40 * 40, 16).unbind()
     whole, _ = attend(qkv, [(40, 40)], 5, ClearConfig(4), None, backend="tiled")
-    monkeypatch.setattr(tiled, "MAX_GATHERED_ELEMENTS", 1)
+    monkeypatch.setattr(tiled, "GATHERED_ELEMENTS_ON_CPU", 1)
     chunked, _ = attend(qkv, [(40, 40)], 5, ClearConfig(4), None, backend="tiled")
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
 
@@ -231,37 +233,71 @@ class TestRefusals:
             clear_attention(*qkv, layout, backend="dense")
 
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class Chip(NamedTuple):
+    name: str
+    shared_memory_per_block_optin: int
+
+
 class TestAuto:
     def test_says_why(self):
-        choice = choose("cpu", torch.float32, 64, needs_grad=True)
+        choice = choose(CPU, torch.float32, 64, needs_grad=True)
         assert choice.backend == "tiled"
         assert "no gradients on a CPU" in choice.reason
+        assert "benchmarks/results" in choose(CPU, torch.float32, 64, needs_grad=False).reason
 
-    def test_falls_to_tiled_on_what_it_does_not_know(self):
-        choice = choose("mps", torch.float16, 128, needs_grad=False)
+    def test_falls_to_tiled_on_what_it_does_not_know_and_says_so_once(self, caplog):
+        for _ in range(3):
+            choice = choose_aloud(torch.device("mps"), torch.float16, 128, needs_grad=False)
         assert choice.backend == "tiled"
-        assert "mps" in choice.reason
+        assert ["mps" in record.message for record in caplog.records] == [True]
 
-    def test_on_a_gpu(self, monkeypatch):
+    def test_is_silent_where_it_knows(self, caplog):
+        choose_aloud(CPU, torch.float32, 64, needs_grad=False)
+        assert not caplog.records
+
+    @pytest.mark.parametrize(
+        ("triton", "hip", "memory", "backend", "reason"),
+        [
+            (True, None, 227, "flex", "blocks of keys"),
+            (True, None, 99, "tiled", "RTX gives a kernel 99 KiB of shared memory"),
+            (True, "7.0", 227, "tiled", "ROCm"),
+            (False, None, 227, "tiled", "needs Triton"),
+        ],
+    )
+    def test_on_a_gpu(self, monkeypatch, triton, hip, memory, backend, reason):
+        flex._look_for_tools.cache_clear()
+        monkeypatch.setattr(flex, "has_triton", lambda: triton)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Chip("RTX", memory * 1024))
+        try:
+            choice = choose(GPU, torch.bfloat16, 64, needs_grad=False)
+        finally:
+            flex._look_for_tools.cache_clear()
+        assert choice.backend == backend
+        assert reason in choice.reason
+
+    def test_what_flex_cannot_do_on_a_gpu(self, monkeypatch):
         monkeypatch.setattr(flex, "reason_against_device", lambda device: None)
-        assert choose("cuda", torch.bfloat16, 64, needs_grad=False).backend == "flex"
-        for head_dim, needs_grad, reason in ((8, False, "head_dim below 16 on CUDA, got 8"), (64, True, "gradients")):
-            choice = choose("cuda", torch.bfloat16, head_dim, needs_grad)
+        for dtype, head_dim, needs_grad, reason in (
+            (torch.bfloat16, 8, False, "head_dim below 16 on CUDA, got 8"),
+            (torch.bfloat16, 64, True, "gradients"),
+            (torch.float64, 64, False, "torch.float64"),
+        ):
+            choice = choose(GPU, dtype, head_dim, needs_grad)
             assert choice.backend == "tiled"
             assert reason in choice.reason
 
     def test_double_precision(self):
-        choice = choose("cpu", torch.float64, 64, needs_grad=False)
-        assert choice.backend == "tiled"
-        assert "torch.float64" in choice.reason
         check_double()
 
     def test_without_a_compiler(self, monkeypatch):
         flex._look_for_tools.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
         try:
-            choice = choose("cpu", torch.float32, 64, needs_grad=False)
+            reason = flex.reason_against(CPU, torch.float32, 64, needs_grad=False)
         finally:
             flex._look_for_tools.cache_clear()
-        assert choice.backend == "tiled"
-        assert "'no-such-compiler' was not found" in choice.reason
+        assert "'no-such-compiler' was not found" in reason

@@ -1,7 +1,10 @@
 """What FLUX has of its own: positions in `img_ids`, reference pictures, diffusers' attention backends."""
 
+import itertools
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import clear_attn as clear
 from clear_attn.doors import layout_for
@@ -30,6 +33,34 @@ def test_regional_compilation(backend):
     transformer.compile_repeated_blocks(fullgraph=True)
     for call, model in zip(calls, plain, strict=True):
         torch.testing.assert_close(run(transformer, call), run(model, call), atol=1e-5, rtol=0)
+
+
+def graphs_of(transformer, calls):
+    """How many graphs two rounds of calls to compiled blocks take, round by round, and the results."""
+    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+    # Only the tracing matters here; other tests compile to machine code.
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    counts, results = [counters["stats"]["unique_graphs"]], []
+    for _ in range(2):
+        results.append([run(transformer, call) for call in calls])
+        counts.append(counters["stats"]["unique_graphs"])
+    return [after - before for before, after in itertools.pairwise(counts)], results
+
+
+@machine.needs_compiler
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+def test_compiled_blocks_settle(backend):
+    """Ten sizes and three text lengths take the compilations of the plain model, and FlexAttention's own two."""
+    transformer = tiny.FLUX.transformer()
+    calls = [tiny.FLUX.call(transformer, (9 + 3 * i, 15 + 4 * i), text=(5, 12, 40)[i % 3]) for i in range(10)]
+    of_plain_model, _ = graphs_of(tiny.FLUX.transformer(), calls)
+    clear.linearize(transformer, 4, weights=None, backend=backend)
+    expected = [run(transformer, call) for call in calls]
+    graphs, results = graphs_of(transformer, calls)
+    assert graphs[0] <= of_plain_model[0] + 2
+    assert graphs[1] == 0
+    for each in results:
+        torch.testing.assert_close(each, expected, atol=1e-5, rtol=0)
 
 
 class TestIds:

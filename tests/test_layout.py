@@ -75,5 +75,5 @@ def test_refuses(grids, text, error, words):
 def test_made_under_inference_mode_serves_training():
     with torch.inference_mode():
         layout = TokenLayout([(9, 9)], 2, ClearConfig(3, 2))
-        tensors = [layout.order, layout.pool_weight, *layout.block_lists, layout.tiles.place]
+        tensors = [layout.order, layout.pool_weight, *layout.block_lists, *layout.tiles]
     assert not any(tensor.is_inference() for tensor in tensors)

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from clear_attn.backends import BACKENDS, check_backend, choose, flex
+from clear_attn.backends import BACKENDS, check_backend, choose, choose_aloud, flex
 from clear_attn.backends.softmax import softmax_attention
 from clear_attn.layout import TokenLayout
 
@@ -92,7 +92,7 @@ def clear_attention(
             scale; by default torch's `scaled_dot_product_attention`. Not used with `return_lse`.
 
     Returns:
-        The output, shaped and ordered as the query; with `return_lse` also float32 `[batch, heads, tokens]`.
+        The output, shaped and ordered as the query; with `return_lse` also `[batch, heads, tokens]`, float32 at least.
 
     Raises:
         ValueError: unknown backend; shapes or pooled keys that do not fit the layout or each other; `"dense"` on a
@@ -106,9 +106,10 @@ def clear_attention(
     if pooled is not None:
         all_key, all_value = (torch.cat(parts, dim=2) for parts in zip((key, value), pooled, strict=True))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, all_key, all_value))
-    properties = query.device.type, query.dtype, query.shape[-1], needs_grad
+    properties = query.device, query.dtype, query.shape[-1], needs_grad
     if backend == "auto":
-        backend = choose(*properties).backend
+        # A compiled graph cannot log.
+        backend = (choose if torch.compiler.is_compiling() else choose_aloud)(*properties).backend
     elif backend == "flex" and (obstacle := flex.reason_against(*properties)):
         raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
     image, image_lse = BACKENDS[backend].attend(

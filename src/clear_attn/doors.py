@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from clear_attn.backends import BACKENDS, choose
+from clear_attn.backends import BACKENDS, choose_aloud
 from clear_attn.config import ClearConfig
 from clear_attn.families import Family
 from clear_attn.layout import Grid, TokenLayout
@@ -23,8 +22,6 @@ from clear_attn.processors import BACKEND, LAYOUT, ClearAttnProcessor
 
 if TYPE_CHECKING:
     from clear_attn.state import State
-
-logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=8)
@@ -76,9 +73,7 @@ class DoorIn:
         tensors = itertools.chain(tree_leaves(call), transformer.parameters())
         needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
         dtype, head_dim = call["hidden_states"].dtype, transformer.config.attention_head_dim
-        choice = choose(layout.device.type, dtype, head_dim, needs_grad)
-        logger.debug("%d image tokens with backend %s: %s", layout.image_tokens, *choice)
-        return choice.backend
+        return choose_aloud(layout.device, dtype, head_dim, needs_grad).backend
 
     def check(self, transformer: Any) -> None:
         """Raises RuntimeError where something that linearizing put in place is no longer there."""

@@ -160,7 +160,12 @@ class TokenLayout:
     def block_lists(self) -> BlockLists:
         """What FlexAttention visits, for image queries against all keys."""
         with torch.inference_mode(False):
-            return block_lists(self.query, self.key, self.reach)
+            lists = block_lists(self.query, self.key, self.reach)
+        for tensor in lists:
+            for dim, length in enumerate(tensor.shape):
+                if length > 1:  # or a compiled block would be compiled anew for each dimension that it sees change
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return lists
 
     @functools.cached_property
     def without_text(self) -> TokenLayout:

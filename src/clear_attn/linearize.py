@@ -252,7 +252,7 @@ def _check_backend_can_run(backend: str) -> None:
     if backend != "flex":
         return
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    obstacles = {device: flex.reason_against_device(device) for device in devices}
+    obstacles = {device: flex.reason_against_device(torch.device(device)) for device in devices}
     if all(obstacles.values()):
         raise RuntimeError(f"backend='flex' cannot run on this machine: {obstacles}; use backend='auto' or 'tiled'")
 

@@ -5,12 +5,14 @@ Each backend is one function:
     attend(query, key, value, layout, scale, return_lse) -> (output, lse or None)
 
 query: `[batch, heads, image tokens, head_dim]` in tile order. key, value: `[batch, heads, key tokens, head_dim]`
-in the layout's order of keys. output: as query. lse: float32 `[batch, heads, image tokens]`, the log-sum-exp of
-the scaled scores of the keys that each query sees, so that results over parts of the keys merge exactly.
+in the layout's order of keys. output: as query. lse: `[batch, heads, image tokens]`, float32 at least, the
+log-sum-exp of the scaled scores of the keys that each query sees, so that results over parts of the keys merge exactly.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from clear_attn.backends import dense, flex, tiled
 from clear_attn.layout import TokenLayout
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(NamedTuple):
@@ -40,6 +44,12 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def check_backend(name: object) -> None:
+    """Raises ValueError where ``name`` is neither a backend nor "auto"."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose one of {['auto', *BACKENDS]}")
+
+
 class Choice(NamedTuple):
     """A backend's name, and why it was chosen."""
 
@@ -47,20 +57,39 @@ class Choice(NamedTuple):
     reason: str
 
 
-def check_backend(name: object) -> None:
-    """Raises ValueError where ``name`` is neither a backend nor "auto"."""
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose one of {['auto', *BACKENDS]}")
+# By kind of device, and whether gradients are needed.
+TABLE = {
+    ("cpu", False): Choice("tiled", "it beat flex at every size that was measured (benchmarks/results/op-cpu.json)"),
+    ("cpu", True): Choice("tiled", "FlexAttention has no gradients on a CPU"),
+    ("cuda", False): Choice("flex", "FlexAttention visits only the blocks of keys that the window reaches"),
+    # https://github.com/pytorch/pytorch/issues/158212 and 153799
+    ("cuda", True): Choice("tiled", "torch has open bugs in the gradients of FlexAttention on GPUs"),
+}
 
 
-def choose(device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> Choice:
-    """What `backend="auto"` takes, a pure function of a call's properties."""
-    obstacle = flex.reason_against(device_type, dtype, head_dim, needs_grad)
-    if obstacle:
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> Choice:
+    """What `backend="auto"` takes: the table's choice, or tiled where that cannot run or the table knows nothing."""
+    choice = TABLE.get((device.type, needs_grad))
+    if choice is None:
+        return Choice("tiled", f"nothing else was tried on devices of type {device.type!r}")
+    if choice.backend != "flex":
+        return choice
+    if obstacle := flex.reason_against(device, dtype, head_dim, needs_grad):
         return Choice("tiled", f"flex cannot run: {obstacle}")
-    if needs_grad:
-        # https://github.com/pytorch/pytorch/issues/158212 and 153799
-        return Choice("tiled", "torch has open bugs in the gradients of FlexAttention on GPUs")
-    if device_type == "cpu":
-        return Choice("tiled", "it beat flex at every size that was measured (benchmarks/results/backends-cpu.json)")
-    return Choice("flex", "FlexAttention visits only the blocks of keys that the window reaches")
+    if doubt := flex.reason_for_doubt(device):
+        return Choice("tiled", f"flex may fail: {doubt}; backend='flex' tries it all the same")
+    return choice
+
+
+def choose_aloud(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> Choice:
+    """As `choose`, and warns once where it could not take what the table has for a GPU."""
+    choice = choose(device, dtype, head_dim, needs_grad)
+    logger.debug("attention on %s with backend %s: %s", device.type, *choice)
+    if choice != TABLE.get((device.type, needs_grad)):
+        _warn_once(f"attention on {device.type} runs with backend {choice.backend}: {choice.reason}")
+    return choice
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

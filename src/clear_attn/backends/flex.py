@@ -26,30 +26,32 @@ from clear_attn.masks import BLOCK, BlockLists, Points, visible
 # Positions in a table on the CPU: pictures up to 11,000 pixels square.
 TABLE_LENGTH = 2**19
 MOST_COMPILATIONS = 64
+# What the A100 has (163 KiB to a block), rounded; RTX cards have 99 or less.
+LEAST_SHARED_MEMORY = 160 * 1024
 
 
-def reason_against(device_type: str, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def reason_against(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
     """Why FlexAttention cannot serve a call here, or None where it can."""
-    if device_type == "cpu" and needs_grad:
+    if device.type == "cpu" and needs_grad:
         return "FlexAttention has no gradients on a CPU"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"FlexAttention takes no {dtype}"
-    if device_type == "cuda" and head_dim < 16:
+    if device.type == "cuda" and head_dim < 16:
         return f"FlexAttention takes no head_dim below 16 on CUDA, got {head_dim}"
-    return reason_against_device(device_type)
+    return reason_against_device(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def reason_against_device(device_type: str) -> str | None:
-    """Why FlexAttention cannot serve a kind of device on this machine, or None where it can."""
-    return _look_for_tools(device_type)
+def reason_against_device(device: torch.device) -> str | None:
+    """Why FlexAttention cannot serve a device of this machine, or None where it can."""
+    return _look_for_tools(device)
 
 
 @functools.cache
-def _look_for_tools(device_type: str) -> str | None:
-    if device_type == "cuda":
+def _look_for_tools(device: torch.device) -> str | None:
+    if device.type == "cuda":
         return None if has_triton() else "it needs Triton and a GPU that Triton supports"
-    if device_type == "cpu":
+    if device.type == "cpu":
         if sys.platform not in ("linux", "win32"):
             return f"torch has no FlexAttention for CPUs on {sys.platform}"
         if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
@@ -59,7 +61,23 @@ def _look_for_tools(device_type: str) -> str | None:
         if shutil.which(compiler) is None:
             return f"it needs a C++ compiler, and {compiler!r} was not found"
         return None
-    return f"FlexAttention is not tried on devices of type {device_type!r}"
+    return f"FlexAttention is not tried on devices of type {device.type!r}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def reason_for_doubt(device: torch.device) -> str | None:
+    """Why a device that FlexAttention may serve is not one to rely on, or None where it is."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return "FlexAttention is not tried on ROCm"
+    chip: Any = torch.cuda.get_device_properties(device)
+    if chip.shared_memory_per_block_optin < LEAST_SHARED_MEMORY:
+        return (
+            f"{chip.name} gives a kernel {chip.shared_memory_per_block_optin // 1024} KiB of shared memory, where "
+            f"FlexAttention is tried with {LEAST_SHARED_MEMORY // 1024} and more"
+        )
+    return None
 
 
 @functools.cache

@@ -1,10 +1,15 @@
-"""Softmax attention over a given set of keys: torch's own kernels, or with the log-sum-exp that they keep back."""
+"""Softmax attention over a given set of keys: torch's own kernels, with the log-sum-exp that they keep back."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def gives_lse(x: Tensor) -> bool:
+    """Whether torch has a kernel for such queries that returns the log-sum-exp too."""
+    return x.device.type == "cpu"
 
 
 def softmax_attention(
@@ -16,15 +21,47 @@ def softmax_attention(
         query, key, value: `[batch, heads, tokens, head_dim]`.
         mask: bool, broadcast to `[batch, heads, queries, keys]`; every query must see a key.
         scale: factor of the scores.
-        return_lse: whether the second result is the log-sum-exp of the scaled scores, float32
-            `[batch, heads, queries]`, or None. With it, the scores of all pairs are held in memory.
+        return_lse: whether the second result is the log-sum-exp of the scaled scores, `[batch, heads, queries]`,
+            float32 at least, or None. With it, the scores of all pairs are held in memory, but for a call without
+            gradients where `gives_lse`.
     """
     if not return_lse:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if gives_lse(query) and not needs_grad and query.numel():  # of nothing, the kernel divides by zero
+        bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias, scale=scale
+        )
     with torch.autocast(query.device.type, enabled=False):  # which would round the scores
-        scores = (query.float() @ key.float().transpose(-1, -2)) * scale
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+        scores = _scores(query, key, mask, scale)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse[..., None])
-        return (weights @ value.float()).to(query.dtype), lse
+        return (weights @ value.to(weights.dtype)).to(query.dtype), lse
+
+
+def softmax_attention_backward(
+    output_gradient: Tensor,
+    lse_gradient: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to query, key and value, in float32 at least; the scores of all pairs are held."""
+    weights = torch.softmax(_scores(query, key, mask, scale), dim=-1)
+    output_gradient, query, key, value = (x.to(weights.dtype) for x in (output_gradient, query, key, value))
+    value_gradient = weights.transpose(-1, -2) @ output_gradient
+    weight_gradient = output_gradient @ value.transpose(-1, -2)
+    mean = (weights * weight_gradient).sum(dim=-1, keepdim=True)
+    if lse_gradient is not None:  # the log-sum-exp's gradient by the scores is the weights
+        mean = mean - lse_gradient[..., None]
+    score_gradient = weights * (weight_gradient - mean) * scale
+    return score_gradient @ key, score_gradient.transpose(-1, -2) @ query, value_gradient
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * scale
+    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))

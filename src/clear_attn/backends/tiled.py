@@ -1,70 +1,171 @@
-"""Each tile of queries with its gathered keys, over torch's own attention: no compiler, gradients everywhere."""
+"""Each tile of queries with its gathered keys, over torch's own attention: no compiler, gradients everywhere.
+
+It stands behind a custom operator, so that a compiled graph holds one node for it, whatever the size of the picture.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clear_attn.backends.softmax import softmax_attention
+from clear_attn.backends.softmax import gives_lse, softmax_attention, softmax_attention_backward
 from clear_attn.layout import TokenLayout
+from clear_attn.tiles import Tiles
 
-# How much one step may gather: large enough for the kernels, small enough to stay a fraction of a model's memory.
-MAX_GATHERED_ELEMENTS = 2**25
-# With the log-sum-exp, a step holds the scores of all its pairs.
+# How much of the keys one step may gather: on a CPU what its caches hold, elsewhere a fraction of a model's memory.
+GATHERED_ELEMENTS_ON_CPU = 2**22
+GATHERED_ELEMENTS = 2**26
+# How many scores a step may hold, where it holds them.
 MAX_SCORES = 2**26
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Image queries against all keys; see `clear_attn.backends`.
+    """Image queries against all keys; see `clear_attn.backends`. Linear in the image tokens in time and in memory."""
+    if torch.is_autocast_enabled(query.device.type) and not return_lse:  # as torch's own attention does
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
+    output, lse = _tiled(query, key, value, list(layout.tiles), layout.image.start, scale, return_lse)
+    return output, lse if return_lse else None
 
-    Linear in the image tokens in time and in memory. Not so its gradients' time: each step of gathering adds to
-    gradients of all tokens.
-    """
+
+@torch.library.custom_op("clear_attn::tiled", mutates_args=())
+def _tiled(
+    query: Tensor, key: Tensor, value: Tensor, tiles: list[Tensor], start: int, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    # What all image queries see, text and pooled keys, needs no gathering where results can be merged.
+    shared = _others(key, query.shape[2], start)
+    merged = gives_lse(query) and len(shared) > 0
+    return_lse = return_lse or merged
+    rows = [x.transpose(1, 2) for x in (query, key, value)]
+    output, lse = _new_results(query, return_lse)
+    for queries, keys, mask in _steps(tiles, shared[:0] if merged else shared, start, query, return_lse):
+        own, own_lse = softmax_attention(
+            _gather(rows[0], queries), _gather(rows[1], keys), _gather(rows[2], keys), mask, scale, return_lse
+        )
+        output.transpose(1, 2)[:, queries.flatten()] = _scatter(own, queries)
+        if own_lse is not None:
+            lse[:, :, queries.flatten()] = _scatter(own_lse[..., None], queries)[..., 0].transpose(1, 2)
+    if merged:
+        other, other_lse = softmax_attention(query, key[:, :, shared], value[:, :, shared], None, scale, True)
+        assert other_lse is not None
+        output.lerp_(other, torch.sigmoid(other_lse - lse)[..., None].to(output.dtype))
+        lse = torch.logaddexp(lse, other_lse)
+    return output, lse
+
+
+@_tiled.register_fake
+def _(query, key, value, tiles, start, scale, return_lse):  # type: ignore[no-untyped-def]
+    return _new_results(query, return_lse)
+
+
+@torch.library.custom_op("clear_attn::tiled_backward", mutates_args=())
+def _tiled_backward(
+    output_gradient: Tensor,
+    lse_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: list[Tensor],
+    start: int,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes each step once more, so that no more than a step's scores are held."""
+    shared = _others(key, query.shape[2], start)
+    rows = [x.transpose(1, 2) for x in (query, key, value)]
+    gradients = [_new_gradient(x, summed) for x, summed in ((query, False), (key, True), (value, True))]
+    for queries, keys, mask in _steps(tiles, shared, start, query, holds_scores=True):
+        places = (queries, keys, keys)
+        query_part, key_part, value_part = (_gather(x, index) for x, index in zip(rows, places, strict=True))
+        inner = softmax_attention_backward(
+            _gather(output_gradient.transpose(1, 2), queries),
+            _gather(lse_gradient[..., None].transpose(1, 2), queries)[..., 0] if return_lse else None,
+            query_part,
+            key_part,
+            value_part,
+            mask,
+            scale,
+        )
+        for gradient, part, index in zip(gradients, inner, places, strict=True):
+            _add(gradient.transpose(1, 2), part, index, 0 if index is queries else len(shared))
+    query_gradient, key_gradient, value_gradient = gradients
+    return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype)
+
+
+@_tiled_backward.register_fake
+def _(output_gradient, lse_gradient, query, key, value, *rest):  # type: ignore[no-untyped-def]
+    return tuple(_new_gradient(x, False) for x in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, value, tiles, *ctx.rest = inputs
+    ctx.save_for_backward(query, key, value, *tiles)
+
+
+def _backward(ctx, output_gradient, lse_gradient):  # type: ignore[no-untyped-def]
+    query, key, value, *tiles = ctx.saved_tensors
+    gradients = _tiled_backward(output_gradient, lse_gradient, query, key, value, tiles, *ctx.rest)
+    return *gradients, [None] * len(tiles), None, None, None
+
+
+_tiled.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _new_results(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Room for the output, in memory `[batch, tokens, heads, head_dim]`, and for the log-sum-exp if it is wanted."""
+    output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return output, query.new_empty(query.shape[:3] if return_lse else (0,), dtype=lse_dtype)
+
+
+def _new_gradient(x: Tensor, summed: bool) -> Tensor:
+    """Zeros in memory as `_new_results`; where many terms are summed, at least in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32) if summed else x.dtype
+    return x.new_zeros(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
+
+
+def _others(key: Tensor, image_tokens: int, start: int) -> Tensor:
+    """The places of the keys that are not image tokens."""
+    places = torch.arange(key.shape[2], device=key.device)
+    return torch.cat([places[:start], places[start + image_tokens :]])
+
+
+def _steps(
+    tiles: list[Tensor], shared: Tensor, start: int, query: Tensor, holds_scores: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Places of the queries `[tiles, q]` and of their keys `[tiles, k]`, the shared ones first, and the rule."""
     batch, heads, _, head_dim = query.shape
-    image_key, image_value = key[:, :, layout.image], value[:, :, layout.image]
-    # What all image queries see: text before or after the image, and pooled keys.
-    shared_key, shared_value = (
-        torch.cat([x[:, :, : layout.image.start], x[:, :, layout.image.stop :]], dim=2) for x in (key, value)
-    )
-    outputs, sums = [], []
-    for group in layout.tiles.groups:
-        mask = F.pad(group.mask, (shared_key.shape[2], 0), value=True)
-        pairs, width = mask.numel(), mask.shape[1]
-        most = MAX_GATHERED_ELEMENTS // (batch * heads * head_dim * width)
-        if return_lse:
-            most = min(most, MAX_SCORES // (batch * heads * pairs))
-        for tiles, keys in zip(group.queries.split(max(1, most)), group.keys.split(max(1, most)), strict=True):
-            output, lse = softmax_attention(
-                _gather(query, tiles),
-                _with_shared(shared_key, _gather(image_key, keys)),
-                _with_shared(shared_value, _gather(image_value, keys)),
-                mask,
-                scale,
-                return_lse,
-            )
-            outputs.append(_scatter(output, batch))
-            if lse is not None:
-                sums.append(_scatter(lse[..., None], batch)[..., 0])
-    place = layout.tiles.place
-    output = torch.cat(outputs, dim=2).index_select(2, place)
-    return output, torch.cat(sums, dim=2).index_select(2, place) if sums else None
+    most = GATHERED_ELEMENTS_ON_CPU if query.device.type == "cpu" else GATHERED_ELEMENTS
+    for group in Tiles(*tiles).groups():
+        mask = F.pad(group.mask, (len(shared), 0), value=True)
+        step = most // (batch * heads * head_dim * mask.shape[1])
+        if holds_scores:
+            step = min(step, MAX_SCORES // (batch * heads * mask.numel()))
+        for queries, keys in zip(group.queries.split(max(1, step)), group.keys.split(max(1, step)), strict=True):
+            yield queries, torch.cat([shared.expand(len(keys), -1), keys + start], dim=1), mask
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """`[batch, heads, tokens, d]` at `[tiles, n]` as `[batch * tiles, heads, n, d]`."""
-    picked = x.index_select(2, index.flatten()).unflatten(2, index.shape)
-    return picked.transpose(1, 2).flatten(0, 1)
+    """`[batch, tokens, heads, d]` at `[tiles, n]` as `[batch * tiles, heads, n, d]`."""
+    picked = x.index_select(1, index.flatten()).unflatten(1, index.shape)
+    return picked.flatten(0, 1).transpose(1, 2)
 
 
-def _with_shared(shared: Tensor, own: Tensor) -> Tensor:
-    """Puts `[batch, heads, m, d]`, the same for every tile, before each tile's own `[batch * tiles, heads, n, d]`."""
-    repeated = shared.repeat_interleave(own.shape[0] // shared.shape[0], dim=0)
-    return torch.cat([repeated, own], dim=2)
+def _scatter(x: Tensor, index: Tensor) -> Tensor:
+    """`[batch * tiles, heads, n, d]` as `[batch, tiles * n, heads, d]`, the reverse of `_gather`."""
+    return x.transpose(1, 2).unflatten(0, (-1, len(index))).flatten(1, 2)
 
 
-def _scatter(x: Tensor, batch: int) -> Tensor:
-    """`[batch * tiles, heads, n, d]` as `[batch, heads, tiles * n, d]`."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+def _add(gradient: Tensor, part: Tensor, index: Tensor, shared: int) -> None:
+    """Adds `part`, gathered at `index`, of whose places the first ones are the same for all tiles."""
+    # One sum for those, for an addition to the same place by every tile would be slow and, on a GPU, rounded anew.
+    own = _scatter(part[:, :, shared:], index).to(gradient.dtype)
+    gradient.index_add_(1, index[:, shared:].flatten(), own)
+    if shared:
+        sums = part[:, :, :shared].transpose(1, 2).unflatten(0, (-1, len(index))).sum(dim=1, dtype=gradient.dtype)
+        gradient.index_add_(1, index[0, :shared], sums)
