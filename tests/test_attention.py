@@ -83,12 +83,39 @@ def test_gradients(backend, factor):
     grids, text, config = [(17, 23)], 9, ClearConfig(4, factor)
     inputs = [torch.randn(2, 2, text + 17 * 23, 16, requires_grad=True) for _ in range(3)]
     inputs.append(torch.rand(factor, factor, requires_grad=True))
-    expected, _ = reference.attention(*inputs[:3], grids, text, config, inputs[3])
-    output, _ = attend(inputs[:3], grids, text, config, inputs[3], backend=backend)
-    direction = torch.randn_like(output)
+    expected = reference.attention(*inputs[:3], grids, text, config, inputs[3])
+    results = attend(inputs[:3], grids, text, config, inputs[3], backend=backend)
+    directions = [torch.randn_like(x) for x in results]
     used = inputs[: 4 if factor > 1 else 3]
-    for ours, dense_one in zip(*(torch.autograd.grad(x, used, direction) for x in (output, expected)), strict=True):
-        torch.testing.assert_close(ours, dense_one, atol=1e-5, rtol=1e-5)
+    for wanted in (1, 2):  # the output's gradients, and with those of the log-sum-exp
+        both = (torch.autograd.grad(x[:wanted], used, directions[:wanted], True) for x in (results, expected))
+        for ours, dense_one in zip(*both, strict=True):
+            torch.testing.assert_close(ours, dense_one, atol=2e-5, rtol=1e-5)
+
+
+def test_gradients_of_a_compiled_graph():
+    layout = TokenLayout([(13, 20)], 7, ClearConfig(4))
+    qkv = [torch.randn(1, 2, 267, 16, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(lambda *parts: clear_attention(*parts, layout).square().sum(), fullgraph=True)
+    layout.tiles  # noqa: B018
+    plain = torch.autograd.grad(clear_attention(*qkv, layout).square().sum(), qkv)
+    for ours, expected in zip(torch.autograd.grad(compiled(*qkv), qkv), plain, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_under_autocast():
+    layout = TokenLayout([(13, 20)], 7, ClearConfig(4))
+    query, key, value = torch.randn(3, 1, 2, 267, 16).unbind()
+    qkv = [query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_()]  # as norms leave them
+    with torch.autocast("cpu", torch.bfloat16):
+        output = clear_attention(*qkv, layout, backend="tiled")
+    assert output.dtype == torch.bfloat16
+    exact = clear_attention(*(x.double() for x in qkv), layout, backend="dense")
+    direction = torch.randn_like(exact)
+    ours = torch.autograd.grad(output, qkv, direction.bfloat16())
+    for gradient, expected, x in zip(ours, torch.autograd.grad(exact, qkv, direction), qkv, strict=True):
+        assert gradient.dtype == x.dtype
+        assert (gradient - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
+from clear_attn.bench.command import bench
+
 app = typer.Typer(
     name="clear-attn",
     help="Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112).",
@@ -33,6 +35,9 @@ class Model(StrEnum):
     sd3_medium = "sd3-medium"
     sd35_medium = "sd3.5-medium"
     sd35_large = "sd3.5-large"
+
+
+app.command()(bench)
 
 
 @app.callback()

@@ -53,7 +53,8 @@ def _by_block(values: Tensor, fill: Tensor) -> Tensor:
     return torch.cat([values, fill.expand(-len(values) % BLOCK)]).view(-1, BLOCK)
 
 
-def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of a row `[query blocks, key blocks]` are chosen, and their indices, then the others'."""
     count = chosen.sum(dim=1, dtype=torch.int32)
     index = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True).to(torch.int32)
     return count[None, None], index[None, None].contiguous()
@@ -74,4 +75,4 @@ def block_lists(query: Points, key: Points, reach: Tensor) -> BlockLists:
     # What is not there has no reach, so that a block cut short is never full.
     reach_low, reach_high = _by_block(reach, torch.zeros_like(reach[-1])).aminmax(dim=1)
     full = farthest < reach_low
-    return BlockLists(*_listed((nearest < reach_high) & ~full), *_listed(full))
+    return BlockLists(*listed((nearest < reach_high) & ~full), *listed(full))

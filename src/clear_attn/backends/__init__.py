@@ -59,7 +59,7 @@ class Choice(NamedTuple):
 
 # By kind of device, and whether gradients are needed.
 TABLE = {
-    ("cpu", False): Choice("tiled", "it beat flex at every size that was measured (benchmarks/results/op-cpu.json)"),
+    ("cpu", False): Choice("tiled", "it beat flex at every size that was measured (benchmarks/results/auto-cpu.json)"),
     ("cpu", True): Choice("tiled", "FlexAttention has no gradients on a CPU"),
     ("cuda", False): Choice("flex", "FlexAttention visits only the blocks of keys that the window reaches"),
     # https://github.com/pytorch/pytorch/issues/158212 and 153799

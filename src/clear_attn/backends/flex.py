@@ -11,7 +11,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,18 +101,29 @@ def _run_compiled(*args: Any, **kwargs: Any) -> Any:
         return _compiled_flex()(*args, **kwargs)
 
 
-def _call(
+def attend_blocks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     lists: BlockLists,
-    places: Sequence[Tensor],
+    seen: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     scale: float,
-    needs_grad: bool,
-    return_lse: bool,
+    return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    query_y, query_x, key_y, key_x, reach = places
+    """FlexAttention over block lists; `seen` is what it calls a mask_mod."""
+    blocks = BlockMask.from_kv_blocks(
+        *lists,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen,
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
+    )
+    wanted = AuxRequest(lse=True) if return_lse else None
+    result = _run_compiled(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted)
+    return (result[0], result[1].lse) if return_lse else (result, None)
 
+
+def _rule(query_y: Tensor, query_x: Tensor, key_y: Tensor, key_x: Tensor, reach: Tensor) -> Callable[..., Tensor]:
     def seen(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         return visible(
             Points(query_y[query_index], query_x[query_index]),
@@ -120,27 +131,18 @@ def _call(
             reach[key_index],
         )
 
-    blocks = BlockMask.from_kv_blocks(
-        *lists,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=seen,
-        seq_lengths=(query.shape[2], key.shape[2]),
-        compute_q_blocks=needs_grad,
-    )
-    wanted = AuxRequest(lse=True) if return_lse else None
-    result = _run_compiled(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted)
-    return (result[0], result[1].lse) if return_lse else (result, None)
+    return seen
 
 
 @torch.library.custom_op("clear_attn::flex_on_cpu", mutates_args=())
 def _flex_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], places: list[Tensor], scale: float
 ) -> Tensor:
-    places = [_of_constant_length(place) for place in places]
+    seen = _rule(*(of_constant_length(place) for place in places))
     tokens = query.shape[2]
     query, key, value = _whole_block(query), _whole_block(key), _whole_block(value)
     with torch.no_grad():
-        output, _ = _call(query, key, value, BlockLists(*lists), places, scale, needs_grad=False, return_lse=False)
+        output, _ = attend_blocks(query, key, value, BlockLists(*lists), seen, scale)
     return output[:, :, :tokens].contiguous()
 
 
@@ -156,7 +158,7 @@ def _whole_block(x: Tensor) -> Tensor:
     return copy
 
 
-def _of_constant_length(place: Tensor) -> Tensor:
+def of_constant_length(place: Tensor) -> Tensor:
     """Fills a table up to a length that is the same for all but enormous pictures, a constant of the kernel.
 
     As a variable, its name can be a prefix of one that torch 2.13's CPU template replaces in the code it writes,
@@ -189,8 +191,7 @@ def attend_directly(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Without the precautions that a CPU needs."""
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return _call(query, key, value, layout.block_lists, _places(layout), scale, needs_grad, return_lse)
+    return attend_blocks(query, key, value, layout.block_lists, _rule(*_places(layout)), scale, return_lse)
 
 
 def _places(layout: TokenLayout) -> list[Tensor]:

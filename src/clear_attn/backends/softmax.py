@@ -40,6 +40,13 @@ def softmax_attention(
         return (weights @ value.to(weights.dtype)).to(query.dtype), lse
 
 
+def merge_(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor | None) -> None:
+    """Adds, in place, what attention to other keys gave: exact, for the log-sum-exps tell each part's share."""
+    assert other_lse is not None
+    output.lerp_(other, torch.sigmoid(other_lse - lse)[..., None].to(output.dtype))
+    lse.copy_(torch.logaddexp(lse, other_lse))
+
+
 def softmax_attention_backward(
     output_gradient: Tensor,
     lse_gradient: Tensor | None,

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clear_attn.backends.softmax import gives_lse, softmax_attention, softmax_attention_backward
+from clear_attn.backends.softmax import gives_lse, merge_, softmax_attention, softmax_attention_backward
 from clear_attn.layout import TokenLayout
 from clear_attn.tiles import Tiles
 
 # How much of the keys one step may gather: on a CPU what its caches hold, elsewhere a fraction of a model's memory.
-GATHERED_ELEMENTS_ON_CPU = 2**22
+GATHERED_ELEMENTS_ON_CPU = 2**20
 GATHERED_ELEMENTS = 2**26
+# Of whom the CPU's kernel takes as many at once as it ever does, and whose results stay in its caches.
+QUERIES_AT_A_TIME = 4096
 # How many scores a step may hold, where it holds them.
 MAX_SCORES = 2**26
 
@@ -40,22 +42,23 @@ def _tiled(
     # What all image queries see, text and pooled keys, needs no gathering where results can be merged.
     shared = _others(key, query.shape[2], start)
     merged = gives_lse(query) and len(shared) > 0
-    return_lse = return_lse or merged
+    needs_lse = return_lse or merged
     rows = [x.transpose(1, 2) for x in (query, key, value)]
-    output, lse = _new_results(query, return_lse)
-    for queries, keys, mask in _steps(tiles, shared[:0] if merged else shared, start, query, return_lse):
+    output, lse = _new_results(query, needs_lse)
+    for queries, keys, mask in _steps(tiles, shared[:0] if merged else shared, start, query, needs_lse):
         own, own_lse = softmax_attention(
-            _gather(rows[0], queries), _gather(rows[1], keys), _gather(rows[2], keys), mask, scale, return_lse
+            _gather(rows[0], queries), _gather(rows[1], keys), _gather(rows[2], keys), mask, scale, needs_lse
         )
         output.transpose(1, 2)[:, queries.flatten()] = _scatter(own, queries)
         if own_lse is not None:
             lse[:, :, queries.flatten()] = _scatter(own_lse[..., None], queries)[..., 0].transpose(1, 2)
     if merged:
-        other, other_lse = softmax_attention(query, key[:, :, shared], value[:, :, shared], None, scale, True)
-        assert other_lse is not None
-        output.lerp_(other, torch.sigmoid(other_lse - lse)[..., None].to(output.dtype))
-        lse = torch.logaddexp(lse, other_lse)
-    return output, lse
+        shared_key, shared_value = key[:, :, shared], value[:, :, shared]
+        for span in range(0, query.shape[2], QUERIES_AT_A_TIME):
+            some = slice(span, span + QUERIES_AT_A_TIME)
+            other = softmax_attention(query[:, :, some], shared_key, shared_value, None, scale, True)
+            merge_(output[:, :, some], lse[:, :, some], *other)
+    return output, lse if return_lse else lse.new_empty(0)
 
 
 @_tiled.register_fake

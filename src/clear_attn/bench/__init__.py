@@ -1,0 +1,1 @@
+"""The command `clear-attn bench`: how fast attention is, and a whole step, beside dense and beside raster order."""

@@ -1,0 +1,149 @@
+"""Cases, one after the other: all variants of a case in turn, beside a large matrix product."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from clear_attn.backends import choose
+from clear_attn.bench import model, operation
+from clear_attn.bench.measure import Subject, Timing, measure
+from clear_attn.bench.operation import FORWARD_AND_BACKWARD, Case
+from clear_attn.bench.rows import Row, machine, times
+from clear_attn.layout import Grid
+
+# Side of the square matrices, and how many products.
+MATMUL = {"cpu": (2048, 5), "cuda": (8192, 50)}
+RUNS = {"cpu": 5, "cuda": 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure; sizes in tokens."""
+
+    level: str
+    device: torch.device
+    grids: tuple[Grid, ...]
+    windows: tuple[int, ...]
+    down_factors: tuple[int, ...]
+    text: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    batch: int
+    backward: bool
+    variants: tuple[str, ...]
+    blocks: int
+    runs: int
+    most_dense_queries: int
+
+    def cases(self) -> Iterator[Case]:
+        for grid, window, factor in itertools.product(self.grids, self.windows, self.down_factors):
+            yield Case(grid, self.text, self.heads, self.head_dim, window, factor, self.dtype, self.batch, self.device)
+
+
+def run(settings: Settings, say: Callable[[str], None]) -> Iterator[list[Row]]:
+    """The rows of each case; `say` is told what is left out."""
+    for case in settings.cases():
+        torch.manual_seed(0)
+        able = []
+        for name in settings.variants:
+            if obstacle := _reason_against(settings, name, case):
+                say(f"{name} is left out: {obstacle}.")
+            else:
+                able.append(name)
+        choice = choose(case.device, case.dtype, case.head_dim, settings.backward)
+        say(f"backend='auto' takes {choice.backend} here: {choice.reason}.")
+        yield (_of_model if settings.level == "model" else _of_operation)(settings, case, tuple(able))
+
+
+def _reason_against(settings: Settings, name: str, case: Case) -> str | None:
+    if settings.level == "model":
+        return model.reason_against(name, case)
+    return operation.reason_against(name, case, settings.backward)
+
+
+def _of_operation(settings: Settings, case: Case, names: tuple[str, ...]) -> list[Row]:
+    qkv = operation.inputs(case, settings.backward)
+    variants = list(operation.variants(case, names, qkv, settings.most_dense_queries))
+    subjects = [operation.subject(variant, case, qkv, settings.backward) for variant in variants]
+    with torch.set_grad_enabled(settings.backward):
+        timings, matmul_flops_per_s = _beside_products(subjects, settings, case)
+    passes = FORWARD_AND_BACKWARD if settings.backward else 1
+    return [
+        _row(
+            settings,
+            case,
+            variant.name,
+            timing,
+            flops=int(case.cost.flops(variant.pairs) * case.batch * passes),
+            matmul_flops_per_s=matmul_flops_per_s,
+            extrapolated=variant.share < 1,
+            kernel=variant.kernel,
+        )
+        for variant, timing in zip(variants, timings, strict=True)
+    ]
+
+
+def _of_model(settings: Settings, case: Case, names: tuple[str, ...]) -> list[Row]:
+    subjects, kernels = zip(*model.subjects(case, names, settings.blocks, settings.most_dense_queries), strict=True)
+    timings, matmul_flops_per_s = _beside_products(subjects, settings, case)
+    layers = 3 * model.DOUBLE_BLOCKS
+    cost = case.cost
+    pairs = {"dense": cost.dense_step_pairs, "bound": 0}
+    return [
+        _row(
+            settings,
+            case,
+            subject.name,
+            timing,
+            flops=layers * cost.flops(pairs.get(subject.name, cost.step_pairs)),
+            matmul_flops_per_s=matmul_flops_per_s,
+            extrapolated=settings.blocks < model.DOUBLE_BLOCKS,
+            kernel=kernel,
+            blocks=3 * settings.blocks,
+        )
+        for subject, kernel, timing in zip(subjects, kernels, timings, strict=True)
+    ]
+
+
+def _beside_products(
+    subjects: list[Subject] | tuple[Subject, ...], settings: Settings, case: Case
+) -> tuple[list[Timing], float]:
+    """The timings, and the FLOPs per second of a large matrix product in the same rounds."""
+    side, products = MATMUL[case.device.type]
+    left, right = (torch.randn(side, side, dtype=case.dtype, device=case.device) for _ in range(2))
+    product = Subject("product", lambda mark: left @ right)
+    a_round = -(-products // settings.runs)
+    timings = measure([product] * a_round + list(subjects), case.device, settings.runs)
+    seconds = sorted(each for timing in timings[:a_round] for each in timing.seconds)
+    return timings[a_round:], 2 * side**3 / seconds[len(seconds) // 2]
+
+
+def _row(
+    settings: Settings, case: Case, variant: str, timing: Timing, *, flops: int, matmul_flops_per_s: float, **rest: Any
+) -> Row:
+    return Row(
+        level=settings.level,
+        variant=variant,
+        height=case.grid[0],
+        width=case.grid[1],
+        text=case.text,
+        heads=case.heads,
+        head_dim=case.head_dim,
+        window=case.window,
+        down_factor=case.down_factor,
+        dtype=str(case.dtype).removeprefix("torch."),
+        batch=case.batch,
+        backward=settings.backward,
+        visible_flops=flops,
+        flops_per_s=flops / timing.median_s,
+        matmul_flops_per_s=matmul_flops_per_s,
+        **times(timing),
+        **machine(case.device),
+        **rest,
+    )

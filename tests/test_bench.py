@@ -1,0 +1,218 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.attention.flex_attention import create_block_mask
+from typer.testing import CliRunner
+
+from clear_attn.backends import BACKENDS, flex
+from clear_attn.bench import measure, model, raster, run
+from clear_attn.bench.measure import Subject
+from clear_attn.cli import app
+from clear_attn.config import ClearConfig
+from clear_attn.cost import Cost
+from tests import machine, reference
+
+CPU = torch.device("cpu")
+SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--text", "9", "--runs", "2"]
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs the command, and gives its result, its rows and where it writes."""
+    monkeypatch.setattr(run, "MATMUL", {"cpu": (64, 3)})
+
+    def call(*options, expected=0):
+        path = tmp_path / "rows.json"
+        result = CliRunner().invoke(app, ["bench", *SMALL, *options, "--json", str(path)])
+        assert result.exit_code == expected, result.output
+        return result, json.loads(path.read_text()) if path.exists() else None
+
+    return call
+
+
+@machine.needs_compiler
+def test_one_operation(bench):
+    result, rows = bench("--grid", "12x17", "--grid", "20x20", "--window", "5")
+    assert [row["variant"] for row in rows] == ["dense", "raster-flex", "flex", "tiled"] * 2
+    for row in rows:
+        assert row["error"] < 1e-5
+        assert row["min_s"] <= row["median_s"] <= row["max_s"]
+        assert row["peak_bytes"] > 0
+        assert not row["extrapolated"]
+        cost = Cost(row["height"], row["width"], 9, 1, 1, 64, 5, 1)
+        pairs = cost.dense_pairs if row["variant"] == "dense" else cost.pairs
+        assert row["visible_flops"] == 4 * 64 * pairs
+        assert row["flops_per_s"] == row["visible_flops"] / row["median_s"]
+        assert row["matmul_flops_per_s"] > 0
+    assert "12 x 17 tokens (192 x 272 px)" in result.output
+    assert "backend='auto' takes tiled here" in result.output
+    assert "dense-pooled is left out" in result.output
+
+
+def test_a_share_of_the_dense_queries_is_marked(bench):
+    result, rows = bench("--grid", "12x17", "--window", "5", "--dense-queries", "100")
+    assert {row["variant"]: row["extrapolated"] for row in rows}["dense"]
+    assert sum(row["extrapolated"] for row in rows) == 1
+    assert "dense (flash_attention) *" in result.output
+
+
+@machine.needs_compiler
+def test_pooled_keys(bench):
+    _, rows = bench("--grid", "12x17", "--window", "5", "--down-factor", "3", "--batch", "2")
+    assert [row["variant"] for row in rows] == ["dense", "dense-pooled", "raster-flex", "flex", "tiled"]
+    assert max(row["error"] for row in rows) < 1e-5
+    assert rows[1]["visible_flops"] == 2 * 4 * 64 * (12 * 17) * (4 * 6)
+
+
+def test_forward_and_backward(bench):
+    result, rows = bench("--grid", "9x11", "--window", "4", "--backward", "--down-factor", "2")
+    assert [row["variant"] for row in rows] == ["dense", "tiled"]
+    assert max(row["error"] for row in rows) < 1e-5
+    assert rows[1]["visible_flops"] == 14 * 64 * Cost(9, 11, 9, 1, 1, 64, 4, 2).pairs
+    assert "flex is left out: FlexAttention has no gradients on a CPU" in result.output
+
+
+def test_one_step_of_a_model(bench):
+    variants = [option for name in ("dense", "tiled", "bound") for option in ("--variant", name)]
+    result, rows = bench("--level", "model", "--grid", "8x9", "--window", "3", "--blocks", "1", *variants)
+    assert [row["variant"] for row in rows] == ["dense", "tiled", "bound"]
+    assert all(row["extrapolated"] and row["blocks"] == 3 for row in rows)
+    assert rows[1]["error"] < 1e-5
+    assert rows[1]["visible_flops"] == 57 * 4 * 64 * Cost(8, 9, 9, 1, 1, 64, 3, 1).pairs
+    assert rows[2]["visible_flops"] == 0
+    assert "scaled from 3 of 57 blocks" in result.output
+
+
+def test_a_wrong_result_ends_with_an_error(bench, monkeypatch):
+    wrong = BACKENDS["tiled"]._replace(attend=lambda query, *rest: (query, None))
+    monkeypatch.setitem(BACKENDS, "tiled", wrong)
+    result, _ = bench("--grid", "9x11", "--window", "4", "--variant", "tiled", expected=1)
+    assert "tiled at 9x11, window 4" in result.output
+    assert "off the rule" in result.output
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot(bench, tmp_path, suffix):
+    path = tmp_path / f"times.{suffix}"
+    bench("--grid", "9x11", "--grid", "20x20", "--window", "4", "--variant", "dense", "--plot", str(path))
+    if suffix == "png":
+        assert len(Image.open(path).convert("RGB").getcolors(10**6)) > 10
+    else:
+        assert "<svg" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--grid", "12"], "'12' is no size"),
+        (["--grid", "0x4"], "'0x4' is no size"),
+        (["--pixels", "1000x1024"], "1000x1024 is not in whole tokens"),
+        (["--device", "tpu"], "'tpu' is not here; there is cpu"),
+        (["--device", "cuda:7"], "'cuda:7' is not here"),
+        (["--variant", "fast"], "'fast' is none of dense"),
+        (["--level", "model", "--variant", "raster-flex"], "'raster-flex' is none of dense, flex, tiled, bound"),
+        (["--level", "model", "--head-dim", "40"], "head_dim divisible by 32, got 40"),
+        (["--level", "model", "--backward"], "level model is forward only"),
+        (["--plot", "times.txt"], "names no kind of picture"),
+        (["--plot", "nowhere/times.png"], "no such directory"),
+    ],
+)
+def test_refusals_come_before_the_work(bench, monkeypatch, options, message):
+    monkeypatch.setattr(run, "run", None)
+    result, rows = bench(*options, expected=2)
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert rows is None
+
+
+@machine.needs_compiler
+@given(
+    grid=st.sampled_from([(16, 16), (7, 37), (30, 9)]),
+    text=st.sampled_from([0, 1, 40, 200]),
+    window=st.integers(1, 40),
+    factor=st.integers(1, 3),
+)
+@settings(max_examples=15)
+def test_raster_order_is_the_rule(grid, text, window, factor):
+    tokens, config = text + grid[0] * grid[1], ClearConfig(window, factor)
+    query, key, value = torch.randn(3, 1, 2, tokens, 16).unbind()
+    weight = torch.full((factor, factor), 1 / factor**2)
+    expected, _ = reference.attention(query, key, value, [grid], text, config, weight)
+    if factor > 1:
+        pooled = [reference.pool(x[:, :, text:], [grid], factor, weight) for x in (key, value)]
+        key, value = (torch.cat(parts, dim=2) for parts in zip((key, value), pooled, strict=True))
+    attend = raster.raster_attention(grid, text, window, factor, CPU)
+    torch.testing.assert_close(attend(query, key, value, 0.25), expected, atol=1e-5, rtol=0)
+
+
+def test_raster_order_visits_what_torch_would_list(monkeypatch):
+    """No block more, so that the comparison is fair."""
+    given_lists = []
+    monkeypatch.setattr(flex, "attend_blocks", lambda *args: (given_lists.append(args[3:5]), None))
+    raster.raster_attention((25, 30), 50, 6, 1, CPU)(*torch.randn(3, 1, 1, 800, 16), 0.25)
+    lists, seen = given_lists[0]
+    blocks = create_block_mask(seen, None, None, 800, 800, device="cpu")
+    assert torch.equal(lists.partial_count, blocks.kv_num_blocks)
+    assert torch.equal(lists.full_count, blocks.full_kv_num_blocks)
+
+
+class TestMeasure:
+    def test_runs_in_turn_and_weighs_the_parts(self, monkeypatch):
+        clock, order = iter(range(1000)), []
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+
+        def one(name):
+            def call(mark):
+                order.append(name)
+                mark()
+
+            return Subject(name, call, (1.0, 10.0))
+
+        timings = measure.measure([one("a"), one("b")], CPU, 3)
+        assert order == ["a", "a", "b", "b", *"ababab"]
+        assert [timing.seconds for timing in timings] == [[11.0] * 3] * 2
+
+    def test_peak_memory(self):
+        held = torch.randn(1000)
+
+        def call(mark):
+            torch.randn(1000, 1000)
+            return held + torch.randn(2000, 1000).sum()
+
+        (timing,) = measure.measure([Subject("", call)], CPU, 1)
+        assert 8_000_000 <= timing.peak_bytes < 8_100_000
+
+    def test_what_surrounds_a_run(self):
+        seen, (query, key, value) = [], torch.randn(3, 1, 1, 2, 4).unbind()
+        subject = Subject(
+            "",
+            lambda mark: seen.append(F.scaled_dot_product_attention(query, key, value) is value),
+            around=model.AttentionIsItsValues,
+        )
+        measure.measure([subject], CPU, 2)
+        assert seen == [True] * 4
+
+
+def test_the_bound_is_attention_that_gives_its_values():
+    query, key, value = torch.randn(3, 1, 2, 5, 8).unbind()
+    with model.AttentionIsItsValues():
+        assert F.scaled_dot_product_attention(query, key, value) is value
+        assert F.scaled_dot_product_attention(query=query, key=key, value=value) is value
+    assert F.scaled_dot_product_attention(query, key, value) is not value
+
+
+def test_the_model_is_flux_dev(monkeypatch):
+    """At its own size, as its config on the Hub has it."""
+    made = {}
+    monkeypatch.setattr(model, "FluxTransformer2DModel", lambda **config: made.update(config) or torch.nn.Module())
+    case = run.Case((8, 8), 512, 24, 128, 8, 1, torch.bfloat16, 1, CPU)
+    model.transformer(case, model.DOUBLE_BLOCKS)
+    with torch.device("meta"):
+        theirs = FluxTransformer2DModel(guidance_embeds=True).config
+    assert all(theirs[name] == value for name, value in made.items())
+    assert torch.get_default_dtype() == torch.float32
