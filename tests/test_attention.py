@@ -1,3 +1,6 @@
+import json
+from collections import defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -5,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clear_attn import backends
 from clear_attn.attention import clear_attention, pool
 from clear_attn.backends import BACKENDS, choose, choose_aloud, dense, flex, tiled
 from clear_attn.config import ClearConfig
@@ -93,6 +97,24 @@ def test_gradients(backend, factor):
             torch.testing.assert_close(ours, dense_one, atol=2e-5, rtol=1e-5)
 
 
+def test_operators_keep_their_promises():
+    """Of shapes, strides and gradients, under compilation."""
+    layout = TokenLayout([(13, 20)], 0, ClearConfig(4))  # without text, whose rows are another's to fill
+    for return_lse in (False, True):
+        qkv = [torch.randn(1, 2, 260, 16, requires_grad=True) for _ in range(3)]
+        torch.library.opcheck(tiled._tiled, (*qkv, list(layout.tiles), layout.image.start, 0.25, return_lse))
+
+
+@pytest.mark.parametrize("backend", machine.BACKENDS)
+def test_any_order_of_memory(backend):
+    layout = TokenLayout([(9, 11)], 5, ClearConfig(3))
+    qkv = torch.randn(3, 1, 2, 16, 104).transpose(-1, -2).unbind()
+    expected = clear_attention(*(x.contiguous() for x in qkv), layout, backend="dense", return_lse=True)
+    results = clear_attention(*qkv, layout, backend=backend, return_lse=True)
+    torch.testing.assert_close(results, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(clear_attention(*qkv, layout, backend=backend), expected[0], atol=1e-5, rtol=0)
+
+
 def test_gradients_of_a_compiled_graph():
     layout = TokenLayout([(13, 20)], 7, ClearConfig(4))
     qkv = [torch.randn(1, 2, 267, 16, requires_grad=True) for _ in range(3)]
@@ -103,16 +125,20 @@ def test_gradients_of_a_compiled_graph():
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_under_autocast():
+@pytest.mark.parametrize("inside", [False, True])
+def test_gradients_under_autocast(inside):
     layout = TokenLayout([(13, 20)], 7, ClearConfig(4))
     query, key, value = torch.randn(3, 1, 2, 267, 16).unbind()
     qkv = [query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_()]  # as norms leave them
     with torch.autocast("cpu", torch.bfloat16):
         output = clear_attention(*qkv, layout, backend="tiled")
+        _, lse = clear_attention(*qkv, layout, backend="tiled", return_lse=True)
     assert output.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
     exact = clear_attention(*(x.double() for x in qkv), layout, backend="dense")
     direction = torch.randn_like(exact)
-    ours = torch.autograd.grad(output, qkv, direction.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        ours = torch.autograd.grad(output, qkv, direction.bfloat16())
     for gradient, expected, x in zip(ours, torch.autograd.grad(exact, qkv, direction), qkv, strict=True):
         assert gradient.dtype == x.dtype
         assert (gradient - expected).norm() < 0.02 * expected.norm()
@@ -142,7 +168,7 @@ def attend_half(qkv, grids, config, weight, backend):
 def test_partial_results_merge_by_their_log_sum_exp():
     layout = TokenLayout([(12, 20)], 10, ClearConfig(5))
     query, key, value = torch.randn(3, 1, 2, 250, 16).unbind()
-    whole, _ = tiled.attend(query[:, :, layout.image], key, value, layout, 0.25, False)
+    whole = tiled.attend(query, key, value, layout, 0.25, False)[0][:, :, layout.image]
     bare = TokenLayout([(12, 20)], 0, ClearConfig(5))
     parts = [tiled.attend(query[:, :, 10:], key[:, :, 10:], value[:, :, 10:], bare, 0.25, True)]
     scores = query[:, :, 10:] @ key[:, :, :10].transpose(-1, -2) * 0.25
@@ -273,9 +299,20 @@ class TestAuto:
         choice = choose(CPU, torch.float32, 64, needs_grad=True)
         assert choice.backend == "tiled"
         assert "no gradients on a CPU" in choice.reason
-        assert "benchmarks/results" in choose(CPU, torch.float32, 64, needs_grad=False).reason
+
+    def test_takes_the_winner_of_what_was_measured(self):
+        choice = choose(CPU, torch.float32, 64, needs_grad=False)
+        assert "benchmarks/results/auto-cpu-*.json" in choice.reason
+        times = defaultdict(dict)
+        for file in (Path(__file__).parents[1] / "benchmarks/results").glob("auto-cpu-*.json"):
+            for row in json.loads(file.read_text()):
+                if row["variant"] in ("flex", "tiled"):
+                    times[file.name, row["height"], row["window"]][row["variant"]] = row["median_s"]
+        assert len(times) == 24
+        assert all(each[choice.backend] <= 1.1 * min(each.values()) for each in times.values())
 
     def test_falls_to_tiled_on_what_it_does_not_know_and_says_so_once(self, caplog):
+        backends._warn_once.cache_clear()
         for _ in range(3):
             choice = choose_aloud(torch.device("mps"), torch.float16, 128, needs_grad=False)
         assert choice.backend == "tiled"

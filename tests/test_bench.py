@@ -57,8 +57,8 @@ def test_one_operation(bench):
 
 def test_a_share_of_the_dense_queries_is_marked(bench):
     result, rows = bench("--grid", "12x17", "--window", "5", "--dense-queries", "100")
-    assert {row["variant"]: row["extrapolated"] for row in rows}["dense"]
-    assert sum(row["extrapolated"] for row in rows) == 1
+    assert [row["variant"] for row in rows if row["extrapolated"]] == ["dense"]
+    assert [row["variant"] for row in rows if row["peak_bytes"] is None] == ["dense"]
     assert "dense (flash_attention) *" in result.output
 
 
@@ -89,6 +89,22 @@ def test_one_step_of_a_model(bench):
     assert "scaled from 3 of 57 blocks" in result.output
 
 
+def test_nothing_to_time(bench):
+    result, rows = bench("--grid", "9x11", "--variant", "dense-pooled", expected=2)
+    assert "nothing is left to time" in result.output
+    assert rows is None
+
+
+def test_what_memory_does_not_hold_is_left_out(bench, monkeypatch):
+    def attend(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(BACKENDS, "tiled", BACKENDS["tiled"]._replace(attend=attend))
+    result, rows = bench("--grid", "9x11", "--window", "4", "--variant", "tiled", "--variant", "dense")
+    assert [row["variant"] for row in rows] == ["dense"]
+    assert "tiled is left out: it is out of memory" in result.output
+
+
 def test_a_wrong_result_ends_with_an_error(bench, monkeypatch):
     wrong = BACKENDS["tiled"]._replace(attend=lambda query, *rest: (query, None))
     monkeypatch.setitem(BACKENDS, "tiled", wrong)
@@ -101,7 +117,7 @@ def test_a_wrong_result_ends_with_an_error(bench, monkeypatch):
 def test_plot(bench, tmp_path, suffix):
     path = tmp_path / f"times.{suffix}"
     bench("--grid", "9x11", "--grid", "20x20", "--window", "4", "--variant", "dense", "--plot", str(path))
-    if suffix == "png":
+    if suffix == "png":  # not one colour
         assert len(Image.open(path).convert("RGB").getcolors(10**6)) > 10
     else:
         assert "<svg" in path.read_text()
@@ -121,6 +137,7 @@ def test_plot(bench, tmp_path, suffix):
         (["--level", "model", "--backward"], "level model is forward only"),
         (["--plot", "times.txt"], "names no kind of picture"),
         (["--plot", "nowhere/times.png"], "no such directory"),
+        (["--plot", "."], "is a directory"),
     ],
 )
 def test_refusals_come_before_the_work(bench, monkeypatch, options, message):

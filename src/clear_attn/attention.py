@@ -112,19 +112,17 @@ def clear_attention(
         backend = (choose if torch.compiler.is_compiling() else choose_aloud)(*properties).backend
     elif backend == "flex" and (obstacle := flex.reason_against(*properties)):
         raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
-    image, image_lse = BACKENDS[backend].attend(
-        query[:, :, layout.image], all_key, all_value, layout, scale, return_lse
-    )
-    text_query = query[:, :, layout.text]
-    if text_attention is None or return_lse:
-        text, text_lse = softmax_attention(text_query, key, value, None, scale, return_lse)
-    else:
-        text, text_lse = text_attention(text_query, key, value, scale), None
-    # Joined as [batch, tokens, heads, head_dim] in memory, as the projection that follows takes it.
-    output = _join(text.transpose(1, 2), image.transpose(1, 2), layout, dim=1).transpose(1, 2)
-    if text_lse is None or image_lse is None:
-        return output
-    return output, _join(text_lse, image_lse, layout, dim=2)
+    output, lse = BACKENDS[backend].attend(query, all_key, all_value, layout, scale, return_lse)
+    if layout.text_tokens:
+        text_query = query[:, :, layout.text]
+        if text_attention is None or return_lse:
+            text, text_lse = softmax_attention(text_query, key, value, None, scale, return_lse)
+        else:
+            text, text_lse = text_attention(text_query, key, value, scale), None
+        output[:, :, layout.text] = text
+        if lse is not None and text_lse is not None:
+            lse[:, :, layout.text] = text_lse
+    return output if lse is None else (output, lse)
 
 
 def _check_shapes(
@@ -145,7 +143,3 @@ def _check_shapes(
             f"pooled must be {f'two tensors of shape {list(expected[0])}' if expected else 'None'} for a layout of "
             f"down_factor {layout.config.down_factor}, got shapes {given}; make them with clear_attn.attention.pool"
         )
-
-
-def _join(text: Tensor, image: Tensor, layout: TokenLayout, dim: int) -> Tensor:
-    return torch.cat([text, image] if layout.text_first else [image, text], dim=dim)

@@ -156,6 +156,16 @@ class TokenLayout:
         first_text = 0 if self.text_first else self.image_tokens
         self.text = slice(first_text, first_text + self.text_tokens)
 
+    def among_tokens(self, image: Tensor) -> Tensor:
+        """The image tokens' rows `[batch, heads, image tokens, ...]` in a tensor of all tokens, the others not set.
+
+        In memory it is `[batch, tokens, heads, ...]`, as the projection that follows attention takes it.
+        """
+        batch, heads, _, *rest = image.shape
+        tokens = image.new_empty(batch, self.text_tokens + self.image_tokens, heads, *rest).transpose(1, 2)
+        tokens[:, :, self.image] = image
+        return tokens
+
     @functools.cached_property
     def block_lists(self) -> BlockLists:
         """What FlexAttention visits, for image queries against all keys."""

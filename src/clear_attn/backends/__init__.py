@@ -4,9 +4,11 @@ Each backend is one function:
 
     attend(query, key, value, layout, scale, return_lse) -> (output, lse or None)
 
-query: `[batch, heads, image tokens, head_dim]` in tile order. key, value: `[batch, heads, key tokens, head_dim]`
-in the layout's order of keys. output: as query. lse: `[batch, heads, image tokens]`, float32 at least, the
-log-sum-exp of the scaled scores of the keys that each query sees, so that results over parts of the keys merge exactly.
+query: `[batch, heads, tokens, head_dim]`, of all tokens, those of the image in tile order. key, value: `[batch, heads,
+key tokens, head_dim]` in the layout's order of keys. output: as query; only the image's rows are set, the text's are
+for the caller to write, so that there is one tensor for both. lse: `[batch, heads, tokens]`, likewise, float32 at least,
+the log-sum-exp of the scaled scores of the keys that each query sees: with it, results over parts of the keys merge
+exactly.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class Choice(NamedTuple):
 
 # By kind of device, and whether gradients are needed.
 TABLE = {
-    ("cpu", False): Choice("tiled", "it beat flex at every size that was measured (benchmarks/results/auto-cpu.json)"),
+    ("cpu", False): Choice(
+        "tiled", "it beat flex at all sizes that were measured (benchmarks/results/auto-cpu-*.json)"
+    ),
     ("cpu", True): Choice("tiled", "FlexAttention has no gradients on a CPU"),
     ("cuda", False): Choice("flex", "FlexAttention visits only the blocks of keys that the window reaches"),
     # https://github.com/pytorch/pytorch/issues/158212 and 153799

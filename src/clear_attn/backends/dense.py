@@ -15,11 +15,12 @@ MAX_IMAGE_TOKENS = 8192
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Image queries against all keys; see `clear_attn.backends`."""
+    """See `clear_attn.backends`."""
     if layout.image_tokens > MAX_IMAGE_TOKENS:
         raise ValueError(
             f"backend='dense' holds a mask of all pairs and takes at most {MAX_IMAGE_TOKENS} image tokens, got "
             f"{layout.image_tokens}; use backend='auto', 'tiled' or 'flex'"
         )
     mask = dense_mask(layout.query, layout.key, layout.reach)
-    return softmax_attention(query, key, value, mask, scale, return_lse)
+    output, lse = softmax_attention(query[:, :, layout.image], key, value, mask, scale, return_lse)
+    return layout.among_tokens(output), None if lse is None else layout.among_tokens(lse)

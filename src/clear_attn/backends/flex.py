@@ -177,21 +177,25 @@ def _(query, key, value, lists, places, scale):  # type: ignore[no-untyped-def]
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Image queries against all keys; see `clear_attn.backends`.
+    """See `clear_attn.backends`.
 
     On a CPU, where FlexAttention keeps the log-sum-exp to itself, that comes from the tiled backend, at its cost.
     """
     if query.device.type != "cpu":
         return attend_directly(query, key, value, layout, scale, return_lse)
-    output = _flex_on_cpu(query, key, value, list(layout.block_lists), _places(layout), scale)
-    return output, tiled.attend(query, key, value, layout, scale, True)[1] if return_lse else None
+    image = query[:, :, layout.image]
+    output = _flex_on_cpu(image, key, value, list(layout.block_lists), _places(layout), scale)
+    lse = tiled.attend(query, key, value, layout, scale, True)[1] if return_lse else None
+    return layout.among_tokens(output), lse
 
 
 def attend_directly(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Without the precautions that a CPU needs."""
-    return attend_blocks(query, key, value, layout.block_lists, _rule(*_places(layout)), scale, return_lse)
+    image, seen = query[:, :, layout.image], _rule(*_places(layout))
+    output, lse = attend_blocks(image, key, value, layout.block_lists, seen, scale, return_lse)
+    return layout.among_tokens(output), None if lse is None else layout.among_tokens(lse)
 
 
 def _places(layout: TokenLayout) -> list[Tensor]:

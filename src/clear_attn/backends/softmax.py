@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gives_lse(x: Tensor) -> bool:
-    """Whether torch has a kernel for such queries that returns the log-sum-exp too."""
-    return x.device.type == "cpu"
+def has_lse_kernel(query: Tensor) -> bool:
+    """Whether the log-sum-exp comes from a kernel of torch, at no cost: on a CPU; those for GPUs are not tried."""
+    return query.device.type == "cpu"
 
 
 def softmax_attention(
@@ -23,13 +23,16 @@ def softmax_attention(
         scale: factor of the scores.
         return_lse: whether the second result is the log-sum-exp of the scaled scores, `[batch, heads, queries]`,
             float32 at least, or None. With it, the scores of all pairs are held in memory, but for a call without
-            gradients where `gives_lse`.
+            gradients where `has_lse_kernel`.
     """
     if not return_lse:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if gives_lse(query) and not needs_grad and query.numel():  # of nothing, the kernel divides by zero
+    # Of no queries, the kernel divides by zero.
+    if has_lse_kernel(query) and not needs_grad and query.numel() and query.dtype == key.dtype == value.dtype:
         bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        # Unlike what is public, the kernel does not look at the strides within a head.
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=bias, scale=scale
         )
@@ -56,16 +59,21 @@ def softmax_attention_backward(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to query, key and value, in float32 at least; the scores of all pairs are held."""
-    weights = torch.softmax(_scores(query, key, mask, scale), dim=-1)
-    output_gradient, query, key, value = (x.to(weights.dtype) for x in (output_gradient, query, key, value))
-    value_gradient = weights.transpose(-1, -2) @ output_gradient
-    weight_gradient = output_gradient @ value.transpose(-1, -2)
-    mean = (weights * weight_gradient).sum(dim=-1, keepdim=True)
-    if lse_gradient is not None:  # the log-sum-exp's gradient by the scores is the weights
-        mean = mean - lse_gradient[..., None]
-    score_gradient = weights * (weight_gradient - mean) * scale
-    return score_gradient @ key, score_gradient.transpose(-1, -2) @ query, value_gradient
+    """Gradients with respect to query, key and value; the scores of all pairs are held.
+
+    As in fused kernels, scores and softmax are float32 at least, and the other products in the query's dtype.
+    """
+    with torch.autocast(query.device.type, enabled=False):  # a backward pass may be called under it
+        dtype = query.dtype
+        output_gradient, key, value = (x.to(dtype) for x in (output_gradient, key, value))
+        weights = torch.softmax(_scores(query, key, mask, scale), dim=-1)
+        value_gradient = weights.to(dtype).transpose(-1, -2) @ output_gradient
+        weight_gradient = (output_gradient @ value.transpose(-1, -2)).to(weights.dtype)
+        mean = (weights * weight_gradient).sum(dim=-1, keepdim=True)
+        if lse_gradient is not None:  # the log-sum-exp's gradient by the scores is the weights
+            mean = mean - lse_gradient[..., None]
+        score_gradient = (weights * (weight_gradient - mean) * scale).to(dtype)
+        return score_gradient @ key, score_gradient.transpose(-1, -2) @ query, value_gradient
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

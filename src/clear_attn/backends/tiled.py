@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clear_attn.backends.softmax import gives_lse, merge_, softmax_attention, softmax_attention_backward
+from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention, softmax_attention_backward
 from clear_attn.layout import TokenLayout
 from clear_attn.tiles import Tiles
 
@@ -27,12 +27,13 @@ MAX_SCORES = 2**26
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Image queries against all keys; see `clear_attn.backends`. Linear in the image tokens in time and in memory."""
+    """See `clear_attn.backends`. Linear in the image tokens in time and in memory."""
     if torch.is_autocast_enabled(query.device.type) and not return_lse:  # as torch's own attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
     output, lse = _tiled(query, key, value, list(layout.tiles), layout.image.start, scale, return_lse)
-    return output, lse if return_lse else None
+    # The operator itself gives no view, so that the caller may write its own rows where gradients are recorded.
+    return output.transpose(1, 2), lse if return_lse else None
 
 
 @torch.library.custom_op("clear_attn::tiled", mutates_args=())
@@ -40,24 +41,25 @@ def _tiled(
     query: Tensor, key: Tensor, value: Tensor, tiles: list[Tensor], start: int, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     # What all image queries see, text and pooled keys, needs no gathering where results can be merged.
-    shared = _others(key, query.shape[2], start)
-    merged = gives_lse(query) and len(shared) > 0
+    image, shared = _split(key, tiles, start)
+    merged = has_lse_kernel(query) and len(shared) > 0
     needs_lse = return_lse or merged
-    rows = [x.transpose(1, 2) for x in (query, key, value)]
+    rows = [query[:, :, image].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
     output, lse = _new_results(query, needs_lse)
+    own_lse = lse[:, :, image] if needs_lse else lse
     for queries, keys, mask in _steps(tiles, shared[:0] if merged else shared, start, query, needs_lse):
-        own, own_lse = softmax_attention(
+        part, part_lse = softmax_attention(
             _gather(rows[0], queries), _gather(rows[1], keys), _gather(rows[2], keys), mask, scale, needs_lse
         )
-        output.transpose(1, 2)[:, queries.flatten()] = _scatter(own, queries)
-        if own_lse is not None:
-            lse[:, :, queries.flatten()] = _scatter(own_lse[..., None], queries)[..., 0].transpose(1, 2)
+        output[:, image][:, queries.flatten()] = _scatter(part, queries)
+        if part_lse is not None:
+            own_lse[:, :, queries.flatten()] = _scatter(part_lse[..., None], queries)[..., 0].transpose(1, 2)
     if merged:
         shared_key, shared_value = key[:, :, shared], value[:, :, shared]
-        for span in range(0, query.shape[2], QUERIES_AT_A_TIME):
-            some = slice(span, span + QUERIES_AT_A_TIME)
-            other = softmax_attention(query[:, :, some], shared_key, shared_value, None, scale, True)
-            merge_(output[:, :, some], lse[:, :, some], *other)
+        for first in range(image.start, image.stop, QUERIES_AT_A_TIME):
+            span = slice(first, min(first + QUERIES_AT_A_TIME, image.stop))
+            other = softmax_attention(query[:, :, span], shared_key, shared_value, None, scale, True)
+            merge_(output.transpose(1, 2)[:, :, span], lse[:, :, span], *other)
     return output, lse if return_lse else lse.new_empty(0)
 
 
@@ -79,23 +81,27 @@ def _tiled_backward(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes each step once more, so that no more than a step's scores are held."""
-    shared = _others(key, query.shape[2], start)
-    rows = [x.transpose(1, 2) for x in (query, key, value)]
+    image, shared = _split(key, tiles, start)
+    rows = [query[:, :, image].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
     gradients = [_new_gradient(x, summed) for x, summed in ((query, False), (key, True), (value, True))]
+    rooms = [gradients[0][:, :, image], *gradients[1:]]
+    output_gradient = output_gradient[:, image]
+    if return_lse:
+        lse_gradient = lse_gradient[:, :, image, None].transpose(1, 2)
     for queries, keys, mask in _steps(tiles, shared, start, query, holds_scores=True):
         places = (queries, keys, keys)
         query_part, key_part, value_part = (_gather(x, index) for x, index in zip(rows, places, strict=True))
         inner = softmax_attention_backward(
-            _gather(output_gradient.transpose(1, 2), queries),
-            _gather(lse_gradient[..., None].transpose(1, 2), queries)[..., 0] if return_lse else None,
+            _gather(output_gradient, queries),
+            _gather(lse_gradient, queries)[..., 0] if return_lse else None,
             query_part,
             key_part,
             value_part,
             mask,
             scale,
         )
-        for gradient, part, index in zip(gradients, inner, places, strict=True):
-            _add(gradient.transpose(1, 2), part, index, 0 if index is queries else len(shared))
+        for room, part, index in zip(rooms, inner, places, strict=True):
+            _add(room.transpose(1, 2), part, index, 0 if index is queries else len(shared))
     query_gradient, key_gradient, value_gradient = gradients
     return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype)
 
@@ -120,8 +126,8 @@ _tiled.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _new_results(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """Room for the output, in memory `[batch, tokens, heads, head_dim]`, and for the log-sum-exp if it is wanted."""
-    output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+    """Room for the output, `[batch, tokens, heads, head_dim]`, and for the log-sum-exp if it is wanted."""
+    output = query.new_empty(query.transpose(1, 2).shape)
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     return output, query.new_empty(query.shape[:3] if return_lse else (0,), dtype=lse_dtype)
 
@@ -132,10 +138,11 @@ def _new_gradient(x: Tensor, summed: bool) -> Tensor:
     return x.new_zeros(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
-def _others(key: Tensor, image_tokens: int, start: int) -> Tensor:
-    """The places of the keys that are not image tokens."""
+def _split(key: Tensor, tiles: list[Tensor], start: int) -> tuple[slice, Tensor]:
+    """The places of the image tokens, and those of all other keys."""
+    image = slice(start, start + len(tiles[0]))
     places = torch.arange(key.shape[2], device=key.device)
-    return torch.cat([places[:start], places[start + image_tokens :]])
+    return image, torch.cat([places[: image.start], places[image.stop :]])
 
 
 def _steps(

@@ -55,28 +55,40 @@ class Timing(NamedTuple):
         return statistics.median(self.seconds)
 
 
-def measure(subjects: Sequence[Subject], device: torch.device, runs: int) -> list[Timing]:
-    """Runs each subject once to warm up, once to weigh it, and then all in turn, so many times."""
-    first, weighed = [], []
-    for subject in subjects:
-        with subject.around():
-            first.append(sum(_parts(_marks(subject, device), device)))
-            peak, result = _peak_bytes(subject, device)
-        weighed.append((peak, subject.error(result)))
-        del result
+def measure(subjects: Sequence[Subject], device: torch.device, runs: int) -> list[Timing | None]:
+    """Runs each subject once to warm up, once to weigh it, and then all in turn, so many times.
+
+    Returns None for a subject for which memory is too small.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return _measure(subjects, device, runs)
+
+
+def _measure(subjects: Sequence[Subject], device: torch.device, runs: int) -> list[Timing | None]:
+    warm: dict[int, tuple[float, int, float | None]] = {}
+    for number, subject in enumerate(subjects):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            warm[number] = _warm_up(subject, device)
     rounds = []
     for _ in range(runs):
         marks = []
-        for subject in subjects:
-            with subject.around():
-                marks.append(_marks(subject, device))
+        for number in warm:
+            with subjects[number].around():
+                marks.append(_marks(subjects[number], device))
         # Read when all is done: waiting in between would show the time it takes to launch small kernels.
         rounds.append([_parts(each, device) for each in marks])
-    timings = []
-    for subject, first_s, each, parts in zip(subjects, first, weighed, zip(*rounds, strict=True), strict=True):
-        seconds = [sum(p * w for p, w in zip(run, subject.weights, strict=True)) for run in parts]
-        timings.append(Timing(seconds, max(0.0, first_s - statistics.median(map(sum, parts))), *each))
+    timings: list[Timing | None] = [None] * len(subjects)
+    for (number, (first_s, peak, error)), parts in zip(warm.items(), zip(*rounds, strict=True), strict=True):
+        seconds = [sum(p * w for p, w in zip(run, subjects[number].weights, strict=True)) for run in parts]
+        timings[number] = Timing(seconds, max(0.0, first_s - statistics.median(map(sum, parts))), peak, error)
     return timings
+
+
+def _warm_up(subject: Subject, device: torch.device) -> tuple[float, int, float | None]:
+    with subject.around():
+        first_s = sum(_parts(_marks(subject, device), device))
+        peak, result = _peak_bytes(subject, device)
+    return first_s, peak, subject.error(result)
 
 
 def _marks(subject: Subject, device: torch.device) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from clear_attn.backends import dense, flex
 from clear_attn.bench.measure import Mark, Subject
-from clear_attn.bench.operation import BACKENDS, Case, best_kernel, distance, inputs
+from clear_attn.bench.operation import BACKENDS, Case, distance, fastest_dense, inputs
 from clear_attn.linearize import linearized
 
 VARIANTS = ("dense", *BACKENDS, "bound")
@@ -79,13 +80,15 @@ def subjects(case: Case, names: tuple[str, ...], blocks: int, most_dense_queries
     """Those named, with the name of the kernel of those that have one; all share one model."""
     model = transformer(case, blocks)
     keywords = call(case, model)
-    kernel = best_kernel(case, inputs(case, False), most_dense_queries)
     run = _in_three_parts(model, keywords)
     # The blocks of the whole model for those that are there; what is before and after them stands once.
     weights = (1.0, DOUBLE_BLOCKS / blocks, 1.0)
     for name in names:
         if name == "dense":
-            yield Subject(name, run, weights, around=lambda: sdpa_kernel([kernel])), kernel.name.lower()
+            kernel = fastest_dense(name, case, case.layout, inputs(case, False), most_dense_queries).kernel
+            assert kernel is not None
+            one = SDPBackend.__members__[kernel.upper()]
+            yield Subject(name, run, weights, around=functools.partial(sdpa_kernel, [one])), kernel
         elif name == "bound":
             yield Subject(name, run, weights, around=AttentionIsItsValues), None
         else:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clear_attn import backends
 from clear_attn.attention import clear_attention, pool
 from clear_attn.backends import flex
 from clear_attn.bench.measure import Mark, Subject, measure
@@ -21,8 +22,8 @@ from clear_attn.cost import Cost
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.masks import BLOCK
 
-# Not the backend "dense": that is the reference, no way to be fast.
-BACKENDS = ("flex", "tiled")
+# "dense" is the reference, no way to be fast.
+BACKENDS = tuple(name for name in backends.BACKENDS if name != "dense")
 VARIANTS = ("dense", "dense-pooled", "raster-flex", *BACKENDS)
 KERNELS = {
     "cpu": (SDPBackend.FLASH_ATTENTION,),
@@ -30,8 +31,8 @@ KERNELS = {
 }
 # A backward pass has five matrix products, a forward pass two.
 FORWARD_AND_BACKWARD = 3.5
-# Rows to compare with the rule; all of them for gradients, up to so many tokens.
-SAMPLED_ROWS, MOST_TOKENS_FOR_GRADIENTS = 64, 8192
+# How many rows are compared with the rule; for gradients all of them, with up to so many scores.
+SAMPLED_ROWS, MOST_SCORES = 64, 2**27
 
 
 class Case(NamedTuple):
@@ -110,39 +111,28 @@ def variants(case: Case, names: tuple[str, ...], qkv: list[Tensor], most_dense_q
     """Those named, ready to run."""
     cost, layout = case.cost, case.layout
     raster = torch.arange(layout.image_tokens, device=case.device)
-    kernel = best_kernel(case, qkv, most_dense_queries) if {"dense", "dense-pooled"} & {*names} else None
     for name in names:
         if name in ("dense", "dense-pooled"):
-            assert kernel is not None
-            yield _dense(name, case, layout, kernel, qkv, most_dense_queries)
+            yield fastest_dense(name, case, layout, qkv, most_dense_queries)
         elif name == "raster-flex":
-            yield Variant(name, _in_raster_order(case, raster), _rule(case, raster), cost.pairs, raster)
+            yield Variant(name, _in_raster_order(case), _rule(case, raster), cost.pairs, raster)
         else:
             yield Variant(name, _by_backend(name, case, layout), _rule(case, layout.order), cost.pairs, layout.order)
 
 
-def best_kernel(case: Case, qkv: list[Tensor], most_queries: int) -> SDPBackend:
-    """The fastest of torch's own kernels for dense attention to such inputs."""
+def fastest_dense(name: str, case: Case, layout: TokenLayout, qkv: list[Tensor], most_queries: int) -> Variant:
+    """Dense attention by the fastest of torch's own kernels."""
+    kernels = KERNELS[case.device.type]
+    candidates = [_dense(name, case, layout, kernel, qkv, most_queries) for kernel in kernels]
+    if len(candidates) == 1:
+        return candidates[0]
     able = {}
-    for kernel in KERNELS[case.device.type]:
-        subject = Subject(kernel.name, functools.partial(_one_of, qkv, kernel, most_queries, case.scale))
-        with warnings.catch_warnings():
+    for candidate in candidates:
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
             warnings.simplefilter("ignore")  # it tells at length why a kernel cannot
-            try:
-                able[kernel] = measure([subject], case.device, 3)[0].median_s
-            except RuntimeError:
-                continue
-    return min(able, key=lambda kernel: able[kernel]) if able else SDPBackend.MATH
-
-
-def _one_of(qkv: list[Tensor], kernel: SDPBackend, most_queries: int, scale: float, mark: Mark) -> Tensor:
-    return _sdpa(qkv, kernel, most_queries, scale)
-
-
-def _sdpa(qkv: list[Tensor], kernel: SDPBackend, most_queries: int, scale: float) -> Tensor:
-    query, key, value = qkv
-    with sdpa_kernel([kernel]):
-        return F.scaled_dot_product_attention(query[:, :, :most_queries], key, value, scale=scale)
+            if timing := measure([subject(candidate, case, qkv)], case.device, 3)[0]:
+                able[timing.median_s] = candidate
+    return able[min(able)] if able else _dense(name, case, layout, SDPBackend.MATH, qkv, most_queries)
 
 
 def _dense(
@@ -153,11 +143,12 @@ def _dense(
     pooled = name == "dense-pooled"
     queries, pairs = (layout.image_tokens, case.cost.pooled_pairs) if pooled else (case.tokens, case.cost.dense_pairs)
     computed = min(queries, most_queries)
-    cells = [_pooled(x, case, order) for x in qkv[1:]] if pooled else []
+    cells = [_pooled(x, case).contiguous() for x in qkv[1:]] if pooled else []
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        given = [query[:, :, layout.image], *cells] if pooled else [query, key, value]
-        return _sdpa(given, kernel, computed, case.scale)
+        query, key, value = (query[:, :, layout.image], *cells) if pooled else (query, key, value)
+        with sdpa_kernel([kernel]):
+            return F.scaled_dot_product_attention(query[:, :, :computed], key, value, scale=case.scale)
 
     def rule(rows: Tensor) -> Tensor:
         return ((torch.arange(layout.key_tokens, device=case.device) >= case.tokens) == pooled).expand(len(rows), -1)
@@ -176,18 +167,18 @@ def _by_backend(name: str, case: Case, layout: TokenLayout) -> Callable[[Tensor,
     return attend
 
 
-def _in_raster_order(case: Case, order: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _in_raster_order(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     attend = raster_attention(case.grid, case.text, case.window, case.down_factor, case.device)
 
     def joined(x: Tensor) -> Tensor:
-        return torch.cat([x, _pooled(x, case, order)], dim=2) if case.down_factor > 1 else x
+        return torch.cat([x, _pooled(x, case)], dim=2) if case.down_factor > 1 else x
 
     return lambda query, key, value: attend(query, joined(key), joined(value), case.scale)
 
 
-def _pooled(x: Tensor, case: Case, order: Tensor) -> Tensor:
-    """Means of keys or values over cells, without the library's own pooling."""
-    image = x[:, :, case.text :][:, :, order.argsort()].transpose(2, 3).unflatten(3, case.grid)
+def _pooled(x: Tensor, case: Case) -> Tensor:
+    """Means over cells of keys or values in raster order, without the library's own pooling."""
+    image = x[:, :, case.text :].transpose(2, 3).unflatten(3, case.grid)
     means = F.avg_pool2d(image.flatten(0, 1), case.down_factor, ceil_mode=True, count_include_pad=False)
     return means.unflatten(0, image.shape[:2]).flatten(3).transpose(2, 3)
 
@@ -207,12 +198,17 @@ def _rule(case: Case, order: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _exact(variant: Variant, case: Case, qkv: list[Tensor], rows: Tensor) -> Tensor:
     """The output of some queries in float64, one head at a time."""
+    seen, raster = (
+        variant.rule(rows),
+        torch.cat([torch.arange(case.text, device=rows.device), case.text + variant.order.argsort()]),
+    )
     outputs = []
-    for query, key, value in zip(*(x.flatten(0, 1).unsqueeze(1).double() for x in qkv), strict=True):
+    for heads in zip(*(x.flatten(0, 1) for x in qkv), strict=True):
+        query, key, value = (x.double() for x in heads)
         if case.down_factor > 1:
-            key, value = (torch.cat([x, _pooled(x[None], case, variant.order)[0]], dim=1) for x in (key, value))
-        scores = query[0, rows] @ key[0].T * case.scale
-        outputs.append(scores.masked_fill(~variant.rule(rows), -torch.inf).softmax(dim=1) @ value[0])
+            key, value = (torch.cat([x, _pooled(x[None, None, raster], case)[0, 0]]) for x in (key, value))
+        scores = (query[rows] @ key.T * case.scale).masked_fill(~seen, -torch.inf)
+        outputs.append(scores.softmax(dim=1) @ value)
     return torch.stack(outputs).unflatten(0, (case.batch, case.heads))
 
 
@@ -221,28 +217,34 @@ def distance(ours: Tensor, expected: Tensor) -> float:
     return float((ours.double() - expected).norm() / expected.norm())
 
 
-def subject(variant: Variant, case: Case, qkv: list[Tensor], backward: bool) -> Subject:
-    """A variant, to be measured forward, or forward and backward."""
-    direction = torch.randn(qkv[0].transpose(1, 2).shape, dtype=case.dtype, device=case.device).transpose(1, 2)
+def subject(variant: Variant, case: Case, qkv: list[Tensor]) -> Subject:
+    """A variant, to be measured forward, and backward where its inputs require gradients."""
     first_row = case.text if variant.name == "dense-pooled" else 0
+    subject = _forward_and_backward if qkv[0].requires_grad else _forward
+    return subject(variant, case, qkv, first_row)._replace(weights=(1 / variant.share,))
 
-    def call(mark: Mark) -> Any:
+
+def _forward(variant: Variant, case: Case, qkv: list[Tensor], first_row: int) -> Subject:
+    def error(output: Tensor) -> float:
+        rows = torch.randperm(output.shape[2], device=case.device)[:SAMPLED_ROWS]
+        return distance(output[:, :, rows], _exact(variant, case, qkv, first_row + rows))
+
+    return Subject(variant.name, lambda mark: variant.attend(*qkv), error=error)
+
+
+def _forward_and_backward(variant: Variant, case: Case, qkv: list[Tensor], first_row: int) -> Subject:
+    direction = torch.randn_like(qkv[0])
+
+    def call(mark: Mark) -> list[Tensor]:
         output = variant.attend(*qkv)
-        if not backward:
-            return (output,)
-        return output, *torch.autograd.grad(output, qkv, direction[:, :, first_row : first_row + output.shape[2]])
+        return [output, *torch.autograd.grad(output, qkv, direction[:, :, first_row : first_row + output.shape[2]])]
 
-    def error(result: tuple[Tensor, ...]) -> float | None:
-        output, *gradients = result
-        if not backward:
-            rows = torch.randperm(output.shape[2], device=case.device)[:SAMPLED_ROWS]
-            return distance(output[:, :, rows], _exact(variant, case, qkv, first_row + rows))
-        if case.tokens > MOST_TOKENS_FOR_GRADIENTS:
+    def error(result: list[Tensor]) -> float | None:
+        if case.batch * case.heads * case.tokens**2 > MOST_SCORES:
             return None
-        rows = torch.arange(output.shape[2], device=case.device)
-        expected = _exact(variant, case, qkv, first_row + rows)
-        exact = torch.autograd.grad(expected, qkv, direction[:, :, first_row + rows].double())
-        pairs = zip((output, *gradients), (expected, *exact), strict=True)
-        return max(distance(ours.detach(), theirs.detach()) for ours, theirs in pairs)
+        rows = first_row + torch.arange(result[0].shape[2], device=case.device)
+        output = _exact(variant, case, qkv, rows)
+        expected = [output, *torch.autograd.grad(output, qkv, direction[:, :, rows].double())]
+        return max(distance(ours.detach(), theirs.detach()) for ours, theirs in zip(result, expected, strict=True))
 
-    return Subject(variant.name, call, (1 / variant.share,), error)
+    return Subject(variant.name, call, error=error)

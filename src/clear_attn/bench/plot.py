@@ -45,7 +45,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows of each line, by size; of dense attention and the bound, which know no window, the first at a size."""
+    """The rows of each line, by size. Dense attention and the bound know no window: one row stands for all."""
 
     def label(row: Row) -> str:
         if row.variant in ("dense", "bound"):
@@ -55,8 +55,6 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
     lines = []
     for name, group in itertools.groupby(sorted(rows, key=label), key=label):
-        by_size: dict[int, Row] = {}
-        for row in group:
-            by_size.setdefault(row.height * row.width, row)
-        lines.append((name, [by_size[size] for size in sorted(by_size)]))
+        points = list({(row.height, row.width): row for row in group}.values())
+        lines.append((name, sorted(points, key=lambda row: row.height * row.width)))
     return lines

@@ -25,7 +25,8 @@ class Row:
         backward: whether a backward pass is in it.
         kernel: which of torch's own kernels computes dense attention.
         compile_s: how much longer the first run took.
-        peak_bytes: most memory held at once beyond what was held before: no weights, no inputs.
+        peak_bytes: most memory held at once beyond what was held before: no weights, no inputs; None for a share of the
+            queries.
         visible_flops: 4 x (visible pairs) x heads x head_dim forward; 3.5 times that with a backward pass.
         flops_per_s: visible_flops over median_s.
         matmul_flops_per_s: of a large matrix product in the same run, in the same dtype.
@@ -52,7 +53,7 @@ class Row:
     min_s: float
     max_s: float
     compile_s: float
-    peak_bytes: int
+    peak_bytes: int | None
     visible_flops: int
     flops_per_s: float
     matmul_flops_per_s: float
@@ -75,7 +76,6 @@ def times(timing: Timing) -> dict[str, Any]:
         "min_s": min(timing.seconds),
         "max_s": max(timing.seconds),
         "compile_s": timing.compile_s,
-        "peak_bytes": timing.peak_bytes,
         "error": timing.error,
     }
 
@@ -118,7 +118,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             f"{dense / row.median_s:.2f}" if dense else "",
             f"{row.flops_per_s / 1e12:.3g}",
             f"{row.flops_per_s / row.matmul_flops_per_s:.0%}",
-            f"{row.peak_bytes / 2**20:.1f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
             f"{row.compile_s:.1f}",
             "" if row.error is None else f"{row.error:.0e}",
         )

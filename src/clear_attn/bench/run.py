@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,9 +57,15 @@ def run(settings: Settings, say: Callable[[str], None]) -> Iterator[list[Row]]:
                 say(f"{name} is left out: {obstacle}.")
             else:
                 able.append(name)
+        if not able:
+            continue
         choice = choose(case.device, case.dtype, case.head_dim, settings.backward)
         say(f"backend='auto' takes {choice.backend} here: {choice.reason}.")
-        yield (_of_model if settings.level == "model" else _of_operation)(settings, case, tuple(able))
+        rows = (_of_model if settings.level == "model" else _of_operation)(settings, case, tuple(able))
+        for name in {*able} - {row.variant for row in rows}:
+            say(f"{name} is left out: it is out of memory.")
+        if rows:
+            yield rows
 
 
 def _reason_against(settings: Settings, name: str, case: Case) -> str | None:
@@ -70,7 +77,7 @@ def _reason_against(settings: Settings, name: str, case: Case) -> str | None:
 def _of_operation(settings: Settings, case: Case, names: tuple[str, ...]) -> list[Row]:
     qkv = operation.inputs(case, settings.backward)
     variants = list(operation.variants(case, names, qkv, settings.most_dense_queries))
-    subjects = [operation.subject(variant, case, qkv, settings.backward) for variant in variants]
+    subjects = [operation.subject(variant, case, qkv) for variant in variants]
     with torch.set_grad_enabled(settings.backward):
         timings, matmul_flops_per_s = _beside_products(subjects, settings, case)
     passes = FORWARD_AND_BACKWARD if settings.backward else 1
@@ -83,9 +90,11 @@ def _of_operation(settings: Settings, case: Case, names: tuple[str, ...]) -> lis
             flops=int(case.cost.flops(variant.pairs) * case.batch * passes),
             matmul_flops_per_s=matmul_flops_per_s,
             extrapolated=variant.share < 1,
+            peak_bytes=timing.peak_bytes if variant.share == 1 else None,
             kernel=variant.kernel,
         )
         for variant, timing in zip(variants, timings, strict=True)
+        if timing
     ]
 
 
@@ -104,24 +113,30 @@ def _of_model(settings: Settings, case: Case, names: tuple[str, ...]) -> list[Ro
             flops=layers * cost.flops(pairs.get(subject.name, cost.step_pairs)),
             matmul_flops_per_s=matmul_flops_per_s,
             extrapolated=settings.blocks < model.DOUBLE_BLOCKS,
+            peak_bytes=timing.peak_bytes,
             kernel=kernel,
             blocks=3 * settings.blocks,
         )
         for subject, kernel, timing in zip(subjects, kernels, timings, strict=True)
+        if timing
     ]
 
 
 def _beside_products(
     subjects: list[Subject] | tuple[Subject, ...], settings: Settings, case: Case
-) -> tuple[list[Timing], float]:
+) -> tuple[list[Timing | None], float]:
     """The timings, and the FLOPs per second of a large matrix product in the same rounds."""
     side, products = MATMUL[case.device.type]
     left, right = (torch.randn(side, side, dtype=case.dtype, device=case.device) for _ in range(2))
     product = Subject("product", lambda mark: left @ right)
-    a_round = -(-products // settings.runs)
-    timings = measure([product] * a_round + list(subjects), case.device, settings.runs)
-    seconds = sorted(each for timing in timings[:a_round] for each in timing.seconds)
-    return timings[a_round:], 2 * side**3 / seconds[len(seconds) // 2]
+    before_each = -(-products // (settings.runs * len(subjects)))
+    # Before each subject, so that on a GPU all are launched behind the same work.
+    queue = [each for subject in subjects for each in [*[product] * before_each, subject]]
+    timings = measure(queue, case.device, settings.runs)
+    own = timings[before_each :: before_each + 1]
+    del timings[before_each :: before_each + 1]
+    seconds = [each for timing in timings if timing for each in timing.seconds]
+    return own, 2 * side**3 / statistics.median(seconds)
 
 
 def _row(
