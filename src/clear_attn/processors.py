@@ -68,28 +68,35 @@ class ClearAttnProcessor(nn.Module):
         clear_layout: TokenLayout | None = None,
         clear_backend: str = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        layout = self._check(attention_mask, clear_layout)
-        if hidden_states.shape[1] == layout.image_tokens and encoder_hidden_states is None:
-            layout = layout.without_text
-        fused = self.takes_fused(attn)
+        layout = self.layout_for(attention_mask, clear_layout, hidden_states, encoder_hidden_states)
         query, key, value = project(
-            attn, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first, fused
+            attn, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first, self.takes_fused(attn)
         )
+        joint = self.attend(query, key, value, layout, clear_backend)
+        return project_out(attn, joint, encoder_hidden_states is not None, layout)
+
+    def layout_for(
+        self,
+        attention_mask: Tensor | None,
+        layout: TokenLayout | None,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+    ) -> TokenLayout:
+        """The layout of this layer's tokens, all that a call brings checked."""
+        layout = self._check(attention_mask, layout)
+        alone = hidden_states.shape[1] == layout.image_tokens and encoder_hidden_states is None
+        return layout.without_text if alone else layout
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, backend: str) -> Tensor:
+        """CLEAR's attention, `[batch, tokens, heads x head_dim]`."""
         pooled = None
         if layout.pooled_tokens:
             pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
             pooled = pool_image(key[:, :, layout.image], layout), pool_image(value[:, :, layout.image], layout)
         joint = clear_attention(
-            query, key, value, layout, pooled=pooled, backend=clear_backend, text_attention=self._text_attention
+            query, key, value, layout, pooled=pooled, backend=backend, text_attention=self._text_attention
         )
-        joint = joint.transpose(1, 2).flatten(2, 3)
-        image = joint if encoder_hidden_states is None else joint[:, layout.image]
-        if getattr(attn, "to_out", None) is not None:
-            image = attn.to_out[1](attn.to_out[0](image))
-        if encoder_hidden_states is None:
-            return image
-        text = joint[:, layout.text]
-        return image, text if attn.context_pre_only else attn.to_add_out(text)
+        return joint.transpose(1, 2).flatten(2, 3)
 
     def takes_fused(self, attn: Any) -> bool:
         """Whether query, key and value come from one fused projection."""
@@ -164,3 +171,14 @@ def project(
     if rotary is not None:
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
     return [x.transpose(1, 2) for x in (query, key, value)]
+
+
+def project_out(attn: Any, joint: Tensor, apart: bool, layout: TokenLayout) -> Tensor | tuple[Tensor, Tensor]:
+    """What a layer gives for the output of its attention: image and text apart where it was given them so."""
+    image = joint[:, layout.image] if apart else joint
+    if getattr(attn, "to_out", None) is not None:
+        image = attn.to_out[1](attn.to_out[0](image))
+    if not apart:
+        return image
+    text = joint[:, layout.text]
+    return image, text if attn.context_pre_only else attn.to_add_out(text)

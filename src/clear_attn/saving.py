@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from safetensors.torch import save_file
+from torch import Tensor
 
+from clear_attn.config import ClearConfig
 from clear_attn.linearize import find_transformer
 from clear_attn.published import BASE, LICENCE, base_model_of, is_published
 from clear_attn.record import CONFIG_FILE, Record, mark_of
@@ -41,9 +44,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
     door = door_of(transformer)
     if door is None:
         raise RuntimeError("this pipeline is not linearized, so there is nothing to save; call clear_attn.linearize()")
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{str(directory)!r} is a file; give a directory to save to")
+    folder = check_folder(directory)
     layers = family.attention_layers(transformer)
     door.check(transformer)
     check_in_memory(transformer, layers)
@@ -57,10 +58,24 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
         )
     if door.config.down_factor > 1:
         values |= {layer + POOLED: attn.processor.spatial_weight.detach() for layer, attn in layers.items()}
+    save_values(pipe, door.config, values, folder)
+
+
+def check_folder(directory: str | os.PathLike[str]) -> Path:
+    """Raises NotADirectoryError where a folder is a file."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{str(directory)!r} is a file; give a directory to save to")
+    return folder
+
+
+def save_values(pipe: Any, config: ClearConfig, values: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes distilled weights, by their names in a checkpoint, as `save_pretrained` does."""
+    transformer, _ = find_transformer(pipe)
     values = {name: value.to("cpu").contiguous() for name, value in values.items()}
     mark = mark_of(transformer)
     source = mark["source"] if mark else None
-    record = Record(door.config, type(transformer).__name__, base_model_of(pipe, transformer), source)
+    record = Record(config, type(transformer).__name__, base_model_of(pipe, transformer), source)
     folder.mkdir(parents=True, exist_ok=True)
     # On the same disk, so that what takes time or room can fail only before the first file is put in place.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:

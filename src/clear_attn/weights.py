@@ -24,7 +24,7 @@ PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 POOLED = ".processor.spatial_weight"
 
 
-def _projections(layers: Mapping[str, Any], names: Iterable[str] = PROJECTIONS) -> dict[str, nn.Module]:
+def projections(layers: Mapping[str, Any], names: Iterable[str] = PROJECTIONS) -> dict[str, nn.Module]:
     """Projections by name, a LoRA's wrapper where there is one; by default those whose weights are replaced."""
     found = {
         f"{layer}.{projection}": functools.reduce(
@@ -45,7 +45,7 @@ def replaced_parameters(layers: Mapping[str, Any]) -> dict[str, nn.Parameter]:
     """The parameters that distilled weights replace, by their name in a checkpoint."""
     return {
         f"{projection}.{name}": parameter
-        for projection, module in _projections(layers).items()
+        for projection, module in projections(layers).items()
         for name, parameter in _base(module).named_parameters(recurse=False)
     }
 
@@ -69,7 +69,7 @@ def check_in_memory(transformer: Any, layers: Mapping[str, Any]) -> None:
 
 def check_replaceable(layers: Mapping[str, Any]) -> None:
     """Raises RuntimeError where values cannot be copied in, or not without spoiling what was made of the old ones."""
-    for projection, module in _projections(layers, (*PROJECTIONS, "to_qkv")).items():
+    for projection, module in projections(layers, (*PROJECTIONS, "to_qkv")).items():
         fused: Any = getattr(module, "merged_adapters", None)
         if fused:
             raise RuntimeError(
