@@ -6,9 +6,9 @@ Each backend is one function:
 
 query: `[batch, heads, tokens, head_dim]`, of all tokens, those of the image in tile order. key, value: `[batch, heads,
 key tokens, head_dim]` in the layout's order of keys. output: as query; only the image's rows are set, the text's are
-for the caller to write, so that there is one tensor for both. lse: `[batch, heads, tokens]`, likewise, float32 at least,
-the log-sum-exp of the scaled scores of the keys that each query sees: with it, results over parts of the keys merge
-exactly.
+for the caller to write, so that there is one tensor for both. lse: `[batch, heads, tokens]`, likewise, float32 at
+least, the log-sum-exp of the scaled scores of the keys that each query sees: with it, results over parts of the keys
+merge exactly.
 """
 
 from __future__ import annotations
