@@ -62,7 +62,7 @@ class Choice(NamedTuple):
 # By kind of device, and whether gradients are needed.
 TABLE = {
     ("cpu", False): Choice(
-        "tiled", "it beat flex at all sizes that were measured (benchmarks/results/auto-cpu-*.json)"
+        "tiled", "faster than flex, or level, at all sizes measured (benchmarks/results/auto-cpu-*.json)"
     ),
     ("cpu", True): Choice("tiled", "FlexAttention has no gradients on a CPU"),
     ("cuda", False): Choice("flex", "FlexAttention visits only the blocks of keys that the window reaches"),

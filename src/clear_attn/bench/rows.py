@@ -29,7 +29,7 @@ class Row:
             queries.
         visible_flops: 4 x (visible pairs) x heads x head_dim forward; 3.5 times that with a backward pass.
         flops_per_s: visible_flops over median_s.
-        matmul_flops_per_s: of a large matrix product in the same run, in the same dtype.
+        matmul_flops_per_s: of a large matrix product in the same run, in the same dtype, on a CPU in float32.
         extrapolated: whether only a share of the queries or blocks was computed, and the time scaled.
         error: distance from the rule in float64, or from the reference backend, relative; None where not computed.
     """
