@@ -1,0 +1,1 @@
+"""Training of linearized attention after the same model's dense attention."""

@@ -1,0 +1,40 @@
+"""The losses of CLEAR (arXiv 2412.16112, section 3.3), each a pure function; all are mean squared errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Noisy latents x = (1 - sigma) clean + sigma noise, the path of rectified flow (arXiv 2209.03003).
+
+    Args:
+        clean, noise: `[batch, ...]`.
+        sigma: `[batch]` in 0..1.
+    """
+    sigma = sigma.to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
+    return (1 - sigma) * clean + sigma * noise
+
+
+def flow_matching(prediction: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+    """|prediction - (noise - clean)|^2: the path's velocity with respect to sigma (arXiv 2403.03206)."""
+    return F.mse_loss(prediction.float(), noise.float() - clean.float())
+
+
+def prediction(student: Tensor, teacher: Tensor) -> Tensor:
+    """|student - teacher|^2 of what they predict of the same noisy latents."""
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def attention(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """|student - teacher|^2 of the outputs of attention before any projection, averaged over the layers.
+
+    Args:
+        student, teacher: by layer `[batch, tokens, heads x head_dim]`, in one order of tokens.
+    """
+    each = [F.mse_loss(student[layer].float(), teacher[layer].float()) for layer in teacher]
+    return torch.stack(each).mean() if each else torch.zeros(())

@@ -1,0 +1,104 @@
+"""What a training run is told; names as in diffusers' training scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from clear_attn.config import ClearConfig
+
+OPTIMIZERS = ("prodigy", "adamw", "adamw8bit")
+STUDENTS = ("full", "lora")
+# What may differ between a run and the run that continues it.
+FREE_ON_RESUMING = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "report_to",
+    "logging_dir",
+}
+
+
+def option(default: Any, help: str) -> Any:
+    """A field, with what the command line says of it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    """A run. Those with None have no default or are worked out."""
+
+    pretrained_model_name_or_path: str = option("", "The model to linearize: a Hub id or a folder.")
+    output_dir: str = option("", "Where the result and the checkpoints go.")
+    train_data_dir: str | None = option(None, "A folder of pictures with captions.")
+    dataset_name: str | None = option(None, "Or a dataset that the datasets library reads.")
+    image_column: str = option("image", "Its column of pictures.")
+    caption_column: str = option("text", "Its column of captions.")
+    cache_dir: str | None = option(None, "Where latents and embeddings are kept; by default in output_dir.")
+    revision: str | None = option(None, "Of the model on the Hub.")
+    window: int = option(16, "Radius of the window in tokens.")
+    down_factor: int = option(1, "Side of pooled cells in tokens; 1 for none.")
+    student: str = option("full", f"What is trained of the projections: one of {', '.join(STUDENTS)}.")
+    rank: int = option(64, "Of the low-rank updates, with student=lora.")
+    resolution: int = option(1024, "Side in pixels of a square picture; other shapes have its area.")
+    max_sequence_length: int = option(512, "Text tokens.")
+    train_batch_size: int = option(1, "Pictures at a time on each device.")
+    gradient_accumulation_steps: int = option(1, "Batches to a step.")
+    max_train_steps: int = option(10_000, "Steps of the optimizer.")
+    optimizer: str = option("prodigy", f"One of {', '.join(OPTIMIZERS)}.")
+    learning_rate: float = option(1.0, "1 for prodigy, which finds its own; about 1e-4 for the others.")
+    lr_scheduler: str = option("constant", "One of diffusers' schedulers.")
+    lr_warmup_steps: int = option(0, "Steps over which the rate rises.")
+    adam_weight_decay: float = option(1e-4, "Weight decay.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
+    guidance_scale: float = option(3.5, "What a guided model is told.")
+    flow_matching_weight: float = option(1.0, "Weight of the flow matching loss.")
+    prediction_weight: float = option(0.5, "Weight of the difference from the teacher's prediction.")
+    attention_weight: float = option(0.5, "Weight of the difference from the teacher's attention.")
+    attention_layers: list[str] | None = option(None, "Layers whose attention is compared; by default the paper's.")
+    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass, to save memory.")
+    mixed_precision: str | None = option(None, "no, bf16 or fp16; by default as accelerate is configured.")
+    use_ema: bool = option(False, "Keep a moving average of the weights, on the CPU, and make it the result.")
+    ema_decay: float = option(0.999, "Of the moving average.")
+    seed: int = option(0, "Of all that is random.")
+    checkpointing_steps: int = option(500, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = option(2, "How many checkpoints are kept.")
+    resume_from_checkpoint: str | None = option(None, 'A checkpoint\'s folder, or "latest".')
+    report_to: str | None = option(None, "tensorboard, wandb, ...")
+    logging_dir: str = option("logs", "In output_dir.")
+
+    @property
+    def config(self) -> ClearConfig:
+        return ClearConfig(self.window, self.down_factor)
+
+    def fixed(self) -> dict[str, Any]:
+        """What a run that continues another has to share with it."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in FREE_ON_RESUMING}
+
+    def check(self) -> None:
+        """Raises ValueError where a value is out of range or two do not go together."""
+        for name in ("pretrained_model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing")
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            raise ValueError("give one of train_data_dir and dataset_name")
+        for name, choices in (("optimizer", OPTIMIZERS), ("student", STUDENTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        positive = (
+            "rank",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "learning_rate",
+            "checkpointing_steps",
+            "max_grad_norm",
+        )
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}")
+        self.config  # noqa: B018 - checks window and down_factor

@@ -1,0 +1,80 @@
+"""One step's losses: the teacher first, without gradients, then the student on the same noisy latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clear_attn.distill import losses
+from clear_attn.distill.recipes import Recipe
+from clear_attn.distill.student import STUDENT, TEACHER, keywords
+
+
+class Batch(NamedTuple):
+    """Clean latents `[batch, channels, height, width]`, text `[batch, tokens, dim]` and pooled text `[batch, dim]`."""
+
+    latents: Tensor
+    text: Tensor
+    pooled: Tensor
+
+
+class Weights(NamedTuple):
+    """Of each loss; the defaults are those of the paper."""
+
+    flow_matching: float = 1.0
+    prediction: float = 0.5
+    attention: float = 0.5
+
+
+class Losses(NamedTuple):
+    """Each loss and their weighted sum."""
+
+    flow_matching: Tensor
+    prediction: Tensor
+    attention: Tensor
+    total: Tensor
+
+
+def distillation_losses(
+    transformer: Any,
+    recipe: Recipe,
+    batch: Batch,
+    noise: Tensor,
+    sigma: Tensor,
+    *,
+    weights: Weights,
+    matched: Sequence[str],
+    guidance: float | None,
+) -> Losses:
+    """The losses of a linearized transformer's student.
+
+    Args:
+        transformer: with a student; may be wrapped, as by DDP.
+        recipe: of the transformer's family.
+        batch: of training data.
+        noise: as the latents.
+        sigma: `[batch]` in 0..1, the share of noise.
+        weights: of the losses.
+        matched: the layers whose attention is compared.
+        guidance: what a guided model is told, None for one without.
+    """
+    noisy = losses.interpolate(batch.latents, noise, sigma)
+
+    def predict(role: str) -> tuple[Tensor, dict[str, Any]]:
+        # A call of its own, for the door reads ids by the tensor.
+        call = recipe.call(noisy, sigma, batch.text, batch.pooled, guidance)
+        outputs: dict[str, Tensor | None] = dict.fromkeys(matched)
+        call["joint_attention_kwargs"] = keywords(role, outputs)
+        return transformer(**call, return_dict=False)[0], outputs
+
+    with torch.no_grad():
+        teacher, teacher_outputs = predict(TEACHER)
+    student, student_outputs = predict(STUDENT)
+    flow = losses.flow_matching(student, recipe.pack(batch.latents), recipe.pack(noise))
+    prediction = losses.prediction(student, teacher)
+    attention = losses.attention(student_outputs, teacher_outputs).to(flow.device)
+    total = weights.flow_matching * flow + weights.prediction * prediction + weights.attention * attention
+    return Losses(flow, prediction, attention, total)

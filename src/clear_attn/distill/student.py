@@ -1,0 +1,181 @@
+"""One trunk, two models: the teacher as it stands, and the student's own projections beside it in its processors.
+
+Nothing is swapped: a call says by a keyword which of the two computes, so that wrappers that hold parameters by view
+(DDP, ZeRO, FSDP) and recomputation for gradients see the same modules always.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clear_attn.doors import DoorIn
+from clear_attn.layout import TokenLayout
+from clear_attn.linearize import find_transformer
+from clear_attn.processors import ClearAttnProcessor, project, project_out
+from clear_attn.state import door_of
+from clear_attn.weights import POOLED, projections
+
+# The keywords by which a call says who computes, and where attention's outputs go, by layer.
+ROLE, OUTPUTS = "clear_role", "clear_outputs"
+TEACHER, STUDENT = "teacher", "student"
+
+
+class LowRank(nn.Module):
+    """A projection plus a low-rank update of it, at first none: x W^T + b + x (B A)^T.
+
+    Args:
+        base: the projection, an `nn.Linear`; not a part of this module.
+        rank (`int`): the rows of A and columns of B.
+    """
+
+    def __init__(self, base: Any, rank: int) -> None:
+        super().__init__()
+        self._base = (base,)  # in a tuple, for what is an attribute of a module becomes a part of it
+        self.down = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Tensor = self._base[0](x)
+        return base + F.linear(F.linear(x, self.down), self.up)
+
+    def values(self) -> dict[str, Tensor]:
+        """Of the projection with its update, by parameter."""
+        base = {name: parameter.detach() for name, parameter in self._base[0].named_parameters()}
+        return {**base, "weight": base["weight"].float() + self.up.detach().float() @ self.down.detach().float()}
+
+
+class Layer:
+    """An attention layer, but with other projections, by their dotted names."""
+
+    def __init__(self, attn: Any, student: Mapping[str, nn.Module]) -> None:
+        self._attn = attn
+        self._student = {name.partition(".")[0]: module for name, module in student.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "to_out" and name in self._student:
+            return [self._student[name], self._attn.to_out[1]]
+        return self._student[name] if name in self._student else getattr(self._attn, name)
+
+
+class DistillProcessor(ClearAttnProcessor):
+    """Of one layer: dense attention with the layer's own projections, or CLEAR's with the student's.
+
+    Args:
+        stands_for: the layer's processor of CLEAR, whose pooled weight it takes over.
+        student: the student's projections, by name in the layer.
+    """
+
+    def __init__(self, stands_for: ClearAttnProcessor, student: Mapping[str, nn.Module]) -> None:
+        super().__init__(stands_for.down_factor, stands_for.layer)
+        self.student = nn.ModuleDict({name.replace(".", "_"): module for name, module in student.items()})
+        self._names = tuple(student)
+        if stands_for.spatial_weight is not None:
+            self.spatial_weight = nn.Parameter(stands_for.spatial_weight.detach().float().clone())
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        clear_layout: TokenLayout | None = None,
+        clear_backend: str = "auto",
+        clear_role: str = STUDENT,
+        clear_outputs: dict[str, Tensor | None] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        layout = self.layout_for(attention_mask, clear_layout, hidden_states, encoder_hidden_states)
+        layer = attn if clear_role == TEACHER else Layer(attn, self.projections)
+        query, key, value = project(
+            layer, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first, fused=False
+        )
+        if clear_role == TEACHER:
+            joint = self._text_attention(query, key, value, query.shape[-1] ** -0.5).transpose(1, 2).flatten(2, 3)
+        else:
+            joint = self.attend(query, key, value, layout, clear_backend)
+        # By name, never appended: recomputation for gradients runs a layer again.
+        if clear_outputs is not None and self.layer in clear_outputs:
+            clear_outputs[self.layer] = joint
+        return project_out(layer, joint, encoder_hidden_states is not None, layout)
+
+    @property
+    def projections(self) -> dict[str, nn.Module]:
+        """The student's, by name in the layer."""
+        return dict(zip(self._names, self.student.values(), strict=True))
+
+
+def add_student(pipe: Any, rank: int | None = None) -> list[nn.Parameter]:
+    """Gives a linearized pipeline or transformer a student, which starts as its teacher, and freezes all else.
+
+    Args:
+        pipe: linearized, with its own weights.
+        rank (`int`, *optional*): train low-rank updates of the projections; by default the projections themselves.
+
+    Returns:
+        The parameters to train, in float32.
+
+    Raises:
+        RuntimeError: the pipeline is not linearized.
+        ValueError: a rank below 1.
+    """
+    transformer, family = find_transformer(pipe)
+    door_in(transformer)
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
+    transformer.requires_grad_(False)
+    for layer, attn in family.attention_layers(transformer).items():
+        of_layer = projections({layer: attn})
+        student = {
+            name.removeprefix(f"{layer}."): LowRank(module, rank) if rank else copy.deepcopy(module).float()
+            for name, module in of_layer.items()
+        }
+        attn.set_processor(DistillProcessor(attn.processor, student).requires_grad_(True))
+    return list(student_parameters(transformer).values())
+
+
+def door_in(transformer: Any) -> DoorIn:
+    """The door of a linearized transformer; raises RuntimeError where there is none."""
+    door = door_of(transformer)
+    if door is None:
+        raise RuntimeError("only a linearized model can have a student; call clear_attn.linearize(..., weights=None)")
+    return door
+
+
+def processors(transformer: Any) -> dict[str, DistillProcessor]:
+    """By layer."""
+    return {
+        processor.layer: processor for processor in transformer.modules() if isinstance(processor, DistillProcessor)
+    }
+
+
+def student_parameters(transformer: Any) -> dict[str, nn.Parameter]:
+    """What is trained, by name in the transformer."""
+    return {
+        f"{layer}.processor.{name}": parameter
+        for layer, processor in processors(transformer).items()
+        for name, parameter in processor.named_parameters()
+    }
+
+
+def student_values(transformer: Any) -> dict[str, Tensor]:
+    """The student's values under the names of a checkpoint of distilled weights."""
+    values: dict[str, Tensor] = {}
+    for layer, processor in processors(transformer).items():
+        for projection, module in processor.projections.items():
+            own = module.values() if isinstance(module, LowRank) else dict(module.named_parameters())
+            values |= {f"{layer}.{projection}.{name}": value.detach() for name, value in own.items()}
+        if processor.spatial_weight is not None:
+            values[layer + POOLED] = processor.spatial_weight.detach()
+    return values
+
+
+def keywords(role: str, outputs: dict[str, Tensor | None]) -> dict[str, Any]:
+    """What a call of the transformer says in its `joint_attention_kwargs`."""
+    return {ROLE: role, OUTPUTS: outputs}

@@ -1,0 +1,228 @@
+"""One step of distillation: who computes what, and its gradients."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from safetensors.torch import save_file
+
+import clear_attn as clear
+from clear_attn.distill import losses
+from clear_attn.distill.recipes import recipe_of
+from clear_attn.distill.step import Batch, Weights, distillation_losses
+from clear_attn.distill.student import (
+    STUDENT,
+    TEACHER,
+    add_student,
+    keywords,
+    student_parameters,
+    student_values,
+)
+from clear_attn.weights import POOLED, replaced_parameters
+from tests import tiny
+from tests.plain import run
+
+
+@pytest.fixture(params=tiny.FAMILIES.values(), ids=tiny.FAMILIES)
+def family(request):
+    return request.param
+
+
+PAPER = Weights()
+
+
+def with_student(family, factor=1, backend="auto", **options):
+    transformer = family.transformer()
+    clear.linearize(transformer, 3, factor, weights=None, backend=backend)
+    parameters = add_student(transformer, **options)
+    return transformer, parameters
+
+
+def shaken(parameters):
+    """Other values than those at the start, the same each time."""
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
+
+
+def as_role(role, call, outputs=()):
+    return {**call, "joint_attention_kwargs": keywords(role, outputs)}
+
+
+def batch_for(transformer, grid=(7, 10), batch=2):
+    rng = torch.Generator().manual_seed(3)
+    channels = transformer.config.in_channels // (4 if isinstance(transformer, tiny.FluxTransformer2DModel) else 1)
+    latents = torch.randn(batch, channels, 2 * grid[0], 2 * grid[1], generator=rng)
+    text = torch.randn(batch, 5, transformer.config.joint_attention_dim, generator=rng)
+    pooled = torch.randn(batch, transformer.config.pooled_projection_dim, generator=rng)
+    return Batch(latents, text, pooled), torch.randn(latents.shape, generator=rng), torch.tensor([0.3, 0.8])[:batch]
+
+
+def step(transformer, weights=PAPER, matched=None):
+    recipe = recipe_of(transformer)
+    batch, noise, sigma = batch_for(transformer)
+    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    matched = recipe.matched_layers(layers) if matched is None else matched
+    return distillation_losses(
+        transformer, recipe, batch, noise, sigma, weights=weights, matched=matched, guidance=None
+    )
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_teacher_is_the_model_as_it_was(family, factor):
+    call = family.call(family.transformer(), (9, 13))
+    transformer, parameters = with_student(family, factor)
+    shaken(parameters)
+    torch.testing.assert_close(
+        run(transformer, as_role(TEACHER, call)), run(family.transformer(), call), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_student_starts_as_the_linearized_model(family, factor, options):
+    call = family.call(family.transformer(), (9, 13))
+    plain = clear.linearize(family.transformer(), 3, factor, weights=None)
+    transformer, _ = with_student(family, factor, **options)
+    torch.testing.assert_close(run(transformer, as_role(STUDENT, call)), run(plain, call), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_what_was_trained_loads(family, factor, options, tmp_path):
+    transformer, parameters = with_student(family, factor, **options)
+    shaken(parameters)
+    call = family.call(transformer, (9, 13))
+    expected = run(transformer, as_role(STUDENT, call))
+    save_file(
+        {name: value.contiguous() for name, value in student_values(transformer).items()}, tmp_path / "w.safetensors"
+    )
+    loaded = clear.linearize(family.transformer(), 3, factor, weights=tmp_path / "w.safetensors")
+    torch.testing.assert_close(run(loaded, call), expected, atol=1e-5, rtol=0)
+
+
+def test_only_the_student_is_trained(family):
+    transformer, parameters = with_student(family, 2)
+    layers = {name.removesuffix(".processor"): None for name in transformer.attn_processors}
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    step(transformer).total.backward()
+    optimizer.step()
+    changed = {name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])}
+    # What the last layer's text stream would be is thrown away in SD3, but projections act on image tokens alone.
+    assert changed == student_parameters(transformer).keys()
+    trained = {name.replace(".processor.student.", ".").replace("to_out_0", "to_out.0") for name in changed}
+    stock = family.transformer()
+    assert trained == {
+        *replaced_parameters({layer: stock.get_submodule(layer) for layer in layers}),
+        *(layer + POOLED for layer in layers),
+    }
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_gradients_are_those_of_dense_attention(family, factor):
+    gradients = []
+    for backend in ("auto", "dense"):
+        transformer, parameters = with_student(family, factor, backend)
+        shaken(parameters)
+        gradients.append(torch.autograd.grad(step(transformer).total, parameters))
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [False])
+def test_gradients_under_checkpointing(family, use_reentrant):
+    results = []
+    for checkpointing in (False, True):
+        transformer, parameters = with_student(family, 2)
+        shaken(parameters)
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        transformer.train()
+        found = step(transformer)
+        results.append([*found, *torch.autograd.grad(found.total, parameters)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_losses_of_a_step(family):
+    transformer, parameters = with_student(family)
+    shaken(parameters)
+    recipe = recipe_of(transformer)
+    batch, noise, sigma = batch_for(transformer)
+    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    found = step(transformer, Weights(2.0, 3.0, 5.0), layers)
+    noisy = torch.stack([(1 - s) * x + s * n for x, n, s in zip(batch.latents, noise, sigma, strict=True)])
+    call = recipe.call(noisy, sigma, batch.text, batch.pooled, None)
+    outputs = {role: dict.fromkeys(layers) for role in (TEACHER, STUDENT)}
+    student = run(transformer, as_role(STUDENT, call, outputs[STUDENT]))
+    teacher = run(transformer, as_role(TEACHER, call, outputs[TEACHER]))
+    target = recipe.pack(noise) - recipe.pack(batch.latents)
+    torch.testing.assert_close(found.flow_matching, ((student - target) ** 2).mean())
+    torch.testing.assert_close(found.prediction, ((student - teacher) ** 2).mean())
+    attention = [((outputs[STUDENT][layer] - outputs[TEACHER][layer]) ** 2).mean() for layer in layers]
+    torch.testing.assert_close(found.attention, sum(attention) / len(attention))
+    torch.testing.assert_close(found.total, 2 * found.flow_matching + 3 * found.prediction + 5 * found.attention)
+
+
+def test_the_attention_that_is_compared_is_the_models_own():
+    """Of a layer of one stream, what the layer gives; in raster order, whatever the door does."""
+    transformer, _ = with_student(tiny.FLUX)
+    call = tiny.FLUX.call(transformer, (9, 13))
+    stock, seen = tiny.FLUX.transformer(), []
+    stock.single_transformer_blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append(output))
+    run(stock, call)
+    layer = "single_transformer_blocks.1.attn"
+    outputs = {layer: None}
+    run(transformer, as_role(TEACHER, call, outputs))
+    order = clear.TokenLayout([(9, 13)], 7, clear.ClearConfig(3)).order
+    expected = torch.cat([seen[0][:, :7], seen[0][:, 7:][:, order]], dim=1)
+    torch.testing.assert_close(outputs[layer], expected, atol=1e-5, rtol=0)
+
+
+def test_packing_is_diffusers_own():
+    latents = torch.randn(2, 4, 6, 10)
+    expected = FluxPipeline._pack_latents(latents, *latents.shape)
+    assert torch.equal(recipe_of(tiny.FLUX.transformer()).pack(latents), expected)
+
+
+def test_which_layers_are_compared():
+    """Of FLUX's 57, the ten that the reference takes; of SD3.5's, every fourth."""
+    layers = [f"transformer_blocks.{i}.attn" for i in range(19)]
+    layers += [f"single_transformer_blocks.{i}.attn" for i in range(38)]
+    chosen = recipe_of(tiny.FLUX.transformer()).matched_layers(layers)
+    assert chosen == [f"single_transformer_blocks.{i}.attn" for i in range(1, 38, 4)]
+    assert len(chosen) == 10
+    assert recipe_of(tiny.SD3.transformer()).matched_layers(layers) == layers[::4]
+
+
+def test_a_deep_copy_is_a_student_of_its_own():
+    transformer, _ = with_student(tiny.FLUX)
+    call = tiny.FLUX.call(transformer, (5, 8))
+    before = run(transformer, as_role(STUDENT, call))
+    twin = copy.deepcopy(transformer)
+    shaken(student_parameters(twin).values())
+    assert torch.equal(run(transformer, as_role(STUDENT, call)), before)
+    assert not torch.equal(run(twin, as_role(STUDENT, call)), before)
+
+
+def test_refusals():
+    with pytest.raises(RuntimeError, match="only a linearized model can have a student"):
+        add_student(tiny.FLUX.transformer())
+    transformer = clear.linearize(tiny.FLUX.transformer(), 3, weights=None)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        add_student(transformer, rank=0)
+
+
+def test_interpolation_ends_at_the_picture_and_at_the_noise():
+    clean, noise = torch.randn(2, 3, 4, 6, 6).unbind()
+    mixed = losses.interpolate(clean, noise, torch.tensor([0.0, 1.0, 0.25]))
+    assert torch.equal(mixed[0], clean[0])
+    assert torch.equal(mixed[1], noise[1])
+    torch.testing.assert_close(mixed[2], 0.75 * clean[2] + 0.25 * noise[2])
+    assert losses.flow_matching(noise - clean, clean, noise) == 0
+    assert losses.prediction(clean, noise) == F.mse_loss(clean, noise)
+    assert losses.attention({}, {}) == 0
