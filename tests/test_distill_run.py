@@ -182,6 +182,12 @@ class TestRefusals:
             train.train(change(settings, **changes))
         assert not list(Path(settings.output_dir).glob("*"))
 
+    def test_a_file_in_the_folders_place(self, settings):
+        Path(settings.output_dir).write_text("mine")
+        with pytest.raises(NotADirectoryError, match="is a file; give a directory"):
+            train.train(settings)
+        assert Path(settings.output_dir).read_text() == "mine"
+
     def test_a_window_beyond_the_grid(self, settings):
         with pytest.warns(UserWarning, match="a window of 40 tokens covers the largest picture, .* dense"):
             train.train(change(settings, window=40, down_factor=1, max_train_steps=1))

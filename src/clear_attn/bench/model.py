@@ -35,7 +35,7 @@ class AttentionIsItsValues(TorchFunctionMode):
 
 def transformer(case: Case, blocks: int) -> Any:
     """FLUX.1-dev with so many of its 19 double blocks and twice as many single ones, and other heads if asked."""
-    eighth = case.head_dim // 8
+    rows_and_columns = 7 * case.head_dim // 16  # each; the rest of the rotary embedding numbers pictures
     before = torch.get_default_dtype()
     torch.set_default_dtype(case.dtype)
     try:
@@ -45,7 +45,7 @@ def transformer(case: Case, blocks: int) -> Any:
                 num_single_layers=2 * blocks,
                 num_attention_heads=case.heads,
                 attention_head_dim=case.head_dim,
-                axes_dims_rope=(case.head_dim - 2 * (3 * eighth + eighth // 2), *(3 * eighth + eighth // 2,) * 2),
+                axes_dims_rope=(case.head_dim - 2 * rows_and_columns, rows_and_columns, rows_and_columns),
                 guidance_embeds=True,
             ).eval()
     finally:
@@ -76,8 +76,10 @@ def reason_against(name: str, case: Case) -> str | None:
     return flex.reason_against(case.device, case.dtype, case.head_dim, False) if name == "flex" else None
 
 
-def subjects(case: Case, names: tuple[str, ...], blocks: int, most_dense_queries: int) -> Iterator[tuple[Subject, Any]]:
-    """Those named, with the name of the kernel of those that have one; all share one model."""
+def subjects(
+    case: Case, names: tuple[str, ...], blocks: int, most_dense_queries: int
+) -> Iterator[tuple[Subject, SDPBackend | None]]:
+    """Those named, with the kernel of those that have one; all share one model."""
     model = transformer(case, blocks)
     keywords = call(case, model)
     run = _in_three_parts(model, keywords)
@@ -87,8 +89,7 @@ def subjects(case: Case, names: tuple[str, ...], blocks: int, most_dense_queries
         if name == "dense":
             kernel = fastest_dense(name, case, case.layout, inputs(case, False), most_dense_queries).kernel
             assert kernel is not None
-            one = SDPBackend.__members__[kernel.upper()]
-            yield Subject(name, run, weights, around=functools.partial(sdpa_kernel, [one])), kernel
+            yield Subject(name, run, weights, around=functools.partial(sdpa_kernel, [kernel])), kernel
         elif name == "bound":
             yield Subject(name, run, weights, around=AttentionIsItsValues), None
         else:

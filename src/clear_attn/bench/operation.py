@@ -77,7 +77,7 @@ class Variant(NamedTuple):
         pairs: how many pairs are visible, of all queries.
         order: int64, the raster index of each image token.
         share: of the queries that it computes.
-        kernel: the name of torch's own kernel, where torch has several.
+        kernel: which of torch's own kernels it is, where torch has several.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Variant(NamedTuple):
     pairs: int
     order: Tensor
     share: float = 1.0
-    kernel: str | None = None
+    kernel: SDPBackend | None = None
 
 
 def reason_against(name: str, case: Case, backward: bool) -> str | None:
@@ -153,7 +153,7 @@ def _dense(
     def rule(rows: Tensor) -> Tensor:
         return ((torch.arange(layout.key_tokens, device=case.device) >= case.tokens) == pooled).expand(len(rows), -1)
 
-    return Variant(name, attend, rule, pairs, order, computed / queries, kernel.name.lower())
+    return Variant(name, attend, rule, pairs, order, computed / queries, kernel)
 
 
 def _by_backend(name: str, case: Case, layout: TokenLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -198,10 +198,8 @@ def _rule(case: Case, order: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _exact(variant: Variant, case: Case, qkv: list[Tensor], rows: Tensor) -> Tensor:
     """The output of some queries in float64, one head at a time."""
-    seen, raster = (
-        variant.rule(rows),
-        torch.cat([torch.arange(case.text, device=rows.device), case.text + variant.order.argsort()]),
-    )
+    seen = variant.rule(rows)
+    raster = torch.cat([torch.arange(case.text, device=rows.device), case.text + variant.order.argsort()])
     outputs = []
     for heads in zip(*(x.flatten(0, 1) for x in qkv), strict=True):
         query, key, value = (x.double() for x in heads)

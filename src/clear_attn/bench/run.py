@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from clear_attn.backends import choose
 from clear_attn.bench import model, operation
@@ -142,7 +143,15 @@ def _beside_products(
 
 
 def _row(
-    settings: Settings, case: Case, variant: str, timing: Timing, *, flops: int, matmul_flops_per_s: float, **rest: Any
+    settings: Settings,
+    case: Case,
+    variant: str,
+    timing: Timing,
+    *,
+    kernel: SDPBackend | None,
+    flops: int,
+    matmul_flops_per_s: float,
+    **rest: Any,
 ) -> Row:
     return Row(
         level=settings.level,
@@ -157,6 +166,7 @@ def _row(
         dtype=str(case.dtype).removeprefix("torch."),
         batch=case.batch,
         backward=settings.backward,
+        kernel=kernel.name.lower() if kernel else None,
         visible_flops=flops,
         flops_per_s=flops / timing.median_s,
         matmul_flops_per_s=matmul_flops_per_s,

@@ -79,6 +79,7 @@ class DistillProcessor(ClearAttnProcessor):
         if stands_for.spatial_weight is not None:
             self.spatial_weight = nn.Parameter(stands_for.spatial_weight.detach().float().clone())
 
+    # diffusers reads from this signature what it may pass on, so all of the base's arguments are named again.
     def __call__(
         self,
         attn: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from clear_attn.distill.settings import Settings
 from clear_attn.distill.step import Batch, Losses, Weights, distillation_losses
 from clear_attn.distill.student import add_student, student_parameters, student_values
 from clear_attn.linearize import find_transformer, linearize
-from clear_attn.saving import save_values
+from clear_attn.saving import check_folder, save_values
 
 
 def train(settings: Settings) -> Path:
@@ -40,10 +41,11 @@ def train(settings: Settings) -> Path:
     Raises:
         ValueError: settings out of range; pictures without captions; a cache or a checkpoint of something else.
         FileExistsError: the folder holds another run.
+        NotADirectoryError: a folder is a file.
         FloatingPointError: a loss was not finite; nothing has been overwritten then.
     """
     settings.check()
-    folder = Path(settings.output_dir)
+    folder = check_folder(settings.output_dir)
     resumed = checkpoint.find(folder, settings.resume_from_checkpoint)
     state = checkpoint.load(resumed) if resumed else None
     if state:
@@ -95,8 +97,8 @@ def _cache(settings: Settings, accelerator: Accelerator, pipe: Any, examples: li
     origin = Origin.of(model, settings.revision, settings.resolution, length, examples)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            others = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-            encoders = [part for part in others.values() if part is not transformer]
+            modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+            encoders = [part for part in modules if part is not transformer]
             for part in encoders:
                 part.to(accelerator.device).requires_grad_(False).eval()
             cache.build(pipe, recipe_of(transformer), examples, folder, origin, lambda todo: tqdm(todo, "encoding"))
@@ -174,7 +176,13 @@ class Run:
         )
         self.schedule = schedule  # not accelerate's, which would step once for each process
         self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
-        self.average = {name: p.detach().float().cpu().clone() for name, p in self.trained().items()}
+        averaged = self.trained() if settings.use_ema else {}
+        self.average = {name: p.detach().float().cpu().clone() for name, p in averaged.items()}
+        # The order of an epoch's batches, worked out once for each epoch.
+        self.batches_of = functools.lru_cache(maxsize=1)(
+            functools.partial(cache.batches, data.sizes, settings.train_batch_size, settings.seed)
+        )
+        self.batches_per_epoch = len(self.batches_of(0))
         accelerator.init_trackers("distill", config={k: v for k, v in settings.fixed().items() if v is not None})
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -217,21 +225,18 @@ class Run:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        if self.settings.use_ema:
-            decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-            for name, parameter in self.trained().items():
-                self.average[name].lerp_(parameter.detach().float().cpu(), 1 - decay)
+        decay, parameters = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step)), self.trained()
+        for name, average in self.average.items():
+            average.lerp_(parameters[name].detach().float().cpu(), 1 - decay)
         return sums
 
     def _batches(self) -> Iterator[Batch]:
         """Those of this step and this process; a function of the step alone."""
-        settings, processes = self.settings, self.accelerator.num_processes
-        per_epoch = len(cache.batches(self.data.sizes, settings.train_batch_size, settings.seed, 0))
-        for part in range(settings.gradient_accumulation_steps):
-            number = (self.step * settings.gradient_accumulation_steps + part) * processes
-            number += self.accelerator.process_index
-            order = cache.batches(self.data.sizes, settings.train_batch_size, settings.seed, number // per_epoch)
-            yield self._on_device(self.data.read(order[number % per_epoch], self._rng(part)))
+        parts, processes = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
+        for part in range(parts):
+            number = (self.step * parts + part) * processes + self.accelerator.process_index
+            epoch, place = divmod(number, self.batches_per_epoch)
+            yield self._on_device(self.data.read(self.batches_of(epoch)[place], self._rng(part)))
 
     def _on_device(self, batch: Batch) -> Batch:
         dtype = self.bare.dtype
@@ -262,7 +267,7 @@ class Run:
             "step": self.step,
             "settings": self.settings.fixed(),
             "student": {name: parameter.detach() for name, parameter in self.trained().items()},
-            "average": self.average if self.settings.use_ema else {},
+            "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
@@ -272,7 +277,7 @@ class Run:
         """Goes back to a state."""
         for name, parameter in self.trained().items():
             parameter.copy_(state["student"][name])
-        self.average |= state["average"]
+        self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
@@ -280,8 +285,8 @@ class Run:
     @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
         """The distilled weights, in the model's own dtype."""
-        if self.settings.use_ema:
-            for name, parameter in self.trained().items():
-                parameter.copy_(self.average[name])
+        parameters = self.trained()
+        for name, average in self.average.items():
+            parameters[name].copy_(average)
         dtype = self.bare.dtype
         return {name: value.to("cpu", dtype).contiguous() for name, value in student_values(self.bare).items()}
