@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from clear_attn.distill.buckets import fit
 from clear_attn.distill.data import Example
+from clear_attn.distill.files import put, same_origin
 from clear_attn.distill.recipes import Recipe
+from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.step import Batch
 
 logger = logging.getLogger(__name__)
@@ -47,79 +49,75 @@ class Origin(NamedTuple):
         return cls(model, revision, resolution, text_tokens, digest.hexdigest())
 
 
+def begin(folder: Path, origin: Origin, count: int) -> None:
+    """Makes the folder, with the index that says what it is of.
+
+    Raises:
+        ValueError: the folder's cache is of something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / INDEX
+    if file.is_file():
+        index = json.loads(file.read_text(encoding="utf-8"))
+        if index.get("format") != FORMAT:
+            raise ValueError(
+                f"{file} is of format {index.get('format')!r}, this version reads {FORMAT}; give another folder"
+            )
+        same_origin(index["origin"], origin, f"the cache in {folder} was made")
+    index = {"format": FORMAT, "origin": origin._asdict(), "examples": count, "shards": -(-count // SHARD)}
+    put(file, lambda path: path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8"))
+
+
+def missing(folder: Path) -> list[int]:
+    """The numbers of the shards that are not there."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return [number for number in range(index["shards"]) if not shard_file(folder, number).exists()]
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05}.safetensors"
+
+
 def build(
     pipe: Any,
     recipe: Recipe,
     examples: Sequence[Example],
     folder: Path,
     origin: Origin,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    shards: Iterable[int],
 ) -> None:
-    """Encodes what is not yet encoded. Stopped at any moment, it goes on where the last whole shard ends.
+    """Encodes shards, each written whole or not at all, so that an interrupted run goes on where it was.
 
     Args:
         pipe: a pipeline with its autoencoder and text encoders.
         recipe: of its family.
         examples: all of them, in one order.
-        folder: where the shards go.
+        folder: that `begin` has made.
         origin: what the cache is of.
-        progress: wraps the numbers of the shards to come, as tqdm does.
+        shards: which to encode.
 
     Raises:
-        ValueError: the folder's cache is of something else, or too many pictures are broken.
+        ValueError: too many pictures are broken.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    index = _read_index(folder, origin) or {"format": FORMAT, "origin": origin._asdict(), "shards": [], "broken": []}
-    shards = range(len(index["shards"]), -(-len(examples) // SHARD))
-    for number in progress(shards):
+    broken: list[str] = []
+    for number in shards:
         tensors: dict[str, Tensor] = {}
-        entries: list[dict[str, Any]] = []
+        sizes: list[list[int]] = []
+        of_shard = len(broken)
         for example in examples[number * SHARD : (number + 1) * SHARD]:
             encoded = _encode(pipe, recipe, example, origin)
             if encoded is None:
-                index["broken"].append(example.name)
-                _check_broken(index["broken"], len(examples))
+                broken.append(example.name)
+                logger.warning("skipped %s: it is a broken picture (%d so far)", example.name, len(broken))
+                _check_broken(broken, len(examples))
                 continue
-            tensors |= {f"{len(entries)}.{name}": tensor for name, tensor in encoded.items()}
-            entries.append({"name": example.name, "size": list(encoded["mean"].shape[1:])})
-        file = f"shard-{number:05}.safetensors"
-        if tensors:
-            _put(folder / file, functools.partial(save_file, tensors))
-        index["shards"].append({"file": file, "examples": entries})
-        _put(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8"))
-
-
-def _put(file: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = file.with_name(f".unfinished-{file.name}")
-    try:
-        write(unfinished)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _read_index(folder: Path, origin: Origin) -> dict[str, Any] | None:
-    file = folder / INDEX
-    if not file.is_file():
-        return None
-    index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if index.get("format") != FORMAT:
-        raise ValueError(
-            f"{file} is of format {index.get('format')!r}, this version reads {FORMAT}; give another folder"
-        )
-    theirs = index["origin"]
-    for name, value in origin._asdict().items():
-        if theirs[name] != value:
-            raise ValueError(
-                f"the cache in {folder} was made for {name} {theirs[name]!r}, not {value!r}; give another folder, or "
-                "delete this one"
-            )
-    return index
+            tensors |= {f"{len(sizes)}.{name}": tensor for name, tensor in encoded.items()}
+            sizes.append(list(encoded["mean"].shape[1:]))
+        about = {"sizes": json.dumps(sizes), "broken": json.dumps(broken[of_shard:])}
+        put(shard_file(folder, number), functools.partial(save_file, tensors, metadata=about))
 
 
 def _check_broken(broken: Sequence[str], count: int) -> None:
-    logger.warning("skipped %s: it is a broken picture (%d of %d so far)", broken[-1], len(broken), count)
     if len(broken) > max(1, MOST_BROKEN * count):
         raise ValueError(f"{len(broken)} of {count} pictures are broken, as {', '.join(broken[:3])}; replace them")
 
@@ -145,19 +143,26 @@ class Cache:
 
     Attributes:
         sizes: of the latents of each example, (height, width).
+
+    Raises:
+        ValueError: too many pictures were broken.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        entries = [
-            (shard["file"], number, tuple(entry["size"]))
-            for shard in index["shards"]
-            for number, entry in enumerate(shard["examples"])
-        ]
-        self._places = [(file, number) for file, number, _ in entries]
-        self.sizes = [size for *_, size in entries]
-        if not entries:
+        self._places: list[tuple[Path, int]] = []
+        self.sizes: list[tuple[int, int]] = []
+        broken: list[str] = []
+        for shard in range(index["shards"]):
+            file = shard_file(folder, shard)
+            with safe_open(file, "pt") as opened:
+                about = opened.metadata()
+            sizes = [(height, width) for height, width in json.loads(about["sizes"])]
+            self._places += [(file, number) for number in range(len(sizes))]
+            self.sizes += sizes
+            broken += json.loads(about["broken"])
+        _check_broken(broken, index["examples"])
+        if not self.sizes:
             raise ValueError(f"the cache in {folder} holds no examples")
 
     def __len__(self) -> int:
@@ -172,7 +177,7 @@ class Cache:
 
     def _read(self, example: int) -> tuple[Tensor, ...]:
         file, number = self._places[example]
-        with safe_open(self.folder / file, "pt") as shard:
+        with safe_open(file, "pt") as shard:
             return tuple(shard.get_tensor(f"{number}.{name}") for name in ("mean", "std", "text", "pooled"))
 
 
@@ -189,8 +194,3 @@ def batches(sizes: Sequence[tuple[int, int]], batch_size: int, seed: int, epoch:
         group[start : start + batch_size] for group in by_size.values() for start in range(0, len(group), batch_size)
     ]
     return [full[number] for number in torch.randperm(len(full), generator=rng).tolist()]
-
-
-def hash_of(*numbers: int) -> int:
-    """One seed of several numbers: what is random at a step depends on the step alone, also after an interruption."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7])

@@ -53,13 +53,13 @@ def from_folder(folder: Path) -> list[Example]:
             f"{METADATA} with file_name and prompt, or a .txt or .json file beside each picture"
         )
     return [
-        Example(path.relative_to(folder).as_posix(), prompt, _opener(path))
-        for path, prompt in prompts.items()
-        if prompt
+        Example(path.relative_to(folder).as_posix(), prompt, opener(path)) for path, prompt in prompts.items() if prompt
     ]
 
 
-def _opener(path: Path) -> Callable[[], Image.Image]:
+def opener(path: Path) -> Callable[[], Image.Image]:
+    """What reads a picture from a file."""
+
     def read() -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")

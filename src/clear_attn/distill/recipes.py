@@ -17,7 +17,10 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
-        """The text `[prompts, text tokens, dim]` and the pooled text `[prompts, dim]`."""
+        """The text `[prompts, tokens, dim]` and the pooled text `[prompts, dim]`.
+
+        `text_tokens` is the pipeline's `max_sequence_length`; SD3 joins CLIP's tokens to them.
+        """
 
     @abc.abstractmethod
     def pack(self, latents: Tensor) -> Tensor:
@@ -75,10 +78,8 @@ class SD3Recipe(Recipe):
     transformer_class = SD3Transformer2DModel
 
     def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
-        # What CLIP adds comes on top of T5's length.
-        length = text_tokens - pipe.tokenizer_max_length
         text, _, pooled, _ = pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=text_tokens
         )
         return text, pooled
 

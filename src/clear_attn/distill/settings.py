@@ -36,6 +36,9 @@ class Settings:
     dataset_name: str | None = option(None, "Or a dataset that the datasets library reads.")
     image_column: str = option("image", "Its column of pictures.")
     caption_column: str = option("text", "Its column of captions.")
+    generate: int | None = option(None, "Or let the model draw so many pictures, into train_data_dir.")
+    prompts: str | None = option(None, "A file of prompts for generate, one on each line, taken in turn.")
+    num_inference_steps: int | None = option(None, "Of pictures drawn; by default the pipeline's.")
     cache_dir: str | None = option(None, "Where latents and embeddings are kept; by default in output_dir.")
     revision: str | None = option(None, "Of the model on the Hub.")
     window: int = option(16, "Radius of the window in tokens.")
@@ -82,12 +85,18 @@ class Settings:
         for name in ("pretrained_model_name_or_path", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing")
-        if (self.train_data_dir is None) == (self.dataset_name is None):
-            raise ValueError("give one of train_data_dir and dataset_name")
+        if (self.generate is None) != (self.prompts is None):
+            raise ValueError("generate and prompts go together: how many pictures to draw, and a file of prompts")
+        if self.generate is not None and self.dataset_name is not None:
+            raise ValueError("give one of generate and dataset_name")
+        if self.generate is None and (self.train_data_dir is None) == (self.dataset_name is None):
+            raise ValueError("give one of train_data_dir and dataset_name, or generate and prompts")
         for name, choices in (("optimizer", OPTIMIZERS), ("student", STUDENTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         positive = (
+            "generate",
+            "num_inference_steps",
             "rank",
             "train_batch_size",
             "gradient_accumulation_steps",
@@ -97,8 +106,9 @@ class Settings:
             "max_grad_norm",
         )
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}")
         self.config  # noqa: B018 - checks window and down_factor

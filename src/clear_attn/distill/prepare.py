@@ -1,0 +1,106 @@
+"""What comes before training: the model, the teacher's pictures, and the cache of what they are encoded to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import nn
+from tqdm.auto import tqdm
+
+from clear_attn.distill import cache, generate
+from clear_attn.distill.cache import Cache, Origin
+from clear_attn.distill.data import Example, from_dataset, from_folder
+from clear_attn.distill.recipes import recipe_of
+from clear_attn.distill.settings import Settings
+from clear_attn.linearize import find_transformer
+
+
+def examples(settings: Settings) -> list[Example]:
+    """The pictures to train on; those that the teacher is to draw may not be there yet.
+
+    Raises:
+        As `from_folder`, `from_dataset` and `generate.read_prompts`; ImportError without the datasets library.
+    """
+    if settings.generate:
+        return generate.examples(
+            _drawn_folder(settings), generate.read_prompts(Path(str(settings.prompts))), settings.generate
+        )
+    if settings.train_data_dir:
+        return from_folder(Path(settings.train_data_dir))
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError("dataset_name needs the datasets library: pip install 'clear-attn[train]'") from None
+    rows = load_dataset(settings.dataset_name, split="train")
+    return from_dataset(rows, settings.image_column, settings.caption_column)
+
+
+def load(settings: Settings, accelerator: Accelerator) -> Any:
+    """The pipeline, on the CPU, in the dtype that mixed precision computes in."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    return DiffusionPipeline.from_pretrained(
+        settings.pretrained_model_name_or_path, revision=settings.revision, dtype=dtype
+    )
+
+
+def data(settings: Settings, accelerator: Accelerator, pipe: Any, pictures: list[Example]) -> Cache:
+    """Draws and encodes what is missing, each process its share, and lets go of what only that needs."""
+    if settings.generate:
+        _draw(settings, accelerator, pipe, pictures)
+    folder = Path(settings.cache_dir or Path(settings.output_dir, "cache"))
+    transformer, _ = find_transformer(pipe)
+    model, length = settings.pretrained_model_name_or_path, settings.max_sequence_length
+    origin = Origin.of(model, settings.revision, settings.resolution, length, pictures)
+    if accelerator.is_main_process:
+        cache.begin(folder, origin, len(pictures))
+    accelerator.wait_for_everyone()
+    todo = _share(cache.missing(folder), accelerator)
+    if todo:
+        encoders = [part for part in _modules(pipe) if part is not transformer]
+        for part in encoders:
+            part.to(accelerator.device)
+        cache.build(pipe, recipe_of(transformer), pictures, folder, origin, tqdm(todo, "encoding"))
+        for part in encoders:
+            part.to("cpu")
+    accelerator.wait_for_everyone()
+    return Cache(folder)
+
+
+def _drawn_folder(settings: Settings) -> Path:
+    return Path(settings.train_data_dir or Path(settings.output_dir, "generated"))
+
+
+def _draw(settings: Settings, accelerator: Accelerator, pipe: Any, pictures: list[Example]) -> None:
+    folder = _drawn_folder(settings)
+    drawing = generate.Drawing(
+        settings.pretrained_model_name_or_path,
+        settings.revision,
+        settings.resolution,
+        settings.max_sequence_length,
+        settings.num_inference_steps,
+        settings.seed,
+    )
+    if accelerator.is_main_process:
+        generate.begin(folder, pictures, drawing)
+    accelerator.wait_for_everyone()
+    todo = _share(generate.missing(folder, pictures), accelerator)
+    if todo:
+        pipe.to(accelerator.device)
+        pipe.set_progress_bar_config(disable=True)
+        generate.draw(pipe, folder, pictures, todo, drawing, settings.train_batch_size, lambda it: tqdm(it, "drawing"))
+        pipe.to("cpu")
+    accelerator.wait_for_everyone()
+
+
+def _share(numbers: list[int], accelerator: Accelerator) -> list[int]:
+    """Of what is to do, this process's part; the same list on all, for they look before anyone begins."""
+    accelerator.wait_for_everyone()
+    return numbers[accelerator.process_index :: accelerator.num_processes]
+
+
+def _modules(pipe: Any) -> list[nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
