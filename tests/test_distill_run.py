@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.distill import checkpoint, train
+from clear_attn.distill import run as run_module
 from clear_attn.distill.cache import Cache
 from clear_attn.distill.losses import interpolate
 from clear_attn.distill.recipes import FluxRecipe
@@ -40,6 +41,7 @@ def settings(tmp_path):
         optimizer="adamw",
         learning_rate=1e-3,
         checkpointing_steps=2,
+        report_to="none",
     )
 
 
@@ -80,13 +82,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, cha
     class Stopped(BaseException):
         pass
 
-    def stop(run, *args, one_step=train.Run._one_step):
+    def stop(run, *args, one_step=run_module.Run._one_step):
         if run.step == 4:
             raise Stopped
         return one_step(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "_one_step", stop)
+        patch.setattr(run_module.Run, "_one_step", stop)
         with pytest.raises(Stopped):
             train.train(other)
     assert [path.name for path in checkpoint.all_of(Path(other.output_dir))] == ["checkpoint-3"]
@@ -124,7 +126,7 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
         train.train(change(settings, checkpoints_total_limit=1))
     folder = Path(settings.output_dir)
     assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
-    assert checkpoint.load(folder / "checkpoint-2")["step"] == 2
+    assert checkpoint.read(folder / "checkpoint-2", run_module.RUN)["step"] == 2
 
 
 def test_old_checkpoints_go(settings):
@@ -135,13 +137,13 @@ def test_old_checkpoints_go(settings):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
-    def losses(*args, real=train.distillation_losses, **kwargs):
+    def losses(*args, real=run_module.distillation_losses, **kwargs):
         calls.append(1)
         found = real(*args, **kwargs)
         return found._replace(total=found.total * float("nan")) if len(calls) == 4 else found
 
     calls = []
-    monkeypatch.setattr(train, "distillation_losses", losses)
+    monkeypatch.setattr(run_module, "distillation_losses", losses)
     with pytest.raises(FloatingPointError, match=r"loss of step 4 is not finite: \{'flow_matching': 0"):
         train.train(settings)
     assert [path.name for path in Path(settings.output_dir).iterdir()] == ["checkpoint-2"]
@@ -170,7 +172,7 @@ class TestRefusals:
             ({"optimizer": "sgd"}, "optimizer must be one of prodigy, adamw, adamw8bit, got 'sgd'"),
             ({"student": "half"}, "student must be one of full, lora, got 'half'"),
             ({"output_dir": ""}, "output_dir is missing"),
-            ({"train_data_dir": None}, "give one of train_data_dir and dataset_name"),
+            ({"train_data_dir": None}, "give one of train_data_dir and dataset_name, or generate and"),
             ({"max_train_steps": 0}, "max_train_steps must be above 0, got 0"),
             ({"window": 0}, "window"),
             ({"attention_layers": ["blocks.7"]}, "attention_layers has 'blocks.7', which is no attention layer"),

@@ -15,6 +15,7 @@ from clear_attn.distill.step import Batch, Weights, distillation_losses
 from clear_attn.distill.student import (
     STUDENT,
     TEACHER,
+    Outputs,
     add_student,
     keywords,
     student_parameters,
@@ -48,7 +49,7 @@ def shaken(parameters):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
 
 
-def as_role(role, call, outputs=()):
+def as_role(role, call, outputs=None):
     return {**call, "joint_attention_kwargs": keywords(role, outputs)}
 
 
@@ -157,13 +158,15 @@ def test_the_losses_of_a_step(family):
     found = step(transformer, Weights(2.0, 3.0, 5.0), layers)
     noisy = torch.stack([(1 - s) * x + s * n for x, n, s in zip(batch.latents, noise, sigma, strict=True)])
     call = recipe.call(noisy, sigma, batch.text, batch.pooled, None)
-    outputs = {role: dict.fromkeys(layers) for role in (TEACHER, STUDENT)}
+    outputs = {role: Outputs(layers) for role in (TEACHER, STUDENT)}
     student = run(transformer, as_role(STUDENT, call, outputs[STUDENT]))
     teacher = run(transformer, as_role(TEACHER, call, outputs[TEACHER]))
     target = recipe.pack(noise) - recipe.pack(batch.latents)
     torch.testing.assert_close(found.flow_matching, ((student - target) ** 2).mean())
     torch.testing.assert_close(found.prediction, ((student - teacher) ** 2).mean())
-    attention = [((outputs[STUDENT][layer] - outputs[TEACHER][layer]) ** 2).mean() for layer in layers]
+    attention = [
+        ((outputs[STUDENT].by_layer[layer] - outputs[TEACHER].by_layer[layer]) ** 2).mean() for layer in layers
+    ]
     torch.testing.assert_close(found.attention, sum(attention) / len(attention))
     torch.testing.assert_close(found.total, 2 * found.flow_matching + 3 * found.prediction + 5 * found.attention)
 
@@ -176,11 +179,11 @@ def test_the_attention_that_is_compared_is_the_models_own():
     stock.single_transformer_blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append(output))
     run(stock, call)
     layer = "single_transformer_blocks.1.attn"
-    outputs = {layer: None}
+    outputs = Outputs([layer])
     run(transformer, as_role(TEACHER, call, outputs))
     order = clear.TokenLayout([(9, 13)], 7, clear.ClearConfig(3)).order
     expected = torch.cat([seen[0][:, :7], seen[0][:, 7:][:, order]], dim=1)
-    torch.testing.assert_close(outputs[layer], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs.by_layer[layer], expected, atol=1e-5, rtol=0)
 
 
 def test_packing_is_diffusers_own():

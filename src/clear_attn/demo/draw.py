@@ -11,7 +11,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.demo.picture import contact_sheet, draw_window
+from clear_attn.pictures import contact_sheet, draw_window
 
 
 def dense_and_local(captions: Sequence[str], window: int, down_factor: int, seed: int, output: Path) -> str:

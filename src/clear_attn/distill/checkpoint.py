@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 PREFIX = "checkpoint-"
-STATE, TENSORS = "state.json", "state.safetensors"
+SETTINGS = "settings.json"
+UNFINISHED = ".unfinished-checkpoint-"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -40,22 +41,39 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [unpack(each, tensors) for each in value] if isinstance(value, list) else value
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], limit: int | None) -> Path:
-    """Writes a checkpoint of a step beside the earlier ones, then deletes all but the last `limit`."""
-    tensors: dict[str, Tensor] = {}
-    packed = pack(state, tensors)
+@contextlib.contextmanager
+def writing(folder: Path, step: int, limit: int | None) -> Iterator[Path]:
+    """A folder to write a step's checkpoint into, which takes its place beside the earlier ones when all is written.
+
+    Then all but the last `limit` are deleted. An error deletes what was written, and the earlier ones stay.
+    """
+    for left in folder.glob(f"{UNFINISHED}*"):  # by a run that was killed
+        shutil.rmtree(left)
     target = folder / f"{PREFIX}{step}"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-        whole = Path(unfinished, "whole")
-        whole.mkdir()
-        save_file(tensors, whole / TENSORS)
-        (whole / STATE).write_text(json.dumps(packed), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        whole.replace(target)
+    unfinished(folder, step).mkdir()
+    try:
+        yield unfinished(folder, step)
+    except BaseException:
+        shutil.rmtree(unfinished(folder, step))
+        raise
+    if target.exists():
+        shutil.rmtree(target)
+    unfinished(folder, step).replace(target)
     for old in all_of(folder)[: -limit if limit else 0]:
         shutil.rmtree(old)
-    return target
+
+
+def unfinished(folder: Path, step: int) -> Path:
+    """Where a step's checkpoint is written."""
+    return folder / f"{UNFINISHED}{step}"
+
+
+def write(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
+    """Writes one part of a checkpoint: its tensors, then all else."""
+    tensors: dict[str, Tensor] = {}
+    packed = pack(state, tensors)
+    save_file(tensors, checkpoint / f"{name}.safetensors")
+    (checkpoint / f"{name}.json").write_text(json.dumps(packed), encoding="utf-8")
 
 
 def all_of(folder: Path) -> list[Path]:
@@ -64,17 +82,18 @@ def all_of(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
-def load(checkpoint: Path) -> dict[str, Any]:
-    """What was saved.
+def read(checkpoint: Path, name: str) -> dict[str, Any]:
+    """One part of a checkpoint.
 
     Raises:
-        FileNotFoundError: it is no checkpoint.
+        FileNotFoundError: it is no checkpoint, or has no such part.
     """
-    for name in (STATE, TENSORS):
-        if not (checkpoint / name).is_file():
-            raise FileNotFoundError(f"{checkpoint} is no whole checkpoint: it has no {name}")
-    packed = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    state: dict[str, Any] = unpack(packed, load_file(checkpoint / TENSORS))
+    files = checkpoint / f"{name}.json", checkpoint / f"{name}.safetensors"
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{checkpoint} is no whole checkpoint: it has no {file.name}")
+    packed, tensors = files
+    state: dict[str, Any] = unpack(json.loads(packed.read_text(encoding="utf-8")), load_file(tensors))
     return state
 
 
@@ -98,8 +117,22 @@ def find(folder: Path, wanted: str | None) -> Path | None:
     return Path(wanted) if Path(wanted).is_dir() else folder / wanted
 
 
-def same_values(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises ValueError where a run is to be continued with other settings."""
+def write_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Writes what a run that continues this one has to share with it."""
+    (checkpoint / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def check_settings(checkpoint: Path, ours: Mapping[str, Any]) -> None:
+    """Compares the settings of a checkpoint with those of the run that is to continue it.
+
+    Raises:
+        FileNotFoundError: it is no checkpoint.
+        ValueError: it was made with others.
+    """
+    file = checkpoint / SETTINGS
+    if not file.is_file():
+        raise FileNotFoundError(f"{checkpoint} is no whole checkpoint: it has no {file.name}")
+    theirs = json.loads(file.read_text(encoding="utf-8"))
     other = [name for name, value in ours.items() if theirs.get(name) != value]
     if other:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""The losses of CLEAR (arXiv 2412.16112, section 3.3), each a pure function; all are mean squared errors."""
+"""The losses of CLEAR (arXiv 2412.16112, section 3.3), each a pure function; all are mean squared errors.
+
+And the noisy latents that they are of.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 
@@ -18,6 +22,17 @@ def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """
     sigma = sigma.to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
     return (1 - sigma) * clean + sigma * noise
+
+
+def draw_sigmas(scheme: str, count: int, shift: float, rng: torch.Generator) -> Tensor:
+    """Shares of noise, `[count]` in 0..1: shift u / (1 + (shift - 1) u) of u drawn by a scheme (arXiv 2403.03206).
+
+    Args:
+        scheme: of diffusers' `compute_density_for_timestep_sampling`; "none" is uniform, as CLEAR was trained.
+        shift: of the model's scheduler, 1 for none.
+    """
+    u = compute_density_for_timestep_sampling(scheme, count, 0.0, 1.0, 1.29, generator=rng)
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def flow_matching(prediction: Tensor, clean: Tensor, noise: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
 from clear_attn.linearize import find_transformer
 
+# Of mixed precision, by accelerate's name.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def examples(settings: Settings) -> list[Example]:
     """The pictures to train on; those that the teacher is to draw may not be there yet.
@@ -41,7 +44,7 @@ def examples(settings: Settings) -> list[Example]:
 
 def load(settings: Settings, accelerator: Accelerator) -> Any:
     """The pipeline, on the CPU, in the dtype that mixed precision computes in."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     return DiffusionPipeline.from_pretrained(
         settings.pretrained_model_name_or_path, revision=settings.revision, dtype=dtype
     )
@@ -68,6 +71,12 @@ def data(settings: Settings, accelerator: Accelerator, pipe: Any, pictures: list
             part.to("cpu")
     accelerator.wait_for_everyone()
     return Cache(folder)
+
+
+def drop_text_encoders(pipe: Any) -> None:
+    """Lets go of what no step needs, and no save."""
+    for name in [name for name in pipe.components if name.startswith("text_encoder")]:
+        setattr(pipe, name, None)
 
 
 def _drawn_folder(settings: Settings) -> Path:

@@ -23,6 +23,10 @@ class Recipe(abc.ABC):
         """
 
     @abc.abstractmethod
+    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        """The keywords by which the pipeline takes encoded prompts, those of its guidance included."""
+
+    @abc.abstractmethod
     def pack(self, latents: Tensor) -> Tensor:
         """Latents as the transformer predicts them."""
 
@@ -47,6 +51,10 @@ class FluxRecipe(Recipe):
     def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
         text, pooled, _ = pipe.encode_prompt(prompts, None, max_sequence_length=text_tokens)
         return text, pooled
+
+    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, pooled = self.encode_prompts(pipe, prompts, text_tokens)
+        return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
     def pack(self, latents: Tensor) -> Tensor:
         patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
@@ -82,6 +90,16 @@ class SD3Recipe(Recipe):
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=text_tokens
         )
         return text, pooled
+
+    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, pooled = self.encode_prompts(pipe, prompts, text_tokens)
+        negative, negative_pooled = self.encode_prompts(pipe, [""] * len(prompts), text_tokens)
+        return {
+            "prompt_embeds": text,
+            "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": negative,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents

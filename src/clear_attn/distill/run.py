@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,30 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from clear_attn.distill import cache, checkpoint
 from clear_attn.distill.cache import Cache
-from clear_attn.distill.optimizers import make_optimizer
-from clear_attn.distill.recipes import recipe_of
+from clear_attn.distill.losses import draw_sigmas
+from clear_attn.distill.optimizers import make_optimizer, set_up_deepspeed
+from clear_attn.distill.prepare import DTYPES
+from clear_attn.distill.recipes import Recipe, recipe_of
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
+from clear_attn.distill.sharding import assign, is_spread, load_optimizer_state, optimizer_state, whole
 from clear_attn.distill.step import Batch, Losses, Weights, distillation_losses
 from clear_attn.distill.student import add_student, student_parameters, student_values
 from clear_attn.linearize import find_transformer, linearize
+
+RUN = "run"  # a checkpoint's part that is the same for all processes
+
+
+def fixed(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    """What a run that continues another has to share with it."""
+    return {
+        **settings.fixed(),
+        "processes": accelerator.num_processes,
+        "distributed": accelerator.distributed_type.value,
+    }
 
 
 def _warn_if_dense(pipe: Any, data: Cache, window: int) -> None:
@@ -39,11 +52,10 @@ def _warn_if_dense(pipe: Any, data: Cache, window: int) -> None:
         )
 
 
-def _check_finite(losses: Losses, step: int) -> None:
-    values = {name: loss.item() for name, loss in losses._asdict().items()}
-    if not math.isfinite(values["total"]):
+def _check_finite(losses: Mapping[str, float], step: int) -> None:
+    if not math.isfinite(losses["total"]):
         raise FloatingPointError(
-            f"the loss of step {step} is not finite: {values}; the last checkpoint is as it was. A lower "
+            f"the loss of step {step} is not finite: {losses}; the last checkpoint is as it was. A lower "
             "learning_rate, or mixed_precision='bf16' for 'fp16', may help"
         )
 
@@ -63,75 +75,73 @@ class Run:
         transformer.train()
         self.bare, self.recipe = transformer, recipe_of(transformer)
         self.guidance = settings.guidance_scale if transformer.config.get("guidance_embeds") else None
-        layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
-        self.matched = settings.attention_layers
-        if self.matched is None:
-            self.matched = self.recipe.matched_layers(layers)
-        unknown = sorted(set(self.matched) - set(layers))
-        if unknown:
-            raise ValueError(f"attention_layers has {unknown[0]!r}, which is no attention layer of this model")
-        optimizer = make_optimizer(settings, parameters)
-        schedule = get_scheduler(
+        schedule = pipe.scheduler.config
+        self.shift = 1.0 if schedule.use_dynamic_shifting else schedule.shift
+        self.matched = _matched_layers(settings, self.recipe, transformer)
+        optimizer = make_optimizer(settings, parameters, accelerator)
+        # Not prepared by accelerate, whose own would step once for each process.
+        self.schedule = get_scheduler(
             settings.lr_scheduler,
             optimizer,
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.max_train_steps,
         )
-        self.schedule = schedule  # not accelerate's, which would step once for each process
+        set_up_deepspeed(accelerator, settings.train_batch_size, settings.max_grad_norm)
         self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
-        averaged = self.trained() if settings.use_ema else {}
-        self.average = {name: p.detach().float().cpu().clone() for name, p in averaged.items()}
+        self.dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+        self.average: dict[str, Tensor] = {}
+        if settings.use_ema:
+            averaged = {name: whole(p.detach()).float().cpu().clone() for name, p in self.trained().items()}
+            self.average = averaged if accelerator.is_main_process else {}
         # The order of an epoch's batches, worked out once for each epoch.
         self.batches_of = functools.lru_cache(maxsize=1)(
             functools.partial(cache.batches, data.sizes, settings.train_batch_size, settings.seed)
         )
         self.batches_per_epoch = len(self.batches_of(0))
-        accelerator.init_trackers("distill", config={k: v for k, v in settings.fixed().items() if v is not None})
 
     def trained(self) -> dict[str, nn.Parameter]:
         return student_parameters(self.bare)
 
-    def go(self) -> None:
-        """Trains up to the last step."""
-        settings = self.settings
-        progress = tqdm(
-            initial=self.step,
-            total=settings.max_train_steps,
-            desc="distilling",
-            disable=not self.accelerator.is_local_main_process,
-        )
-        while self.step < settings.max_train_steps:
+    def steps(self) -> Iterator[dict[str, float]]:
+        """Trains up to the last step; gives each step's losses and learning rate."""
+        while self.step < self.settings.max_train_steps:
             losses = self._one_step()
             self.step += 1
-            progress.update()
-            progress.set_postfix(loss=f"{losses['total']:.4f}")
-            self.accelerator.log({**losses, "learning_rate": self.schedule.get_last_lr()[0]}, step=self.step)
-            last = self.step == settings.max_train_steps
-            if (self.step % settings.checkpointing_steps == 0 or last) and self.accelerator.is_main_process:
-                folder = Path(settings.output_dir)
-                checkpoint.save(folder, self.step, self.state(), settings.checkpoints_total_limit)
-        progress.close()
+            yield {**losses, "learning_rate": self.schedule.get_last_lr()[0]}
 
     def _one_step(self) -> dict[str, float]:
         sums = dict.fromkeys(Losses._fields, 0.0)
-        count = self.settings.gradient_accumulation_steps
         for part, batch in enumerate(self._batches()):
-            synced = part == count - 1
-            context = self.accelerator.no_sync(self.transformer) if not synced else contextlib.nullcontext()
-            with context, self.accelerator.autocast():
-                losses = self._losses(batch, part)
-                for name, loss in losses._asdict().items():
-                    sums[name] += loss.item() / count
-                _check_finite(losses, self.step + 1)
-            self.accelerator.backward(losses.total / count)
-        self.accelerator.clip_grad_norm_(self.trained().values(), self.settings.max_grad_norm)
-        self.optimizer.step()
+            with self.accelerator.accumulate(self.transformer):
+                with self.autocast():
+                    losses = self._losses(batch, part)
+                # Of all processes, so that all of them stop at a loss that is not finite.
+                values = self.accelerator.reduce(torch.stack(losses).detach().float(), "mean").tolist()
+                for name, value in zip(sums, values, strict=True):
+                    sums[name] += value / self.settings.gradient_accumulation_steps
+                _check_finite(sums, self.step + 1)
+                self.accelerator.backward(losses.total)  # divides by the parts of a step
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.trained().values(), self.settings.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         self.schedule.step()
-        self.optimizer.zero_grad()
-        decay, parameters = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step)), self.trained()
-        for name, average in self.average.items():
-            average.lerp_(parameters[name].detach().float().cpu(), 1 - decay)
+        self._update_average()
         return sums
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, not left to accelerate: under DeepSpeed it would round the student itself."""
+        device = self.accelerator.device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _update_average(self) -> None:
+        if not self.settings.use_ema:
+            return
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, parameter in self.trained().items():
+            value = whole(parameter.detach())
+            if name in self.average:
+                self.average[name].lerp_(value.float().cpu(), 1 - decay)
 
     def _batches(self) -> Iterator[Batch]:
         """Those of this step and this process; a function of the step alone."""
@@ -139,11 +149,8 @@ class Run:
         for part in range(parts):
             number = (self.step * parts + part) * processes + self.accelerator.process_index
             epoch, place = divmod(number, self.batches_per_epoch)
-            yield self._on_device(self.data.read(self.batches_of(epoch)[place], self._rng(part)))
-
-    def _on_device(self, batch: Batch) -> Batch:
-        dtype = self.bare.dtype
-        return Batch(*(each.to(self.accelerator.device, dtype) for each in batch))
+            batch = self.data.read(self.batches_of(epoch)[place], self._rng(part))
+            yield Batch(*(each.to(self.accelerator.device, self.bare.dtype) for each in batch))
 
     def _rng(self, part: int) -> torch.Generator:
         numbers = self.settings.seed, self.step, part, self.accelerator.process_index
@@ -152,7 +159,7 @@ class Run:
     def _losses(self, batch: Batch, part: int) -> Losses:
         rng, settings = self._rng(-1 - part), self.settings
         noise = torch.randn(batch.latents.shape, generator=rng).to(batch.latents)
-        sigma = torch.rand(len(batch.latents), generator=rng).to(batch.latents.device)
+        sigma = draw_sigmas(settings.weighting_scheme, len(noise), self.shift, rng).to(noise.device)
         return distillation_losses(
             self.transformer,
             self.recipe,
@@ -160,36 +167,58 @@ class Run:
             noise,
             sigma,
             weights=Weights(settings.flow_matching_weight, settings.prediction_weight, settings.attention_weight),
-            matched=self.matched or (),
+            matched=self.matched,
             guidance=self.guidance,
         )
 
-    def state(self) -> dict[str, Any]:
-        """All that a run which goes on from here needs."""
-        return {
-            "step": self.step,
-            "settings": self.settings.fixed(),
-            "student": {name: parameter.detach() for name, parameter in self.trained().items()},
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
+    def save(self) -> None:
+        """Writes a checkpoint; all processes have to call it."""
+        accelerator, settings = self.accelerator, self.settings
+        folder, main = Path(settings.output_dir), accelerator.is_main_process
+        student = {name: whole(parameter.detach()) for name, parameter in self.trained().items()}
+        written = checkpoint.writing(folder, self.step, settings.checkpoints_total_limit)
+        with written if main else contextlib.nullcontext(checkpoint.unfinished(folder, self.step)) as unfinished:
+            accelerator.wait_for_everyone()
+            if main:
+                state = {
+                    "step": self.step,
+                    "student": student,
+                    "average": self.average,
+                    "schedule": self.schedule.state_dict(),
+                }
+                checkpoint.write(unfinished, RUN, state)
+                checkpoint.write_settings(unfinished, fixed(settings, accelerator))
+            if main or is_spread(accelerator):
+                checkpoint.write(unfinished, self._part(), optimizer_state(self.optimizer))
+            accelerator.wait_for_everyone()
 
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to a state."""
+    def restore(self, saved: Path) -> None:
+        """Goes back to a checkpoint of the same settings."""
+        state = checkpoint.read(saved, RUN)
         for name, parameter in self.trained().items():
-            parameter.copy_(state["student"][name])
-        self.average = state["average"]
-        self.optimizer.load_state_dict(state["optimizer"])
+            assign(parameter, state["student"][name])
+        if self.accelerator.is_main_process:
+            self.average = state["average"]
+        load_optimizer_state(self.optimizer, checkpoint.read(saved, self._part()))
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
 
+    def _part(self) -> str:
+        return f"optimizer-{self.accelerator.process_index if is_spread(self.accelerator) else 0}"
+
     @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
-        """The distilled weights, in the model's own dtype."""
-        parameters = self.trained()
-        for name, average in self.average.items():
-            parameters[name].copy_(average)
-        dtype = self.bare.dtype
-        return {name: value.to("cpu", dtype).contiguous() for name, value in student_values(self.bare).items()}
+        """The distilled weights, in the model's own dtype; all processes have to ask for them."""
+        for name, parameter in self.trained().items():
+            if self.settings.use_ema:
+                assign(parameter, self.average.get(name, parameter))
+        return {name: value.to("cpu", self.bare.dtype) for name, value in student_values(self.bare).items()}
+
+
+def _matched_layers(settings: Settings, recipe: Recipe, transformer: Any) -> list[str]:
+    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    matched = recipe.matched_layers(layers) if settings.attention_layers is None else settings.attention_layers
+    unknown = sorted(set(matched) - set(layers))
+    if unknown:
+        raise ValueError(f"attention_layers has {unknown[0]!r}, which is no attention layer of this model")
+    return matched

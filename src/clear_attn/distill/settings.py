@@ -9,6 +9,7 @@ from clear_attn.config import ClearConfig
 
 OPTIMIZERS = ("prodigy", "adamw", "adamw8bit")
 STUDENTS = ("full", "lora")
+SCHEMES = ("none", "logit_normal", "mode")
 # What may differ between a run and the run that continues it.
 FREE_ON_RESUMING = {
     "output_dir",
@@ -17,6 +18,8 @@ FREE_ON_RESUMING = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "report_to",
+    "validation_prompts",
+    "validation_steps",
     "logging_dir",
 }
 
@@ -57,6 +60,7 @@ class Settings:
     adam_weight_decay: float = option(1e-4, "Weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
     guidance_scale: float = option(3.5, "What a guided model is told.")
+    weighting_scheme: str = option("none", f"How timesteps are drawn: one of {', '.join(SCHEMES)}; none is uniform.")
     flow_matching_weight: float = option(1.0, "Weight of the flow matching loss.")
     prediction_weight: float = option(0.5, "Weight of the difference from the teacher's prediction.")
     attention_weight: float = option(0.5, "Weight of the difference from the teacher's attention.")
@@ -65,11 +69,13 @@ class Settings:
     mixed_precision: str | None = option(None, "no, bf16 or fp16; by default as accelerate is configured.")
     use_ema: bool = option(False, "Keep a moving average of the weights, on the CPU, and make it the result.")
     ema_decay: float = option(0.999, "Of the moving average.")
+    validation_prompts: list[str] | None = option(None, "Drawn by teacher and student every validation_steps.")
+    validation_steps: int = option(500, "Steps between validations.")
     seed: int = option(0, "Of all that is random.")
     checkpointing_steps: int = option(500, "Steps between checkpoints.")
     checkpoints_total_limit: int | None = option(2, "How many checkpoints are kept.")
     resume_from_checkpoint: str | None = option(None, 'A checkpoint\'s folder, or "latest".')
-    report_to: str | None = option(None, "tensorboard, wandb, ...")
+    report_to: str = option("tensorboard", "A tracker that accelerate knows, as wandb; all; or none.")
     logging_dir: str = option("logs", "In output_dir.")
 
     @property
@@ -91,7 +97,7 @@ class Settings:
             raise ValueError("give one of generate and dataset_name")
         if self.generate is None and (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("give one of train_data_dir and dataset_name, or generate and prompts")
-        for name, choices in (("optimizer", OPTIMIZERS), ("student", STUDENTS)):
+        for name, choices in (("optimizer", OPTIMIZERS), ("student", STUDENTS), ("weighting_scheme", SCHEMES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         positive = (
@@ -103,6 +109,7 @@ class Settings:
             "max_train_steps",
             "learning_rate",
             "checkpointing_steps",
+            "validation_steps",
             "max_grad_norm",
         )
         for name in positive:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clear_attn.distill import losses
 from clear_attn.distill.recipes import Recipe
-from clear_attn.distill.student import STUDENT, TEACHER, keywords
+from clear_attn.distill.student import STUDENT, TEACHER, Outputs, keywords
 
 
 class Batch(NamedTuple):
@@ -63,12 +63,12 @@ def distillation_losses(
     """
     noisy = losses.interpolate(batch.latents, noise, sigma)
 
-    def predict(role: str) -> tuple[Tensor, dict[str, Any]]:
+    def predict(role: str) -> tuple[Tensor, dict[str, Tensor]]:
         # A call of its own, for the door reads ids by the tensor.
         call = recipe.call(noisy, sigma, batch.text, batch.pooled, guidance)
-        outputs: dict[str, Tensor | None] = dict.fromkeys(matched)
+        outputs = Outputs(matched)
         call["joint_attention_kwargs"] = keywords(role, outputs)
-        return transformer(**call, return_dict=False)[0], outputs
+        return transformer(**call, return_dict=False)[0], outputs.by_layer
 
     with torch.no_grad():
         teacher, teacher_outputs = predict(TEACHER)

@@ -7,13 +7,14 @@ Nothing is swapped: a call says by a keyword which of the two computes, so that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clear_attn.distill.sharding import whole
 from clear_attn.doors import DoorIn
 from clear_attn.layout import TokenLayout
 from clear_attn.linearize import find_transformer
@@ -24,6 +25,26 @@ from clear_attn.weights import POOLED, projections
 # The keywords by which a call says who computes, and where attention's outputs go, by layer.
 ROLE, OUTPUTS = "clear_role", "clear_outputs"
 TEACHER, STUDENT = "teacher", "student"
+
+
+class Outputs:
+    """What attention gives in a call, by layer, before any projection.
+
+    Not a dict, for wrappers copy those among a call's keywords (DDP and FSDP, to move or cast what is in them), and
+    what a layer put into the copy would be lost.
+
+    Args:
+        layers: those to keep.
+    """
+
+    def __init__(self, layers: Iterable[str] = ()) -> None:
+        self.layers = frozenset(layers)
+        self.by_layer: dict[str, Tensor] = {}
+
+    def put(self, layer: str, output: Tensor) -> None:
+        """By name, never appended: recomputation for gradients runs a layer again."""
+        if layer in self.layers:
+            self.by_layer[layer] = output
 
 
 class LowRank(nn.Module):
@@ -47,8 +68,9 @@ class LowRank(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Of the projection with its update, by parameter."""
-        base = {name: parameter.detach() for name, parameter in self._base[0].named_parameters()}
-        return {**base, "weight": base["weight"].float() + self.up.detach().float() @ self.down.detach().float()}
+        base = {name: whole(parameter.detach()) for name, parameter in self._base[0].named_parameters()}
+        update = whole(self.up.detach()) @ whole(self.down.detach())
+        return {**base, "weight": base["weight"].float() + update}
 
 
 class Layer:
@@ -90,7 +112,7 @@ class DistillProcessor(ClearAttnProcessor):
         clear_layout: TokenLayout | None = None,
         clear_backend: str = "auto",
         clear_role: str = STUDENT,
-        clear_outputs: dict[str, Tensor | None] | None = None,
+        clear_outputs: Outputs | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         layout = self.layout_for(attention_mask, clear_layout, hidden_states, encoder_hidden_states)
         layer = attn if clear_role == TEACHER else Layer(attn, self.projections)
@@ -101,9 +123,8 @@ class DistillProcessor(ClearAttnProcessor):
             joint = self._text_attention(query, key, value, query.shape[-1] ** -0.5).transpose(1, 2).flatten(2, 3)
         else:
             joint = self.attend(query, key, value, layout, clear_backend)
-        # By name, never appended: recomputation for gradients runs a layer again.
-        if clear_outputs is not None and self.layer in clear_outputs:
-            clear_outputs[self.layer] = joint
+        if clear_outputs is not None:
+            clear_outputs.put(self.layer, joint)
         return project_out(layer, joint, encoder_hidden_states is not None, layout)
 
     @property
@@ -166,17 +187,17 @@ def student_parameters(transformer: Any) -> dict[str, nn.Parameter]:
 
 
 def student_values(transformer: Any) -> dict[str, Tensor]:
-    """The student's values under the names of a checkpoint of distilled weights."""
+    """The student's whole values under the names of a checkpoint of distilled weights."""
     values: dict[str, Tensor] = {}
     for layer, processor in processors(transformer).items():
         for projection, module in processor.projections.items():
             own = module.values() if isinstance(module, LowRank) else dict(module.named_parameters())
-            values |= {f"{layer}.{projection}.{name}": value.detach() for name, value in own.items()}
+            values |= {f"{layer}.{projection}.{name}": whole(value.detach()) for name, value in own.items()}
         if processor.spatial_weight is not None:
-            values[layer + POOLED] = processor.spatial_weight.detach()
+            values[layer + POOLED] = whole(processor.spatial_weight.detach())
     return values
 
 
-def keywords(role: str, outputs: dict[str, Tensor | None]) -> dict[str, Any]:
+def keywords(role: str, outputs: Outputs | None = None) -> dict[str, Any]:
     """What a call of the transformer says in its `joint_attention_kwargs`."""
     return {ROLE: role, OUTPUTS: outputs}

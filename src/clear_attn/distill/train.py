@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
+from tqdm.auto import tqdm
 
 from clear_attn.distill import checkpoint, prepare
-from clear_attn.distill.run import Run
+from clear_attn.distill.run import Run, fixed
 from clear_attn.distill.settings import Settings
+from clear_attn.distill.validate import Validation
 from clear_attn.saving import check_folder, save_values
 
 
@@ -33,24 +37,55 @@ def train(settings: Settings) -> Path:
     settings.check()
     folder = check_folder(settings.output_dir)
     resumed = checkpoint.find(folder, settings.resume_from_checkpoint)
-    state = checkpoint.load(resumed) if resumed else None
-    if state:
-        checkpoint.same_values(state["settings"], settings.fixed())
-    examples = prepare.examples(settings)
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         mixed_precision=settings.mixed_precision,
-        log_with=settings.report_to,
+        log_with=_tracker(settings.report_to),
         project_config=ProjectConfiguration(settings.output_dir, str(folder / settings.logging_dir)),
     )
+    if resumed:
+        checkpoint.check_settings(resumed, fixed(settings, accelerator))
+    pictures = prepare.examples(settings)
     pipe = prepare.load(settings, accelerator)
-    data = prepare.data(settings, accelerator, pipe, examples)
+    data = prepare.data(settings, accelerator, pipe, pictures)
+    validation = Validation(settings, accelerator, pipe)
+    prepare.drop_text_encoders(pipe)
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(settings, accelerator, pipe, data)
-    if state:
-        run.restore(state)
-    run.go()
+    if resumed:
+        run.restore(resumed)
+    accelerator.init_trackers("distill", config=_loggable(fixed(settings, accelerator)))
+    _go(run, settings, accelerator, validation)
+    values = run.result()
     if accelerator.is_main_process:
-        save_values(pipe, settings.config, run.result(), folder)
+        save_values(pipe, settings.config, values, folder)
     accelerator.end_training()
     return folder
+
+
+def _go(run: Run, settings: Settings, accelerator: Accelerator, validation: Validation) -> None:
+    last = settings.max_train_steps
+    hidden = not accelerator.is_local_main_process
+    with tqdm(initial=run.step, total=last, desc="distilling", disable=hidden) as progress:
+        for values in run.steps():
+            progress.update()
+            progress.set_postfix(loss=f"{values['total']:.4f}")
+            accelerator.log(values, step=run.step)
+            if run.step % settings.checkpointing_steps == 0 or run.step == last:
+                run.save()
+            if run.step % settings.validation_steps == 0 or run.step == last:
+                validation.draw(run.step, run.autocast())
+
+
+def _tracker(name: str) -> str | None:
+    """The tracker to report to; accelerate would leave out one that is not installed without a word."""
+    if name in ("none", "all") or name in [tracker.value for tracker in get_available_trackers()]:
+        return None if name == "none" else name
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    if name not in known:
+        raise ValueError(f"report_to must be one of {', '.join(known)}, all, none; got {name!r}")
+    raise ImportError(f"report_to={name!r} needs {name}: pip install {name}, or give report_to='none'")
+
+
+def _loggable(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
