@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.distill import checkpoint, train
+from clear_attn.distill import Settings, checkpoint, train
 from clear_attn.distill import run as run_module
 from clear_attn.distill.cache import Cache
 from clear_attn.distill.losses import interpolate
 from clear_attn.distill.recipes import FluxRecipe
-from clear_attn.distill.settings import Settings
 from clear_attn.sources import WEIGHTS_FILE
 from tests.plain import run
 from tests.test_distill_data import fill
@@ -56,7 +55,7 @@ def change(settings, **changes):
 @pytest.mark.parametrize("student", ["full", "lora"])
 def test_a_run_and_its_result(settings, student):
     settings = change(settings, student=student, rank=4)
-    folder = train.train(settings)
+    folder = train(settings)
     pipe = demo.pipeline()
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     clear.linearize(pipe, weights=folder)
@@ -76,7 +75,7 @@ def test_a_run_and_its_result(settings, student):
 @pytest.mark.parametrize("changes", [{}, {"use_ema": True, "lr_scheduler": "cosine", "gradient_accumulation_steps": 2}])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, changes):
     settings = change(settings, max_train_steps=5, checkpointing_steps=3, **changes)
-    train.train(settings)
+    train(settings)
     other = change(settings, output_dir=str(tmp_path / "other"))
 
     class Stopped(BaseException):
@@ -90,9 +89,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, cha
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module.Run, "_one_step", stop)
         with pytest.raises(Stopped):
-            train.train(other)
+            train(other)
     assert [path.name for path in checkpoint.all_of(Path(other.output_dir))] == ["checkpoint-3"]
-    train.train(change(other, resume_from_checkpoint="latest"))
+    train(change(other, resume_from_checkpoint="latest"))
     for name, value in weights_of(settings).items():
         assert torch.equal(value, weights_of(other)[name]), name
 
@@ -100,7 +99,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, cha
 def test_training_brings_the_student_nearer(settings):
     """To the teacher's prediction of noise that it has not seen, than the training-free model is."""
     settings = change(settings, max_train_steps=80, checkpointing_steps=80, flow_matching_weight=1e-9)
-    train.train(settings)
+    train(settings)
     rng = torch.Generator().manual_seed(11)
     batch = Cache(Path(settings.cache_dir)).read(range(6), rng)
     recipe, transformer = FluxRecipe(), demo.pipeline().transformer
@@ -123,7 +122,7 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", save)
     with pytest.raises(OSError, match="No space left"):
-        train.train(change(settings, checkpoints_total_limit=1))
+        train(change(settings, checkpoints_total_limit=1))
     folder = Path(settings.output_dir)
     assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
     assert checkpoint.read(folder / "checkpoint-2", run_module.RUN)["step"] == 2
@@ -131,7 +130,7 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
 
 def test_old_checkpoints_go(settings):
     settings = change(settings, checkpointing_steps=1, checkpoints_total_limit=2)
-    train.train(settings)
+    train(settings)
     names = [path.name for path in checkpoint.all_of(Path(settings.output_dir))]
     assert names == ["checkpoint-3", "checkpoint-4"]
 
@@ -145,26 +144,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
     calls = []
     monkeypatch.setattr(run_module, "distillation_losses", losses)
     with pytest.raises(FloatingPointError, match=r"loss of step 4 is not finite: \{'flow_matching': 0"):
-        train.train(settings)
+        train(settings)
     assert [path.name for path in Path(settings.output_dir).iterdir()] == ["checkpoint-2"]
 
 
 class TestRefusals:
     def test_another_run_in_the_folder(self, settings):
-        train.train(settings)
+        train(settings)
         before = weights_of(settings)
         with pytest.raises(FileExistsError, match="holds a run with checkpoint-4; continue it with"):
-            train.train(settings)
+            train(settings)
         assert all(torch.equal(value, before[name]) for name, value in weights_of(settings).items())
 
     def test_other_settings_on_resuming(self, settings):
-        train.train(settings)
+        train(settings)
         with pytest.raises(ValueError, match="was made with window=2, not window=3; continue it with the same"):
-            train.train(change(settings, window=3, resume_from_checkpoint="latest"))
+            train(change(settings, window=3, resume_from_checkpoint="latest"))
 
     def test_no_such_checkpoint(self, settings):
         with pytest.raises(FileNotFoundError, match="checkpoint-9 is no whole checkpoint"):
-            train.train(change(settings, resume_from_checkpoint="checkpoint-9"))
+            train(change(settings, resume_from_checkpoint="checkpoint-9"))
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -181,18 +180,18 @@ class TestRefusals:
     )
     def test_settings(self, settings, changes, message):
         with pytest.raises(ValueError, match=message):
-            train.train(change(settings, **changes))
+            train(change(settings, **changes))
         assert not list(Path(settings.output_dir).glob("*"))
 
     def test_a_file_in_the_folders_place(self, settings):
         Path(settings.output_dir).write_text("mine")
         with pytest.raises(NotADirectoryError, match="is a file; give a directory"):
-            train.train(settings)
+            train(settings)
         assert Path(settings.output_dir).read_text() == "mine"
 
     def test_a_window_beyond_the_grid(self, settings):
         with pytest.warns(UserWarning, match="a window of 40 tokens covers the largest picture, .* dense"):
-            train.train(change(settings, window=40, down_factor=1, max_train_steps=1))
+            train(change(settings, window=40, down_factor=1, max_train_steps=1))
 
 
 def test_the_command(settings, tmp_path):

@@ -6,8 +6,7 @@ import sys
 
 from transformers import HfArgumentParser
 
-from clear_attn.distill.settings import Settings
-from clear_attn.distill.train import train
+from clear_attn.distill import Settings, train
 
 
 def main() -> None:
