@@ -39,9 +39,23 @@ def make_optimizer(
         raise ImportError(f"optimizer={settings.optimizer!r} needs {error.name}: pip install {error.name}") from None
 
 
-def set_up_deepspeed(accelerator: Accelerator, batch_size: int, max_grad_norm: float) -> None:
-    """Tells DeepSpeed, where it is used, what accelerate would read from a data loader, and the norm it clips to."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = batch_size
-        config["gradient_clipping"] = max_grad_norm
+def set_up_deepspeed(accelerator: Accelerator, settings: Settings) -> None:
+    """Tells DeepSpeed, where it is used, what accelerate would read from a data loader, and how to clip and compute.
+
+    The student stays in float32, as without it, and autocast rounds copies; DeepSpeed's own bfloat16 would round the
+    model with the student.
+
+    Raises:
+        ValueError: float16, which needs DeepSpeed's own way.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("mixed_precision='fp16' does not work with DeepSpeed here; use bf16")
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
+    config["gradient_clipping"] = settings.max_grad_norm
+    # DeepSpeed turns autocast off unless it is told of it; no module's gradients are to be rounded on their way.
+    autocast = accelerator.mixed_precision == "bf16"  # which accelerate reads from this very config
+    config["torch_autocast"] = {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    config["bf16"] = {"enabled": False}

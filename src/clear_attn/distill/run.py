@@ -69,7 +69,7 @@ class Run:
         _warn_if_dense(pipe, data, settings.window)
         linearize(pipe, settings.window, settings.down_factor, weights=None)
         transformer.to(accelerator.device)
-        parameters = add_student(transformer, settings.rank if settings.student == "lora" else None)
+        parameters = add_student(transformer, settings.rank if settings.student == "lora" else None, settings.seed)
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         transformer.train()
@@ -86,9 +86,9 @@ class Run:
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.max_train_steps,
         )
-        set_up_deepspeed(accelerator, settings.train_batch_size, settings.max_grad_norm)
-        self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+        set_up_deepspeed(accelerator, settings)
+        self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.average: dict[str, Tensor] = {}
         if settings.use_ema:
             averaged = {name: whole(p.detach()).float().cpu().clone() for name, p in self.trained().items()}
@@ -111,10 +111,10 @@ class Run:
 
     def _one_step(self) -> dict[str, float]:
         sums = dict.fromkeys(Losses._fields, 0.0)
-        for part, batch in enumerate(self._batches()):
+        for batch, rng in self._batches():
             with self.accelerator.accumulate(self.transformer):
                 with self.autocast():
-                    losses = self._losses(batch, part)
+                    losses = self._losses(batch, rng)
                 # Of all processes, so that all of them stop at a loss that is not finite.
                 values = self.accelerator.reduce(torch.stack(losses).detach().float(), "mean").tolist()
                 for name, value in zip(sums, values, strict=True):
@@ -143,21 +143,21 @@ class Run:
             if name in self.average:
                 self.average[name].lerp_(value.float().cpu(), 1 - decay)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Those of this step and this process; a function of the step alone."""
+    def _batches(self) -> Iterator[tuple[Batch, torch.Generator]]:
+        """Those of this step and this process, each with its randomness.
+
+        All follow from a batch's number in the run, so a step's batches may come in parts or on several processes.
+        """
         parts, processes = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
         for part in range(parts):
             number = (self.step * parts + part) * processes + self.accelerator.process_index
             epoch, place = divmod(number, self.batches_per_epoch)
-            batch = self.data.read(self.batches_of(epoch)[place], self._rng(part))
-            yield Batch(*(each.to(self.accelerator.device, self.bare.dtype) for each in batch))
+            rng = torch.Generator().manual_seed(hash_of(self.settings.seed, number))
+            batch = self.data.read(self.batches_of(epoch)[place], rng)
+            yield Batch(*(each.to(self.accelerator.device, self.bare.dtype) for each in batch)), rng
 
-    def _rng(self, part: int) -> torch.Generator:
-        numbers = self.settings.seed, self.step, part, self.accelerator.process_index
-        return torch.Generator().manual_seed(hash_of(*numbers))
-
-    def _losses(self, batch: Batch, part: int) -> Losses:
-        rng, settings = self._rng(-1 - part), self.settings
+    def _losses(self, batch: Batch, rng: torch.Generator) -> Losses:
+        settings = self.settings
         noise = torch.randn(batch.latents.shape, generator=rng).to(batch.latents)
         sigma = draw_sigmas(settings.weighting_scheme, len(noise), self.shift, rng).to(noise.device)
         return distillation_losses(
@@ -211,7 +211,8 @@ class Run:
         """The distilled weights, in the model's own dtype; all processes have to ask for them."""
         for name, parameter in self.trained().items():
             if self.settings.use_ema:
-                assign(parameter, self.average.get(name, parameter))
+                present = whole(parameter.detach())  # asked for by all, also by the one that does not need it
+                assign(parameter, self.average.get(name, present))
         return {name: value.to("cpu", self.bare.dtype) for name, value in student_values(self.bare).items()}
 
 

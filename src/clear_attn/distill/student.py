@@ -53,14 +53,16 @@ class LowRank(nn.Module):
     Args:
         base: the projection, an `nn.Linear`; not a part of this module.
         rank (`int`): the rows of A and columns of B.
+        rng: for A, on the CPU; B is zeros.
     """
 
-    def __init__(self, base: Any, rank: int) -> None:
+    def __init__(self, base: Any, rank: int, rng: torch.Generator) -> None:
         super().__init__()
         self._base = (base,)  # in a tuple, for what is an attribute of a module becomes a part of it
-        self.down = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+        device = base.weight.device
+        down = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5**0.5, generator=rng)
+        self.down = nn.Parameter(down.to(device))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self._base[0](x)
@@ -133,12 +135,13 @@ class DistillProcessor(ClearAttnProcessor):
         return dict(zip(self._names, self.student.values(), strict=True))
 
 
-def add_student(pipe: Any, rank: int | None = None) -> list[nn.Parameter]:
+def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Parameter]:
     """Gives a linearized pipeline or transformer a student, which starts as its teacher, and freezes all else.
 
     Args:
         pipe: linearized, with its own weights.
         rank (`int`, *optional*): train low-rank updates of the projections; by default the projections themselves.
+        seed (`int`): of the low-rank updates' first values.
 
     Returns:
         The parameters to train, in float32.
@@ -152,10 +155,11 @@ def add_student(pipe: Any, rank: int | None = None) -> list[nn.Parameter]:
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
     transformer.requires_grad_(False)
+    rng = torch.Generator().manual_seed(seed)
     for layer, attn in family.attention_layers(transformer).items():
         of_layer = projections({layer: attn})
         student = {
-            name.removeprefix(f"{layer}."): LowRank(module, rank) if rank else copy.deepcopy(module).float()
+            name.removeprefix(f"{layer}."): LowRank(module, rank, rng) if rank else copy.deepcopy(module).float()
             for name, module in of_layer.items()
         }
         attn.set_processor(DistillProcessor(attn.processor, student).requires_grad_(True))
