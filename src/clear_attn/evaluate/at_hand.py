@@ -15,7 +15,12 @@ from urllib.parse import urlparse
 import torch
 from transformers import AutoModel
 
-EXTRA = "pip install 'clear-attn[eval]'"
+# A torchvision for another build of torch breaks transformers and diffusers, so no extra brings it along.
+REMEDIES = {
+    "torchmetrics": "pip install 'clear-attn[eval]'",
+    "torchvision": "install the one made for your build of torch, see pytorch.org",
+    "torch_fidelity": "pip install torch-fidelity, after a torchvision made for your build of torch, see pytorch.org",
+}
 
 
 class Missing(Exception):  # noqa: N818 - no error where the metric was not asked for by name
@@ -26,16 +31,13 @@ def imported(name: str) -> ModuleType:
     """A module of an optional package.
 
     Raises:
-        Missing: it is not installed, or broken.
+        Missing: it is not installed.
     """
-    package = name.partition(".")[0].replace("_", "-")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        needed = (error.name or name).partition(".")[0].replace("_", "-")
-        raise Missing(f"{needed} is not installed: {EXTRA}") from None
-    except (ImportError, RuntimeError, OSError) as error:  # as where torchvision is for another build of torch
-        raise Missing(f"{package} is installed, but cannot be imported ({first_line(error)})") from None
+        package = (error.name or name).partition(".")[0]
+        raise Missing(f"{package} is not installed: {REMEDIES.get(package, f'pip install {package}')}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -57,7 +59,9 @@ def torch_hub_file(url: str, what: str, download: bool) -> Iterator[None]:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         yield
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise Missing(f"{file} holds more than tensors, and is not read; delete it") from None
+    except (OSError, RuntimeError) as error:
         raise Missing(f"{what}'s weights cannot be fetched or read ({first_line(error)})") from None
     finally:
         if before is None:

@@ -85,7 +85,10 @@ def psnr(batch: Batch) -> dict[str, Tensor]:
 
 
 def ssim(batch: Batch) -> dict[str, Tensor]:
-    """Structural similarity of each picture (Wang et al. 2004): the mean over Gaussian windows of sigma 1.5."""
+    """Structural similarity of each picture (Wang et al. 2004): the mean over Gaussian windows of sigma 1.5.
+
+    As torchmetrics counts it: windows of 11 x 11 around every pixel, the picture reflected at its border.
+    """
     functional: Any = imported("torchmetrics.functional.image")
     teacher, student = unit_range(batch.teacher), unit_range(batch.student)
     similarity = functional.structural_similarity_index_measure(student, teacher, data_range=1.0, reduction="none")
