@@ -29,7 +29,7 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.cli import app
 from clear_attn.evaluate import Evaluation, at_hand, evaluate
-from clear_attn.evaluate.catalogue import METRICS, Judges, enough_for_fid, make_metrics
+from clear_attn.evaluate.catalogue import Judges, enough_for_fid, make_metrics
 from clear_attn.evaluate.draw import read_all
 from clear_attn.evaluate.embeddings import Clip, Dino
 from clear_attn.evaluate.metrics import Batch, Frechet, Lpips, Mean, psnr, ssim
@@ -206,12 +206,15 @@ class TestAtHand:
     def test_a_package(self, monkeypatch):
         for name in ("torchmetrics", "torchmetrics.functional.image"):
             monkeypatch.setitem(sys.modules, name, None)
-        made, missing = make_metrics(None, Judges(PROMPTS, "no/clip", "no/dino", False))
-        assert made == {}
-        assert list(missing) == list(METRICS)
-        assert "torchmetrics" in missing["psnr"]
-        assert "clear-attn[eval]" in missing["psnr"]
-        assert "no/clip is no folder and not in the cache" in missing["clip_i"]
+        with pytest.raises(RuntimeError, match="no metric can be computed") as caught:
+            make_metrics(None, Judges(PROMPTS, "no/clip", "no/dino", False))
+        for reason in (
+            "psnr: torchmetrics is not installed: pip install 'clear-attn[eval]'",
+            "clip_i: no/clip is no folder and not in the cache",
+            "dino: no/dino is no folder",
+            "fid: it takes more pictures",
+        ):
+            assert reason in str(caught.value)
 
     def test_weights_that_are_not_all_there(self, judges, tmp_path):
         model = Dinov2Model.from_pretrained(judges / "dinov2")
@@ -389,6 +392,7 @@ class TestEvaluate:
             ({"seed": -1}, ValueError, "seed must be at least 0"),
             ({"metrics": ["psnr", "nice"]}, ValueError, "'nice' is no metric; there is fid, lpips"),
             ({"metrics": ["psnr", "fid"]}, RuntimeError, "fid cannot be computed: it takes more pictures"),
+            ({"metrics": []}, RuntimeError, "none was asked for"),
             ({"metrics": ["lpips"]}, RuntimeError, "lpips cannot be computed: "),
             ({"metrics": ["clip_t"], "clip": "no/clip"}, RuntimeError, "no/clip is no folder and not in the cache"),
             ({"weights": "auto"}, ValueError, "weights='auto' takes the weights published for"),

@@ -153,7 +153,7 @@ def make_metrics(names: Sequence[str] | None, judges: Judges) -> tuple[dict[str,
 
     Raises:
         ValueError: a name is unknown.
-        RuntimeError: one that is wanted cannot be computed.
+        RuntimeError: one that is wanted cannot be computed, or none at all.
     """
     check_names(names)
     made: dict[str, Metric] = {}
@@ -165,4 +165,7 @@ def make_metrics(names: Sequence[str] | None, judges: Judges) -> tuple[dict[str,
             if names is not None:
                 raise RuntimeError(f"{name} cannot be computed: {reason}") from None
             missing[name] = str(reason)
+    if not made:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        raise RuntimeError(f"no metric can be computed ({reasons or 'none was asked for'})")
     return made, missing

@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from diffusers import DiffusionPipeline
 
+from clear_attn.evaluate import run
+from clear_attn.evaluate.catalogue import CLIP, DINO, METRICS, check_names
+from clear_attn.evaluate.folder import check_new
 from clear_attn.options import DTYPES, DType, device_of
+from clear_attn.prompts import read_prompts
 
 OF_PIPELINE = "the pipeline's"
 
@@ -43,16 +49,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 1,
     metric: Annotated[
         list[str] | None,
-        typer.Option(
-            help="fid, lpips, clip_i, dino, clip_t, psnr or ssim; may be repeated.", show_default="all at hand"
-        ),
+        typer.Option(help=f"One of {', '.join(METRICS)}; may be repeated.", show_default="all at hand"),
     ] = None,
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP: a folder or a Hub id.", show_default="openai/clip-vit-large-patch14")
-    ] = None,
-    dino: Annotated[
-        str | None, typer.Option(help="DINO: a folder or a Hub id.", show_default="facebook/dino-vits16")
-    ] = None,
+    clip: Annotated[str, typer.Option(help="CLIP: a folder or a Hub id.")] = CLIP,
+    dino: Annotated[str, typer.Option(help="DINO or DINOv2: a folder or a Hub id.")] = DINO,
     download: Annotated[bool, typer.Option("--download", help="Fetch weights of metrics that are not here.")] = False,
     save_pictures: Annotated[bool, typer.Option("--save-pictures", help="Keep all pictures as PNG.")] = False,
     dtype: Annotated[
@@ -63,14 +63,6 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compare a linearized pipeline with the dense one: the same prompts and seeds, the metrics of CLEAR's paper."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from clear_attn.evaluate import run
-    from clear_attn.evaluate.catalogue import CLIP, DINO, check_names
-    from clear_attn.evaluate.folder import check_new
-    from clear_attn.prompts import read_prompts
-
     where = device_of(device)
     try:
         texts = read_prompts(prompts)[:max_prompts]
@@ -94,8 +86,8 @@ def evaluate(
             max_sequence_length=max_sequence_length,
             batch_size=batch_size,
             metrics=metric,
-            clip=clip or CLIP,
-            dino=dino or DINO,
+            clip=clip,
+            dino=dino,
             download=download,
             save_pictures=save_pictures,
         )

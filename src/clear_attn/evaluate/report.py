@@ -51,7 +51,7 @@ class Evaluation:
         return f"CLEAR, window {of['window']}{pooled}{free}"
 
     def to_json(self) -> str:
-        """The text of an eval.json; a number that is infinite stands there as `"inf"`."""
+        """The text of an eval.json; what is no number to JSON stands there as text, `"inf"` or `"nan"`."""
         metrics = {
             name: {
                 **{field: getattr(METRICS[name], field) for field in ("title", "better", "meaning")},
@@ -111,7 +111,7 @@ def seconds_of(drawn: Drawn, batch_size: int) -> dict[str, float]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with text in the place of numbers that JSON does not have."""
+    """The same with text in the place of numbers that are not finite."""
     match value:
         case dict():
             return {key: _finite(each) for key, each in value.items()}

@@ -73,7 +73,7 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: an argument is out of range or unknown; the pipeline is linearized, or was saved so.
-        RuntimeError: a metric that was asked for by name cannot be computed.
+        RuntimeError: a metric that was asked for by name cannot be computed, or none can.
         FileExistsError, NotADirectoryError: ``output_dir`` is not a new or an empty folder.
         As `linearize` and the pipeline. All but the pipeline's own come before anything is drawn.
     """
