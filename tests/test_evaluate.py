@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -30,9 +31,10 @@ from clear_attn import demo
 from clear_attn.cli import app
 from clear_attn.evaluate import Evaluation, at_hand, evaluate
 from clear_attn.evaluate.catalogue import Judges, enough_for_fid, make_metrics
-from clear_attn.evaluate.draw import read_all
+from clear_attn.evaluate.draw import Drawn, read_all
 from clear_attn.evaluate.embeddings import Clip, Dino
 from clear_attn.evaluate.metrics import Batch, Frechet, Lpips, Mean, psnr, ssim
+from clear_attn.evaluate.report import seconds_of
 from clear_attn.pictures import CELL, contact_sheet
 from clear_attn.prompts import read_prompts
 from tests import tiny
@@ -297,10 +299,10 @@ class TestEvaluate:
         files = {row: sorted((out / row).iterdir()) for row in ("teacher", "student")}
         drawn = {row: read_all(each).numpy() for row, each in files.items()}
         assert drawn["teacher"].shape == (3, 3, 64, 96)
-        # Batches of another size may round another way.
-        assert abs(drawn["teacher"][1].transpose(1, 2, 0) - draw(1)).max() <= 1
-        with clear.linearized(pipe, 2, weights=None):
-            assert abs(drawn["student"][1].transpose(1, 2, 0) - draw(1)).max() <= 1
+        for number in (1, 2):  # of the first and of the second batch, which may round another way
+            assert abs(drawn["teacher"][number].transpose(1, 2, 0) - draw(number)).max() <= 1
+            with clear.linearized(pipe, 2, weights=None):
+                assert abs(drawn["student"][number].transpose(1, 2, 0) - draw(number)).max() <= 1
         assert np.mean(drawn["student"] != drawn["teacher"]) > 0.1
 
         written = strict_json((out / "eval.json").read_text())
@@ -312,6 +314,10 @@ class TestEvaluate:
         for name, plain in (("psnr", plain_psnr), ("ssim", plain_ssim)):
             expected = [plain(*pair) for pair in zip(drawn["teacher"] / 1.0, drawn["student"] / 1.0, strict=True)]
             assert [each["student"][name] for each in pictures] == pytest.approx(expected, rel=1e-3)
+        clip = Clip(str(judges / "clip"), False)
+        for row in ("teacher", "student"):
+            expected = 100 * (clip.images(read_all(files[row])) * clip.texts(PROMPTS)).sum(1)
+            assert [each[row]["clip_t"] for each in pictures] == pytest.approx(expected.tolist(), rel=1e-4)
         assert pictures[0]["teacher"].keys() == {"clip_t"}
         for name in ("psnr", "ssim", "clip_i", "dino", "clip_t"):
             assert written["metrics"][name]["student"] == pytest.approx(fmean(p["student"][name] for p in pictures))
@@ -476,6 +482,11 @@ class TestCommand:
         result = self.run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})
         assert result.exit_code == 2
         assert "'tpu' is not here" in result.output
+
+
+def test_the_time_of_a_picture_is_that_of_the_median_batch():
+    drawn = Drawn([Path(str(number)) for number in range(5)], [4.0, 6.0, 1.0])
+    assert seconds_of(drawn, 2) == {"total": 11.0, "per_picture": 2.0}
 
 
 def test_prompts_of_a_file(tmp_path):
