@@ -11,6 +11,7 @@ import typer
 from PIL import Image
 
 from clear_attn.bench.command import bench
+from clear_attn.evaluate.command import evaluate
 
 app = typer.Typer(
     name="clear-attn",
@@ -38,6 +39,7 @@ class Model(StrEnum):
 
 
 app.command()(bench)
+app.command("eval")(evaluate)
 
 
 @app.callback()

@@ -15,9 +15,7 @@ from rich.table import Table
 
 from clear_attn.bench import model, operation, run
 from clear_attn.bench.rows import HEADER, TOKEN, Row, cells, title
-
-# Unless asked for another.
-DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+from clear_attn.options import DTYPES, DType, device_of
 
 
 class Level(StrEnum):
@@ -25,14 +23,6 @@ class Level(StrEnum):
 
     op = "op"
     model = "model"
-
-
-class DType(StrEnum):
-    """Of query, key and value, or of the model."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -95,7 +85,7 @@ def bench(
     if plot_file:
         _check_plot(plot_file)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes to the terminal
-    where = _device(device)
+    where = device_of(device)
     known = model.VARIANTS if level == Level.model else operation.VARIANTS
     for name in variant or ():
         if name not in known:
@@ -144,19 +134,6 @@ def _check_plot(path: Path) -> None:
         ) from None
     if path.suffix.lower().removeprefix(".") not in Figure().canvas.get_supported_filetypes():
         raise typer.BadParameter(f"{path} names no kind of picture; let it end in .png", param_hint="--plot")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in DTYPES or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise typer.BadParameter(f"{name!r} is not here; there is {', '.join(there)}", param_hint="--device")
-    return device
 
 
 def _print(console: Console, rows: list[Row]) -> None:

@@ -35,21 +35,6 @@ class Drawing(NamedTuple):
     seed: int
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file, empty ones left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has no prompts.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"prompts={str(file)!r} is no file; give a text file with a prompt on each line")
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts={str(file)!r} has no prompts; write one on each line")
-    return prompts
-
-
 def examples(folder: Path, prompts: Sequence[str], count: int) -> list[Example]:
     """The pictures that will be there: the prompts in turn, as often as the count asks for."""
     names = [f"{number:06}.png" for number in range(count)]

@@ -17,6 +17,7 @@ from clear_attn.distill.data import Example, from_dataset, from_folder
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
 from clear_attn.linearize import find_transformer
+from clear_attn.prompts import read_prompts
 
 # Of mixed precision, by accelerate's name.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,12 +27,10 @@ def examples(settings: Settings) -> list[Example]:
     """The pictures to train on; those that the teacher is to draw may not be there yet.
 
     Raises:
-        As `from_folder`, `from_dataset` and `generate.read_prompts`; ImportError without the datasets library.
+        As `from_folder`, `from_dataset` and `read_prompts`; ImportError without the datasets library.
     """
     if settings.generate:
-        return generate.examples(
-            _drawn_folder(settings), generate.read_prompts(Path(str(settings.prompts))), settings.generate
-        )
+        return generate.examples(_drawn_folder(settings), read_prompts(Path(str(settings.prompts))), settings.generate)
     if settings.train_data_dir:
         return from_folder(Path(settings.train_data_dir))
     try:

@@ -1,0 +1,37 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+import typer
+
+# Unless asked for another.
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+class DType(StrEnum):
+    """Of query, key and value, or of the model."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of a name; without one, a GPU where there is one.
+
+    Raises:
+        BadParameter: it is not here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in DTYPES or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise typer.BadParameter(f"{name!r} is not here; there is {', '.join(there)}", param_hint="--device")
+    return device

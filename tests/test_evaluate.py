@@ -1,0 +1,509 @@
+"""The evaluation of linearized weights: its numbers against formulas, what it writes, and what it refuses."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+from typer.testing import CliRunner
+
+import clear_attn as clear
+from clear_attn import demo
+from clear_attn.cli import app
+from clear_attn.evaluate import Evaluation, at_hand, evaluate
+from clear_attn.evaluate.catalogue import Judges, enough_for_fid, make_metrics
+from clear_attn.evaluate.draw import Drawn, read_all
+from clear_attn.evaluate.embeddings import Clip, Dino
+from clear_attn.evaluate.metrics import Batch, Frechet, Lpips, Mean, psnr, ssim
+from clear_attn.evaluate.report import seconds_of
+from clear_attn.pictures import CELL, contact_sheet
+from clear_attn.prompts import read_prompts
+from tests import tiny
+
+PROMPTS = ["a red circle on a blue ground, in the middle", "a white cross", "a green square on a black ground"]
+CALL = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 24}
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_caches(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory):
+    """Folders of a random CLIP, DINOv2 and DINO, which has no pooler."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("judges")
+    tokenizer = tiny.flux_pipeline().tokenizer
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **ids}
+    # Large weights, or random models find all pictures alike.
+    looks = {**TINY, "image_size": 32, "patch_size": 8, "initializer_range": 0.7, "initializer_factor": 20.0}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=looks, projection_dim=12)).save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    Dinov2Model(Dinov2Config(**looks)).save_pretrained(folder / "dinov2")
+    ViTModel(ViTConfig(**looks), add_pooling_layer=False).save_pretrained(folder / "dino")
+    for name in ("clip", "dinov2"):
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+            folder / name
+        )
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "dino")
+    return folder
+
+
+def random_pictures(count=3, height=24, width=40, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=rng)
+
+
+def near(pictures, seed=1):
+    noise = torch.randint(-20, 21, pictures.shape, generator=torch.Generator().manual_seed(seed))
+    return (pictures + noise).clamp(0, 255).to(torch.uint8)
+
+
+def plain_psnr(a, b):
+    return 10 * np.log10(1 / np.mean((a / 255 - b / 255) ** 2))
+
+
+def plain_ssim(a, b):
+    """Wang et al. 2004, equation 13, over windows of 11 x 11 that are reflected at the border, channel by channel."""
+    weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weights = np.outer(weights, weights) / weights.sum() ** 2
+
+    def mean(x):
+        x = np.pad(x, ((0, 0), (5, 5), (5, 5)), mode="reflect")
+        return (np.lib.stride_tricks.sliding_window_view(x, (11, 11), (1, 2)) * weights).sum((-1, -2))
+
+    a, b = a / 255, b / 255
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    return ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))).mean()
+
+
+class TestMetrics:
+    def test_psnr_and_ssim(self):
+        teacher = random_pictures()
+        batch = Batch(teacher, near(teacher), PROMPTS)
+        for score, plain in ((psnr, plain_psnr), (ssim, plain_ssim)):
+            expected = [plain(*pair) for pair in zip(*(x.double().numpy() for x in batch[:2]), strict=True)]
+            assert score(batch)["student"].tolist() == pytest.approx(expected, rel=2e-4)
+
+    def test_a_mean_over_batches_of_different_sizes(self):
+        teacher = random_pictures()
+        whole, parts = Mean(psnr), Mean(psnr)
+        whole.update(Batch(teacher, near(teacher), PROMPTS))
+        for part in (slice(0, 2), slice(2, 3)):
+            parts.update(Batch(teacher[part], near(teacher)[part], PROMPTS[part]))
+        assert parts.per_picture["student"] == pytest.approx(whole.per_picture["student"])
+        assert parts.compute()["student"] == pytest.approx(fmean(whole.per_picture["student"]))
+
+    def test_frechet(self):
+        class Corner(torch.nn.Module):
+            num_features = 4
+
+            def forward(self, pictures):
+                return pictures.double().flatten(1)[:, :4] / 255
+
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        teacher, student = random_pictures(30), random_pictures(30, seed=5) // 2
+        metric = Frechet(FrechetInceptionDistance(Corner()))
+        for part in (slice(0, 20), slice(20, 30)):
+            metric.update(Batch(teacher[part], student[part], PROMPTS))
+        x, y = Corner()(teacher).numpy(), Corner()(student).numpy()
+        c, d = np.cov(x.T), np.cov(y.T)
+        root = np.sqrt(np.linalg.eigvals(c @ d).real).sum()
+        expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c) + np.trace(d) - 2 * root
+        assert expected > 0.1
+        assert metric.compute() == {"student": pytest.approx(expected, rel=1e-6)}
+
+    def test_fid_takes_more_pictures_than_features(self):
+        enough_for_fid(2049, 2048)
+        with pytest.raises(at_hand.Missing, match=r"more pictures than the 2048 features .* here 2048"):
+            enough_for_fid(2048, 2048)
+
+    def test_lpips_sees_pixels_in_0_to_1(self):
+        teacher = random_pictures()
+        batch = Batch(teacher, near(teacher), PROMPTS)
+        found = Lpips(lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True))(batch)["student"]
+        expected = [
+            np.abs(a / 255 - b / 255).mean() for a, b in zip(teacher.numpy(), batch.student.numpy(), strict=True)
+        ]
+        assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("name", ["dino", "dinov2"])
+    def test_dino(self, judges, name):
+        teacher = random_pictures()
+        student = random_pictures(seed=3)
+        metric = make_metrics(["dino"], Judges(PROMPTS, "", str(judges / name), False))[0]["dino"]
+        with torch.inference_mode():
+            metric.update(Batch(teacher, student, PROMPTS))
+        maker, kind = (ViTImageProcessorPil, ViTModel) if name == "dino" else (CLIPImageProcessorPil, Dinov2Model)
+        processor, model = maker.from_pretrained(judges / name), kind.from_pretrained(judges / name).eval()
+
+        def token(picture):
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            return model(**processor(image, return_tensors="pt")).last_hidden_state[0, 0].detach()
+
+        expected = [
+            100 * F.cosine_similarity(token(a), token(b), dim=0).item() for a, b in zip(teacher, student, strict=True)
+        ]
+        assert metric.per_picture["student"] == pytest.approx(expected, rel=1e-4)
+        assert max(expected) < 99.9
+
+    def test_clip(self, judges):
+        teacher = random_pictures()
+        student = near(teacher)
+        names = ["clip_i", "clip_t"]
+        metrics, _ = make_metrics(names, Judges(PROMPTS, str(judges / "clip"), "", False))
+        with torch.inference_mode():
+            for metric in metrics.values():
+                metric.update(Batch(teacher, student, PROMPTS))
+        processor = CLIPImageProcessorPil.from_pretrained(judges / "clip")
+        model, tokenizer = CLIPModel.from_pretrained(judges / "clip").eval(), tiny.flux_pipeline().tokenizer
+        for number, prompt in enumerate(PROMPTS):
+            images = [Image.fromarray(x[number].permute(1, 2, 0).numpy()) for x in (teacher, student)]
+            with torch.inference_mode():
+                out = model(**processor(images, return_tensors="pt"), **tokenizer(prompt, return_tensors="pt"))
+            of_teacher, of_student = F.normalize(out.image_embeds, dim=-1)
+            text = F.normalize(out.text_embeds[0], dim=-1)
+            found = [
+                metrics["clip_i"].per_picture["student"][number],
+                metrics["clip_t"].per_picture["teacher"][number],
+                metrics["clip_t"].per_picture["student"][number],
+            ]
+            expected = [
+                100 * float(a @ b) for a, b in ((of_teacher, of_student), (text, of_teacher), (text, of_student))
+            ]
+            assert found == pytest.approx(expected, rel=1e-4)
+
+    def test_prompts_that_clip_cuts_are_told(self, judges):
+        long = "a red circle on a blue ground, at the top left " * 3
+        with pytest.warns(UserWarning, match="1 of 2 prompts have more than the 24 tokens"):
+            metrics, _ = make_metrics(["clip_t"], Judges([long, "a cross"], str(judges / "clip"), "", False))
+        metrics["clip_t"].update(Batch(random_pictures(2), random_pictures(2), [long, "a cross"]))
+
+
+class TestAtHand:
+    def test_a_package(self, monkeypatch):
+        for name in ("torchmetrics", "torchmetrics.functional.image"):
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(RuntimeError, match="no metric can be computed") as caught:
+            make_metrics(None, Judges(PROMPTS, "no/clip", "no/dino", False))
+        for reason in (
+            "psnr: torchmetrics is not installed: pip install 'clear-attn[eval]'",
+            "clip_i: no/clip is no folder and not in the cache",
+            "dino: no/dino is no folder",
+            "fid: it takes more pictures",
+        ):
+            assert reason in str(caught.value)
+
+    def test_weights_that_are_not_all_there(self, judges, tmp_path):
+        model = Dinov2Model.from_pretrained(judges / "dinov2")
+        model.save_pretrained(tmp_path)
+        values = load_file(tmp_path / "model.safetensors")
+        gone = next(name for name in values if "attention" in name)
+        save_file(
+            {name: x for name, x in values.items() if name != gone}, tmp_path / "model.safetensors", {"format": "pt"}
+        )
+        with pytest.raises(at_hand.Missing, match=r"lacks weights of a Dinov2Model, encoder\.layer\.0"):
+            Dino(str(tmp_path), False)
+
+    def test_what_is_no_clip(self, judges):
+        with pytest.raises(at_hand.Missing, match="is a Dinov2Model, not a CLIP"):
+            Clip(str(judges / "dinov2"), False)
+
+    def test_a_folder_without_a_model(self, tmp_path):
+        with pytest.raises(at_hand.Missing, match="does not hold what is needed"):
+            Dino(str(tmp_path), False)
+
+    def test_nothing_is_fetched_unasked_or_where_it_cannot_be(self):
+        with pytest.raises(at_hand.Missing, match="not in the cache"):
+            Dino("no/dino", False)
+        with pytest.raises(at_hand.Missing, match="cannot be fetched"):  # the Hub is switched off in tests
+            Dino("no/dino", True)
+
+    def test_files_of_torch(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+        url, folder = "https://nowhere.invalid/net.pth", tmp_path / "hub" / "checkpoints"
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        with pytest.raises(at_hand.Missing, match=r"Net's weights are not here \(.*net.pth\)"):  # noqa: SIM117
+            with at_hand.torch_hub_file(url, "Net", False):
+                pytest.fail("nothing may be fetched")
+
+        class Command:
+            def __reduce__(self):
+                return (os.mkdir, (str(tmp_path / "made"),))
+
+        folder.mkdir(parents=True)
+        torch.save({"a": Command()}, folder / "net.pth")
+        with pytest.raises(at_hand.Missing, match="holds more than tensors"):  # noqa: SIM117
+            with at_hand.torch_hub_file(url, "Net", False):
+                torch.hub.load_state_dict_from_url(url)
+        assert not (tmp_path / "made").exists()
+        torch.save({"a": torch.ones(3)}, folder / "net.pth")
+        with at_hand.torch_hub_file(url, "Net", False):
+            assert torch.hub.load_state_dict_from_url(url)["a"].sum() == 3
+        assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def strict_json(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+class TestEvaluate:
+    def test_a_whole_evaluation(self, pipe, judges, tmp_path):
+        before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+        out = tmp_path / "deep" / "out"
+        found = evaluate(
+            pipe,
+            PROMPTS,
+            out,
+            weights=None,
+            window=2,
+            seed=7,
+            batch_size=2,
+            clip=str(judges / "clip"),
+            dino=str(judges / "dino"),
+            save_pictures=True,
+            **CALL,
+        )
+        assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "eval.json", "student", "teacher"]
+        assert not clear.is_linearized(pipe)
+        assert all(torch.equal(p, before[name]) for name, p in pipe.transformer.named_parameters())
+
+        def draw(number):
+            rng = torch.Generator().manual_seed(7 + number)
+            return np.asarray(pipe(PROMPTS[number], generator=rng, **CALL).images[0]).astype(int)
+
+        files = {row: sorted((out / row).iterdir()) for row in ("teacher", "student")}
+        drawn = {row: read_all(each).numpy() for row, each in files.items()}
+        assert drawn["teacher"].shape == (3, 3, 64, 96)
+        for number in (1, 2):  # of the first and of the second batch, which may round another way
+            assert abs(drawn["teacher"][number].transpose(1, 2, 0) - draw(number)).max() <= 1
+            with clear.linearized(pipe, 2, weights=None):
+                assert abs(drawn["student"][number].transpose(1, 2, 0) - draw(number)).max() <= 1
+        assert np.mean(drawn["student"] != drawn["teacher"]) > 0.1
+
+        written = strict_json((out / "eval.json").read_text())
+        assert written["settings"]["window"] == 2
+        assert written["settings"]["weights"] is None
+        assert written["versions"]["torch"] == torch.__version__
+        pictures = written["pictures"]
+        assert [(each["prompt"], each["seed"]) for each in pictures] == [(PROMPTS[n], 7 + n) for n in range(3)]
+        for name, plain in (("psnr", plain_psnr), ("ssim", plain_ssim)):
+            expected = [plain(*pair) for pair in zip(drawn["teacher"] / 1.0, drawn["student"] / 1.0, strict=True)]
+            assert [each["student"][name] for each in pictures] == pytest.approx(expected, rel=1e-3)
+        clip = Clip(str(judges / "clip"), False)
+        for row in ("teacher", "student"):
+            expected = 100 * (clip.images(read_all(files[row])) * clip.texts(PROMPTS)).sum(1)
+            assert [each[row]["clip_t"] for each in pictures] == pytest.approx(expected.tolist(), rel=1e-4)
+        assert pictures[0]["teacher"].keys() == {"clip_t"}
+        for name in ("psnr", "ssim", "clip_i", "dino", "clip_t"):
+            assert written["metrics"][name]["student"] == pytest.approx(fmean(p["student"][name] for p in pictures))
+        assert written["metrics"]["clip_t"]["teacher"] != written["metrics"]["clip_t"]["student"]
+        assert "more pictures than the 2048 features" in written["metrics"]["fid"]["missing"]
+        assert re.search("torchvision is not installed|weights are not here", written["metrics"]["lpips"]["missing"])
+        for row in ("teacher", "student"):
+            assert 0 < written["seconds"][row]["per_picture"] < written["seconds"][row]["total"]
+
+        table = str(found)
+        assert "3 pictures of 96 x 64 px" in table
+        assert f"{found.means['psnr']['student']:.2f}" in table
+        assert "FID is missing: it takes more pictures" in table
+        assert "CLEAR, window 2, training-free" in table
+        assert Image.open(out / "contact_sheet.png").size[0] > 3 * CELL
+
+    def test_named_metrics_and_distilled_weights(self, pipe, tmp_path):
+        student = tiny.flux_pipeline()
+        clear.linearize(student, 3, 2, weights=None)
+        with torch.no_grad():
+            for layer, attn in student.transformer.named_modules():
+                if layer.endswith(".attn"):
+                    attn.to_q.weight.mul_(0.5)
+        clear.save_pretrained(student, tmp_path / "weights")
+        found = evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=tmp_path / "weights", metrics=["ssim"], **CALL)
+        assert (found.settings["window"], found.settings["down_factor"]) == (3, 2)
+        assert found.settings["weights"] == str(tmp_path / "weights")
+        assert list(found.means) == ["ssim"]
+        assert not found.missing
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["contact_sheet.png", "eval.json"]
+        rng = torch.Generator().manual_seed(0)
+        draw = [
+            np.asarray(each(PROMPTS[0], generator=rng.manual_seed(0), **CALL).images[0]) for each in (pipe, student)
+        ]
+        expected = plain_ssim(*(each.transpose(2, 0, 1).astype(float) for each in draw))
+        assert found.means["ssim"]["student"] == pytest.approx(expected, rel=1e-3)
+
+    def test_sd3(self, tmp_path):
+        call = {**CALL, "height": 32, "width": 48}
+        found = evaluate(tiny.sd3_pipeline(), PROMPTS[:1], tmp_path, weights=None, window=1, metrics=["psnr"], **call)
+        assert 0 < found.means["psnr"]["student"] < 100
+
+    def test_equal_pictures_are_infinitely_alike(self):
+        pictures = random_pictures()
+        metric = Mean(psnr)
+        metric.update(Batch(pictures, pictures, PROMPTS))
+        settings = {"width": 40, "height": 24, "window": 8, "down_factor": 1, "weights": None}
+        seconds = {row: {"total": 1.0, "per_picture": 0.5} for row in ("teacher", "student")}
+        found = Evaluation(settings, {}, seconds, {"psnr": metric.compute()}, {}, [])
+        assert strict_json(found.to_json())["metrics"]["psnr"]["student"] == "inf"
+        assert " inf " in str(found)
+
+    def test_an_interruption_leaves_nothing(self, pipe, tmp_path, monkeypatch):
+        calls, stock = [], FluxPipeline.__call__
+
+        def interrupted(self, *args, **kwargs):
+            calls.append(clear.is_linearized(pipe))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return stock(self, *args, **kwargs)
+
+        monkeypatch.setattr(FluxPipeline, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(pipe, PROMPTS, tmp_path / "out", weights=None, save_pictures=True, **CALL)
+        assert calls == [True, True]
+        assert not clear.is_linearized(pipe)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"prompts": []}, ValueError, "prompts is empty"),
+            ({"prompts": "a circle"}, TypeError, "prompts must be a list of texts, got 'a circle'"),
+            ({"height": 100}, ValueError, "height=100 is not in whole tokens of 8 pixels"),
+            ({"width": 0}, ValueError, "width must be at least 1, got 0"),
+            ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+            ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
+            ({"seed": -1}, ValueError, "seed must be at least 0"),
+            ({"metrics": ["psnr", "nice"]}, ValueError, "'nice' is no metric; there is fid, lpips"),
+            ({"metrics": ["psnr", "fid"]}, RuntimeError, "fid cannot be computed: it takes more pictures"),
+            ({"metrics": []}, RuntimeError, "none was asked for"),
+            ({"metrics": ["lpips"]}, RuntimeError, "lpips cannot be computed: "),
+            ({"metrics": ["clip_t"], "clip": "no/clip"}, RuntimeError, "no/clip is no folder and not in the cache"),
+            ({"weights": "auto"}, ValueError, "weights='auto' takes the weights published for"),
+            ({"weights": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
+            ({"window": 0}, ValueError, "window must be at least 1"),
+            ({"backend": "fast"}, ValueError, "fast"),
+        ],
+    )
+    def test_refusals_come_before_the_work(self, pipe, tmp_path, monkeypatch, change, error, message):
+        monkeypatch.setattr(FluxPipeline, "__call__", lambda *args, **kwargs: pytest.fail("it drew"))
+        given = {"prompts": PROMPTS, "weights": None, "clip": "no/clip", "dino": "no/dino", **CALL, **change}
+        with pytest.raises(error, match=re.escape(message)):
+            evaluate(pipe, output_dir=tmp_path / "out", **given)
+        assert not clear.is_linearized(pipe)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_folders_that_are_not_free(self, pipe, tmp_path):
+        (tmp_path / "eval.json").write_text("{}")
+        with pytest.raises(FileExistsError, match="holds something already"):
+            evaluate(pipe, PROMPTS, tmp_path, weights=None, metrics=["psnr"])
+        with pytest.raises(NotADirectoryError, match="is a file"):
+            evaluate(pipe, PROMPTS, tmp_path / "eval.json", weights=None, metrics=["psnr"])
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("eval.json", "{}")]
+
+    def test_what_is_no_teacher(self, pipe, tmp_path):
+        with pytest.raises(TypeError, match=r"must be a diffusers pipeline, .* got a FluxTransformer2DModel"):
+            evaluate(pipe.transformer, PROMPTS, tmp_path)
+        clear.linearize(pipe, 4, weights=None)
+        with pytest.raises(ValueError, match="this pipeline is linearized"):
+            evaluate(pipe, PROMPTS, tmp_path, weights=None)
+        assert clear.is_linearized(pipe)
+
+
+class TestCommand:
+    @staticmethod
+    def run(*options, **given):
+        given = {"model": demo.path(), "weights": "none", "height": 64, "width": 64, "max-sequence-length": 24} | given
+        named = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        return CliRunner().invoke(app, ["eval", *named, *options])
+
+    @pytest.fixture
+    def prompts(self, tmp_path):
+        file = tmp_path / "prompts.txt"
+        file.write_text("\n".join(["", *PROMPTS, ""]))
+        return file
+
+    def test_it_evaluates(self, prompts, tmp_path):
+        out = tmp_path / "out"
+        options = ["--window", "3", "--num-inference-steps", "1", "--max-prompts", "2", "--clip", "no/clip"]
+        result = self.run(*options, "--dino", "no/dino", **{"prompts": prompts, "output-dir": out, "device": "cpu"})
+        assert result.exit_code == 0, result.output
+        assert "2 pictures of 64 x 64 px" in result.output
+        assert "CLIP-I is missing: no/clip is no folder" in result.output
+        assert f"Saved {out}" in result.output
+        written = strict_json((out / "eval.json").read_text())
+        assert written["settings"]["dtype"] == "float32"
+        assert [each["prompt"] for each in written["pictures"]] == PROMPTS[:2]
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"prompts": "nowhere.txt"}, "prompts='nowhere.txt' is no file"),
+            ({"output-dir": "."}, "holds something already"),
+            ({"model": "nowhere/model"}, "nowhere/model"),
+            ({"metric": "nice"}, "'nice' is no metric"),
+            ({"metric": "fid"}, "fid cannot be computed"),
+            ({"weights": "nowhere"}, "nowhere"),
+            ({"weights": "auto"}, "weights='auto' takes the weights published for"),
+            ({"height": 100}, "height=100 is not in whole tokens"),
+        ],
+    )
+    def test_errors_are_a_line(self, prompts, tmp_path, monkeypatch, given, message):
+        monkeypatch.chdir(tmp_path)
+        result = self.run(**{"prompts": prompts, "output-dir": "out", "clip": "no/clip", "dino": "no/dino"} | given)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1].startswith("error: ")
+        assert message in result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+    def test_devices_that_are_not_here(self, prompts):
+        result = self.run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})
+        assert result.exit_code == 2
+        assert "'tpu' is not here" in result.output
+
+
+def test_the_time_of_a_picture_is_that_of_the_median_batch():
+    drawn = Drawn([Path(str(number)) for number in range(5)], [4.0, 6.0, 1.0])
+    assert seconds_of(drawn, 2) == {"total": 11.0, "per_picture": 2.0}
+
+
+def test_prompts_of_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(" a cat \n\nun café\n", encoding="utf-8")
+    assert read_prompts(file) == ["a cat", "un café"]
+    file.write_text("\n \n")
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(file)
+    file.write_bytes("un café".encode("latin-1"))
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        read_prompts(file)
+
+
+def test_a_contact_sheet_keeps_the_shape_of_the_pictures():
+    sheet = contact_sheet({"wide": [Image.new("RGB", (96, 48), (250, 0, 0))]}, ["a long caption " * 20])
+    red = np.all(np.asarray(sheet) == (250, 0, 0), axis=-1)
+    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    assert (rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) == (CELL // 2, CELL)
+    assert red.sum() == CELL * CELL // 2
