@@ -1,7 +1,9 @@
 """Pictures and captions, their sizes, and the cache of what they are encoded to."""
 
+import io
 import json
 import math
+import tarfile
 
 import pytest
 import torch
@@ -42,6 +44,27 @@ class TestFolder:
         fill(tmp_path / "b", 1)
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b/0.png", "prompt": "the second"}))
         assert [(each.name, each.prompt) for each in from_folder(tmp_path)][1] == ("b/0.png", "the second")
+
+    def test_tar_shards(self, tmp_path):
+        loose, packed = fill(tmp_path / "loose", 4), tmp_path / "packed"
+        packed.mkdir()
+        for shard in range(2):
+            with tarfile.open(packed / f"data_{shard:06}.tar", "w") as tar:
+                for number in (2 * shard, 2 * shard + 1):
+                    tar.add(loose / f"{number}.png", f"{number}.png")
+                    caption = json.dumps({"prompt": (loose / f"{number}.txt").read_text()}).encode()
+                    about = tarfile.TarInfo(f"{number}.json")
+                    about.size = len(caption)
+                    tar.addfile(about, io.BytesIO(caption))
+        expected, found = from_folder(loose), from_folder(packed)
+        assert [each.name for each in found[1:3]] == ["data_000000.tar/1.png", "data_000001.tar/2.png"]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.prompt == theirs.prompt
+            assert ours.open().tobytes() == theirs.open().tobytes()
+        file = packed / "data_000001.tar"
+        file.write_bytes(file.read_bytes()[:700])
+        with pytest.raises(ValueError, match=r"data_000001\.tar is no whole tar file"):
+            from_folder(packed)
 
     @pytest.mark.parametrize(
         ("spoil", "message"),

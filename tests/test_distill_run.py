@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.distill import Settings, checkpoint, train
+from clear_attn.distill import Settings, checkpoint, train, training
 from clear_attn.distill import run as run_module
 from clear_attn.distill.cache import Cache
+from clear_attn.distill.data import from_folder
 from clear_attn.distill.losses import interpolate
 from clear_attn.distill.recipes import FluxRecipe
+from clear_attn.distill.seeds import hash_of
+from clear_attn.pictures import contact_sheet
 from clear_attn.sources import WEIGHTS_FILE
 from tests.plain import run
 from tests.test_distill_data import fill
@@ -42,6 +48,13 @@ def settings(tmp_path):
         checkpointing_steps=2,
         report_to="none",
     )
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Which otherwise keeps its first mixed precision for good."""
+    yield AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def weights_of(settings):
@@ -72,7 +85,13 @@ def test_a_run_and_its_result(settings, student):
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_ema": True, "lr_scheduler": "cosine", "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "prodigy", "learning_rate": 1.0},
+        {"use_ema": True, "lr_scheduler": "cosine", "gradient_accumulation_steps": 2, "student": "lora", "rank": 4},
+    ],
+)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, changes):
     settings = change(settings, max_train_steps=5, checkpointing_steps=3, **changes)
     train(settings)
@@ -98,7 +117,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, cha
 
 def test_training_brings_the_student_nearer(settings):
     """To the teacher's prediction of noise that it has not seen, than the training-free model is."""
-    settings = change(settings, max_train_steps=80, checkpointing_steps=80, flow_matching_weight=1e-9)
+    settings = change(settings, max_train_steps=50, checkpointing_steps=50, flow_matching_weight=1e-9)
     train(settings)
     rng = torch.Generator().manual_seed(11)
     batch = Cache(Path(settings.cache_dir)).read(range(6), rng)
@@ -111,6 +130,138 @@ def test_training_brings_the_student_nearer(settings):
         with clear.linearized(transformer, 2, 2, weights=weights):
             errors.append((run(transformer, call) - teacher).square().mean())
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_steps_parts_are_averaged(settings, monkeypatch):
+    """The gradients of a step in two parts are the mean of those of its batches."""
+    gradients = []
+
+    def clip(accelerator, parameters, norm):
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+
+    monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", clip)
+    still = change(settings, learning_rate=1e-12, adam_weight_decay=0.0)
+    train(change(still, max_train_steps=2))
+    train(change(still, max_train_steps=1, gradient_accumulation_steps=2, output_dir=settings.output_dir + "-parts"))
+    for first, second, both in zip(*gradients, strict=True):
+        torch.testing.assert_close(both, (first + second) / 2)
+
+
+def test_mixed_precision(settings, fresh_accelerate):
+    """The student in float32, the trunk in bfloat16; the result in the trunk's dtype."""
+    settings = change(settings, mixed_precision="bf16", max_train_steps=2, validation_prompts=["a"], use_ema=True)
+    train(change(settings, num_inference_steps=1))
+    state = checkpoint.read(Path(settings.output_dir) / "checkpoint-2", run_module.RUN)
+    assert {value.dtype for value in state["student"].values()} == {torch.float32}
+    assert {value.dtype for value in weights_of(settings).values()} == {torch.bfloat16}
+
+
+class TestGenerated:
+    @pytest.fixture
+    def settings(self, settings, tmp_path):
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a red circle on a blue ground, in the middle\n\na white cross on a red ground\n")
+        folder = str(tmp_path / "drawn")
+        drawn = {"generate": 3, "prompts": str(prompts), "train_data_dir": folder, "num_inference_steps": 2}
+        return change(settings, max_train_steps=1, train_batch_size=1, **drawn)
+
+    def test_the_teacher_draws_what_is_missing(self, settings, tmp_path, monkeypatch):
+        saved = []
+
+        def save(image, file, *args, save=Image.Image.save, **options):
+            if len(saved) == 2:
+                raise KeyboardInterrupt
+            saved.append(file.name)
+            save(image, file, *args, **options)
+
+        monkeypatch.setattr(Image.Image, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+        monkeypatch.undo()
+        drawn = Path(settings.train_data_dir)
+        first = (drawn / "000000.png").read_bytes()
+        assert {path.name for path in drawn.glob("*.png")} == {"000000.png", "000001.png"}
+        train(settings)
+        assert (drawn / "000000.png").read_bytes() == first
+        examples = from_folder(drawn)
+        circle, cross = "a red circle on a blue ground, in the middle", "a white cross on a red ground"
+        assert [each.prompt for each in examples] == [circle, cross, circle]
+        pictures = [each.open().tobytes() for each in examples]
+        assert pictures[0] != pictures[2]  # one prompt, two seeds
+
+    def test_of_another_way(self, settings):
+        train(settings)
+        other = change(settings, num_inference_steps=3, output_dir=settings.output_dir + "2")
+        with pytest.raises(ValueError, match="were drawn for steps 2, not 3; give another folder"):
+            train(other)
+
+    def test_a_folder_of_other_things(self, settings):
+        folder = Path(settings.train_data_dir)
+        folder.mkdir()
+        (folder / "holiday.png").write_bytes(b"mine")
+        with pytest.raises(ValueError, match="holds something else already"):
+            train(settings)
+        assert [path.name for path in folder.iterdir()] == ["holiday.png"]
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"prompts": None}, ValueError, "generate and prompts go together"),
+            ({"prompts": "nowhere.txt"}, FileNotFoundError, "nowhere.txt"),
+            ({"generate": 0}, ValueError, "generate must be above 0, got 0"),
+            ({"dataset_name": "a/b"}, ValueError, "give one of generate and dataset_name"),
+        ],
+    )
+    def test_refusals(self, settings, changes, error, message):
+        with pytest.raises(error, match=message):
+            train(change(settings, **changes))
+
+
+class TestTrackers:
+    def test_losses_and_pictures(self, settings):
+        prompt = "a red circle on a blue ground, in the middle"
+        shown = {"validation_prompts": [prompt, prompt], "validation_steps": 2, "num_inference_steps": 2}
+        train(change(settings, report_to="tensorboard", **shown))
+        folder = Path(settings.output_dir)
+        assert {path.name for path in (folder / "validation").iterdir()} == {"step-2.png", "step-4.png"}
+        logged = EventAccumulator(str(folder / settings.logging_dir / "distill")).Reload()
+        assert len(logged.Scalars("attention")) == 4
+        assert logged.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
+        assert [event.step for event in logged.Images("validation")] == [2, 4]
+
+    def test_validation_changes_nothing(self, settings, tmp_path):
+        train(settings)
+        other = change(settings, output_dir=str(tmp_path / "other"), validation_steps=2, num_inference_steps=2)
+        train(change(other, validation_prompts=["a red circle"]))
+        for name, value in weights_of(settings).items():
+            assert torch.equal(value, weights_of(other)[name]), name
+
+    def test_the_teachers_row_is_the_pipelines_own(self, settings):
+        prompt = "a red circle on a blue ground, in the middle"
+        shown = {"validation_prompts": [prompt], "num_inference_steps": 2, "max_train_steps": 1}
+        train(change(settings, **shown))
+        pipe = demo.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        rng = torch.Generator().manual_seed(hash_of(settings.seed, 0))
+        expected = pipe(
+            prompt, height=64, width=64, num_inference_steps=2, max_sequence_length=24, generator=rng
+        ).images
+        with Image.open(Path(settings.output_dir) / "validation" / "step-1.png") as sheet:
+            row = sheet.convert("RGB").crop((0, 0, sheet.width, sheet.height))
+        alone = contact_sheet({"teacher": expected}, [prompt])
+        difference = ImageChops.difference(row.crop((0, 0, alone.width, alone.height)), alone)
+        assert max(high for _, high in difference.getextrema()) <= 3
+
+    @pytest.mark.parametrize(
+        ("name", "error", "message"),
+        [
+            ("paper", ValueError, r"report_to must be one of .*tensorboard.*; got 'paper'"),
+            ("aim", ImportError, "report_to='aim' needs aim: pip install aim, or give report_to='none'"),
+        ],
+    )
+    def test_refusals(self, settings, name, error, message):
+        with pytest.raises(error, match=message):
+            train(change(settings, report_to=name))
 
 
 def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):

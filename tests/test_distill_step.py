@@ -1,12 +1,15 @@
 """One step of distillation: who computes what, and its gradients."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
 from safetensors.torch import save_file
+from torch.distributed.utils import _to_kwargs
+from torch.utils._pytree import tree_map
 
 import clear_attn as clear
 from clear_attn.distill import losses
@@ -62,13 +65,13 @@ def batch_for(transformer, grid=(7, 10), batch=2):
     return Batch(latents, text, pooled), torch.randn(latents.shape, generator=rng), torch.tensor([0.3, 0.8])[:batch]
 
 
-def step(transformer, weights=PAPER, matched=None):
+def step(transformer, weights=PAPER, matched=None, wrap=lambda module: module):
     recipe = recipe_of(transformer)
     batch, noise, sigma = batch_for(transformer)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
     matched = recipe.matched_layers(layers) if matched is None else matched
     return distillation_losses(
-        transformer, recipe, batch, noise, sigma, weights=weights, matched=matched, guidance=None
+        wrap(transformer), recipe, batch, noise, sigma, weights=weights, matched=matched, guidance=None
     )
 
 
@@ -169,6 +172,30 @@ def test_the_losses_of_a_step(family):
     ]
     torch.testing.assert_close(found.attention, sum(attention) / len(attention))
     torch.testing.assert_close(found.total, 2 * found.flow_matching + 3 * found.prediction + 5 * found.attention)
+
+
+def test_wrappers_that_copy_what_a_call_is_given():
+    """As DDP does to move tensors, and FSDP2 to cast them."""
+
+    class Copies(torch.nn.Module):
+        def __init__(self, module, copied):
+            super().__init__()
+            self.module, self.copied = module, copied
+
+        def forward(self, **call):
+            return self.module(**self.copied(call))
+
+    transformer, parameters = with_student(tiny.FLUX)
+    shaken(parameters)
+    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    expected = step(transformer, matched=layers)
+    assert expected.attention > 0
+    cast = lambda call: tree_map(lambda value: value, call)  # noqa: E731
+    moved = lambda call: _to_kwargs((), call, torch.device("cpu"), False)[1][0]  # noqa: E731
+    for copied in (cast, moved):
+        found = step(transformer, matched=layers, wrap=functools.partial(Copies, copied=copied))
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_the_attention_that_is_compared_is_the_models_own():

@@ -38,7 +38,10 @@ class Drawing(NamedTuple):
 def examples(folder: Path, prompts: Sequence[str], count: int) -> list[Example]:
     """The pictures that will be there: the prompts in turn, as often as the count asks for."""
     names = [f"{number:06}.png" for number in range(count)]
-    return [Example(name, prompts[number % len(prompts)], opener(folder / name)) for number, name in enumerate(names)]
+    return [
+        Example(name, prompts[number % len(prompts)], opener((folder / name).read_bytes))
+        for number, name in enumerate(names)
+    ]
 
 
 def missing(folder: Path, wanted: Sequence[Example]) -> list[int]:
