@@ -52,20 +52,21 @@ def demo(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; may be repeated.", show_default="four captions")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 8,
+    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 4,
     down_factor: Annotated[int, typer.Option(min=1, help="Side of pooled cells in tokens; 1 for none.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("clear-attn-demo.png"),
 ) -> None:
-    """Draw captions with the small FLUX in the box, with dense and with local attention."""
+    """Draw captions with the small FLUX in the box: dense, linearized, and with its distilled weights."""
     if not output.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such directory: {output.resolve().parent}", param_hint="--output")
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise typer.BadParameter(f"{output} names no kind of picture; let it end in .png", param_hint="--output")
     # Only here, for torch and diffusers take seconds to import.
+    from clear_attn.config import ClearConfig
     from clear_attn.demo import draw
 
-    report = draw.dense_and_local(prompt or list(DEMO_CAPTIONS), window, down_factor, seed, output)
+    report = draw.compare(prompt or list(DEMO_CAPTIONS), ClearConfig(window, down_factor), seed, output)
     typer.echo(f"{report}\n\nSaved {output}")
 
 

@@ -22,6 +22,14 @@ def path() -> Path:
     return Path(__file__).parent / "small_flux"
 
 
+def distilled() -> Path:
+    """The folder of its distilled weights, for `clear_attn.linearize(pipe, weights=...)`.
+
+    A window of 4 of its 16 x 16 tokens, trained by `examples/distill_small_flux.py`.
+    """
+    return Path(__file__).parent / "small_flux_clear"
+
+
 def pipeline() -> FluxPipeline:
     """The pipeline, loaded in float32, which draws at the size it was trained at unless told otherwise."""
     pipe = FluxPipeline.from_pretrained(path(), dtype=torch.float32, local_files_only=True)
