@@ -34,7 +34,7 @@ def highres(
     backend: str = "auto",
     image: Image.Image | None = None,
     base: Base | None = None,
-    stages: Sequence[Stage] | None = None,
+    stages: Stage | Sequence[Stage] = Stage(),  # noqa: B008, for it is frozen
     seed: int | None = None,
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -55,7 +55,8 @@ def highres(
             of the first three is given.
         image (`PIL.Image.Image`, *optional*): comes first instead of a base image; of the picture's aspect ratio.
         base (`Base`, *optional*): settings of the base image.
-        stages (*optional*): a `Stage` each; by default as few as grow by four at most, all with default settings.
+        stages (`Stage` or a sequence of them, defaults to `Stage()`): each stage in turn, the last one of the picture's
+            size. Or one without a size, whose settings are those of as few stages as grow by four at most.
         seed (`int`, *optional*): of the noise, see `HighresPlan`; by default drawn from torch's.
         callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. A callback that sets the
             pipeline's `_interrupt` ends the picture there, with the stages finished so far.

@@ -45,7 +45,7 @@ def make_plan(
     size: sizes.Size,
     image: Image.Image | None,
     base: Base | None,
-    stages: Sequence[Stage] | None,
+    stages: Stage | Sequence[Stage],
     seed: int | None,
     weights: str | os.PathLike[str] | None,
     options: dict[str, Any],
@@ -128,12 +128,14 @@ def _check_image(image: Any, base: Base | None) -> sizes.Size:
 
 
 def _stages(
-    stages: Sequence[Stage] | None, first: sizes.Size, last: sizes.Size, token: int, transformer: Any
+    stages: Stage | Sequence[Stage], first: sizes.Size, last: sizes.Size, token: int, transformer: Any
 ) -> tuple[Stage, ...]:
-    if stages is None:
-        if first == last or last[0] * last[1] < first[0] * first[1]:
-            sizes.check_follows(first, last, token)
-        stages = [Stage(height=size[0], width=size[1]) for size in sizes.between(first, last, token)]
+    if isinstance(stages, Stage):
+        if stages.height is not None:
+            raise ValueError(f"stages={stages} has a size; give it in a list, or leave its height and width out")
+        sizes.check_follows(first, last, token)
+        steps = sizes.between(first, last, token)
+        stages = [dataclasses.replace(stages, height=size[0], width=size[1]) for size in steps]
     if not stages:
         raise ValueError("stages is empty; give at least one Stage, or leave it out")
     usual = PUBLISHED_NTK_FACTOR if has_rotary_embedding(transformer) else 1.0

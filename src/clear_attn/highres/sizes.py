@@ -24,7 +24,7 @@ def rounded(size: Size, token: int) -> Size:
         raise ValueError(f"{name(size)} is less than one token of {token} px; give the size in pixels")
     whole = size[0] // token * token, size[1] // token * token
     if whole != size:
-        warnings.warn(f"{name(size)} is no multiple of {token} px; drawing {name(whole)}", stacklevel=2)
+        warnings.warn(f"{name(size)} is no multiple of {token} px; drawing {name(whole)}", stacklevel=4)
     return whole
 
 
