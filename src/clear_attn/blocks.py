@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
+
 from clear_attn.linearize import PipelineOrTransformer, find_transformer, linearize, restore
 from clear_attn.state import apply, capture, door_of, original_state
 
@@ -41,11 +43,23 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
     Errors are those of `restore`.
     """
     back = _way_back(pipe)
+    hooks = [(each, dict(each)) for each in _hooks_in(find_transformer(pipe)[0])]
     restore(pipe)
     try:
         yield pipe
     finally:
+        new = [{key: hook for key, hook in each.items() if key not in before} for each, before in hooks]
         back()
+        # The doors would stand behind the hooks of others.
+        for (each, before), added in zip(hooks, new, strict=True):
+            each.clear()
+            each.update({**before, **added})
+
+
+def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
+    """The tables in which torch keeps a model's hooks."""
+    names = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+    return [getattr(module, name) for module in transformer.modules() for name in names]
 
 
 def _way_back(pipe: Any) -> Callable[[], None]:

@@ -52,16 +52,17 @@ def between(first: Size, last: Size, token: int) -> list[Size]:
 def check_follows(before: Size, after: Size, token: int) -> None:
     """Raises ValueError where a size is smaller than the one before it, or of another aspect ratio.
 
-    Sides may be off by what rounding to tokens makes of the smaller size.
+    Where the longer sides agree, the shorter ones may be less than a token of the smaller size apart.
     """
     if after[0] < before[0] or after[1] < before[1]:
         raise ValueError(
             f"a stage of {name(after)} is smaller than the {name(before)} before it; let stages grow, or start from a "
             "smaller image"
         )
-    height = before[1] * after[0] / after[1]
-    if abs(height - before[0]) >= token:
+    if abs(before[0] * after[1] - before[1] * after[0]) >= token * max(after):
+        share = min(before[0] / after[0], before[1] / after[1])
+        wanted = round(after[0] * share), round(after[1] * share)
         raise ValueError(
-            f"{name(before)} has another aspect ratio than {name(after)}, for which it would have to be "
-            f"{name((round(height), before[1]))}; crop it, or ask for another size"
+            f"{name(before)} has another aspect ratio than {name(after)}; crop it to {name(wanted)}, or ask for another "
+            "size"
         )
