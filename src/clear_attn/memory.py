@@ -25,7 +25,7 @@ class Memory:
         weights: of each model given, exactly, as they are stored.
         activations (`Bytes`): of a forward pass without gradients. Least: in an attention layer, query, key, value,
             the output and the residual stream, 5 x tokens x (heads x head_dim) elements; nothing can do without
-            them. Likely: 16 such, for 14 to 16 were measured with diffusers' FLUX and SD3 blocks, dense and
+            them. Likely: 20 such, for 14 to 19 were measured on a CPU with diffusers' FLUX and SD3 blocks, dense and
             linearized, uncompiled.
         decode (`Bytes`): of the decoder of an autoencoder like AutoencoderKL. Least: a residual block at full size
             holds its input and the same normed, each of the channels of the last but one level. Likely: 4 such, for
@@ -81,7 +81,7 @@ def memory_of(
     tiled = _decode(vae, min(tile, height), min(tile, width))
     return Memory(
         weights={name: weight_bytes(model) for name, model in models.items()},
-        activations=Bytes(5 * stream, 16 * stream),
+        activations=Bytes(5 * stream, 20 * stream),
         decode=whole,
         decode_tiled=Bytes(tiled.least + picture, tiled.likely + 2 * picture),
     )

@@ -63,6 +63,6 @@ def check_follows(before: Size, after: Size, token: int) -> None:
         share = min(before[0] / after[0], before[1] / after[1])
         wanted = round(after[0] * share), round(after[1] * share)
         raise ValueError(
-            f"{name(before)} has another aspect ratio than {name(after)}; crop it to {name(wanted)}, or ask for another "
-            "size"
+            f"{name(before)} has another aspect ratio than {name(after)}; crop it to {name(wanted)}, or ask for "
+            "another size"
         )
