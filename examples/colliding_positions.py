@@ -20,8 +20,8 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.demo.picture import contact_sheet
 from clear_attn.demo.scenes import held_out_scenes, read
+from clear_attn.pictures import contact_sheet
 
 
 def moved(tokens: int, dtype: torch.dtype) -> Any:

@@ -4,6 +4,7 @@ import itertools
 import warnings
 from dataclasses import replace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -402,6 +403,12 @@ class TestMemory:
         pipe.transformer.to("meta")
         assert "smaller picture" in fits._remedy(pipe, device, 100 * GIB, 80 * GIB)
         assert "enable_group_offload" in fits._remedy(pipe, device, all_weights, all_weights + 1)
+
+    def test_counts_what_an_offloaded_transformer_brings_along(self, pipe):
+        gpu = torch.device("cuda")
+        assert fits.on_device(pipe, gpu) == 0
+        accelerate.cpu_offload_with_hook(pipe.transformer, execution_device="cpu")
+        assert fits.on_device(pipe, gpu) == fits.weight_bytes(pipe.transformer)
 
     def test_room_of_this_machine(self):
         total, free = fits.room(torch.device("cpu"))

@@ -165,6 +165,12 @@ def _load(model: str, device: str | None, dtype: DType | None, offload: bool) ->
     from clear_attn import demo
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda", "mps") or (
+        device != "cpu" and not torch.accelerator.is_available()
+    ):
+        raise ValueError(f"there is no device {device!r} here; give another --device, or none")
+    if offload and device == "cpu":
+        raise ValueError("--offload keeps a GPU's memory free, and there is none; leave it out")
     kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     if model == "demo":
         pipe = demo.pipeline() if kind == torch.float32 else demo.pipeline().to(kind)
