@@ -1,6 +1,8 @@
 """How many captions the small FLUX draws right at two and four times the side that it was trained at.
 
-    python examples/highres_small_flux.py --output benchmarks/results/highres_small_flux.json --picture docs/highres.png
+    python examples/highres_small_flux.py --side 256 --captions 10 --output benchmarks/results/highres_small_flux-256.json
+    python examples/highres_small_flux.py --side 512 --captions 3 --picture docs/highres.png \\
+        --output benchmarks/results/highres_small_flux-512.json
 
 Directly at that size, dense and linearized, and by `clear_attn.highres`, with the published settings and with those
 that suit this model: it has learned its 16 x 16 places by heart, so a stage must not stray far from the image so far.
