@@ -1,6 +1,7 @@
 """How many captions the small FLUX draws right at two and four times the side that it was trained at.
 
-    python examples/highres_small_flux.py --side 256 --captions 10 --output benchmarks/results/highres_small_flux-256.json
+    python examples/highres_small_flux.py --side 256 --captions 10 \\
+        --output benchmarks/results/highres_small_flux-256.json
     python examples/highres_small_flux.py --side 512 --captions 3 --picture docs/highres.png \\
         --output benchmarks/results/highres_small_flux-512.json
 
