@@ -68,7 +68,7 @@ def test_saves_what_was_finished_when_it_is_interrupted(tmp_path, monkeypatch):
         (("--plan", "none.json"), "none.json"),
         (("--plan", "none.json", "--steps", 20), "--plan and --steps both say what to draw"),
         ((*SMALL, "--height", 128, "--init-image", "none.png"), "none.png"),
-        ((*SMALL, "--height", 128, "--device", "tpu"), "there is no device 'tpu' here"),
+        ((*SMALL, "--height", 128, "--device", "tpu"), "'tpu' is not here"),
         ((*SMALL, "--height", 128, "--device", "cpu", "--offload"), "--offload keeps a GPU's memory free"),
     ],
 )

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from PIL import Image
 
 from clear_attn.highres import HighresInterrupted, HighresPlan, HighresResult, Stage, highres
 from clear_attn.highres.planning import fingerprint
 from clear_attn.highres.result import save_with_plan, stage_file
-from clear_attn.options import check_picture_file
+from clear_attn.options import DTYPES, DType, check_picture_file, device_of
 
 STAGES, MACHINE = "Each stage", "Machine"
 # Options that a plan does not stand for.
 BESIDE_A_PLAN = {"model", "output", "plan", "init_image", "save_stages", "device", "dtype", "offload"}
-
-
-class DType(StrEnum):
-    """Of the model."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def generate(
@@ -71,7 +63,7 @@ def generate(
         int, typer.Option(min=0, help="Wavelet levels; 0 is off.", rich_help_panel=STAGES)
     ] = 0,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if any", rich_help_panel=MACHINE)
+        str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU if any", rich_help_panel=MACHINE)
     ] = None,
     dtype: Annotated[
         DType | None,
@@ -83,6 +75,7 @@ def generate(
 ) -> None:
     """Draw a picture much larger than the model was trained on."""
     check_picture_file(output, "--output")
+    where = device_of(device)
 
     def save_on_the_way(number: int, image: Image.Image, plan: HighresPlan) -> None:
         if number < len(plan.stages):
@@ -113,7 +106,7 @@ def generate(
                 "seed": seed,
                 "stages": stage,
             }
-        pipe = _load(model, device, dtype, offload)
+        pipe = _load(model, where, dtype, offload)
         callback = save_on_the_way if save_stages else None
         result = highres(pipe, **asked, image=image, callback_on_stage_end=callback)
     except HighresInterrupted as stop:
@@ -158,20 +151,14 @@ def _again(plan: HighresPlan, file: Path, image: Image.Image | None) -> dict[str
     return plan.arguments()
 
 
-def _load(model: str, device: str | None, dtype: DType | None, offload: bool) -> Any:
-    import torch
+def _load(model: str, device: torch.device, dtype: DType | None, offload: bool) -> Any:
     from diffusers import DiffusionPipeline
 
     from clear_attn import demo
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] not in ("cpu", "cuda", "mps") or (
-        device != "cpu" and not torch.accelerator.is_available()
-    ):
-        raise ValueError(f"there is no device {device!r} here; give another --device, or none")
-    if offload and device == "cpu":
+    if offload and device.type == "cpu":
         raise ValueError("--offload keeps a GPU's memory free, and there is none; leave it out")
-    kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    kind = getattr(torch, dtype or DTYPES[device.type])
     if model == "demo":
         pipe = demo.pipeline() if kind == torch.float32 else demo.pipeline().to(kind)
     else:
