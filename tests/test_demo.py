@@ -131,7 +131,13 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert "16 x 16 image tokens, 24 text tokens, window 5, down_factor 2" in result.output
         assert f"Saved {output}" in result.output
-        assert Image.open(output).size[0] > 2 * demo.SIZE
+        assert "in the box are for --window 4 --down-factor 1, so they are not shown" in result.output
+        two = Image.open(output).size
+        assert two[0] > 2 * demo.SIZE
+        result = self.run("demo", "--prompt", prompt, "--output", output)
+        assert result.exit_code == 0, result.output
+        assert "window 4 (distilled)" in result.output
+        assert Image.open(output).size[1] > two[1]
 
     def test_demo_refuses_before_it_draws(self, tmp_path):
         result = self.run("demo", "--output", tmp_path / "no" / "where.png")

@@ -1,23 +1,42 @@
 """Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112)."""
 
 from clear_attn.attention import clear_attention
+from clear_attn.blocks import linearized
 from clear_attn.config import ClearConfig
 from clear_attn.cost import Cost, cost
+from clear_attn.highres import (
+    Base,
+    HighresInterrupted,
+    HighresPlan,
+    HighresResult,
+    Stage,
+    highres,
+    ntk_scaling,
+    proportional_attention,
+)
 from clear_attn.layout import TokenLayout
-from clear_attn.linearize import is_linearized, linearize, linearized, restore
+from clear_attn.linearize import is_linearized, linearize, restore
 from clear_attn.processors import ClearAttnProcessor
 from clear_attn.saving import push_to_hub, save_pretrained
 
 __all__ = [
+    "Base",
     "ClearAttnProcessor",
     "ClearConfig",
     "Cost",
+    "HighresInterrupted",
+    "HighresPlan",
+    "HighresResult",
+    "Stage",
     "TokenLayout",
     "clear_attention",
     "cost",
+    "highres",
     "is_linearized",
     "linearize",
     "linearized",
+    "ntk_scaling",
+    "proportional_attention",
     "push_to_hub",
     "restore",
     "save_pretrained",

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 
 from clear_attn.bench.command import bench
 from clear_attn.evaluate.command import evaluate
+from clear_attn.highres.command import generate
+from clear_attn.options import check_picture_file
 
 app = typer.Typer(
     name="clear-attn",
@@ -40,6 +41,7 @@ class Model(StrEnum):
 
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(generate)
 
 
 @app.callback()
@@ -58,10 +60,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("clear-attn-demo.png"),
 ) -> None:
     """Draw captions with the small FLUX in the box: dense, linearized, and with its distilled weights."""
-    if not output.resolve().parent.is_dir():
-        raise typer.BadParameter(f"no such directory: {output.resolve().parent}", param_hint="--output")
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise typer.BadParameter(f"{output} names no kind of picture; let it end in .png", param_hint="--output")
+    check_picture_file(output, "--output")
     # Only here, for torch and diffusers take seconds to import.
     from clear_attn.config import ClearConfig
     from clear_attn.demo import draw
@@ -88,7 +87,7 @@ def cost(
 
     try:
         counted = count(
-            _without_weights(model),
+            _without_weights(model).bfloat16(),
             height,
             width,
             window=window,

@@ -1,4 +1,4 @@
-"""What a picture costs in attention, counted exactly, dense and linearized."""
+"""What a picture costs: the work of attention, counted exactly, dense and linearized, and memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from clear_attn.config import ClearConfig, check_whole_number
 from clear_attn.families import Family
 from clear_attn.layout import Grid
 from clear_attn.linearize import find_transformer
 from clear_attn.masks import BLOCK
+from clear_attn.memory import Memory, memory_of
 from clear_attn.record import mark_of
 from clear_attn.state import door_of
 
@@ -49,6 +52,7 @@ class Cost:
         layers_without_text (`int`): attention layers in which the image tokens stand alone.
         controlnets: of each ControlNet in the pipeline, the FLOPs of its attention, dense and as it is; not part of
             the other numbers.
+        memory (`Memory`, *optional*): of the weights, of a forward pass, and of decoding.
     """
 
     height: int
@@ -61,6 +65,7 @@ class Cost:
     down_factor: int
     layers_without_text: int = 0
     controlnets: tuple[tuple[int, int], ...] = ()
+    memory: Memory | None = None
 
     @property
     def image_tokens(self) -> int:
@@ -145,6 +150,7 @@ class Cost:
         )
         return {
             **inputs,
+            "memory": self.memory.to_dict() if self.memory else None,
             **{name: getattr(self, name) for name in derived},
             "step_gflops": self.flops(self.step_pairs) / 1e9,
             "dense_step_gflops": self.flops(self.dense_step_pairs) / 1e9,
@@ -192,6 +198,8 @@ class Cost:
             )
         if self.layers_without_text:
             remarks.append(f"In {self.layers_without_text} of the layers the image tokens stand alone, without text.")
+        if self.memory:
+            remarks.append(str(self.memory))
         return remarks
 
     def __str__(self) -> str:
@@ -221,7 +229,7 @@ def cost(
     text_tokens: int | None = None,
     batch: int = 1,
 ) -> Cost:
-    """Counts the attention of one forward pass over one picture size; reference pictures are not counted.
+    """Counts one forward pass over one picture size: attention's work, and memory; no reference pictures.
 
     Args:
         pipe: a supported pipeline or transformer, linearized or not.
@@ -255,7 +263,12 @@ def cost(
     counted = _count(transformer, family, (sides[0], sides[1]), text_tokens, batch, config)
     controlnet = getattr(pipe, "controlnet", None)
     nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])
-    return dataclasses.replace(counted, controlnets=tuple(_count_controlnet(net, counted) for net in nets))
+    models = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
+    tokens = text_tokens + counted.image_tokens
+    memory = memory_of(models or {"transformer": transformer}, transformer, tokens, batch, height, width)
+    return dataclasses.replace(
+        counted, controlnets=tuple(_count_controlnet(net, counted) for net in nets), memory=memory
+    )
 
 
 def _count(transformer: Any, family: Family, grid: Grid, text_tokens: int, batch: int, config: ClearConfig) -> Cost:

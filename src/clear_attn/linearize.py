@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -168,34 +167,6 @@ def _warn_if_left_dense(transformer: Any) -> None:
             "and now runs with dense attention; call clear_attn.linearize(pipe)",
             stacklevel=3,
         )
-
-
-@contextlib.contextmanager
-def linearized(
-    pipe: PipelineOrTransformer,
-    window: int | None = None,
-    down_factor: int | None = None,
-    *,
-    weights: str | os.PathLike[str] | None = "auto",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    backend: str = "auto",
-) -> Iterator[PipelineOrTransformer]:
-    """`linearize` for the length of a `with` block; then the state before, whatever it was.
-
-    Arguments and errors are those of `linearize`.
-    """
-    transformer, family = find_transformer(pipe)
-    layers = family.attention_layers(transformer)
-    door = door_of(transformer)
-    before = capture(transformer, layers, door.original.values if door else ())
-    linearize(pipe, window, down_factor, weights=weights, revision=revision, token=token, backend=backend)
-    try:
-        yield pipe
-    finally:
-        stock = original_state(transformer, layers)
-        values = {**stock.values, **before.values}
-        apply(transformer, layers, before._replace(values=values) if before.door else stock)
 
 
 def _settings_of_mark(window: int | None, down_factor: int | None, mark: Mapping[str, Any]) -> tuple[int, int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 
 import torch
 import typer
+from PIL import Image
 
 # Unless asked for another.
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
@@ -35,3 +37,11 @@ def device_of(name: str | None) -> torch.device:
         there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise typer.BadParameter(f"{name!r} is not here; there is {', '.join(there)}", param_hint="--device")
     return device
+
+
+def check_picture_file(file: Path, option: str) -> None:
+    """Raises BadParameter where no picture can be saved as this file."""
+    if not file.resolve().parent.is_dir():
+        raise typer.BadParameter(f"no such directory: {file.resolve().parent}", param_hint=option)
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise typer.BadParameter(f"{file} names no kind of picture; let it end in .png", param_hint=option)

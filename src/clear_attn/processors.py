@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
@@ -14,7 +14,7 @@ from clear_attn.attention import clear_attention, pool
 from clear_attn.layout import TokenLayout
 
 # The keywords beyond diffusers' own that a processor takes.
-LAYOUT, BACKEND = "clear_layout", "clear_backend"
+LAYOUT, BACKEND, SHARPNESS = "clear_layout", "clear_backend", "clear_sharpness"
 
 
 class ClearAttnProcessor(nn.Module):
@@ -22,7 +22,7 @@ class ClearAttnProcessor(nn.Module):
 
     It is called by the layer as diffusers calls its own processors; what it needs beyond that, the layout and the
     backend, arrives in the model's `joint_attention_kwargs` as `clear_layout` and `clear_backend`, which the door
-    of a linearized transformer adds.
+    of a linearized transformer adds. `clear_sharpness` there multiplies the usual scale of the scores.
 
     It is a module for the sake of its one parameter, `spatial_weight`, so calling it as a module means pooling and
     calling it as diffusers does means attention: offloading hooks wrap the former, and only the former touches the
@@ -67,12 +67,13 @@ class ClearAttnProcessor(nn.Module):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         clear_layout: TokenLayout | None = None,
         clear_backend: str = "auto",
+        clear_sharpness: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         layout = self.layout_for(attention_mask, clear_layout, hidden_states, encoder_hidden_states)
         query, key, value = project(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first, self.takes_fused(attn)
         )
-        joint = self.attend(query, key, value, layout, clear_backend)
+        joint = self.attend(query, key, value, layout, clear_backend, clear_sharpness)
         return project_out(attn, joint, encoder_hidden_states is not None, layout)
 
     def layout_for(
@@ -87,14 +88,23 @@ class ClearAttnProcessor(nn.Module):
         alone = hidden_states.shape[1] == layout.image_tokens and encoder_hidden_states is None
         return layout.without_text if alone else layout
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, backend: str) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, backend: str, sharpness: float = 1.0
+    ) -> Tensor:
         """CLEAR's attention, `[batch, tokens, heads x head_dim]`."""
         pooled = None
         if layout.pooled_tokens:
             pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
             pooled = pool_image(key[:, :, layout.image], layout), pool_image(value[:, :, layout.image], layout)
         joint = clear_attention(
-            query, key, value, layout, pooled=pooled, backend=backend, text_attention=self._text_attention
+            query,
+            key,
+            value,
+            layout,
+            pooled=pooled,
+            backend=backend,
+            scale=sharpness * query.shape[-1] ** -0.5,
+            text_attention=self._text_attention,
         )
         return joint.transpose(1, 2).flatten(2, 3)
 
@@ -173,7 +183,17 @@ def project(
     return [x.transpose(1, 2) for x in (query, key, value)]
 
 
-def project_out(attn: Any, joint: Tensor, apart: bool, layout: TokenLayout) -> Tensor | tuple[Tensor, Tensor]:
+class Places(Protocol):
+    """Where image and text stand in a sequence of both."""
+
+    @property
+    def image(self) -> slice: ...
+
+    @property
+    def text(self) -> slice: ...
+
+
+def project_out(attn: Any, joint: Tensor, apart: bool, layout: Places) -> Tensor | tuple[Tensor, Tensor]:
     """What a layer gives for the output of its attention: image and text apart where it was given them so."""
     image = joint[:, layout.image] if apart else joint
     if getattr(attn, "to_out", None) is not None:

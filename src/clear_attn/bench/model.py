@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from clear_attn.backends import dense, flex
 from clear_attn.bench.measure import Mark, Subject
 from clear_attn.bench.operation import BACKENDS, Case, distance, fastest_dense, inputs
-from clear_attn.linearize import linearized
+from clear_attn.blocks import linearized
 
 VARIANTS = ("dense", *BACKENDS, "bound")
 # FLUX.1-dev has twice as many single blocks.

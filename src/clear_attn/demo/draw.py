@@ -53,9 +53,7 @@ def compare(captions: Sequence[str], config: ClearConfig, seed: int, output: Pat
     last[0] = draw_window(last[0], config.window, demo.SIZE // cost.width)
     contact_sheet(rows, captions).save(output)
     times = ", ".join(f"{name.replace(chr(10), ' ')} {each:.1f} s" for name, each in seconds.items())
-    told = (
-        f"{cost}\n\nDrawn in: {times}. At 16 x 16 tokens there is little to save; the larger the picture, the more."
-    )
+    told = f"{cost}\n\nDrawn in: {times}. At 16 x 16 tokens there is little to save; the larger the picture, the more."
     if not fits:
         told += (
             f"\n\nThe distilled weights in the box are for --window {trained.window} --down-factor "

@@ -113,6 +113,7 @@ class DistillProcessor(ClearAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         clear_layout: TokenLayout | None = None,
         clear_backend: str = "auto",
+        clear_sharpness: float = 1.0,
         clear_role: str = STUDENT,
         clear_outputs: Outputs | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -122,9 +123,13 @@ class DistillProcessor(ClearAttnProcessor):
             layer, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first, fused=False
         )
         if clear_role == TEACHER:
-            joint = self._text_attention(query, key, value, query.shape[-1] ** -0.5).transpose(1, 2).flatten(2, 3)
+            joint = (
+                self._text_attention(query, key, value, clear_sharpness * query.shape[-1] ** -0.5)
+                .transpose(1, 2)
+                .flatten(2, 3)
+            )
         else:
-            joint = self.attend(query, key, value, layout, clear_backend)
+            joint = self.attend(query, key, value, layout, clear_backend, clear_sharpness)
         if clear_outputs is not None:
             clear_outputs.put(self.layer, joint)
         return project_out(layer, joint, encoder_hidden_states is not None, layout)

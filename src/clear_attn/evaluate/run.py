@@ -13,13 +13,14 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from clear_attn.blocks import linearized
 from clear_attn.config import check_whole_number
 from clear_attn.evaluate.catalogue import CLIP, DINO, Judges, make_metrics
 from clear_attn.evaluate.draw import Drawing, Drawn, draw, read_all
 from clear_attn.evaluate.folder import filled_at_the_end
 from clear_attn.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.evaluate.report import Evaluation, seconds_of, sheet
-from clear_attn.linearize import find_transformer, linearized
+from clear_attn.linearize import find_transformer
 from clear_attn.published import name_of
 from clear_attn.record import mark_of
 

@@ -62,7 +62,7 @@ class Family(abc.ABC):
         """Whether text takes part in the attention of the layer of this name."""
         return True
 
-    def new_processor(self, down_factor: int, layer: str) -> nn.Module:
+    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
         """The processor for a layer."""
         return ClearAttnProcessor(down_factor, layer)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
 from clear_attn.families.base import Call, Family, InnerDoor
 from clear_attn.layout import TokenLayout, tile_order
@@ -31,7 +31,7 @@ class SD3(Family):
     text_tokens = 77 + 256  # CLIP's and T5's
     residuals = ("block_controlnet_hidden_states",)
 
-    def new_processor(self, down_factor: int, layer: str) -> nn.Module:
+    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
         return PartsProcessor(down_factor, layer)
 
     def has_text(self, transformer: Any, layer: str) -> bool:

@@ -1,0 +1,114 @@
+"""`highres`: large pictures in one call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+
+from clear_attn.blocks import linearized
+from clear_attn.highres import cascade
+from clear_attn.highres.fits import check_fits
+from clear_attn.highres.plan import HighresPlan
+from clear_attn.highres.planning import make_plan
+from clear_attn.highres.result import HighresInterrupted, HighresResult
+from clear_attn.highres.stages import Base, Stage
+from clear_attn.linearize import find_transformer, is_linearized
+from clear_attn.record import mark_of
+from clear_attn.state import door_of
+
+
+def highres(
+    pipe: Any,
+    prompt: str,
+    *,
+    height: int,
+    width: int,
+    window: int | None = None,
+    down_factor: int | None = None,
+    weights: str | os.PathLike[str] | None = "auto",
+    backend: str = "auto",
+    image: Image.Image | None = None,
+    base: Base | None = None,
+    stages: Stage | Sequence[Stage] = Stage(),  # noqa: B008, for it is frozen
+    seed: int | None = None,
+    callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    callback_on_stage_end: Callable[[int, Image.Image, HighresPlan], None] | None = None,
+    **options: Any,
+) -> HighresResult:
+    """Draws a picture much larger than a model was trained on.
+
+    A base image at the model's own size comes first, with dense attention and the original weights; then each stage
+    enlarges it and draws it again with the linearized model (SDEdit). Afterwards the pipeline is as it was, also
+    after an error. All is checked before the first step: sizes, settings, weights, and whether memory can suffice.
+
+    Args:
+        pipe: a FLUX.1, Stable Diffusion 3 or 3.5 pipeline, text to image or image to image, linearized or not.
+        prompt (`str`): what to draw.
+        height, width (`int`): pixels; rounded down to whole tokens, with a warning.
+        window, down_factor, weights, backend: as in `linearize`. A linearized pipeline draws as it is where neither
+            of the first three is given.
+        image (`PIL.Image.Image`, *optional*): comes first instead of a base image; of the picture's aspect ratio.
+        base (`Base`, *optional*): settings of the base image.
+        stages (`Stage` or a sequence of them, defaults to `Stage()`): each stage in turn, the last one of the picture's
+            size. Or one without a size, whose settings are those of as few stages as grow by four at most.
+        seed (`int`, *optional*): of the noise, see `HighresPlan`; by default drawn from torch's.
+        callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. A callback that sets the
+            pipeline's `_interrupt` ends the picture there, with the stages finished so far.
+        callback_on_stage_end (*optional*): called with the number of each finished image (0 is the first one), the
+            image, and the plan.
+        **options: further keywords for every call of the pipelines, plain data: `negative_prompt`,
+            `max_sequence_length`, ...
+
+    Returns:
+        `HighresResult`: all images, and the plan, from which the picture can be made again.
+
+    Raises:
+        TypeError: not a supported pipeline; values of the wrong kind; unknown options.
+        ValueError: sizes, aspect ratios or settings that do not fit each other or the model; sizes that memory cannot
+            hold.
+        HighresInterrupted: Ctrl-C; its `result` has what was finished. It is a KeyboardInterrupt.
+        And all that `linearize` raises.
+    """
+    plan = make_plan(pipe, prompt, (height, width), image, base, stages, seed, weights, options)
+    check_fits(pipe, plan)
+    callbacks = {
+        "callback_on_step_end": callback_on_step_end,
+        "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+    }
+    images: list[Image.Image] = []
+    with _linearized_as_asked(pipe, window, down_factor, weights, backend):
+        plan = _with_what_it_is(plan, pipe)
+        try:
+            for number, drawn in enumerate(cascade.draw(pipe, plan, image, callbacks)):
+                images.append(drawn)
+                if callback_on_stage_end:
+                    callback_on_stage_end(number, drawn, plan)
+        except KeyboardInterrupt:
+            raise HighresInterrupted(HighresResult(images, plan)) from None
+    return HighresResult(images, plan)
+
+
+@contextlib.contextmanager
+def _linearized_as_asked(
+    pipe: Any, window: int | None, down_factor: int | None, weights: str | os.PathLike[str] | None, backend: str
+) -> Iterator[None]:
+    if is_linearized(pipe) and (window, down_factor, weights) == (None, None, "auto"):
+        yield
+    else:
+        with linearized(pipe, window, down_factor, weights=weights, backend=backend):
+            yield
+
+
+def _with_what_it_is(plan: HighresPlan, pipe: Any) -> HighresPlan:
+    """The plan with the window, down_factor and weights that a linearized pipeline has."""
+    transformer, _ = find_transformer(pipe)
+    door, mark = door_of(transformer), mark_of(transformer)
+    assert door
+    weights = plan.weights if plan.weights != "auto" else mark["weights"] if mark else None
+    return dataclasses.replace(plan, window=door.config.window, down_factor=door.config.down_factor, weights=weights)

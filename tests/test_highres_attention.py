@@ -1,0 +1,149 @@
+"""NTK scaling and proportional attention."""
+
+import contextlib
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxControlNetModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+import clear_attn as clear
+from clear_attn.highres.proportional import sharpness
+from tests import tiny
+from tests.plain import FLUX_ATTENTION, SD3_ATTENTION, run
+from tests.test_linearize import assert_same, photograph
+
+GRID = (9, 12)
+
+
+def with_scale(transformer, call, scale):
+    """The stock model's output with another scale of all scores, `scale` times head_dim^-0.5."""
+    text_first = isinstance(transformer, type(tiny.flux_transformer()))
+    name, plain = (
+        (FLUX_ATTENTION[0], dispatch_attention_fn) if text_first else (SD3_ATTENTION[0], F.scaled_dot_product_attention)
+    )
+
+    def scaled(query, *args, **kwargs):
+        return plain(query, *args, **{**kwargs, "scale": scale * query.shape[-1] ** -0.5})
+
+    with mock.patch(name, scaled):
+        return run(transformer, call)
+
+
+class TestNtkScaling:
+    def test_is_the_rotary_embedding_of_a_larger_theta(self):
+        transformer = tiny.flux_transformer()
+        ids = tiny.image_ids(GRID)
+        with clear.ntk_scaling(transformer, 10):
+            cos, _ = transformer.pos_embed(ids)
+        expected = [
+            get_1d_rotary_pos_embed(
+                size, ids[:, axis], theta=100_000, repeat_interleave_real=True, use_real=True, freqs_dtype=torch.float64
+            )[0]
+            for axis, size in enumerate(tiny.FLUX_CONFIG["axes_dims_rope"])
+        ]
+        assert torch.equal(cos, torch.cat(expected, dim=-1))
+
+    def test_leaves_all_as_it_was_also_after_an_error(self, pipe):
+        before = photograph(pipe.transformer), pipe.transformer.pos_embed.theta
+        with clear.ntk_scaling(pipe, 10) as given:
+            assert given is pipe
+            with clear.ntk_scaling(pipe.transformer, 3):
+                assert pipe.transformer.pos_embed.theta == 30 * before[1]
+            assert pipe.transformer.pos_embed.theta == 10 * before[1]
+        with pytest.raises(ZeroDivisionError), clear.ntk_scaling(pipe, 10):
+            raise ZeroDivisionError
+        assert pipe.transformer.pos_embed.theta == before[1]
+        assert_same(pipe.transformer, before[0])
+
+    @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, "ten", True])
+    def test_refuses_what_is_no_factor(self, factor):
+        with pytest.raises(ValueError, match="ntk_factor must be a finite number above 0"):
+            clear.ntk_scaling(tiny.flux_transformer(), factor).__enter__()
+
+    def test_refuses_a_model_without_rotary_embedding(self):
+        with pytest.raises(ValueError, match="ntk_factor=10 needs a rotary embedding, and a SD3Transformer2DModel has"):
+            clear.ntk_scaling(tiny.sd3_transformer(), 10).__enter__()
+
+
+class TestProportionalAttention:
+    def test_sharpness(self):
+        assert sharpness(64 * 64 + 512) == 1
+        assert math.isclose(sharpness(66048), math.sqrt(math.log(66048, 4608)))
+        assert math.isclose(sharpness(66048, down_factor=4), math.sqrt(math.log(660480, 4608)))
+
+    @pytest.mark.parametrize("window", [None, 40])
+    def test_scales_every_score(self, family, transformer, window):
+        call = family.call(transformer, GRID)
+        expected = with_scale(transformer, call, sharpness(GRID[0] * GRID[1] + 7))
+        plain = run(transformer, call)
+        local = clear.linearized(transformer, window, weights=None) if window else contextlib.nullcontext()
+        with local, clear.proportional_attention(transformer) as given:
+            assert given is transformer
+            torch.testing.assert_close(run(transformer, call), expected)
+        assert (plain - expected).abs().max() > 1e-3
+        assert torch.equal(run(transformer, call), plain)
+
+    def test_pooled_keys_count_as_published(self, family, transformer):
+        clear.linearize(transformer, 4, 3, weights=None)
+        seen = []
+
+        def attention(*args, scale, **kwargs):
+            seen.append(scale)
+            return clear.clear_attention(*args, scale=scale, **kwargs)
+
+        with mock.patch("clear_attn.processors.clear_attention", attention), clear.proportional_attention(transformer):
+            run(transformer, family.call(transformer, GRID))
+        assert seen == pytest.approx([math.sqrt(math.log(10 * (108 + 7), 4608) / 16)] * family.layers)
+
+    @pytest.mark.parametrize("window", [None, 4])
+    def test_leaves_all_as_it_was_also_after_an_error(self, family, transformer, window):
+        if window:
+            clear.linearize(transformer, window, weights=None)
+        before = photograph(transformer)
+        with pytest.raises(ZeroDivisionError), clear.proportional_attention(transformer):
+            raise ZeroDivisionError
+        assert_same(transformer, before)
+
+    def test_fused_projections(self, pipe):
+        call = tiny.flux_call(pipe.transformer, GRID)
+        expected = with_scale(pipe.transformer, call, sharpness(115))
+        pipe.transformer.fuse_qkv_projections()
+        with clear.proportional_attention(pipe):
+            torch.testing.assert_close(run(pipe.transformer, call), expected, atol=1e-4, rtol=1e-4)
+
+    def test_the_caller_s_own_keywords_stay(self, transformer, family):
+        call = {**family.call(transformer, GRID), "joint_attention_kwargs": {"scale": 1.0}}
+        expected = with_scale(transformer, call, sharpness(115))
+        with clear.proportional_attention(transformer):
+            torch.testing.assert_close(run(transformer, call), expected)
+        assert call["joint_attention_kwargs"] == {"scale": 1.0}
+
+    def test_refuses_other_processors(self, transformer, family):
+        class Foreign(torch.nn.Module):
+            def __call__(self, attn, hidden_states, encoder_hidden_states=None, image_rotary_emb=None):
+                return hidden_states
+
+        layer = next(iter(family_layers(transformer)))
+        with clear.proportional_attention(transformer):
+            stock = layer.processor
+            layer.set_processor(Foreign())
+            with pytest.raises(RuntimeError, match="has a Foreign, whose scores proportional attention cannot scale"):
+                run(transformer, family.call(transformer, GRID))
+            layer.set_processor(stock)
+        layer.set_processor(Foreign())
+        with pytest.raises(RuntimeError, match="has a Foreign"):
+            clear.proportional_attention(transformer).__enter__()
+
+    def test_refuses_a_controlnet(self):
+        net = FluxControlNetModel(**tiny.FLUX_CONFIG)
+        with pytest.raises(TypeError, match="give the pipeline or its transformer"):
+            clear.proportional_attention(net).__enter__()
+
+
+def family_layers(transformer):
+    return [transformer.get_submodule(name.removesuffix(".processor")) for name in transformer.attn_processors]

@@ -1,0 +1,68 @@
+"""What a forward pass and a decoder hold, against what torch's profiler sees."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+import clear_attn as clear
+from clear_attn.bench.measure import Subject, _peak_bytes
+from clear_attn.memory import weight_bytes
+from tests import tiny
+
+
+def peak(call):
+    with torch.no_grad():
+        call()
+        return _peak_bytes(Subject("", lambda mark: call()), torch.device("cpu"))[0]
+
+
+# Wide enough that a block outweighs what surrounds it.
+WIDE = {"num_attention_heads": 8, "attention_head_dim": 32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_activations_lie_between_the_bounds(family, window, dtype):
+    own = {"axes_dims_rope": (8, 12, 12)} if family == "flux" else {"caption_projection_dim": 256}
+    transformer = tiny.FAMILIES[family].transformer(**WIDE, **own).to(dtype)
+    grid = (24, 32)
+    call = {
+        name: value.to(dtype) if name != "img_ids" and torch.is_tensor(value) else value
+        for name, value in tiny.FAMILIES[family].call(transformer, grid, text=32).items()
+    }
+    if window:
+        clear.linearize(transformer, window, weights=None)
+    bounds = clear.cost(transformer, 16 * grid[0], 16 * grid[1], text_tokens=32).memory.activations
+    seen = peak(lambda: transformer(**call))
+    assert bounds.least < seen < bounds.likely, 20 * seen / bounds.likely
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_decoding_lies_between_the_bounds(pipe, tiling):
+    pipe.vae = AutoencoderKL(**{**pipe.vae.config, "block_out_channels": (32, 64, 128), "latent_channels": 4}).eval()
+    pipe.vae.use_tiling = tiling
+    memory = clear.cost(pipe, 160, 192).memory
+    bounds = memory.decode_tiled if tiling else memory.decode
+    latents = torch.randn(1, 4, 40, 48)
+    assert bounds.least < peak(lambda: pipe.vae.decode(latents)) < bounds.likely
+
+
+def test_weights_are_exact(pipe):
+    memory = clear.cost(pipe, 128, 128).memory
+    assert set(memory.weights) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
+    counted = sum(x.numel() for x in pipe.transformer.parameters())
+    assert memory.weights["transformer"] == weight_bytes(pipe.transformer, "cpu") == 4 * counted
+    assert weight_bytes(pipe.transformer, "cuda") == 0
+    assert memory.all_weights == sum(memory.weights.values())
+
+
+def test_of_flux_dev_at_8192():
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
+    memory = clear.cost(flux, 8192, 8192).memory
+    assert memory.weights == {"transformer": 2 * 11_901_408_320}
+    assert memory.activations.least == 5 * 2 * 3072 * (512 * 512 + 512)
+    assert memory.decode == memory.decode_tiled == (0, 0)
+    assert "weights 22.2 GiB, activations 7.5 to 30.1 GiB." in str(clear.cost(flux, 8192, 8192))
+    assert clear.cost(flux, 8192, 8192).to_dict()["memory"]["activations"]["least"] == memory.activations.least
