@@ -3,9 +3,9 @@
     python benchmarks/distill_memory.py --output benchmarks/results/distill-memory-cpu.json
     python benchmarks/distill_memory.py --heads 24 --layers 19 --single-layers 38 --pixels 1024 --text-tokens 512
 
-The second line is FLUX.1 itself, on a GPU. A FLUX of the given size with random weights: the trunk in bfloat16, the student in float32 under autocast, gradient
-checkpointing, batch 1. Counted is what follows from the numbers of parameters; what is measured above it are
-activations and what the optimizer's step needs for a moment.
+The second line is FLUX.1 itself, on a GPU. A FLUX of the given size with random weights: the trunk in bfloat16, the
+student in float32 under autocast, gradient checkpointing, batch 1. Counted is what follows from the numbers of
+parameters; what is measured above it are activations and what the optimizer's step needs for a moment.
 """
 
 import json

@@ -119,6 +119,38 @@ class TestSmallFlux:
         assert weights[0] == weights[1]
 
 
+class TestDistilled:
+    def test_draws_what_the_dense_model_draws(self, pipe, monkeypatch):
+        """At a window where the model's own weights do not."""
+        evaluation = example("evaluate_small_flux")
+        scenes = held_out_scenes()[:12]
+
+        def draw():
+            return np.stack(evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=12)) / 255.0
+
+        dense = draw()
+        with clear.linearized(pipe, 4, weights=None):
+            free = draw()
+        with clear.linearized(pipe, weights=demo.distilled()):
+            distilled = draw()
+        assert ((distilled - dense) ** 2).mean() < ((free - dense) ** 2).mean() / 4
+
+    def test_is_small(self):
+        assert sum(file.stat().st_size for file in demo.distilled().iterdir()) < 2 * 2**20
+
+    def test_training_runs(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(EXAMPLES)
+        distilling = example("distill_small_flux")
+        monkeypatch.setattr(distilling, "PICTURES", 4)
+        monkeypatch.setattr(distilling, "LONGER", 2)
+        distilling.main(tmp_path, steps=1, captions=2, only=["4x1"])
+        rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+        assert [row["weights"] for row in rows] == ["training-free", *distilling.STUDENTS, *distilling.LONGEST]
+        assert len({row["error"] for row in rows}) == 5
+        assert Image.open(tmp_path / "table.png").size[1] > 6 * demo.SIZE
+        assert len(list((tmp_path / "drawn").glob("*.png"))) == 4
+
+
 class TestCommand:
     run = staticmethod(lambda *arguments: CliRunner().invoke(app, list(map(str, arguments))))
 
