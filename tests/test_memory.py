@@ -1,10 +1,9 @@
 """What a forward pass and a decoder hold, against what torch's profiler sees."""
 
-import gc
-
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
 
 import clear_attn as clear
 from clear_attn.bench.measure import Subject, _peak_bytes
@@ -13,8 +12,8 @@ from tests import tiny
 
 
 def peak(call):
-    gc.collect()  # what earlier tests left, freed while the profiler looks on, would count
-    with torch.no_grad():
+    # diffusers keeps the attention backend that any model was last given for all models.
+    with torch.no_grad(), attention_backend("native"):
         call()
         return _peak_bytes(Subject("", lambda mark: call()), torch.device("cpu"))[0]
 
