@@ -10,21 +10,11 @@ import torch
 from PIL import Image
 
 from clear_attn import demo
-from clear_attn.demo.scenes import draw, training_scenes
 from clear_attn.distill import buckets, cache
 from clear_attn.distill.cache import Cache, Origin, batches
 from clear_attn.distill.data import from_dataset, from_folder
 from clear_attn.distill.recipes import recipe_of
-
-
-def fill(folder, count=5, sizes=((64, 64),)):
-    """Pictures of scenes, each with a caption in a text file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, scene in zip(range(count), training_scenes(), strict=False):
-        height, width = sizes[number % len(sizes)]
-        Image.fromarray(draw(scene, 64)).resize((width, height)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(scene.caption)
-    return folder
+from tests.training import fill
 
 
 class TestFolder:

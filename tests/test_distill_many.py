@@ -13,10 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from clear_attn import demo
-from clear_attn.distill import Settings, config_file, train
+from clear_attn.distill import config_file, train
 from clear_attn.sources import WEIGHTS_FILE
-from tests.test_distill_data import fill
+from tests.training import fill, small_settings
 
 PROCESSES = 2
 
@@ -28,21 +27,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def settings(tmp_path, data):
-    return Settings(
-        pretrained_model_name_or_path=str(demo.path()),
-        train_data_dir=str(data),
-        output_dir=str(tmp_path / "out"),
-        cache_dir=str(tmp_path / "cache"),
-        window=2,
-        down_factor=2,
-        resolution=64,
-        max_sequence_length=24,
-        max_train_steps=3,
-        optimizer="adamw",
-        learning_rate=1e-3,
-        checkpointing_steps=2,
-        mixed_precision="no",
-        report_to="none",
+    return dataclasses.replace(
+        small_settings(tmp_path, data), train_batch_size=1, max_train_steps=3, mixed_precision="no"
     )
 
 

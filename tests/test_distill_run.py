@@ -25,29 +25,14 @@ from clear_attn.distill.seeds import hash_of
 from clear_attn.pictures import contact_sheet
 from clear_attn.sources import WEIGHTS_FILE
 from tests.plain import run
-from tests.test_distill_data import fill
+from tests.training import fill, small_settings
 
-MODEL = str(Path(demo.__file__).parent / "small_flux")
+MODEL = str(demo.path())
 
 
 @pytest.fixture
 def settings(tmp_path):
-    return Settings(
-        pretrained_model_name_or_path=MODEL,
-        train_data_dir=str(fill(tmp_path / "data", 6)),
-        output_dir=str(tmp_path / "out"),
-        cache_dir=str(tmp_path / "cache"),
-        window=2,
-        down_factor=2,
-        resolution=64,
-        max_sequence_length=24,
-        train_batch_size=2,
-        max_train_steps=4,
-        optimizer="adamw",
-        learning_rate=1e-3,
-        checkpointing_steps=2,
-        report_to="none",
-    )
+    return small_settings(tmp_path, fill(tmp_path / "data", 6))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from clear_attn.evaluate.at_hand import Missing, pretrained, pretrained_model
 from clear_attn.evaluate.metrics import STUDENT, TEACHER, Batch
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Module, ABC):
     """Pictures as points on a sphere; resized and cropped as the model's own settings say.
 
     Args:
@@ -37,8 +38,9 @@ class Embedding(nn.Module):
         )
         return F.normalize(self.features(pixels["pixel_values"].to(self.model.device)), dim=-1)
 
+    @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of pixels as the model wants them, one row a picture."""
 
 
 class Dino(Embedding):

@@ -47,10 +47,6 @@ def kind_of(pipe: Any) -> Kind:
     raise TypeError(f"highres does not know a {type(pipe).__name__}; give one of: {supported}")
 
 
-def parts_of(pipe: Any, **changes: Any) -> dict[str, Any]:
-    return {**pipe.components, **changes}
-
-
 def defaults_of(pipeline: type) -> dict[str, Any]:
     """The keywords of a pipeline's call and their defaults."""
     return {each.name: each.default for each in inspect.signature(pipeline.__call__).parameters.values()}

@@ -1,0 +1,37 @@
+"""A small run of distillation: its pictures and its settings."""
+
+from PIL import Image
+
+from clear_attn import demo
+from clear_attn.demo.scenes import draw, training_scenes
+from clear_attn.distill import Settings
+
+
+def fill(folder, count=5, sizes=((64, 64),)):
+    """Pictures of scenes, each with a caption in a text file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, scene in zip(range(count), training_scenes(), strict=False):
+        height, width = sizes[number % len(sizes)]
+        Image.fromarray(draw(scene, 64)).resize((width, height)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(scene.caption)
+    return folder
+
+
+def small_settings(folder, data):
+    """Four steps of the small FLUX, a checkpoint after two."""
+    return Settings(
+        pretrained_model_name_or_path=str(demo.path()),
+        train_data_dir=str(data),
+        output_dir=str(folder / "out"),
+        cache_dir=str(folder / "cache"),
+        window=2,
+        down_factor=2,
+        resolution=64,
+        max_sequence_length=24,
+        train_batch_size=2,
+        max_train_steps=4,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        checkpointing_steps=2,
+        report_to="none",
+    )
