@@ -18,6 +18,7 @@ from typing import Annotated
 import psutil
 import torch
 import typer
+from accelerate.utils import DistributedType
 from diffusers import FluxTransformer2DModel
 from rich import print
 from rich.table import Table
@@ -100,8 +101,7 @@ def main(
     student = sum(parameter.numel() for parameter in parameters)
     transformer.enable_gradient_checkpointing()
     transformer.train()
-    alone = type("Alone", (), {"distributed_type": None})()
-    stepper = make_optimizer(Settings(optimizer=optimizer, learning_rate=1e-4), parameters, alone)
+    stepper = make_optimizer(Settings(optimizer=optimizer, learning_rate=1e-4), parameters, DistributedType.NO)
     layers_compared = [name.removesuffix(".processor") for name in transformer.attn_processors]
     recipe, size = recipe_of(transformer), pixels // PIXELS_PER_LATENT
     config = transformer.config

@@ -63,7 +63,7 @@ def settings(output: Path, folder: Path, window: int, down_factor: int, student:
         generate=PICTURES,
         prompts=str(output / "prompts.txt"),
         train_data_dir=str(output / "drawn"),
-        cache_dir=str(output / "cache"),
+        latents_dir=str(output / "cache"),
         output_dir=str(folder),
         window=window,
         down_factor=down_factor,

@@ -5,6 +5,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 
 from tests import tiny
@@ -16,6 +17,18 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """What makes accelerate forget its first mixed precision, which it otherwise keeps for good; done at the end."""
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture(params=tiny.FAMILIES)

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from clear_attn import demo
 from clear_attn.distill import buckets, cache
@@ -63,6 +63,7 @@ class TestFolder:
             (lambda folder: (folder / "1.txt").unlink(), r"1 of 3 pictures .* have no caption, 1.png first"),
             (lambda folder: (folder / "1.txt").write_text("  \n"), "have no caption"),
             (lambda folder: (folder / "1.json").write_text("{}"), "1.json has no prompt"),
+            (lambda folder: (folder / "1.txt").write_text("caption", encoding="utf-16"), "1.txt is no text in UTF-8"),
             (lambda folder: (folder / "metadata.jsonl").write_text("{}\n"), "line 1 of .* has no file_name and prompt"),
         ],
     )
@@ -70,6 +71,17 @@ class TestFolder:
         spoil(fill(tmp_path, 3))
         with pytest.raises(ValueError, match=message):
             from_folder(tmp_path)
+
+    def test_a_picture_lying_on_its_side(self, tmp_path):
+        fill(tmp_path, 1)
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        Image.new("RGB", (40, 20)).save(tmp_path / "0.png", exif=exif)
+        assert from_folder(tmp_path)[0].open().size == (20, 40)
+
+    def test_a_caption_from_windows(self, tmp_path):
+        (fill(tmp_path, 1) / "0.txt").write_text("a red circle", encoding="utf-8-sig")
+        assert from_folder(tmp_path)[0].prompt == "a red circle"
 
     def test_no_folder(self, tmp_path):
         with pytest.raises(NotADirectoryError, match="is no directory"):
@@ -93,6 +105,25 @@ class TestDataset:
     def test_another_column(self):
         with pytest.raises(ValueError, match="caption_column='words' is not among"):
             from_dataset(self.rows, "image", "words")
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"text": None}, "caption_column='text' has None in row 1; it must have one text in each"),
+            ({"text": " "}, "caption_column='text' has ' ' in row 1"),
+            ({"text": ["a", "b"]}, r"has \['a', 'b'\] in row 1"),
+        ],
+    )
+    def test_rows_without_a_caption(self, row, message):
+        with pytest.raises(ValueError, match=message):
+            from_dataset(self.Rows([self.rows[0], {**self.rows[1], **row}]), "image", "text")
+
+    def test_a_column_without_pictures(self):
+        rows = self.Rows([{"image": "0.png", "text": "a red circle"}])
+        with pytest.raises(ValueError, match="image_column='image' holds a str, no pictures"):
+            from_dataset(rows, "image", "text")
+        with pytest.raises(ValueError, match="the dataset has no rows"):
+            from_dataset(self.Rows(), "image", "text")
 
 
 class TestBuckets:
@@ -139,7 +170,9 @@ class TestCache:
         examples = from_folder(data)
         origin = Origin.of("small", None, 64, 24, examples)._replace(**changes)
         cache.begin(folder, origin, len(examples))
-        cache.build(pipe, recipe_of(pipe.transformer), examples, folder, origin, progress(cache.missing(folder)))
+        cache.build(
+            pipe, recipe_of(pipe.transformer), examples, folder, origin, progress(cache.missing(folder, examples))
+        )
         return Cache(folder)
 
     def test_holds_what_the_pipeline_encodes(self, pipe, tmp_path):

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from clear_attn.distill import config_file, train
-from clear_attn.sources import WEIGHTS_FILE
-from tests.training import fill, small_settings
+from clear_attn.distill import checkpoint, config_file, train
+from clear_attn.distill.run import RUN
+from tests.training import change, fill, small_settings
 
 PROCESSES = 2
 
@@ -27,9 +26,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def settings(tmp_path, data):
-    return dataclasses.replace(
-        small_settings(tmp_path, data), train_batch_size=1, max_train_steps=3, mixed_precision="no"
-    )
+    return change(small_settings(tmp_path, data), train_batch_size=1, max_train_steps=3)
 
 
 def on_many(kind, settings):
@@ -46,29 +43,32 @@ def on_many(kind, settings):
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-def weights_of(settings):
-    return load_file(Path(settings.output_dir) / WEIGHTS_FILE)
+def student_of(settings):
+    return checkpoint.read(Path(settings.output_dir) / "checkpoint-3", RUN)["student"]
+
+
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "precision"),
     [
-        "ddp",
-        "fsdp2",
-        pytest.param(
-            "zero2",
-            marks=pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed"),
-        ),
+        ("ddp", "no"),
+        ("fsdp2", "no"),
+        ("fsdp2", "bf16"),
+        pytest.param("zero2", "no", marks=needs_deepspeed),
+        pytest.param("zero2", "bf16", marks=needs_deepspeed),
     ],
 )
-def test_two_processes_are_one_with_two_batches_to_a_step(kind, settings, tmp_path):
+def test_two_processes_are_one_with_two_batches_to_a_step(kind, precision, settings, tmp_path, fresh_accelerate):
     """Also where the run on two is stopped and goes on, and each process has saved its own part."""
-    spread = dataclasses.replace(settings, output_dir=str(tmp_path / kind), resume_from_checkpoint="latest")
-    if kind != "ddp":
-        on_many(kind, dataclasses.replace(spread, max_train_steps=2))
+    settings = change(settings, mixed_precision=precision)
+    spread = change(settings, output_dir=str(tmp_path / kind), resume_from_checkpoint="latest")
+    if precision == "no":
+        on_many(kind, change(spread, max_train_steps=2))
     on_many(kind, spread)
-    train(dataclasses.replace(settings, gradient_accumulation_steps=PROCESSES))
-    ours, theirs = weights_of(settings), weights_of(spread)
+    train(change(settings, gradient_accumulation_steps=PROCESSES))
+    ours, theirs = student_of(settings), student_of(spread)
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, atol=2e-5, rtol=0)
     parts = {path.name for path in (Path(spread.output_dir) / "checkpoint-3").glob("optimizer-*.json")}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import FluxTransformer2DModel
 
 import clear_attn as clear
@@ -32,8 +33,7 @@ def test_flux_dev():
 def test_an_optimizers_states(optimizer, states):
     transformer = clear.linearize(tiny.FLUX.transformer(), 3, weights=None)
     parameters = add_student(transformer)
-    alone = type("Alone", (), {"distributed_type": None})()
-    stepper = make_optimizer(Settings(optimizer=optimizer, learning_rate=1e-4), parameters, alone)
+    stepper = make_optimizer(Settings(optimizer=optimizer, learning_rate=1e-4), parameters, DistributedType.NO)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     stepper.step()

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image, ImageChops
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clear_attn as clear
@@ -22,10 +20,12 @@ from clear_attn.distill.data import from_folder
 from clear_attn.distill.losses import interpolate
 from clear_attn.distill.recipes import FluxRecipe
 from clear_attn.distill.seeds import hash_of
+from clear_attn.distill.student import STUDENT, student_values
+from clear_attn.distill.validate import Validation
 from clear_attn.pictures import contact_sheet
 from clear_attn.sources import WEIGHTS_FILE
 from tests.plain import run
-from tests.training import fill, small_settings
+from tests.training import change, fill, small_settings, weights_of
 
 MODEL = str(demo.path())
 
@@ -33,21 +33,6 @@ MODEL = str(demo.path())
 @pytest.fixture
 def settings(tmp_path):
     return small_settings(tmp_path, fill(tmp_path / "data", 6))
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Which otherwise keeps its first mixed precision for good."""
-    yield AcceleratorState._reset_state(reset_partial_state=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def weights_of(settings):
-    return load_file(Path(settings.output_dir) / WEIGHTS_FILE)
-
-
-def change(settings, **changes):
-    return dataclasses.replace(settings, **changes)
 
 
 @pytest.mark.parametrize("student", ["full", "lora"])
@@ -70,42 +55,12 @@ def test_a_run_and_its_result(settings, student):
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"optimizer": "prodigy", "learning_rate": 1.0},
-        {"use_ema": True, "lr_scheduler": "cosine", "gradient_accumulation_steps": 2, "student": "lora", "rank": 4},
-    ],
-)
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, changes):
-    settings = change(settings, max_train_steps=5, checkpointing_steps=3, **changes)
-    train(settings)
-    other = change(settings, output_dir=str(tmp_path / "other"))
-
-    class Stopped(BaseException):
-        pass
-
-    def stop(run, *args, one_step=run_module.Run._one_step):
-        if run.step == 4:
-            raise Stopped
-        return one_step(run)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.Run, "_one_step", stop)
-        with pytest.raises(Stopped):
-            train(other)
-    assert [path.name for path in checkpoint.all_of(Path(other.output_dir))] == ["checkpoint-3"]
-    train(change(other, resume_from_checkpoint="latest"))
-    for name, value in weights_of(settings).items():
-        assert torch.equal(value, weights_of(other)[name]), name
-
-
 def test_training_brings_the_student_nearer(settings):
     """To the teacher's prediction of noise that it has not seen, than the training-free model is."""
     settings = change(settings, max_train_steps=50, checkpointing_steps=50, flow_matching_weight=1e-9)
     train(settings)
     rng = torch.Generator().manual_seed(11)
-    batch = Cache(Path(settings.cache_dir)).read(range(6), rng)
+    batch = Cache(Path(settings.latents_dir)).read(range(6), rng)
     recipe, transformer = FluxRecipe(), demo.pipeline().transformer
     noise, sigma = torch.randn(batch.latents.shape, generator=rng), torch.linspace(0.1, 0.9, 6)
     call = recipe.call(interpolate(batch.latents, noise, sigma), sigma, batch.text, batch.pooled, None)
@@ -180,6 +135,22 @@ class TestGenerated:
         with pytest.raises(ValueError, match="were drawn for steps 2, not 3; give another folder"):
             train(other)
 
+    def test_of_other_prompts(self, settings):
+        train(settings)
+        prompts, before = Path(settings.prompts), from_folder(Path(settings.train_data_dir))
+        prompts.write_text("a new one\n" + prompts.read_text())
+        other = change(settings, output_dir=settings.output_dir + "2")
+        with pytest.raises(ValueError, match=r"000000.png was drawn for 'a red .*, and the prompts now say 'a new"):
+            train(other)
+        after = from_folder(Path(settings.train_data_dir))
+        assert [each.prompt for each in after] == [each.prompt for each in before]
+
+    def test_more_and_fewer(self, settings, tmp_path):
+        for number, generate in enumerate((3, 4, 2)):
+            other = change(settings, generate=generate, output_dir=str(tmp_path / f"out-{number}"))
+            train(change(other, latents_dir=None))
+        assert len(from_folder(Path(settings.train_data_dir))) == 4
+
     def test_a_folder_of_other_things(self, settings):
         folder = Path(settings.train_data_dir)
         folder.mkdir()
@@ -214,6 +185,20 @@ class TestTrackers:
         assert logged.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
         assert [event.step for event in logged.Images("validation")] == [2, 4]
 
+    def test_draws_the_average_that_is_the_result(self, settings, monkeypatch):
+        def pictures(validation, role):
+            if role == STUDENT:
+                shown.append(
+                    {name: value.clone() for name, value in student_values(validation.pipe.transformer).items()}
+                )
+            return [Image.new("RGB", (64, 64))]
+
+        shown = []
+        monkeypatch.setattr(Validation, "_pictures", pictures)
+        train(change(settings, use_ema=True, validation_prompts=["a red circle"]))
+        for name, value in weights_of(settings).items():
+            assert torch.equal(value, shown[-1][name]), name
+
     def test_validation_changes_nothing(self, settings, tmp_path):
         train(settings)
         other = change(settings, output_dir=str(tmp_path / "other"), validation_steps=2, num_inference_steps=2)
@@ -227,7 +212,7 @@ class TestTrackers:
         train(change(settings, **shown))
         pipe = demo.pipeline()
         pipe.set_progress_bar_config(disable=True)
-        rng = torch.Generator().manual_seed(hash_of(settings.seed, 0))
+        rng = torch.Generator().manual_seed(hash_of("validation", settings.seed, 0))
         expected = pipe(
             prompt, height=64, width=64, num_inference_steps=2, max_sequence_length=24, generator=rng
         ).images
@@ -249,58 +234,7 @@ class TestTrackers:
             train(change(settings, report_to=name))
 
 
-def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
-    def save(*args, real=checkpoint.save_file):
-        if (Path(settings.output_dir) / "checkpoint-2").exists():
-            Path(args[1]).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(*args)
-
-    monkeypatch.setattr(checkpoint, "save_file", save)
-    with pytest.raises(OSError, match="No space left"):
-        train(change(settings, checkpoints_total_limit=1))
-    folder = Path(settings.output_dir)
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
-    assert checkpoint.read(folder / "checkpoint-2", run_module.RUN)["step"] == 2
-
-
-def test_old_checkpoints_go(settings):
-    settings = change(settings, checkpointing_steps=1, checkpoints_total_limit=2)
-    train(settings)
-    names = [path.name for path in checkpoint.all_of(Path(settings.output_dir))]
-    assert names == ["checkpoint-3", "checkpoint-4"]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
-    def losses(*args, real=run_module.distillation_losses, **kwargs):
-        calls.append(1)
-        found = real(*args, **kwargs)
-        return found._replace(total=found.total * float("nan")) if len(calls) == 4 else found
-
-    calls = []
-    monkeypatch.setattr(run_module, "distillation_losses", losses)
-    with pytest.raises(FloatingPointError, match=r"loss of step 4 is not finite: \{'flow_matching': 0"):
-        train(settings)
-    assert [path.name for path in Path(settings.output_dir).iterdir()] == ["checkpoint-2"]
-
-
 class TestRefusals:
-    def test_another_run_in_the_folder(self, settings):
-        train(settings)
-        before = weights_of(settings)
-        with pytest.raises(FileExistsError, match="holds a run with checkpoint-4; continue it with"):
-            train(settings)
-        assert all(torch.equal(value, before[name]) for name, value in weights_of(settings).items())
-
-    def test_other_settings_on_resuming(self, settings):
-        train(settings)
-        with pytest.raises(ValueError, match="was made with window=2, not window=3; continue it with the same"):
-            train(change(settings, window=3, resume_from_checkpoint="latest"))
-
-    def test_no_such_checkpoint(self, settings):
-        with pytest.raises(FileNotFoundError, match="checkpoint-9 is no whole checkpoint"):
-            train(change(settings, resume_from_checkpoint="checkpoint-9"))
-
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -311,6 +245,13 @@ class TestRefusals:
             ({"max_train_steps": 0}, "max_train_steps must be above 0, got 0"),
             ({"window": 0}, "window"),
             ({"attention_layers": ["blocks.7"]}, "attention_layers has 'blocks.7', which is no attention layer"),
+            ({"lr_scheduler": "step"}, "lr_scheduler must be one of linear, cosine, .*, got 'step'"),
+            ({"prediction_weight": -1.0}, "prediction_weight must be at least 0, got -1"),
+            (
+                {"flow_matching_weight": 0.0, "prediction_weight": 0.0, "attention_weight": 0.0},
+                "are all 0: there is nothing to learn",
+            ),
+            ({"ema_decay": 1.0}, "ema_decay must be in 0 to below 1, got 1.0"),
             ({"resolution": 100}, "resolution must be a multiple of 16 pixels, got 100"),
         ],
     )
@@ -318,6 +259,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             train(change(settings, **changes))
         assert not list(Path(settings.output_dir).glob("*"))
+
+    def test_accelerate_was_told_otherwise(self, settings, monkeypatch, fresh_accelerate):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+        with pytest.raises(ValueError, match="configured with 3 gradient_accumulation_steps, and the run is to have 2"):
+            train(change(settings, gradient_accumulation_steps=2))
+
+    def test_a_teacher_that_was_saved_linearized(self, settings, tmp_path):
+        clear.linearize(demo.pipeline(), 3, weights=None).save_pretrained(tmp_path / "saved")
+        with pytest.raises(ValueError, match="was saved while it was linearized, and the teacher is dense"):
+            train(change(settings, pretrained_model_name_or_path=str(tmp_path / "saved")))
 
     def test_a_file_in_the_folders_place(self, settings):
         Path(settings.output_dir).write_text("mine")

@@ -1,10 +1,15 @@
-"""A small run of distillation: its pictures and its settings."""
+"""A small run of distillation: its pictures, its settings, its result."""
+
+import dataclasses
+from pathlib import Path
 
 from PIL import Image
+from safetensors.torch import load_file
 
 from clear_attn import demo
 from clear_attn.demo.scenes import draw, training_scenes
 from clear_attn.distill import Settings
+from clear_attn.sources import WEIGHTS_FILE
 
 
 def fill(folder, count=5, sizes=((64, 64),)):
@@ -23,7 +28,7 @@ def small_settings(folder, data):
         pretrained_model_name_or_path=str(demo.path()),
         train_data_dir=str(data),
         output_dir=str(folder / "out"),
-        cache_dir=str(folder / "cache"),
+        latents_dir=str(folder / "cache"),
         window=2,
         down_factor=2,
         resolution=64,
@@ -32,6 +37,15 @@ def small_settings(folder, data):
         max_train_steps=4,
         optimizer="adamw",
         learning_rate=1e-3,
+        gradient_checkpointing=False,
         checkpointing_steps=2,
         report_to="none",
     )
+
+
+def change(settings, **changes):
+    return dataclasses.replace(settings, **changes)
+
+
+def weights_of(settings):
+    return load_file(Path(settings.output_dir) / WEIGHTS_FILE)

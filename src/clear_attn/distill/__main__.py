@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import sys
 
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from clear_attn.distill import Settings, train
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(Settings, prog="clear_attn.distill").parse_args_into_dataclasses()
+    parser = HfArgumentParser(Settings, prog="clear_attn.distill")
+    settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"there is no option {unknown[0]}; see --help")
     try:
         folder = train(settings)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    print(f"Saved {folder}: use it with clear_attn.linearize(pipe, weights={str(folder)!r})")
+    if PartialState().is_main_process:
+        print(f"Saved {folder}: use it with clear_attn.linearize(pipe, weights={str(folder)!r})")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,11 @@ class Origin(NamedTuple):
         cls, model: str, revision: str | None, resolution: int, text_tokens: int, examples: Iterable[Example]
     ) -> Origin:
         """With a digest of the names and captions of all examples."""
-        digest = hashlib.sha256(json.dumps([(each.name, each.prompt) for each in examples]).encode())
-        return cls(model, revision, resolution, text_tokens, digest.hexdigest())
+        return cls(model, revision, resolution, text_tokens, _digest([(each.name, each.prompt) for each in examples]))
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def begin(folder: Path, origin: Origin, count: int) -> None:
@@ -68,14 +71,31 @@ def begin(folder: Path, origin: Origin, count: int) -> None:
     put(file, lambda path: path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8"))
 
 
-def missing(folder: Path) -> list[int]:
-    """The numbers of the shards that are not there."""
+def missing(folder: Path, examples: Sequence[Example]) -> list[int]:
+    """The numbers of the shards that are not there, or whose pictures have changed since."""
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    return [number for number in range(index["shards"]) if not shard_file(folder, number).exists()]
+    return [
+        number
+        for number in range(index["shards"])
+        if not (file := shard_file(folder, number)).exists() or _about(file).get("stamps") != _stamps(examples, number)
+    ]
 
 
 def shard_file(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05}.safetensors"
+
+
+def _of_shard(examples: Sequence[Example], number: int) -> Sequence[Example]:
+    return examples[number * SHARD : (number + 1) * SHARD]
+
+
+def _stamps(examples: Sequence[Example], number: int) -> str:
+    return _digest([each.stamp() for each in _of_shard(examples, number)])
+
+
+def _about(shard: Path) -> dict[str, str]:
+    with safe_open(shard, "pt") as opened:
+        return opened.metadata() or {}
 
 
 def build(
@@ -104,33 +124,37 @@ def build(
         tensors: dict[str, Tensor] = {}
         sizes: list[list[int]] = []
         of_shard = len(broken)
-        for example in examples[number * SHARD : (number + 1) * SHARD]:
+        stamps = _stamps(examples, number)
+        for example in _of_shard(examples, number):
             encoded = _encode(pipe, recipe, example, origin)
             if encoded is None:
                 broken.append(example.name)
                 logger.warning("skipped %s: it is a broken picture (%d so far)", example.name, len(broken))
-                _check_broken(broken, len(examples))
+                _check_broken(broken, len(examples), folder)
                 continue
             tensors |= {f"{len(sizes)}.{name}": tensor for name, tensor in encoded.items()}
             sizes.append(list(encoded["mean"].shape[1:]))
-        about = {"sizes": json.dumps(sizes), "broken": json.dumps(broken[of_shard:])}
+        about = {"sizes": json.dumps(sizes), "broken": json.dumps(broken[of_shard:]), "stamps": stamps}
         put(shard_file(folder, number), functools.partial(save_file, tensors, metadata=about))
 
 
-def _check_broken(broken: Sequence[str], count: int) -> None:
+def _check_broken(broken: Sequence[str], count: int, folder: Path) -> None:
     if len(broken) > max(1, MOST_BROKEN * count):
-        raise ValueError(f"{len(broken)} of {count} pictures are broken, as {', '.join(broken[:3])}; replace them")
+        raise ValueError(
+            f"{len(broken)} of {count} pictures are broken, as {', '.join(broken[:3])}; replace them, and go on with "
+            f"the cache in {folder}"
+        )
 
 
 @torch.no_grad()
 def _encode(pipe: Any, recipe: Recipe, example: Example, origin: Origin) -> dict[str, Tensor] | None:
     """The latents' mean and standard deviation, scaled as the transformer takes them, and the text; None if broken."""
     try:
-        picture = fit(example.open(), origin.resolution)
-    except (OSError, SyntaxError):  # PIL raises the latter for some broken files
+        picture = example.open()
+    except Exception:  # PIL has many for what is broken, and none in common
         return None
     vae = pipe.vae
-    pixels = VaeImageProcessor().preprocess(picture).to(vae.device, vae.dtype)
+    pixels = VaeImageProcessor().preprocess(fit(picture, origin.resolution)).to(vae.device, vae.dtype)
     moments = vae.encode(pixels).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     text, pooled = recipe.encode_prompts(pipe, [example.prompt], origin.text_tokens)
@@ -155,13 +179,12 @@ class Cache:
         broken: list[str] = []
         for shard in range(index["shards"]):
             file = shard_file(folder, shard)
-            with safe_open(file, "pt") as opened:
-                about = opened.metadata()
+            about = _about(file)
             sizes = [(height, width) for height, width in json.loads(about["sizes"])]
             self._places += [(file, number) for number in range(len(sizes))]
             self.sizes += sizes
             broken += json.loads(about["broken"])
-        _check_broken(broken, index["examples"])
+        _check_broken(broken, index["examples"], folder)
         if not self.sizes:
             raise ValueError(f"the cache in {folder} holds no examples")
 

@@ -12,6 +12,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clear_attn.record import CONFIG_FILE
+from clear_attn.sources import WEIGHTS_FILE
+
 PREFIX = "checkpoint-"
 SETTINGS = "settings.json"
 UNFINISHED = ".unfinished-checkpoint-"
@@ -56,14 +59,13 @@ def writing(folder: Path, step: int, limit: int | None) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished(folder, step))
         raise
-    if target.exists():
-        shutil.rmtree(target)
     unfinished(folder, step).replace(target)
     for old in all_of(folder)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+        # Under another name first: half a checkpoint must not be taken for one.
+        shutil.rmtree(old.replace(unfinished(folder, f"old-{old.name.removeprefix(PREFIX)}")))
 
 
-def unfinished(folder: Path, step: int) -> Path:
+def unfinished(folder: Path, step: int | str) -> Path:
     """Where a step's checkpoint is written."""
     return folder / f"{UNFINISHED}{step}"
 
@@ -102,19 +104,27 @@ def find(folder: Path, wanted: str | None) -> Path | None:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        FileExistsError: the folder holds another run, and nothing was said of continuing it.
+        FileExistsError: the folder holds another run's result or checkpoints, or later ones than that.
     """
     present = all_of(folder)
-    if wanted is None:
-        if present:
+    if wanted == "latest" and present:
+        return present[-1]
+    if wanted not in (None, "latest"):
+        found = Path(str(wanted)) if Path(str(wanted)).is_dir() else folder / str(wanted)
+        if not found.is_dir():
+            raise FileNotFoundError(f"there is no checkpoint {wanted!r}, neither here nor in {folder}")
+        # What comes after it would be taken for the latest one, and the new ones for old.
+        if present and present[-1].resolve() != found.resolve():
             raise FileExistsError(
-                f"{folder} holds a run with {present[-1].name}; continue it with resume_from_checkpoint='latest', or "
-                "give another output_dir"
+                f"{folder} holds {present[-1].name} beside the {found} to continue; delete what is not to be gone on "
+                "with, or give another output_dir"
             )
-        return None
-    if wanted == "latest":
-        return present[-1] if present else None
-    return Path(wanted) if Path(wanted).is_dir() else folder / wanted
+        return found
+    there = [*present[-1:], *(folder / name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists())]
+    if there:
+        remedy = "continue it with resume_from_checkpoint='latest', or " if present else ""
+        raise FileExistsError(f"{folder} holds a run already, with {there[0].name}; {remedy}give another output_dir")
+    return None
 
 
 def write_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 def put(file: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file whole or not at all."""
-    unfinished = file.with_name(f".unfinished-{file.name}")
+    unfinished = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
     try:
         write(unfinished)
         unfinished.replace(file)

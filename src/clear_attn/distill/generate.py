@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clear_attn.distill.data import METADATA, Example, opener
+from clear_attn.distill.data import METADATA, Example, listed_in, on_disk
 from clear_attn.distill.files import put, same_origin
 from clear_attn.distill.seeds import hash_of
 
@@ -24,6 +25,7 @@ class Drawing(NamedTuple):
         resolution: side in pixels.
         text_tokens: the length that prompts are padded to.
         steps: of denoising, None for the pipeline's own.
+        guidance: what a guided model is told, None for others, whose pipelines use their own.
         seed: picture by picture, seeds follow from it.
     """
 
@@ -32,16 +34,24 @@ class Drawing(NamedTuple):
     resolution: int
     text_tokens: int
     steps: int | None
+    guidance: float | None
     seed: int
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the pipeline's call."""
+        optional = {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+        return {
+            "height": self.resolution,
+            "width": self.resolution,
+            "max_sequence_length": self.text_tokens,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
 
 
 def examples(folder: Path, prompts: Sequence[str], count: int) -> list[Example]:
     """The pictures that will be there: the prompts in turn, as often as the count asks for."""
-    names = [f"{number:06}.png" for number in range(count)]
-    return [
-        Example(name, prompts[number % len(prompts)], opener((folder / name).read_bytes))
-        for number, name in enumerate(names)
-    ]
+    numbered = enumerate(itertools.islice(itertools.cycle(prompts), count))
+    return [on_disk(folder / f"{number:06}.png", prompt) for number, prompt in numbered]
 
 
 def missing(folder: Path, wanted: Sequence[Example]) -> list[int]:
@@ -53,7 +63,7 @@ def begin(folder: Path, wanted: Sequence[Example], drawing: Drawing) -> None:
     """Makes the folder, with its captions, so that it can be trained on as any other.
 
     Raises:
-        ValueError: the folder's pictures were drawn otherwise, or were not drawn here.
+        ValueError: the folder's pictures were drawn otherwise, or of other prompts, or were not drawn here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / INDEX
@@ -61,7 +71,16 @@ def begin(folder: Path, wanted: Sequence[Example], drawing: Drawing) -> None:
         same_origin(json.loads(index.read_text(encoding="utf-8")), drawing, f"the pictures in {folder} were drawn")
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else already; give an empty folder to draw pictures in")
-    lines = [json.dumps({"file_name": each.name, "prompt": each.prompt}) + "\n" for each in wanted]
+    captions = listed_in(folder / METADATA) if (folder / METADATA).is_file() else {}
+    for each in wanted:
+        if captions.get(each.name, each.prompt) != each.prompt and (folder / each.name).exists():
+            raise ValueError(
+                f"{folder / each.name} was drawn for {captions[each.name]!r}, and the prompts now say {each.prompt!r}; "
+                "give another folder, or the prompts as they were"
+            )
+    # Those of an earlier, longer run stay.
+    captions |= {each.name: each.prompt for each in wanted}
+    lines = [json.dumps({"file_name": name, "prompt": prompt}) + "\n" for name, prompt in captions.items()]
     put(index, lambda path: path.write_text(json.dumps(drawing._asdict(), indent=1) + "\n", encoding="utf-8"))
     put(folder / METADATA, lambda path: path.write_text("".join(lines), encoding="utf-8"))
 
@@ -86,16 +105,12 @@ def draw(
         batch_size: pictures at a time.
         progress: wraps the places where batches start, as tqdm does.
     """
-    steps = {} if drawing.steps is None else {"num_inference_steps": drawing.steps}
     for start in progress(range(0, len(numbers), batch_size)):
         batch = numbers[start : start + batch_size]
         drawn = pipe(
             [wanted[number].prompt for number in batch],
-            height=drawing.resolution,
-            width=drawing.resolution,
-            max_sequence_length=drawing.text_tokens,
             generator=[torch.Generator().manual_seed(hash_of(drawing.seed, number)) for number in batch],
-            **steps,
+            **drawing.arguments(),
         )
         for number, image in zip(batch, drawn.images, strict=True):
             put(folder / wanted[number].name, image.save)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from tqdm.auto import tqdm
 from clear_attn.distill import cache, generate
 from clear_attn.distill.cache import Cache, Origin
 from clear_attn.distill.data import Example, from_dataset, from_folder
+from clear_attn.distill.generate import Drawing
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
 from clear_attn.linearize import find_transformer
 from clear_attn.prompts import read_prompts
+from clear_attn.record import mark_of
 
 # Of mixed precision, by accelerate's name.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,25 +45,59 @@ def examples(settings: Settings) -> list[Example]:
 
 
 def load(settings: Settings, accelerator: Accelerator) -> Any:
-    """The pipeline, on the CPU, in the dtype that mixed precision computes in."""
+    """The pipeline, on the CPU, in the dtype that mixed precision computes in.
+
+    Raises:
+        TypeError: not a supported pipeline.
+        ValueError: one that was saved while it was linearized, which is no teacher.
+    """
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-    return DiffusionPipeline.from_pretrained(
-        settings.pretrained_model_name_or_path, revision=settings.revision, dtype=dtype
+    name = settings.pretrained_model_name_or_path
+    pipe = DiffusionPipeline.from_pretrained(name, revision=settings.revision, dtype=dtype)
+    transformer, _ = find_transformer(pipe)
+    recipe_of(transformer)
+    if mark_of(transformer):
+        raise ValueError(f"{name} was saved while it was linearized, and the teacher is dense; give the original model")
+    return pipe
+
+
+def text_tokens(settings: Settings, pipe: Any) -> int:
+    """The length that prompts are padded to: the pipeline's `max_sequence_length`."""
+    usual = inspect.signature(pipe.__call__).parameters["max_sequence_length"].default
+    return int(usual if settings.max_sequence_length is None else settings.max_sequence_length)
+
+
+def drawing_of(settings: Settings, pipe: Any) -> Drawing:
+    """How the run draws pictures: the training set, and at validation."""
+    transformer, _ = find_transformer(pipe)
+    return Drawing(
+        settings.pretrained_model_name_or_path,
+        settings.revision,
+        settings.resolution,
+        text_tokens(settings, pipe),
+        settings.num_inference_steps,
+        guidance_of(settings, transformer),
+        settings.seed,
     )
+
+
+def guidance_of(settings: Settings, transformer: Any) -> float | None:
+    """What a model with an embedding of its guidance is told; None for others."""
+    return settings.guidance_scale if transformer.config.get("guidance_embeds") else None
 
 
 def data(settings: Settings, accelerator: Accelerator, pipe: Any, pictures: list[Example]) -> Cache:
     """Draws and encodes what is missing, each process its share, and lets go of what only that needs."""
     if settings.generate:
         _draw(settings, accelerator, pipe, pictures)
-    folder = Path(settings.cache_dir or Path(settings.output_dir, "cache"))
+    folder = Path(settings.latents_dir or Path(settings.output_dir, "cache"))
     transformer, _ = find_transformer(pipe)
-    model, length = settings.pretrained_model_name_or_path, settings.max_sequence_length
+    model, length = settings.pretrained_model_name_or_path, text_tokens(settings, pipe)
     origin = Origin.of(model, settings.revision, settings.resolution, length, pictures)
     if accelerator.is_main_process:
         cache.begin(folder, origin, len(pictures))
     accelerator.wait_for_everyone()
-    todo = _share(cache.missing(folder), accelerator)
+    todo = _share(cache.missing(folder, pictures), accelerator)
     if todo:
         encoders = [part for part in _modules(pipe) if part is not transformer]
         for part in encoders:
@@ -84,14 +121,7 @@ def _drawn_folder(settings: Settings) -> Path:
 
 def _draw(settings: Settings, accelerator: Accelerator, pipe: Any, pictures: list[Example]) -> None:
     folder = _drawn_folder(settings)
-    drawing = generate.Drawing(
-        settings.pretrained_model_name_or_path,
-        settings.revision,
-        settings.resolution,
-        settings.max_sequence_length,
-        settings.num_inference_steps,
-        settings.seed,
-    )
+    drawing = drawing_of(settings, pipe)
     if accelerator.is_main_process:
         generate.begin(folder, pictures, drawing)
     accelerator.wait_for_everyone()

@@ -119,5 +119,13 @@ RECIPES: tuple[Recipe, ...] = (FluxRecipe(), SD3Recipe())
 
 
 def recipe_of(transformer: Any) -> Recipe:
-    """The recipe for a supported transformer."""
-    return next(recipe for recipe in RECIPES if isinstance(transformer, recipe.transformer_class))
+    """The recipe for a supported transformer.
+
+    Raises:
+        TypeError: there is none.
+    """
+    for recipe in RECIPES:
+        if isinstance(transformer, recipe.transformer_class):
+            return recipe
+    known = ", ".join(recipe.transformer_class.__name__ for recipe in RECIPES)
+    raise TypeError(f"a {type(transformer).__name__} cannot be distilled; give a pipeline with one of: {known}")

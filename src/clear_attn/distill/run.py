@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from clear_attn.distill import cache, checkpoint
 from clear_attn.distill.cache import Cache
 from clear_attn.distill.losses import draw_sigmas
-from clear_attn.distill.optimizers import make_optimizer, set_up_deepspeed
-from clear_attn.distill.prepare import DTYPES
+from clear_attn.distill.optimizers import make_optimizer, prepare_plugins, rate_of
+from clear_attn.distill.prepare import DTYPES, guidance_of
 from clear_attn.distill.recipes import Recipe, recipe_of
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
@@ -31,10 +31,11 @@ from clear_attn.linearize import find_transformer, linearize
 RUN = "run"  # a checkpoint's part that is the same for all processes
 
 
-def fixed(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+def shared(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     """What a run that continues another has to share with it."""
     return {
-        **settings.fixed(),
+        **settings.shared(),
+        "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "distributed": accelerator.distributed_type.value,
     }
@@ -52,11 +53,11 @@ def _warn_if_dense(pipe: Any, data: Cache, window: int) -> None:
         )
 
 
-def _check_finite(losses: Mapping[str, float], step: int) -> None:
-    if not math.isfinite(losses["total"]):
+def _check_finite(value: float | Tensor | None, what: str) -> None:
+    if value is not None and not math.isfinite(float(value)):
         raise FloatingPointError(
-            f"the loss of step {step} is not finite: {losses}; the last checkpoint is as it was. A lower "
-            "learning_rate, or mixed_precision='bf16' for 'fp16', may help"
+            f"{what} not finite; the last checkpoint is as it was. A lower learning_rate, or mixed_precision='bf16' "
+            "for 'fp16', may help"
         )
 
 
@@ -74,11 +75,11 @@ class Run:
             transformer.enable_gradient_checkpointing()
         transformer.train()
         self.bare, self.recipe = transformer, recipe_of(transformer)
-        self.guidance = settings.guidance_scale if transformer.config.get("guidance_embeds") else None
+        self.guidance = guidance_of(settings, transformer)
         schedule = pipe.scheduler.config
         self.shift = 1.0 if schedule.use_dynamic_shifting else schedule.shift
         self.matched = _matched_layers(settings, self.recipe, transformer)
-        optimizer = make_optimizer(settings, parameters, accelerator)
+        optimizer = make_optimizer(settings, parameters, accelerator.distributed_type)
         # Not prepared by accelerate, whose own would step once for each process.
         self.schedule = get_scheduler(
             settings.lr_scheduler,
@@ -87,7 +88,7 @@ class Run:
             num_training_steps=settings.max_train_steps,
         )
         self.dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-        set_up_deepspeed(accelerator, settings)
+        prepare_plugins(accelerator, settings)
         self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.average: dict[str, Tensor] = {}
         if settings.use_ema:
@@ -107,7 +108,7 @@ class Run:
         while self.step < self.settings.max_train_steps:
             losses = self._one_step()
             self.step += 1
-            yield {**losses, "learning_rate": self.schedule.get_last_lr()[0]}
+            yield {**losses, "learning_rate": rate_of(self.optimizer)}
 
     def _one_step(self) -> dict[str, float]:
         sums = dict.fromkeys(Losses._fields, 0.0)
@@ -119,15 +120,20 @@ class Run:
                 values = self.accelerator.reduce(torch.stack(losses).detach().float(), "mean").tolist()
                 for name, value in zip(sums, values, strict=True):
                     sums[name] += value / self.settings.gradient_accumulation_steps
-                _check_finite(sums, self.step + 1)
+                _check_finite(sums["total"], f"the loss of step {self.step + 1} ({sums}) is")
                 self.accelerator.backward(losses.total)  # divides by the parts of a step
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.trained().values(), self.settings.max_grad_norm)
+                    self._clip()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.schedule.step()
         self._update_average()
         return sums
+
+    def _clip(self) -> None:
+        norm = self.accelerator.clip_grad_norm_(self.trained().values(), self.settings.max_grad_norm)
+        if self.accelerator.scaler is None:  # which leaves out a step that overflows, and goes on
+            _check_finite(norm if norm is None else whole(norm), f"the norm of the gradient of step {self.step + 1} is")
 
     def autocast(self) -> torch.autocast:
         """Mixed precision, not left to accelerate: under DeepSpeed it would round the student itself."""
@@ -176,6 +182,8 @@ class Run:
         accelerator, settings = self.accelerator, self.settings
         folder, main = Path(settings.output_dir), accelerator.is_main_process
         student = {name: whole(parameter.detach()) for name, parameter in self.trained().items()}
+        for name, value in student.items():
+            _check_finite(value.sum(), f"after step {self.step} {name} is")
         written = checkpoint.writing(folder, self.step, settings.checkpoints_total_limit)
         with written if main else contextlib.nullcontext(checkpoint.unfinished(folder, self.step)) as unfinished:
             accelerator.wait_for_everyone()
@@ -187,7 +195,7 @@ class Run:
                     "schedule": self.schedule.state_dict(),
                 }
                 checkpoint.write(unfinished, RUN, state)
-                checkpoint.write_settings(unfinished, fixed(settings, accelerator))
+                checkpoint.write_settings(unfinished, shared(settings, accelerator))
             if main or is_spread(accelerator):
                 checkpoint.write(unfinished, self._part(), optimizer_state(self.optimizer))
             accelerator.wait_for_everyone()
@@ -209,11 +217,24 @@ class Run:
     @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
         """The distilled weights, in the model's own dtype; all processes have to ask for them."""
-        for name, parameter in self.trained().items():
-            if self.settings.use_ema:
-                present = whole(parameter.detach())  # asked for by all, also by the one that does not need it
-                assign(parameter, self.average.get(name, present))
-        return {name: value.to("cpu", self.bare.dtype) for name, value in student_values(self.bare).items()}
+        with self.averaged():
+            # Copied, for the student comes back into these parameters.
+            values = student_values(self.bare).items()
+            return {name: value.to("cpu", self.bare.dtype, copy=True) for name, value in values}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in the student's place, where there is one; all processes have to take part."""
+        trained = self.trained() if self.settings.use_ema else {}
+        present = {name: whole(parameter.detach()).cpu().clone() for name, parameter in trained.items()}
+        for name, parameter in trained.items():
+            # Under FSDP2 the first process's value is spread, and the others have no average.
+            assign(parameter, self.average.get(name, present[name]))
+        try:
+            yield
+        finally:
+            for name, parameter in trained.items():
+                assign(parameter, present[name])
 
 
 def _matched_layers(settings: Settings, recipe: Recipe, transformer: Any) -> list[str]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from diffusers.optimization import SchedulerType
+
 from clear_attn.config import ClearConfig
+from clear_attn.distill import buckets
 
 OPTIMIZERS = ("prodigy", "adamw", "adamw8bit")
 STUDENTS = ("full", "lora")
 SCHEMES = ("none", "logit_normal", "mode")
+RATES = {"prodigy": 1.0, "adamw": 1e-4, "adamw8bit": 1e-4}
+# Whose rate does not depend on how many steps there will be.
+ENDLESS = ("constant", "constant_with_warmup")
 # What may differ between a run and the run that continues it.
 FREE_ON_RESUMING = {
     "output_dir",
     "resume_from_checkpoint",
-    "max_train_steps",
+    "max_train_steps",  # but see `Settings.shared`
     "checkpointing_steps",
     "checkpoints_total_limit",
     "report_to",
@@ -42,19 +48,19 @@ class Settings:
     generate: int | None = option(None, "Or let the model draw so many pictures, into train_data_dir.")
     prompts: str | None = option(None, "A file of prompts for generate, one on each line, taken in turn.")
     num_inference_steps: int | None = option(None, "Of pictures drawn; by default the pipeline's.")
-    cache_dir: str | None = option(None, "Where latents and embeddings are kept; by default in output_dir.")
+    latents_dir: str | None = option(None, "Where latents and embeddings are cached; by default in output_dir.")
     revision: str | None = option(None, "Of the model on the Hub.")
     window: int = option(16, "Radius of the window in tokens.")
     down_factor: int = option(1, "Side of pooled cells in tokens; 1 for none.")
     student: str = option("full", f"What is trained of the projections: one of {', '.join(STUDENTS)}.")
     rank: int = option(64, "Of the low-rank updates, with student=lora.")
     resolution: int = option(1024, "Side in pixels of a square picture; other shapes have its area.")
-    max_sequence_length: int = option(512, "Text tokens.")
+    max_sequence_length: int | None = option(None, "Text tokens; by default the pipeline's.")
     train_batch_size: int = option(1, "Pictures at a time on each device.")
     gradient_accumulation_steps: int = option(1, "Batches to a step.")
     max_train_steps: int = option(10_000, "Steps of the optimizer.")
     optimizer: str = option("prodigy", f"One of {', '.join(OPTIMIZERS)}.")
-    learning_rate: float = option(1.0, "1 for prodigy, which finds its own; about 1e-4 for the others.")
+    learning_rate: float | None = option(None, "By default 1 for prodigy, which finds its own, and 1e-4 for others.")
     lr_scheduler: str = option("constant", "One of diffusers' schedulers.")
     lr_warmup_steps: int = option(0, "Steps over which the rate rises.")
     adam_weight_decay: float = option(1e-4, "Weight decay.")
@@ -65,8 +71,10 @@ class Settings:
     prediction_weight: float = option(0.5, "Weight of the difference from the teacher's prediction.")
     attention_weight: float = option(0.5, "Weight of the difference from the teacher's attention.")
     attention_layers: list[str] | None = option(None, "Layers whose attention is compared; by default the paper's.")
-    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass, to save memory.")
-    mixed_precision: str | None = option(None, "no, bf16 or fp16; by default as accelerate is configured.")
+    gradient_checkpointing: bool = option(True, "Compute activations again in the backward pass, to save memory.")
+    mixed_precision: str | None = option(
+        None, "no, bf16 or fp16; by default as accelerate is configured, else bf16 on a GPU."
+    )
     use_ema: bool = option(False, "Keep a moving average of the weights, on the CPU, and make it the result.")
     ema_decay: float = option(0.999, "Of the moving average.")
     validation_prompts: list[str] | None = option(None, "Drawn by teacher and student every validation_steps.")
@@ -82,9 +90,14 @@ class Settings:
     def config(self) -> ClearConfig:
         return ClearConfig(self.window, self.down_factor)
 
-    def fixed(self) -> dict[str, Any]:
+    @property
+    def rate(self) -> float:
+        return RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    def shared(self) -> dict[str, Any]:
         """What a run that continues another has to share with it."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in FREE_ON_RESUMING}
+        free = FREE_ON_RESUMING if self.lr_scheduler in ENDLESS else FREE_ON_RESUMING - {"max_train_steps"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in free}
 
     def check(self) -> None:
         """Raises ValueError where a value is out of range or two do not go together."""
@@ -97,7 +110,13 @@ class Settings:
             raise ValueError("give one of generate and dataset_name")
         if self.generate is None and (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("give one of train_data_dir and dataset_name, or generate and prompts")
-        for name, choices in (("optimizer", OPTIMIZERS), ("student", STUDENTS), ("weighting_scheme", SCHEMES)):
+        schedulers = tuple(each.value for each in SchedulerType)
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("student", STUDENTS),
+            ("weighting_scheme", SCHEMES),
+            ("lr_scheduler", schedulers),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         positive = (
@@ -111,11 +130,20 @@ class Settings:
             "checkpointing_steps",
             "validation_steps",
             "max_grad_norm",
+            "max_sequence_length",
+            "checkpoints_total_limit",
         )
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}")
+        weights = ("flow_matching_weight", "prediction_weight", "attention_weight")
+        for name in (*weights, "lr_warmup_steps", "adam_weight_decay", "guidance_scale"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"{', '.join(weights)} are all 0: there is nothing to learn; give one of them more")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in 0 to below 1, got {self.ema_decay}; 0.999 is usual")
+        buckets.sizes(self.resolution)
         self.config  # noqa: B018 - checks window and down_factor

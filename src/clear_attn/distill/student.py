@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear_attn.distill.sharding import whole
-from clear_attn.doors import DoorIn
 from clear_attn.layout import TokenLayout
 from clear_attn.linearize import find_transformer
 from clear_attn.processors import ClearAttnProcessor, project, project_out
@@ -156,7 +155,8 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
         ValueError: a rank below 1.
     """
     transformer, family = find_transformer(pipe)
-    door_in(transformer)
+    if door_of(transformer) is None:
+        raise RuntimeError("only a linearized model can have a student; call clear_attn.linearize(..., weights=None)")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
     transformer.requires_grad_(False)
@@ -169,14 +169,6 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
         }
         attn.set_processor(DistillProcessor(attn.processor, student).requires_grad_(True))
     return list(student_parameters(transformer).values())
-
-
-def door_in(transformer: Any) -> DoorIn:
-    """The door of a linearized transformer; raises RuntimeError where there is none."""
-    door = door_of(transformer)
-    if door is None:
-        raise RuntimeError("only a linearized model can have a student; call clear_attn.linearize(..., weights=None)")
-    return door
 
 
 def processors(transformer: Any) -> dict[str, DistillProcessor]:

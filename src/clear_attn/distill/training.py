@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
 from clear_attn.distill import checkpoint, prepare
-from clear_attn.distill.run import Run, fixed
+from clear_attn.distill.optimizers import check_optimizer
+from clear_attn.distill.run import Run, shared
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.validate import Validation
 from clear_attn.saving import check_folder, save_values
@@ -28,23 +31,25 @@ def train(settings: Settings) -> Path:
 
     Raises:
         ValueError: settings out of range; pictures without captions; a cache or a checkpoint of something else.
-        FileExistsError: the folder holds another run.
+        TypeError: a model that cannot be linearized or distilled.
+        FileExistsError: the folder holds another run, or checkpoints later than that to continue.
         FileNotFoundError: there is no such checkpoint, or no such file of prompts.
         NotADirectoryError: a folder is a file.
         ImportError: what the settings name needs a library that is not installed.
-        FloatingPointError: a loss was not finite; nothing has been overwritten then.
+        FloatingPointError: a loss, gradient or weight was not finite; nothing has been overwritten then.
     """
     settings.check()
     folder = check_folder(settings.output_dir)
     resumed = checkpoint.find(folder, settings.resume_from_checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        mixed_precision=settings.mixed_precision,
+        mixed_precision=_precision(settings),
         log_with=_tracker(settings.report_to),
         project_config=ProjectConfiguration(settings.output_dir, str(folder / settings.logging_dir)),
     )
+    check_optimizer(settings, accelerator)
     if resumed:
-        checkpoint.check_settings(resumed, fixed(settings, accelerator))
+        checkpoint.check_settings(resumed, shared(settings, accelerator))
     pictures = prepare.examples(settings)
     pipe = prepare.load(settings, accelerator)
     data = prepare.data(settings, accelerator, pipe, pictures)
@@ -54,7 +59,7 @@ def train(settings: Settings) -> Path:
     run = Run(settings, accelerator, pipe, data)
     if resumed:
         run.restore(resumed)
-    accelerator.init_trackers("distill", config=_loggable(fixed(settings, accelerator)))
+    accelerator.init_trackers("distill", config=_loggable(shared(settings, accelerator)))
     _go(run, settings, accelerator, validation)
     values = run.result()
     if accelerator.is_main_process:
@@ -74,7 +79,15 @@ def _go(run: Run, settings: Settings, accelerator: Accelerator, validation: Vali
             if run.step % settings.checkpointing_steps == 0 or run.step == last:
                 run.save()
             if run.step % settings.validation_steps == 0 or run.step == last:
-                validation.draw(run.step, run.autocast())
+                with run.averaged(), run.autocast():
+                    validation.draw(run.step)
+
+
+def _precision(settings: Settings) -> str | None:
+    """What accelerate is to be told: on a GPU bf16, unless it was told already, or the run is."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    usual = "bf16" if torch.cuda.is_available() and not told else None
+    return settings.mixed_precision or usual
 
 
 def _tracker(name: str) -> str | None:

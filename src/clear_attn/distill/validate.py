@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from clear_attn.distill.files import put
+from clear_attn.distill.prepare import drawing_of
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
@@ -37,18 +38,18 @@ class Validation:
         self.prompts = settings.validation_prompts or []
         transformer, _ = find_transformer(pipe)
         recipe = recipe_of(transformer)
+        self.drawing = drawing_of(settings, pipe)
         with torch.no_grad():
-            self.embeddings = [recipe.embeddings(pipe, [p], settings.max_sequence_length) for p in self.prompts]
+            self.embeddings = [recipe.embeddings(pipe, [p], self.drawing.text_tokens) for p in self.prompts]
         self.rows: dict[str, list[Image.Image]] = {}
 
-    def draw(self, step: int, autocast: torch.autocast) -> None:
+    def draw(self, step: int) -> None:
         """One sheet, in the output directory and to the trackers; under FSDP2 all processes have to draw."""
         if not self.prompts:
             return
-        with autocast:
-            if not self.rows:
-                self.rows["teacher"] = self._pictures(TEACHER)
-            sheet = contact_sheet({**self.rows, f"student, step {step}": self._pictures(STUDENT)}, self.prompts)
+        if not self.rows:
+            self.rows["teacher"] = self._pictures(TEACHER)
+        sheet = contact_sheet({**self.rows, f"student, step {step}": self._pictures(STUDENT)}, self.prompts)
         if not self.accelerator.is_main_process:
             return
         folder = Path(self.settings.output_dir, FOLDER)
@@ -61,18 +62,16 @@ class Validation:
                 tracker.log_images({"validation": [sheet]}, step=step)
 
     def _pictures(self, role: str) -> list[Image.Image]:
-        pipe, settings, device = self.pipe, self.settings, self.accelerator.device
+        pipe, device = self.pipe, self.accelerator.device
         pipe.vae.to(device)
         pipe.set_progress_bar_config(disable=True)
-        steps = {} if settings.num_inference_steps is None else {"num_inference_steps": settings.num_inference_steps}
         pictures = [
             pipe(
                 **{name: value.to(device) for name, value in embeddings.items()},
-                height=settings.resolution,
-                width=settings.resolution,
-                generator=torch.Generator().manual_seed(hash_of(settings.seed, number)),
+                # Not the noise of the training picture of the same number.
+                generator=torch.Generator().manual_seed(hash_of("validation", self.drawing.seed, number)),
                 joint_attention_kwargs=keywords(role),
-                **steps,
+                **self.drawing.arguments(),
             ).images[0]
             for number, embeddings in enumerate(self.embeddings)
         ]
