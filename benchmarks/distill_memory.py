@@ -1,7 +1,8 @@
-"""What a training step holds in memory, counted and measured, and its seconds.
+r"""What a training step holds in memory, counted and measured, and its seconds.
 
     python benchmarks/distill_memory.py --output benchmarks/results/distill-memory-cpu.json
-    python benchmarks/distill_memory.py --heads 24 --layers 19 --single-layers 38 --pixels 1024 --text-tokens 512
+    python benchmarks/distill_memory.py --heads 24 --layers 19 --single-layers 38 --pixels 1024 --text-tokens 512 \
+        --window 16 --down-factor 4
 
 The second line is FLUX.1 itself, on a GPU. A FLUX of the given size with random weights: the trunk in bfloat16, the
 student in float32 under autocast, gradient checkpointing, batch 1. Counted is what follows from the numbers of
@@ -24,6 +25,7 @@ from rich import print
 from rich.table import Table
 
 import clear_attn as clear
+from clear_attn.distill.memory import counted
 from clear_attn.distill.optimizers import make_optimizer
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
@@ -63,18 +65,6 @@ class Peak:
 
 def held(device: str) -> int:
     return torch.cuda.memory_allocated() if device != "cpu" else psutil.Process().memory_info().rss
-
-
-def counted(trunk: int, student: int, optimizer: str) -> dict[str, float]:
-    """Bytes of each part, of so many parameters."""
-    states = {"adamw": 2, "prodigy": 2 + 2 / 11, "adamw8bit": 0.5}[optimizer]
-    return {
-        "trunk, bfloat16": 2 * trunk,
-        "student, float32": 4 * student,
-        "its gradient, float32": 4 * student,
-        f"{optimizer}'s states, float32": 4 * student * states,
-        "autocast's copies, bfloat16": 2 * student,
-    }
 
 
 def main(

@@ -29,5 +29,5 @@ bench --level model --pixels 2048x2048 --pixels 4096x4096 --pixels 8192x8192 --b
     --variant dense --variant flex --variant bound --json "$results/model-$device.json" --plot "$results/model-$device.png"
 # What training takes beside the drawing, to hold against the arithmetic in docs/distilling.md.
 python benchmarks/distill_memory.py --heads 24 --layers 19 --single-layers 38 --pixels 1024 --text-tokens 512 \
-    --output "$results/distill-memory-$device.json" || failed=1
+    --window 16 --down-factor 4 --output "$results/distill-memory-$device.json" || failed=1
 exit $failed

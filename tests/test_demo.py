@@ -121,7 +121,7 @@ class TestSmallFlux:
 
 class TestDistilled:
     def test_draws_what_the_dense_model_draws(self, pipe, monkeypatch):
-        """At a window where the model's own weights do not."""
+        """With a window, and seeds, where the model's own weights do not."""
         evaluation = example("evaluate_small_flux")
         scenes = held_out_scenes()[:12]
 
@@ -129,7 +129,7 @@ class TestDistilled:
             return np.stack(evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=12)) / 255.0
 
         dense = draw()
-        with clear.linearized(pipe, 4, weights=None):
+        with clear.linearized(pipe, 8, weights=None):
             free = draw()
         with clear.linearized(pipe, weights=demo.distilled()):
             distilled = draw()
@@ -142,12 +142,14 @@ class TestDistilled:
         monkeypatch.syspath_prepend(EXAMPLES)
         distilling = example("distill_small_flux")
         monkeypatch.setattr(distilling, "PICTURES", 4)
-        monkeypatch.setattr(distilling, "LONGER", 2)
+        monkeypatch.setattr(distilling, "VARIANTS", ((4, 1),))
         distilling.main(tmp_path, steps=1, captions=2, only=["4x1"])
+        assert not (tmp_path / "table.json").exists()
+        distilling.main(tmp_path, steps=1, captions=2)
         rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-        assert [row["weights"] for row in rows] == ["training-free", *distilling.STUDENTS, *distilling.LONGEST]
-        assert len({row["error"] for row in rows}) == 5
-        assert Image.open(tmp_path / "table.png").size[1] > 6 * demo.SIZE
+        assert [row["weights"] for row in rows] == ["training-free", *distilling.LOSSES]
+        assert len({row["error"] for row in rows}) == 4
+        assert Image.open(tmp_path / "table.png").size[1] > 5 * demo.SIZE
         assert len(list((tmp_path / "drawn").glob("*.png"))) == 4
 
 
@@ -163,7 +165,7 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert "16 x 16 image tokens, 24 text tokens, window 5, down_factor 2" in result.output
         assert f"Saved {output}" in result.output
-        assert "in the box are for --window 4 --down-factor 1, so they are not shown" in result.output
+        assert "in the box are for --window 8 --down-factor 1, so they are not shown" in result.output
         two = Image.open(output).size
         assert two[0] > 2 * demo.SIZE
         result = self.run("demo", "--prompt", prompt, "--output", output)

@@ -24,8 +24,8 @@ app = typer.Typer(
 
 DEMO_CAPTIONS = (
     "a red circle on a blue ground, at the top left",
-    "a yellow square on a black ground, in the middle",
-    "a white triangle on a green ground, at the bottom right",
+    "a yellow triangle on a red ground, at the top right",
+    "a black triangle on a white ground, in the middle",
     "a black cross on a yellow ground, at the bottom left",
 )
 
@@ -54,7 +54,7 @@ def demo(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; may be repeated.", show_default="four captions")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 4,
+    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 8,
     down_factor: Annotated[int, typer.Option(min=1, help="Side of pooled cells in tokens; 1 for none.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("clear-attn-demo.png"),

@@ -25,7 +25,7 @@ def path() -> Path:
 def distilled() -> Path:
     """The folder of its distilled weights, for `clear_attn.linearize(pipe, weights=...)`.
 
-    A window of 4 of its 16 x 16 tokens, trained by `examples/distill_small_flux.py`.
+    A window of 8 of its 16 x 16 tokens, trained by `examples/distill_small_flux.py`.
     """
     return Path(__file__).parent / "small_flux_clear"
 

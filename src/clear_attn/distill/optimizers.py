@@ -12,6 +12,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from clear_attn.distill.settings import Settings
 
+# Prodigy estimates its rate from every so many values, which saves most of two of its four states' memory.
+SLICE = 11
+
 
 def check_optimizer(settings: Settings, accelerator: Accelerator) -> None:
     """Raises what `make_optimizer` and `prepare_plugins` would, before anything has taken time.
@@ -50,10 +53,9 @@ def make_optimizer(
         if settings.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
-            # slice_p: its estimate from every eleventh value, which saves most of two of its four states' memory.
             # Where the state is spread, each process would adapt a step of its own unless told that it is.
             spread = distributed == DistributedType.DEEPSPEED
-            return Prodigy(parameters, lr=rate, weight_decay=decay, slice_p=11, fsdp_in_use=spread)
+            return Prodigy(parameters, lr=rate, weight_decay=decay, slice_p=SLICE, fsdp_in_use=spread)
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, lr=rate, weight_decay=decay)
