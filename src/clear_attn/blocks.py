@@ -43,17 +43,31 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
     Errors are those of `restore`.
     """
     back = _way_back(pipe)
-    hooks = [(each, dict(each)) for each in _hooks_in(find_transformer(pipe)[0])]
-    restore(pipe)
+    transformer, _ = find_transformer(pipe)
+    tables = _hooks_in(transformer)
+    before, dense = [dict(table) for table in tables], [dict[int, Any]() for _ in tables]
     try:
+        restore(pipe)
+        dense = [dict(table) for table in tables]
         yield pipe
     finally:
-        new = [{key: hook for key, hook in each.items() if key not in before} for each, before in hooks]
-        back()
-        # The doors would stand behind the hooks of others.
-        for (each, before), added in zip(hooks, new, strict=True):
-            each.clear()
-            each.update({**before, **added})
+        inside = [dict(table) for table in tables]
+        try:
+            back()
+        finally:
+            # The doors would stand behind the hooks of others. What others took off or put on inside stays so.
+            for table, *states in zip(tables, before, dense, inside, strict=True) if door_of(transformer) else ():
+                _replace_hooks(table, *states)
+
+
+def _replace_hooks(
+    table: dict[int, Any], before: dict[int, Any], dense: dict[int, Any], inside: dict[int, Any]
+) -> None:
+    """A table of hooks as before, but for what came and went between it was dense and now."""
+    stay = {key: hook for key, hook in before.items() if key in inside or key not in dense}
+    new = {key: hook for key, hook in inside.items() if key not in dense}
+    table.clear()
+    table.update({**stay, **new})
 
 
 def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
@@ -71,7 +85,11 @@ def _way_back(pipe: Any) -> Callable[[], None]:
 
     def back() -> None:
         stock = original_state(transformer, layers)
-        values = {**stock.values, **before.values}
-        apply(transformer, layers, before._replace(values=values) if before.door else stock)
+        wanted = before._replace(values={**stock.values, **before.values}) if before.door else stock
+        try:
+            apply(transformer, layers, wanted)
+        except BaseException:
+            apply(transformer, layers, wanted)
+            raise
 
     return back

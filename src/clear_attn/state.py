@@ -75,7 +75,9 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
 
 
 def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
-    """Puts a state in place of the present one.
+    """Puts a state in place of the present one. Interrupted, it can be called again.
+
+    The door comes first and goes last, so that one stands as long as anything behind it is not the original.
 
     Raises:
         RuntimeError: values cannot be copied in; nothing has been changed then.
@@ -83,6 +85,8 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
     if state.values:
         check_in_memory(transformer, layers)
         check_replaceable(layers)
+    if state.door:
+        _set_door(transformer, state.door)
     copy_values(state.values, layers)
     _free_kept_processors(transformer)
     for layer, attn in layers.items():
@@ -93,8 +97,9 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
                 if (value := getattr(present, name, None)) is not None or hasattr(processor, name):
                     setattr(processor, name, value)
             attn.set_processor(stand_beside(processor, attn))
-    _set_door(transformer, state.door)
     _set_mark(transformer, state.mark)
+    if not state.door:
+        _remove_doors(transformer)
 
 
 def _free_kept_processors(transformer: Any) -> None:
@@ -119,17 +124,15 @@ def _set_mark(transformer: Any, mark: dict[str, Any] | None) -> None:
     transformer._internal_dict = FrozenDict({**others, **({MARK: mark} if mark else {})})
 
 
-def _set_door(transformer: Any, door: DoorIn | None) -> None:
+def _set_door(transformer: Any, door: DoorIn) -> None:
     """In the old one's place where there is one, so that the order among others' hooks stays."""
-    if door is None:
-        _remove_doors(transformer)
-        return
     present = [key for key, hook in transformer._forward_pre_hooks.items() if isinstance(hook, DoorIn)]
+    # The entrance first: by it the others are found, should one fail to be put in.
     if present:
         transformer._forward_pre_hooks[present[0]] = door
     else:
-        # The entrance first: by it the others are found, should one fail to be put in.
         transformer.register_forward_pre_hook(door, with_kwargs=True)
+    if not any(isinstance(hook, DoorOut) for hook in transformer._forward_hooks.values()):
         transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
     for inner in door.family.inner_doors(transformer):
         if inner.stands():
@@ -149,10 +152,11 @@ def _remove_doors(transformer: Any) -> None:
 
 
 def _remove_hooks(module: Any, unwanted: Callable[[Any], bool]) -> None:
+    # The entrance last, as it came first.
     for hooks, marks in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
     ):
         for key in [key for key, hook in hooks.items() if unwanted(hook)]:
-            del hooks[key]
             marks.pop(key, None)
+            del hooks[key]
