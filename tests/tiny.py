@@ -50,7 +50,9 @@ def flux_transformer(guidance=False, **changes):
 
 @functools.cache
 def _demo_pipeline():
-    return demo.pipeline()
+    pipe = demo.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def flux_pipeline():

@@ -6,6 +6,7 @@ from clear_attn.config import ClearConfig
 from clear_attn.cost import Cost, cost
 from clear_attn.highres import (
     Base,
+    HighresFailed,
     HighresInterrupted,
     HighresPlan,
     HighresResult,
@@ -24,6 +25,7 @@ __all__ = [
     "ClearAttnProcessor",
     "ClearConfig",
     "Cost",
+    "HighresFailed",
     "HighresInterrupted",
     "HighresPlan",
     "HighresResult",

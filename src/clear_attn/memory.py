@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 GIB = 2**30
 
@@ -46,18 +48,19 @@ class Memory:
         return {**asdict(self), **{name: part._asdict() for name, part in vars(self).items() if name != "weights"}}
 
     def __str__(self) -> str:
-        parts = [f"weights {_gib(self.all_weights)} GiB", f"activations {_range(self.activations)}"]
+        parts = [f"weights {gib(self.all_weights)} GiB", f"activations {_range(self.activations)}"]
         if self.decode.least:
             parts.append(f"decoding {_range(self.decode)}, in tiles {_range(self.decode_tiled)}")
         return f"Memory: {', '.join(parts)}."
 
 
-def _gib(size: int) -> str:
+def gib(size: float) -> str:
+    """Bytes in GiB, as text."""
     return f"{size / GIB:.1f}" if size > 0.1 * GIB else f"{size / GIB:.2g}"
 
 
 def _range(size: Bytes) -> str:
-    return f"{_gib(size.least)} to {_gib(size.likely)} GiB"
+    return f"{gib(size.least)} to {gib(size.likely)} GiB"
 
 
 def memory_of(
@@ -87,10 +90,23 @@ def memory_of(
     )
 
 
-def weight_bytes(model: nn.Module, device: str | None = None) -> int:
-    """Of a model's parameters and buffers, or of those on devices of a type."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(x.numel() * x.element_size() for x in tensors if device in (None, x.device.type))
+def weight_bytes(model: nn.Module, device: torch.device | str | None = None) -> int:
+    """Of a model's parameters and buffers as they are stored, or of those on a device; cuda alone is any of them."""
+    wanted = None if device is None else torch.device(device)
+    stored = [part for tensor in [*model.parameters(), *model.buffers()] for part in _stored(tensor)]
+    return sum(x.numel() * x.element_size() for x in stored if wanted is None or _is_on(x, wanted))
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """What a tensor is made of: itself, or, as in quantized models, others that stand for it."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _stored(getattr(tensor, name))]
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
 def _decode(vae: Any, height: int, width: int) -> Bytes:

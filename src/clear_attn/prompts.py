@@ -15,7 +15,8 @@ def read_prompts(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"prompts={str(file)!r} is no file; give a text file with a prompt on each line")
     try:
-        text = file.read_text(encoding="utf-8")
+        # Some editors of Windows put a mark before the first line.
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts={str(file)!r} is no text in UTF-8 ({error}); save it as UTF-8") from None
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
@@ -20,50 +21,63 @@ from clear_attn.highres.rope import ntk_scaling
 from clear_attn.highres.stages import Base, Stage
 
 
-def draw(pipe: Any, plan: HighresPlan, image: Image.Image | None, callbacks: dict[str, Any]) -> Iterator[Image.Image]:
-    """Yields the first image and that of each stage, as long as no callback interrupts the pipeline.
+class Interrupted(Exception):  # noqa: N818, for it is no error
+    """A callback, or another thread, has set `_interrupt` of the pipeline."""
+
+
+def draw(
+    pipe: Any,
+    plan: HighresPlan,
+    image: Image.Image | None,
+    callbacks: dict[str, Any],
+    finished: Callable[[Image.Image], None],
+) -> None:
+    """Draws the first image and that of each stage, and hands on each as soon as it is there.
 
     Args:
         pipe: linearized.
         plan: what to draw.
         image: the first image, where the plan has no base.
         callbacks: keywords of the pipelines' calls.
+        finished: takes each image.
+
+    Raises:
+        Interrupted: by a callback, or another thread.
     """
+    pipe._interrupt = False
     if plan.base:
         with restored(pipe):
             image = _draw_base(pipe, plan, plan.base, callbacks)
-    if image is None:
-        return
-    image = image.convert("RGB")
-    yield image
+            finished(image)
+    else:
+        assert image
+        image = image.convert("RGB")
+        finished(image)
     for number, stage in enumerate(plan.stages, start=1):
-        drawn = _draw_stage(pipe, plan, number, stage, image, callbacks)
-        if drawn is None:
-            return
-        image = drawn
-        yield image
+        _stop_if_interrupted(pipe)
+        image = _draw_stage(pipe, plan, number, stage, image, callbacks)
+        finished(image)
 
 
-def _draw_base(pipe: Any, plan: HighresPlan, base: Base, callbacks: dict[str, Any]) -> Image.Image | None:
+def _draw_base(pipe: Any, plan: HighresPlan, base: Base, callbacks: dict[str, Any]) -> Image.Image:
     runner = kind_of(pipe).from_text(**{**pipe.components, "scheduler": static_schedule(pipe.scheduler, None)})
-    settings = {"num_inference_steps": base.steps, "guidance_scale": base.guidance}
-    return _run(pipe, runner, plan, 0, (base.height or 0, base.width or 0), settings, callbacks)
+    settings = {"num_inference_steps": base.steps, "guidance_scale": base.guidance, "generator": _generator(plan, 0)}
+    return _run(pipe, runner, plan, 0, base.size, settings, callbacks)
 
 
 def _draw_stage(
     pipe: Any, plan: HighresPlan, number: int, stage: Stage, image: Image.Image, callbacks: dict[str, Any]
-) -> Image.Image | None:
+) -> Image.Image:
     scheduler = static_schedule(pipe.scheduler, stage.shift)
     runner = kind_of(pipe).from_image(**{**pipe.components, "scheduler": scheduler})
-    size = stage.height or 0, stage.width or 0
     generator = _generator(plan, number)
     with contextlib.ExitStack() as around:
         around.enter_context(tiled_vae(pipe.vae))
-        if stage.ntk_factor not in (None, 1):
-            around.enter_context(ntk_scaling(pipe, float(stage.ntk_factor or 1)))
+        if (factor := stage.ntk_factor or 1) != 1:
+            around.enter_context(ntk_scaling(pipe, factor))
         if stage.proportional:
             around.enter_context(proportional_attention(pipe))
-        latents = encode(runner, image, size, generator)
+        latents = _encode(runner, image, stage.size, generator)
         if stage.low_resolution_guidance:
             guide(scheduler, latents, stage.low_resolution_guidance)
         settings = {
@@ -73,7 +87,7 @@ def _draw_stage(
             "guidance_scale": stage.guidance,
             "generator": generator,
         }
-        return _run(pipe, runner, plan, number, size, settings, callbacks)
+        return _run(pipe, runner, plan, number, stage.size, settings, callbacks)
 
 
 def _run(
@@ -84,26 +98,49 @@ def _run(
     size: sizes.Size,
     settings: dict[str, Any],
     callbacks: dict[str, Any],
-) -> Image.Image | None:
-    """One image, or None where a callback interrupted the pipeline."""
+) -> Image.Image:
     title = f"stage {number} of {len(plan.stages)}" if number else "base image"
     runner.set_progress_bar_config(
         **{"desc": f"{title}, {sizes.name(size)}", **getattr(pipe, "_progress_bar_config", {})}
     )
-    arguments = {"generator": _generator(plan, number), **settings, **plan.options, **callbacks}
-    drawn = runner(plan.prompt, height=size[0], width=size[1], **arguments).images[0]
-    # Offloaded models go back to where they wait; this runner has put no hooks on them.
-    pipe.maybe_free_model_hooks()
-    return None if runner.interrupt else drawn
+    arguments = {**settings, **plan.options, **_heeding(pipe, **callbacks)}
+    try:
+        return runner(plan.prompt, height=size[0], width=size[1], **arguments).images[0]
+    finally:
+        # Offloaded models go back to where they wait; this runner has put no hooks on them.
+        pipe.maybe_free_model_hooks()
+
+
+def _heeding(
+    pipe: Any, callback_on_step_end: Callable[..., dict[str, Any]] | None, callback_on_step_end_tensor_inputs: list[str]
+) -> dict[str, Any]:
+    """The caller's callback, after which a pipeline that was interrupted stops at once, and decodes nothing."""
+
+    def on_step_end(runner: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        changed = callback_on_step_end(runner, step, timestep, tensors) if callback_on_step_end else tensors
+        _stop_if_interrupted(runner, pipe)
+        return changed
+
+    if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+        callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+    return {
+        "callback_on_step_end": on_step_end,
+        "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+    }
+
+
+def _stop_if_interrupted(*pipes: Any) -> None:
+    if any(each.interrupt for each in pipes):
+        raise Interrupted
 
 
 def _generator(plan: HighresPlan, number: int) -> torch.Generator:
-    """Of each image's own noise, so that a stage can be drawn again without those before it."""
+    """The base image's noise is of the plan's seed, stage n's of seed + n."""
     return torch.Generator("cpu").manual_seed(plan.seed + number)
 
 
 @torch.no_grad()
-def encode(runner: Any, image: Image.Image, size: sizes.Size, generator: torch.Generator) -> Tensor:
+def _encode(runner: Any, image: Image.Image, size: sizes.Size, generator: torch.Generator) -> Tensor:
     """The latents of an image enlarged to a size, as image-to-image pipelines make them, `[1, channels, h, w]`."""
     vae = runner.vae
     enlarged = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 
-from clear_attn.highres import HighresInterrupted, HighresPlan, HighresResult, Stage, highres
-from clear_attn.highres.planning import fingerprint
-from clear_attn.highres.result import save_with_plan, stage_file
+from clear_attn.highres import Base, HighresFailed, HighresInterrupted, HighresPlan, HighresResult, Stage, highres
+from clear_attn.highres.fits import check_weights_fit
+from clear_attn.highres.planning import describe, fingerprint
+from clear_attn.highres.result import save_plan, save_with_plan, stage_file
 from clear_attn.options import DTYPES, DType, check_picture_file, device_of
 
-STAGES, MACHINE = "Each stage", "Machine"
-# Options that a plan does not stand for.
-BESIDE_A_PLAN = {"model", "output", "plan", "init_image", "save_stages", "device", "dtype", "offload"}
+BASE, STAGES, MACHINE = "Base image", "Each stage", "Machine"
+OF_PIPELINE = "the pipeline's"
+# Options that a plan does not stand for; the weights may lie elsewhere than the plan says.
+BESIDE_A_PLAN = {"model", "output", "plan", "weights", "init_image", "save_stages", "device", "dtype", "offload"}
 
 
 def generate(
@@ -35,6 +38,9 @@ def generate(
     weights: Annotated[
         str, typer.Option(help="auto: those published; none: the model's own; or a folder, file or Hub id.")
     ] = "auto",
+    revision: Annotated[
+        str | None, typer.Option(help="Of the weights: branch, tag or commit on the Hub.", show_default="the newest")
+    ] = None,
     init_image: Annotated[
         Path | None, typer.Option(help="Start from this picture.", show_default="a base image is drawn")
     ] = None,
@@ -44,24 +50,39 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise.", show_default="random")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw, for models guided by it.")] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(help="Guidance by the negative prompt, for FLUX.1; 1 is off.", show_default="1")
+    ] = None,
     max_sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Text tokens.", show_default="the pipeline's")
+        int | None, typer.Option(min=1, help="Text tokens.", show_default=OF_PIPELINE)
     ] = None,
     save_stages: Annotated[bool, typer.Option("--save-stages", help="Save each image on the way as it comes.")] = False,
-    strength: Annotated[float, typer.Option(help="Share of the steps that is run.", rich_help_panel=STAGES)] = 0.7,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the whole schedule.", rich_help_panel=STAGES)] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.", rich_help_panel=STAGES)] = 7.5,
+    base_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps.", show_default=OF_PIPELINE, rich_help_panel=BASE)
+    ] = None,
+    base_guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance scale.", show_default=OF_PIPELINE, rich_help_panel=BASE)
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="Share of the steps that is run.", rich_help_panel=STAGES)
+    ] = Stage.strength,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the whole schedule.", rich_help_panel=STAGES)
+    ] = Stage.steps,
+    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale.", rich_help_panel=STAGES)] = Stage.guidance,
     ntk_factor: Annotated[
         float | None,
         typer.Option(help="Of the rotary embedding's theta.", show_default="10 with one", rich_help_panel=STAGES),
-    ] = None,
-    proportional: Annotated[bool, typer.Option(help="Proportional attention.", rich_help_panel=STAGES)] = True,
+    ] = Stage.ntk_factor,
+    proportional: Annotated[
+        bool, typer.Option(help="Proportional attention.", rich_help_panel=STAGES)
+    ] = Stage.proportional,
     shift: Annotated[
         float, typer.Option(min=0, help="Of a static schedule; 0: the pipeline's own.", rich_help_panel=STAGES)
-    ] = 3.0,
+    ] = Stage.shift or 0,
     low_resolution_guidance: Annotated[
         int, typer.Option(min=0, help="Wavelet levels; 0 is off.", rich_help_panel=STAGES)
-    ] = 0,
+    ] = Stage.low_resolution_guidance or 0,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU if any", rich_help_panel=MACHINE)
     ] = None,
@@ -77,15 +98,20 @@ def generate(
     check_picture_file(output, "--output")
     where = device_of(device)
 
-    def save_on_the_way(number: int, image: Image.Image, plan: HighresPlan) -> None:
-        if number < len(plan.stages):
+    def keep(number: int, image: Image.Image, plan: HighresPlan) -> None:
+        if number == 0:
+            save_plan(plan, output)
+        if save_stages and number < len(plan.stages):
             save_with_plan(image, stage_file(output, number, image), plan)
 
     try:
         image = _open(init_image)
         if plan:
             _check_alone(context)
-            asked = _again(HighresPlan.load(plan), plan, image)
+            again = HighresPlan.load(plan)
+            asked = _again(again, plan, image)
+            if _is_given(context, "weights"):
+                asked["weights"] = _none_or(weights)
         else:
             stage = Stage(
                 strength=strength,
@@ -96,23 +122,38 @@ def generate(
                 shift=shift or None,
                 low_resolution_guidance=low_resolution_guidance or None,
             )
-            options = {"negative_prompt": negative_prompt, "max_sequence_length": max_sequence_length}
+            options = {
+                "negative_prompt": negative_prompt,
+                "true_cfg_scale": true_cfg_scale,
+                "max_sequence_length": max_sequence_length,
+            }
+            own_base = (base_steps, base_guidance) != (None, None)
             asked = {
                 **_needed(prompt=prompt, height=height, width=width),
                 **{name: value for name, value in options.items() if value is not None},
                 "window": window,
                 "down_factor": down_factor,
-                "weights": None if weights == "none" else weights,
+                "weights": _none_or(weights),
+                "revision": revision,
                 "seed": seed,
+                "base": Base(steps=base_steps, guidance=base_guidance) if own_base else None,
                 "stages": stage,
             }
         pipe = _load(model, where, dtype, offload)
-        callback = save_on_the_way if save_stages else None
-        result = highres(pipe, **asked, image=image, callback_on_stage_end=callback)
+        if plan:
+            _warn_of_another(again.model, describe(pipe))
+        result = highres(pipe, **asked, image=image, callback_on_stage_end=keep)
     except HighresInterrupted as stop:
-        _save_finished(stop.result, output)
+        _save_finished("Interrupted", stop.result, output)
         raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError) as error:
+    except HighresFailed as failure:
+        _save_finished(str(failure.__cause__), failure.result, output)
+        if _is_out_of_memory(failure.__cause__):
+            typer.echo(
+                f"Less memory is needed for a smaller picture{'' if offload else ', or with --offload'}", err=True
+            )
+        raise typer.Exit(1) from None
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     result.save(output)
     typer.echo(f"Saved {output} and {output.with_suffix('.json')}, seed {result.plan.seed}")
@@ -122,7 +163,12 @@ def _open(file: Path | None) -> Image.Image | None:
     if file is None:
         return None
     with Image.open(file) as picture:
-        return picture.convert("RGB")
+        # As it is shown: cameras note down how they were held.
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def _none_or(weights: str) -> str | None:
+    return None if weights == "none" else weights
 
 
 def _needed(**given: Any) -> dict[str, Any]:
@@ -134,12 +180,14 @@ def _needed(**given: Any) -> dict[str, Any]:
 
 def _check_alone(context: typer.Context) -> None:
     """Raises ValueError where another option says what the plan says."""
-    given = [
-        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    said = [f"--{name.replace('_', '-')}" for name in given if name not in BESIDE_A_PLAN]
+    given = [name for name in context.params if _is_given(context, name) and name not in BESIDE_A_PLAN]
+    said = [f"--{name.replace('_', '-')}" for name in given]
     if said:
         raise ValueError(f"--plan and {', '.join(said)} both say what to draw; give one of them, or edit the .json")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
 
 def _again(plan: HighresPlan, file: Path, image: Image.Image | None) -> dict[str, Any]:
@@ -166,11 +214,36 @@ def _load(model: str, device: torch.device, dtype: DType | None, offload: bool) 
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
+    check_weights_fit(pipe, device)
     return pipe.to(device)
 
 
-def _save_finished(result: HighresResult, output: Path) -> None:
-    files = [stage_file(output, number, image) for number, image in enumerate(result.images)]
-    for file, image in zip(files, result.images, strict=True):
-        save_with_plan(image, file, result.plan)
-    typer.echo(f"Interrupted; saved {', '.join(map(str, files)) or 'nothing'}", err=True)
+def _warn_of_another(planned: dict[str, Any], present: dict[str, Any]) -> None:
+    """Says in what a pipeline is not the one that a picture was planned for."""
+    before, now = dict(_flat(planned)), dict(_flat(present))
+    changes = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        typer.echo(f"Warning: the picture will differ, as the pipeline does: {'; '.join(changes)}", err=True)
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield above + name, value
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    # What torch raises on a CPU and on Apple's GPUs has no class of its own.
+    said = any(words in str(error) for words in ("allocate memory", "out of memory"))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or said
+
+
+def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
+    files = result.save(output) if result.images else []
+    typer.echo(f"{reason}; saved {', '.join(map(str, files)) or 'nothing'}", err=True)

@@ -15,9 +15,9 @@ from clear_attn.highres import cascade
 from clear_attn.highres.fits import check_fits
 from clear_attn.highres.plan import HighresPlan
 from clear_attn.highres.planning import make_plan
-from clear_attn.highres.result import HighresInterrupted, HighresResult
+from clear_attn.highres.result import HighresFailed, HighresInterrupted, HighresResult
 from clear_attn.highres.stages import Base, Stage
-from clear_attn.linearize import find_transformer, is_linearized
+from clear_attn.linearize import find_transformer
 from clear_attn.record import mark_of
 from clear_attn.state import door_of
 
@@ -31,6 +31,8 @@ def highres(
     window: int | None = None,
     down_factor: int | None = None,
     weights: str | os.PathLike[str] | None = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
     backend: str = "auto",
     image: Image.Image | None = None,
     base: Base | None = None,
@@ -51,15 +53,16 @@ def highres(
         pipe: a FLUX.1, Stable Diffusion 3 or 3.5 pipeline, text to image or image to image, linearized or not.
         prompt (`str`): what to draw.
         height, width (`int`): pixels; rounded down to whole tokens, with a warning.
-        window, down_factor, weights, backend: as in `linearize`. A linearized pipeline draws as it is where neither
-            of the first three is given.
+        window, down_factor, weights, revision, token, backend: as in `linearize`. A linearized pipeline draws as it
+            is where none of the first four is given.
         image (`PIL.Image.Image`, *optional*): comes first instead of a base image; of the picture's aspect ratio.
         base (`Base`, *optional*): settings of the base image.
         stages (`Stage` or a sequence of them, defaults to `Stage()`): each stage in turn, the last one of the picture's
             size. Or one without a size, whose settings are those of as few stages as grow by four at most.
         seed (`int`, *optional*): of the noise, see `HighresPlan`; by default drawn from torch's.
-        callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. A callback that sets the
-            pipeline's `_interrupt` ends the picture there, with the stages finished so far.
+        callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. `_interrupt`, set on
+            the pipeline that a callback gets or on ``pipe``, from anywhere, ends the picture after that step: the
+            result has the images finished so far.
         callback_on_stage_end (*optional*): called with the number of each finished image (0 is the first one), the
             image, and the plan.
         **options: further keywords for every call of the pipelines, plain data: `negative_prompt`,
@@ -71,44 +74,72 @@ def highres(
     Raises:
         TypeError: not a supported pipeline; values of the wrong kind; unknown options.
         ValueError: sizes, aspect ratios or settings that do not fit each other or the model; sizes that memory cannot
-            hold.
+            hold; another backend than that of a pipeline that is drawn as it is.
         HighresInterrupted: Ctrl-C; its `result` has what was finished. It is a KeyboardInterrupt.
+        HighresFailed: any error while drawing, which is its `__cause__`; its `result` has what was finished.
         And all that `linearize` raises.
     """
-    plan = make_plan(pipe, prompt, (height, width), image, base, stages, seed, weights, options)
+    plan = make_plan(pipe, prompt, (height, width), image, base, stages, seed, weights, revision, backend, options)
     check_fits(pipe, plan)
     callbacks = {
         "callback_on_step_end": callback_on_step_end,
         "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
     }
-    images: list[Image.Image] = []
-    with _linearized_as_asked(pipe, window, down_factor, weights, backend):
-        plan = _with_what_it_is(plan, pipe)
-        try:
-            for number, drawn in enumerate(cascade.draw(pipe, plan, image, callbacks)):
+    result = None
+    try:
+        with _linearized_as_asked(pipe, plan, window, down_factor, token):
+            images: list[Image.Image] = []
+            result = HighresResult(images, _with_settings_of(pipe, plan))
+
+            def finished(drawn: Image.Image) -> None:
                 images.append(drawn)
                 if callback_on_stage_end:
-                    callback_on_stage_end(number, drawn, plan)
-        except KeyboardInterrupt:
-            raise HighresInterrupted(HighresResult(images, plan)) from None
-    return HighresResult(images, plan)
+                    callback_on_stage_end(len(images) - 1, drawn, result.plan)
+
+            with contextlib.suppress(cascade.Interrupted):
+                cascade.draw(pipe, result.plan, image, callbacks, finished)
+    except KeyboardInterrupt:
+        if result is None:
+            raise
+        raise HighresInterrupted(result) from None
+    except Exception as error:
+        if result is None:
+            raise
+        raise HighresFailed(result, error) from error
+    return result
 
 
 @contextlib.contextmanager
 def _linearized_as_asked(
-    pipe: Any, window: int | None, down_factor: int | None, weights: str | os.PathLike[str] | None, backend: str
+    pipe: Any, plan: HighresPlan, window: int | None, down_factor: int | None, token: str | bool | None
 ) -> Iterator[None]:
-    if is_linearized(pipe) and (window, down_factor, weights) == (None, None, "auto"):
+    door = door_of(find_transformer(pipe)[0])
+    if door and (window, down_factor, plan.weights, plan.revision) == (None, None, "auto", None):
+        if plan.backend not in ("auto", door.backend):
+            raise ValueError(
+                f"backend={plan.backend!r} is not that of this linearized pipeline, {door.backend!r}; leave it out, or "
+                "say what to linearize with: window, down_factor and weights"
+            )
         yield
     else:
-        with linearized(pipe, window, down_factor, weights=weights, backend=backend):
+        with linearized(
+            pipe,
+            window,
+            down_factor,
+            weights=plan.weights,
+            revision=plan.revision,
+            token=token,
+            backend=plan.backend,
+        ):
             yield
 
 
-def _with_what_it_is(plan: HighresPlan, pipe: Any) -> HighresPlan:
-    """The plan with the window, down_factor and weights that a linearized pipeline has."""
+def _with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
+    """The plan with the settings that a linearized pipeline has, as far as it knows them."""
     transformer, _ = find_transformer(pipe)
     door, mark = door_of(transformer), mark_of(transformer)
     assert door
     weights = plan.weights if plan.weights != "auto" else mark["weights"] if mark else None
-    return dataclasses.replace(plan, window=door.config.window, down_factor=door.config.down_factor, weights=weights)
+    return dataclasses.replace(
+        plan, window=door.config.window, down_factor=door.config.down_factor, weights=weights, backend=door.backend
+    )

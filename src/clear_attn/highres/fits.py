@@ -16,8 +16,7 @@ from clear_attn.highres import sizes
 from clear_attn.highres.pipelines import kind_of
 from clear_attn.highres.plan import HighresPlan
 from clear_attn.highres.stages import Base, Stage
-from clear_attn.linearize import find_transformer
-from clear_attn.memory import GIB, Bytes, Memory, weight_bytes
+from clear_attn.memory import Bytes, Memory, gib, weight_bytes
 
 
 def check_fits(pipe: Any, plan: HighresPlan) -> None:
@@ -28,45 +27,71 @@ def check_fits(pipe: Any, plan: HighresPlan) -> None:
     """
     device = torch.device(pipe._execution_device)
     total, free = room(device)
-    weights = on_device(pipe, device)
+    held = weights_on(pipe, device)
+    free = min(free, total - held)
     images: list[Base | Stage] = [*([plan.base] if plan.base else []), *plan.stages]
     for each in images:
-        height, width = each.height or 0, each.width or 0
         batch = 2 if kind_of(pipe).batched_guidance and (each.guidance or 0) > 1 else 1
-        memory = cost(pipe, height, width, text_tokens=0, batch=batch).memory
+        memory = cost(pipe, *each.size, text_tokens=0, batch=batch).memory
         assert memory
-        need = working(memory, max(height, width) > pipe.vae.tile_sample_min_size and each is not plan.base)
-        if weights + need.least > total:
+        work = work_of(memory, max(each.size) > pipe.vae.tile_sample_min_size and each is not plan.base)
+        need = peak(pipe, device, work)
+        if need.least > total:
             raise ValueError(
-                f"{sizes.name((height, width))} needs at least {_gib(weights + need.least)} GiB ({_gib(weights)} of "
-                f"weights), and {device} has {_gib(total)}; {_remedy(pipe, device, need.least, total)}"
+                f"{sizes.name(each.size)} needs at least {gib(need.least)} GiB with the weights, and {device} has "
+                f"{gib(total)}; {_remedy(pipe, device, work, total)}"
             )
-        waiting = weights - weight_on(pipe, device)
-        if waiting + need.likely > free:
+        if need.likely - held > free:
             warnings.warn(
-                f"{sizes.name((height, width))} will likely need {_gib(waiting + need.likely)} GiB beyond what "
-                f"{device} holds, and {_gib(free)} are free; should memory run out, "
-                f"{_remedy(pipe, device, need.likely, total)}",
+                f"{sizes.name(each.size)} will likely need {gib(need.likely - held)} GiB beyond what {device} holds, "
+                f"and {gib(free)} are free; should memory run out, "
+                f"{_remedy(pipe, device, work, total)}",
                 stacklevel=3,
             )
 
 
-def working(memory: Memory, tiled: bool) -> Bytes:
-    """What drawing holds beside the weights: a forward pass, and later the decoder."""
-    decode = memory.decode_tiled if tiled else memory.decode
-    return Bytes(*(max(pair) for pair in zip(memory.activations, decode, strict=True)))
+def check_weights_fit(pipe: Any, device: torch.device) -> None:
+    """Raises ValueError where a pipeline's weights, which are on the CPU, have no room on a device."""
+    _, free = room(device)
+    weights = weights_on(pipe)
+    if device.type != "cpu" and weights > free:
+        raise ValueError(
+            f"the weights take {gib(weights)} GiB, and {device} has {gib(free)} free; --offload keeps only the model "
+            "at work there"
+        )
 
 
-def on_device(pipe: Any, device: torch.device) -> int:
-    """Bytes of weights that are on a device while the transformer runs there, no fewer."""
-    waits = isinstance(getattr(pipe.transformer, "_hf_hook", None), CpuOffload)
-    absent = weight_bytes(pipe.transformer) - weight_bytes(pipe.transformer, device.type)
-    return weight_on(pipe, device) + (absent if waits else 0)
+def work_of(memory: Memory, tiled: bool) -> dict[str, Bytes]:
+    """What the models compute on, each at its turn: a forward pass, and later the decoder; others little."""
+    return {"transformer": memory.activations, "vae": memory.decode_tiled if tiled else memory.decode}
 
 
-def weight_on(pipe: Any, device: torch.device) -> int:
-    """Bytes of weights that are on a device now."""
-    return sum(weight_bytes(part, device.type) for part in pipe.components.values() if isinstance(part, nn.Module))
+def peak(pipe: Any, device: torch.device, work: dict[str, Bytes]) -> Bytes:
+    """What is on a device when most is: the weights there, those of the model at work, and what it computes on.
+
+    Under accelerate's model offload a model is there at its turn only.
+    """
+    parts, waiting = _parts(pipe), _waiting(pipe)
+    resident = sum(weight_bytes(part, device) for name, part in parts.items() if name not in waiting)
+    turns = [
+        [resident + (weight_bytes(part) if name in waiting else 0) + size for size in work.get(name, Bytes(0, 0))]
+        for name, part in parts.items()
+    ]
+    return Bytes(*(max(bound) for bound in zip(*turns, strict=True)))
+
+
+def weights_on(pipe: Any, device: torch.device | None = None) -> int:
+    """Bytes of a pipeline's weights, or of those that are on a device now."""
+    return sum(weight_bytes(part, device) for part in _parts(pipe).values())
+
+
+def _parts(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _waiting(pipe: Any) -> set[str]:
+    """The models that accelerate's model offload brings to the device at their turn."""
+    return {name for name, part in _parts(pipe).items() if isinstance(getattr(part, "_hf_hook", None), CpuOffload)}
 
 
 def room(device: torch.device) -> tuple[float, float]:
@@ -85,16 +110,12 @@ def room(device: torch.device) -> tuple[float, float]:
     return math.inf, math.inf
 
 
-def _remedy(pipe: Any, device: torch.device, need: float, total: float) -> str:
+def _remedy(pipe: Any, device: torch.device, work: dict[str, Bytes], total: float) -> str:
     """What would fit, as far as the same bound can tell."""
     if device.type != "cpu":
-        transformer, _ = find_transformer(pipe)
-        if weight_bytes(transformer) + need <= total < weight_on(pipe, device) + need:
-            return "pipe.enable_model_cpu_offload() would make room, or a smaller stage"
-        if need <= total:
+        turns = [weight_bytes(part) + work.get(name, Bytes(0, 0)).least for name, part in _parts(pipe).items()]
+        if max(turns) <= total and not _waiting(pipe):
+            return "pipe.enable_model_cpu_offload() (--offload) would make room, or a smaller stage"
+        if max(size.least for size in work.values()) <= total:
             return "pipe.transformer.enable_group_offload(...) would make room, or a smaller stage"
     return "draw a smaller picture or stage"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}"

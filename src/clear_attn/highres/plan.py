@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from clear_attn.highres.stages import Base, Stage
+from clear_attn.sources import HUB_FILE
 
 FORMAT = 1
 # The name of a PNG file's text entry.
@@ -31,10 +32,11 @@ class HighresPlan:
         base (`Base`, *optional*): of the first image, sizes and steps filled in; None where one was given.
         stages: those after it, sizes and NTK factors filled in.
         seed (`int`): of the base image's noise; stage number n draws its noise from seed + n.
-        window, down_factor, weights: of `linearize`.
+        window, down_factor, weights, revision, backend: of `linearize`.
         options: further keywords of the pipelines' calls.
         image (*optional*): of the image given, `sha256` of its pixels, `height` and `width`.
-        model: `pipeline`, its class; `name`, its Hub id or the name of its folder; `dtype`.
+        model: `pipeline`, its class; `name`, its Hub id or the name of its folder; `dtype`; `scheduler`, its class
+            and config; `adapters`, the names of active LoRAs.
         made_with: versions.
     """
 
@@ -47,6 +49,8 @@ class HighresPlan:
     window: int | None
     down_factor: int | None
     weights: str | None
+    revision: str | None = None
+    backend: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     image: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -54,8 +58,15 @@ class HighresPlan:
 
     def arguments(self) -> dict[str, Any]:
         """The keywords that make `clear_attn.highres(pipe, **plan.arguments())` draw it again; add the image given."""
-        names = ("prompt", "height", "width", "base", "stages", "seed", "window", "down_factor", "weights")
-        return {**{name: getattr(self, name) for name in names}, **self.options}
+        names = ("prompt", "height", "width", "base", "stages", "seed")
+        how = ("window", "down_factor", "weights", "revision", "backend")
+        return {**{name: getattr(self, name) for name in (*names, *how)}, **self.options}
+
+    def without_places(self) -> HighresPlan:
+        """The plan with the name alone of weights on this machine: where they lie is for nobody who sees a picture."""
+        if self.weights is None or (HUB_FILE.fullmatch(self.weights) and not Path(self.weights).exists()):
+            return self
+        return dataclasses.replace(self, weights=Path(self.weights).name)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"
@@ -90,10 +101,18 @@ class HighresPlan:
             ValueError: it holds no plan.
         """
         file = Path(file)
-        if file.suffix.lower() == ".png":
-            with Image.open(file) as picture:
-                text = getattr(picture, "text", {}).get(PNG_ENTRY)
-            if text is None:
-                raise ValueError(f"{file} has no text entry {PNG_ENTRY!r}; give a picture that clear_attn saved")
-            return cls.from_json(text, str(file))
-        return cls.from_json(file.read_text(encoding="utf-8"), str(file))
+        if file.suffix.lower() != ".png":
+            return cls.from_json(file.read_text(encoding="utf-8"), str(file))
+        text = _png_entry(file)
+        if text is None:
+            raise ValueError(f"{file} has no text entry {PNG_ENTRY!r}; give a picture that clear_attn saved")
+        return cls.from_json(text, str(file))
+
+
+def _png_entry(file: Path) -> str | None:
+    """Of a picture of any size, where PIL's own `open` has a limit."""
+    try:
+        with PngImageFile(file) as picture:
+            return picture.text.get(PNG_ENTRY)
+    except SyntaxError as error:
+        raise ValueError(f"{file} is no PNG picture ({error}); give one that clear_attn saved") from None

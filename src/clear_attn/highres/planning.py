@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from clear_attn.backends import check_backend
 from clear_attn.config import check_whole_number
 from clear_attn.highres import sizes
 from clear_attn.highres.pipelines import Kind, check_schedule, defaults_of, kind_of
 from clear_attn.highres.plan import HighresPlan
 from clear_attn.highres.rope import check_ntk_factor, has_rotary_embedding
-from clear_attn.highres.stages import Base, Stage
+from clear_attn.highres.stages import Base, Stage, check_number
 from clear_attn.linearize import find_transformer
 
 PUBLISHED_NTK_FACTOR = 10.0
@@ -37,6 +38,9 @@ ELSEWHERE = {
     "output_type": "the result's images",
     "return_dict": "the result",
 }
+# What highres names itself, and what is no plain data.
+OWN = {"self", "prompt", "height", "width", "image", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+TENSORS = ("embeds", "ip_adapter_image")
 
 
 def make_plan(
@@ -48,9 +52,12 @@ def make_plan(
     stages: Stage | Sequence[Stage],
     seed: int | None,
     weights: str | os.PathLike[str] | None,
+    revision: str | None,
+    backend: str,
     options: dict[str, Any],
 ) -> HighresPlan:
     """A plan but for window and down_factor, which the weights may say; errors as `highres` tells."""
+    check_backend(backend)
     kind, (transformer, family) = kind_of(pipe), find_transformer(pipe)
     token = family.latents_per_token(transformer) * pipe.vae_scale_factor
     if not isinstance(prompt, str):
@@ -58,40 +65,50 @@ def make_plan(
     for name, side in zip(("height", "width"), size, strict=True):
         check_whole_number(name, side, "it is in pixels")
     size = sizes.rounded(size, token)
+    derived = image is None and (base is None or base.height is None)
     if image is None:
+        if derived:
+            _check_not_small(size, _native(pipe))
         base = _with_size(base or Base(), sizes.base_size(size, _native(pipe), token), token)
-        first = base.height or 0, base.width or 0
-        base = _with_defaults(base, kind)
+        base, first = _with_defaults(base, kind), base.size
     else:
         first = _check_image(image, base)
-    stages = _stages(stages, first, size, token, transformer)
-    seen = [first, *((stage.height or 0, stage.width or 0) for stage in stages)]
+    filled = _stages(stages, first, size, token, transformer)
+    seen = [first, *(stage.size for stage in filled)]
     for before, after in itertools.pairwise(seen):
-        sizes.check_follows(before, after, token)
+        sizes.check_grows(before, after)
     if seen[-1] != size:
         raise ValueError(
             f"the last stage draws {sizes.name(seen[-1])}, and the picture is to be {sizes.name(size)}; leave out its "
             "height and width"
         )
+    # Sizes that were not given are rounded to whole tokens, and differ by that.
+    asked = [] if isinstance(stages, Stage) else [each for each in stages if each.height is not None]
+    given = [*([] if derived else [first]), *(each.size for each in asked), size]
+    for before, after in itertools.pairwise(given):
+        sizes.check_aspect_ratio(before, after, token)
     _check_positions(transformer, seen[image is not None :], token)
-    for stage in stages:
+    for stage in filled:
         check_schedule(pipe.scheduler, stage.shift)
     _check_options(options, kind)
+    _check_guided(options, kind, [*([base] if base else []), *filled])
     return HighresPlan(
         prompt=prompt,
         height=size[0],
         width=size[1],
         base=base,
-        stages=stages,
+        stages=filled,
         seed=int(torch.randint(2**31, ()))
         if seed is None
         else check_whole_number("seed", seed, "any will do", least=0),
         window=None,
         down_factor=None,
         weights=None if weights is None else os.fspath(weights),
+        revision=revision,
+        backend=backend,
         options=dict(options),
         image=None if image is None else fingerprint(image),
-        model=_describe(pipe, transformer),
+        model=describe(pipe),
     )
 
 
@@ -103,6 +120,14 @@ def fingerprint(image: Image.Image) -> dict[str, Any]:
 
 def _native(pipe: Any) -> int:
     return int(pipe.default_sample_size * pipe.vae_scale_factor)
+
+
+def _check_not_small(size: sizes.Size, native: int) -> None:
+    if max(size) < native:
+        raise ValueError(
+            f"{sizes.name(size)} is smaller than the model's own {native} px; call the pipeline itself, or give "
+            "base=Base(height=..., width=...)"
+        )
 
 
 def _with_size(settings: Any, default: sizes.Size, token: int) -> Any:
@@ -133,7 +158,6 @@ def _stages(
     if isinstance(stages, Stage):
         if stages.height is not None:
             raise ValueError(f"stages={stages} has a size; give it in a list, or leave its height and width out")
-        sizes.check_follows(first, last, token)
         steps = sizes.between(first, last, token)
         stages = [dataclasses.replace(stages, height=size[0], width=size[1]) for size in steps]
     if not stages:
@@ -164,12 +188,16 @@ def _check_positions(transformer: Any, drawn: Sequence[sizes.Size], token: int) 
 
 
 def _check_options(options: dict[str, Any], kind: Kind) -> None:
-    known = defaults_of(kind.from_text).keys() & defaults_of(kind.from_image).keys()
+    common = defaults_of(kind.from_text).keys() & defaults_of(kind.from_image).keys()
+    known = {name for name in common - OWN - ELSEWHERE.keys() if not any(part in name for part in TENSORS)}
     for name, value in options.items():
         if name in ELSEWHERE:
             raise TypeError(f"highres takes no {name}; see {ELSEWHERE[name]}")
         if name not in known:
-            raise TypeError(f"highres got an unknown keyword {name!r}; the pipelines take {', '.join(sorted(known))}")
+            raise TypeError(
+                f"highres got an unknown keyword {name!r}; what it hands on to the pipelines is "
+                f"{', '.join(sorted(known))}"
+            )
         try:
             json.dumps(value)
         except TypeError:
@@ -178,8 +206,44 @@ def _check_options(options: dict[str, Any], kind: Kind) -> None:
             ) from None
 
 
-def _describe(pipe: Any, transformer: Any) -> dict[str, Any]:
+def _check_guided(options: dict[str, Any], kind: Kind, images: Sequence[Base | Stage]) -> None:
+    """Raises ValueError where a negative prompt, or the guidance by it, would do nothing."""
+    negative = [name for name, value in options.items() if name.startswith("negative_prompt") and value is not None]
+    if kind.batched_guidance:
+        if negative and all((each.guidance or 0) <= 1 for each in images):
+            raise ValueError(f"{negative[0]} does nothing without guidance; let that of Base or Stage be above 1")
+        return
+    scale = options.get("true_cfg_scale", 1)
+    check_number("true_cfg_scale", scale, 0, "4 is usual, 1 is off")
+    if negative and scale <= 1:
+        raise ValueError(
+            f"{negative[0]} does nothing without true_cfg_scale above 1; give true_cfg_scale=4, say (it takes twice "
+            "the time), or leave it out"
+        )
+    if scale > 1 and "negative_prompt" not in negative:
+        raise ValueError(f"true_cfg_scale={scale} does nothing without negative_prompt; give one, '' for none")
+
+
+def describe(pipe: Any) -> dict[str, Any]:
+    """What a pipeline is, as plain data, as far as a picture depends on it and its weights do not say."""
+    transformer, _ = find_transformer(pipe)
     name = str(getattr(pipe, "name_or_path", None) or "")
-    # Of a folder its name alone: where it lies is nobody's business but the user's.
-    name = Path(name).name if Path(name).is_dir() else name
-    return {"pipeline": type(pipe).__name__, "name": name, "dtype": str(transformer.dtype).removeprefix("torch.")}
+    schedule = json.loads(pipe.scheduler.to_json_string())
+    return {
+        "pipeline": type(pipe).__name__,
+        # Of a folder its name alone: where it lies is nobody's business but the user's.
+        "name": Path(name).name if Path(name).is_dir() else name,
+        "dtype": str(transformer.dtype).removeprefix("torch."),
+        "scheduler": {
+            "class": type(pipe.scheduler).__name__,
+            "config": {name: value for name, value in schedule.items() if not name.startswith("_")},
+        },
+        "adapters": _active_adapters(pipe),
+    }
+
+
+def _active_adapters(pipe: Any) -> list[str]:
+    try:
+        return list(pipe.get_active_adapters())
+    except (AttributeError, ValueError):  # a pipeline that takes none, or no peft
+        return []

@@ -55,7 +55,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
     before = processors_of(layers)
     _check_processors(before, family)
     for layer, attn in layers.items():
-        if isinstance(before[layer], family.stock_processors):
+        if type(before[layer]) in family.stock_processors:
             attn.set_processor(_DenseProcessor(before[layer], family, layer))
     # First, so that it reads what the caller gave.
     handle = transformer.register_forward_pre_hook(_Sharpen(family), with_kwargs=True, prepend=True)
@@ -128,7 +128,7 @@ class _DenseProcessor:
 
 def _check_processors(processors: dict[str, Any], family: Family) -> None:
     for layer, processor in processors.items():
-        if not isinstance(processor, family.stock_processors):
+        if type(processor) not in family.stock_processors:
             _check_takes_sharpness(layer, processor)
 
 

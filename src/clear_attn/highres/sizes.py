@@ -9,6 +9,9 @@ from clear_attn.highres.stages import LARGEST_STEP
 
 Size = tuple[int, int]
 
+# As much of its height or width as a picture may lose by being enlarged to another size.
+LARGEST_DISTORTION = 0.05
+
 
 def name(size: Size) -> str:
     return f"{size[0]} x {size[1]} px"
@@ -49,17 +52,24 @@ def between(first: Size, last: Size, token: int) -> list[Size]:
     return [*sizes, last]
 
 
-def check_follows(before: Size, after: Size, token: int) -> None:
-    """Raises ValueError where a size is smaller than the one before it, or of another aspect ratio.
-
-    Where the longer sides agree, the shorter ones may be less than a token of the smaller size apart.
-    """
+def check_grows(before: Size, after: Size) -> None:
+    """Raises ValueError where a size is smaller than the one before it."""
     if after[0] < before[0] or after[1] < before[1]:
         raise ValueError(
             f"a stage of {name(after)} is smaller than the {name(before)} before it; let stages grow, or start from a "
             "smaller image"
         )
-    if abs(before[0] * after[1] - before[1] * after[0]) >= token * max(after):
+
+
+def check_aspect_ratio(before: Size, after: Size, token: int) -> None:
+    """Raises ValueError where a size is of another aspect ratio than the one before it.
+
+    Where the longer sides agree, the shorter ones may be less than a token of the smaller size apart, and less than
+    5 %.
+    """
+    sides = before[0] * after[1], before[1] * after[0]
+    apart = abs(sides[0] - sides[1])
+    if apart >= token * max(after) or apart >= LARGEST_DISTORTION * max(sides):
         share = min(before[0] / after[0], before[1] / after[1])
         wanted = round(after[0] * share), round(after[1] * share)
         raise ValueError(

@@ -12,21 +12,34 @@ from clear_attn.config import check_whole_number
 LARGEST_STEP = 4
 
 
-def _check_size(height: int | None, width: int | None) -> None:
-    if (height is None) != (width is None):
-        raise ValueError(f"height={height} and width={width}: give both in pixels, or neither")
-    for name, side in (("height", height), ("width", width)):
-        if side is not None:
-            check_whole_number(name, side, "it is in pixels")
-
-
-def _check_number(name: str, value: Any, least: float, remedy: str) -> None:
+def check_number(name: str, value: Any, least: float, remedy: str) -> None:
+    """Raises ValueError where a value is no finite number of at least so much."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
         raise ValueError(f"{name} must be a number of at least {least:g}, got {value!r}; {remedy}")
 
 
 @dataclass(frozen=True)
-class Base:
+class _Sized:
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height={self.height} and width={self.width}: give both in pixels, or neither")
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None:
+                check_whole_number(name, side, "it is in pixels")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, of a plan's, where they are filled in."""
+        assert self.height is not None
+        assert self.width is not None
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class Base(_Sized):
     """The first image of a cascade: text to image, with dense attention and the model's own weights.
 
     Args:
@@ -40,21 +53,19 @@ class Base:
         TypeError, ValueError: a value of the wrong kind or out of range.
     """
 
-    height: int | None = None
-    width: int | None = None
     steps: int | None = None
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        _check_size(self.height, self.width)
+        super().__post_init__()
         if self.steps is not None:
             check_whole_number("steps", self.steps, "it is the number of denoising steps")
         if self.guidance is not None:
-            _check_number("guidance", self.guidance, 0, "it is a guidance scale, 3.5 is usual")
+            check_number("guidance", self.guidance, 0, "it is a guidance scale, 3.5 is usual")
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(_Sized):
     """One stage of a cascade: the image so far, enlarged, noised and drawn again by the linearized model.
 
     That is SDEdit (arXiv 2108.01073). All defaults are those of CLEAR's published high-resolution run (the notebook
@@ -82,8 +93,6 @@ class Stage:
         TypeError, ValueError: a value of the wrong kind or out of range.
     """
 
-    height: int | None = None
-    width: int | None = None
     strength: float = 0.7
     steps: int = 20
     guidance: float = 7.5
@@ -93,24 +102,19 @@ class Stage:
     low_resolution_guidance: int | None = None
 
     def __post_init__(self) -> None:
-        _check_size(self.height, self.width)
+        super().__post_init__()
         strength = self.strength
         if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 < strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}; 0.7 is usual")
         check_whole_number("steps", self.steps, "it is the number of denoising steps of the whole schedule")
-        _check_number("guidance", self.guidance, 0, "it is a guidance scale, 7.5 is usual")
+        check_number("guidance", self.guidance, 0, "it is a guidance scale, 7.5 is usual")
         if self.ntk_factor is not None:
-            _check_number("ntk_factor", self.ntk_factor, 1e-6, "10 is usual, 1 changes nothing")
+            check_number("ntk_factor", self.ntk_factor, 1e-6, "10 is usual, 1 changes nothing")
         if not isinstance(self.proportional, bool):
             raise TypeError(f"proportional must be True or False, got {self.proportional!r}")
         if self.shift is not None:
-            _check_number("shift", self.shift, 1e-6, "3 is usual; None keeps the pipeline's own schedule")
+            check_number("shift", self.shift, 1e-6, "3 is usual; None keeps the pipeline's own schedule")
         if self.low_resolution_guidance is not None:
             check_whole_number(
                 "low_resolution_guidance", self.low_resolution_guidance, "it is a number of wavelet levels; None is off"
             )
-
-    @property
-    def steps_run(self) -> int:
-        """How many steps are run, counted as diffusers does."""
-        return self.steps - int(max(self.steps - self.steps * self.strength, 0))
