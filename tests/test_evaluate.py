@@ -491,7 +491,7 @@ def test_the_time_of_a_picture_is_that_of_the_median_batch():
 
 def test_prompts_of_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
-    file.write_text(" a cat \n\nun café\n", encoding="utf-8")
+    file.write_text("\ufeff a cat \n\nun café\n", encoding="utf-8")
     assert read_prompts(file) == ["a cat", "un café"]
     file.write_text("\n \n")
     with pytest.raises(ValueError, match="has no prompts"):

@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.cli import app
 from clear_attn.highres import command
+from clear_attn.highres.planning import describe
+from tests import tiny
 
 SMALL = (
     *("--prompt", "a red circle", "--width", 160, "--window", 4, "--weights", "none"),
@@ -21,15 +24,26 @@ def generate(output, *options, model="demo"):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
+def shown(result):
+    """Without the frame around it."""
+    return " ".join(result.output.replace("│", "").split())
+
+
 def pixels(file):
     return np.asarray(Image.open(file))
 
 
-def test_draws_from_an_image_and_draws_it_again(tmp_path):
-    start, output = tmp_path / "start.png", tmp_path / "out.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 80, 3)).astype(np.uint8)).save(start)
+@pytest.fixture
+def start(tmp_path):
+    file = tmp_path / "start.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 80, 3)).astype(np.uint8)).save(file)
+    return file
+
+
+def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
+    output = tmp_path / "out.png"
     options = (*SMALL, "--height", 128, "--init-image", start, "--save-stages", "--low-resolution-guidance", 1)
-    result = generate(output, *options)
+    result = generate(output, *options, "--weights", demo.distilled())
     assert result.exit_code == 0, result.output
     assert f"Saved {output} and {tmp_path / 'out.json'}, seed 3" in result.output
     assert pixels(output).shape == (128, 160, 3)
@@ -37,25 +51,81 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path):
     stage = clear.HighresPlan.load(output).stages[0]
     assert (stage.steps, stage.strength, stage.low_resolution_guidance) == (2, 0.5, 1)
 
+    # The picture does not tell where the weights lie.
     again = tmp_path / "again.png"
-    result = generate(again, "--plan", tmp_path / "out.json", "--init-image", start, model=demo.path())
+    result = generate(again, "--plan", output, "--init-image", start)
+    assert result.exit_code == 2
+    assert "weights='small_flux_clear' does not exist" in shown(result)
+    where = ("--weights", demo.distilled())
+    result = generate(again, "--plan", output, "--init-image", start, *where, model=demo.path())
     assert result.exit_code == 0, result.output
+    assert "Warning" not in result.output
     assert np.array_equal(pixels(again), pixels(output))
     result = generate(again, "--plan", output)
     assert result.exit_code == 2
-    assert "and --init-image is not given" in " ".join(result.output.split())
+    assert "and --init-image is not given" in shown(result)
 
 
-def test_saves_what_was_finished_when_it_is_interrupted(tmp_path, monkeypatch):
-    def interrupted(pipe, prompt, image, **asked):
-        plan = clear.HighresPlan(prompt, 256, 256, clear.Base(), (clear.Stage(),), 3, 4, 1, None)
-        raise clear.HighresInterrupted(clear.HighresResult([Image.new("RGB", (64, 32), "red")], plan))
+def test_says_in_what_a_pipeline_is_not_that_of_the_plan(tmp_path, monkeypatch):
+    planned = describe(demo.pipeline())
+    planned["scheduler"]["config"]["shift"] = 9.0
+    plan = clear.HighresPlan("a red circle", 256, 256, clear.Base(), (clear.Stage(),), 3, 4, 1, None, model=planned)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    monkeypatch.setattr(
+        command, "highres", lambda pipe, **asked: clear.HighresResult([Image.new("RGB", (8, 8))] * 2, plan)
+    )
+    result = generate(tmp_path / "out.png", "--plan", tmp_path / "plan.json", "--dtype", "bfloat16")
+    assert result.exit_code == 0
+    changes = "dtype was 'float32' and is 'bfloat16'; scheduler.config.shift was 9.0 and is 4.0\n"
+    assert f"Warning: the picture will differ, as the pipeline does: {changes}" in result.output
 
-    monkeypatch.setattr(command, "highres", interrupted)
-    result = generate(tmp_path / "out.png", *SMALL, "--height", 128)
-    assert result.exit_code == 130
-    assert clear.HighresPlan.load(tmp_path / "out-0-32x64.png").prompt == "a red circle"
-    assert not (tmp_path / "out.png").exists()
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted; saved"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            1,
+            "RuntimeError: DefaultCPUAllocator: can't allocate memory; saved",
+        ),
+    ],
+)
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_saves_what_was_finished(tmp_path, start, monkeypatch, error, code, words, ending):
+    def stop(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
+    result = generate(tmp_path / f"out.{ending}", *SMALL, "--height", 128, "--init-image", start)
+    assert result.exit_code == code
+    first = tmp_path / f"out-0-64x80.{ending}"
+    assert f"{words} {first}\n" in result.output
+    assert ("Less memory is needed for a smaller picture\n" in result.output) == (code == 1)
+    assert pixels(first).shape == (64, 80, 3)
+    assert clear.HighresPlan.load(tmp_path / "out.json").seed == 3
+    assert not (tmp_path / f"out.{ending}").exists()
+
+
+def test_stable_diffusion_3_from_a_folder(tmp_path):
+    tiny.sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    options = (*SMALL, "--height", 128, "--negative-prompt", "rain", "--base-steps", 1, "--base-guidance", 2)
+    result = generate(tmp_path / "out.png", *options, "--guidance", 3, model=tmp_path / "sd3")
+    assert result.exit_code == 0, result.output
+    plan = clear.HighresPlan.load(tmp_path / "out.png")
+    assert (plan.base.steps, plan.base.guidance, plan.stages[-1].guidance) == (1, 2, 3)
+    assert plan.options == {"negative_prompt": "rain", "max_sequence_length": 24}
+    assert plan.model["pipeline"] == "StableDiffusion3Pipeline"
+
+
+def test_starts_from_an_image_as_it_is_shown(tmp_path):
+    picture, exif = Image.new("RGB", (32, 16)), Image.Exif()
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif[ExifTags.Base.Orientation] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    shown = command._open(tmp_path / "turned.png")
+    assert shown.size == (16, 32)
+    assert shown.getpixel((15, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +133,11 @@ def test_saves_what_was_finished_when_it_is_interrupted(tmp_path, monkeypatch):
     [
         (("--prompt", "a red circle"), "--height, --width must be given, or a --plan"),
         ((*SMALL, "--height", 4), "4 x 160 px is less than one token of 8 px"),
+        ((*SMALL, "--height", 128, "--negative-prompt", "rain"), "negative_prompt does nothing without true_cfg_scale"),
+        (
+            (*SMALL, "--height", 128, "--true-cfg-scale", 4),
+            "true_cfg_scale=4.0 does nothing without negative_prompt",
+        ),
         ((*SMALL, "--height", 128, "--strength", 0), "strength must be above 0 and at most 1, got 0"),
         ((*SMALL, "--height", 64), "64 x 160 px"),
         (("--plan", "none.json"), "none.json"),
@@ -89,4 +164,4 @@ def test_refuses_an_output_that_cannot_be_saved(tmp_path):
     for file, words in (("no/out.png", "no such directory"), ("out.xyz", "names no kind of picture")):
         result = generate(tmp_path / file, *SMALL, "--height", 128)
         assert result.exit_code == 2
-        assert words in " ".join(result.output.replace("│", "").split())
+        assert words in shown(result)

@@ -139,6 +139,14 @@ class TestProportionalAttention:
         with pytest.raises(RuntimeError, match="has a Foreign"):
             clear.proportional_attention(transformer).__enter__()
 
+    def test_refuses_what_only_descends_from_a_stock_processor(self, transformer):
+        layer = family_layers(transformer)[1]
+        own = type("Own", (type(layer.processor),), {})()
+        layer.set_processor(own)
+        with pytest.raises(RuntimeError, match="has a Own, whose scores proportional attention cannot scale"):
+            clear.proportional_attention(transformer).__enter__()
+        assert layer.processor is own
+
     def test_refuses_a_controlnet(self):
         net = FluxControlNetModel(**tiny.FLUX_CONFIG)
         with pytest.raises(TypeError, match="give the pipeline or its transformer"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
+from torch.testing._internal.two_tensor import TwoTensor
 
 import clear_attn as clear
 from clear_attn.bench.measure import Subject, _peak_bytes
@@ -57,6 +58,14 @@ def test_weights_are_exact(pipe):
     assert memory.weights["transformer"] == weight_bytes(pipe.transformer, "cpu") == 4 * counted
     assert weight_bytes(pipe.transformer, "cuda") == 0
     assert memory.all_weights == sum(memory.weights.values())
+
+
+def test_what_a_quantized_tensor_is_made_of():
+    model = torch.nn.Module()
+    model.register_buffer("plain", torch.zeros(3))
+    model.register_buffer("packed", TwoTensor(torch.zeros(2, 5), TwoTensor(torch.zeros(2, 5), torch.zeros(2, 5))))
+    assert weight_bytes(model) == weight_bytes(model, "cpu") == 4 * (3 + 3 * 10)
+    assert weight_bytes(model, torch.device("cpu", 1)) == 0
 
 
 def test_of_flux_dev_at_8192():

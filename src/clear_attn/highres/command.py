@@ -147,11 +147,11 @@ def generate(
         _save_finished("Interrupted", stop.result, output)
         raise typer.Exit(130) from None
     except HighresFailed as failure:
-        _save_finished(str(failure.__cause__), failure.result, output)
-        if _is_out_of_memory(failure.__cause__):
-            typer.echo(
-                f"Less memory is needed for a smaller picture{'' if offload else ', or with --offload'}", err=True
-            )
+        cause = failure.__cause__
+        _save_finished(f"{type(cause).__name__}: {cause}", failure.result, output)
+        if _is_out_of_memory(cause):
+            offloading = "" if offload or where.type == "cpu" else ", or with --offload"
+            typer.echo(f"Less memory is needed for a smaller picture{offloading}", err=True)
         raise typer.Exit(1) from None
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None

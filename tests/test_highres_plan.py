@@ -1,0 +1,265 @@
+"""Plans: what they say, what they are read from, and what is refused before anything is drawn."""
+
+import contextlib
+import itertools
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FluxPipeline, HeunDiscreteScheduler
+from peft import LoraConfig
+from PIL import Image
+
+import clear_attn as clear
+from clear_attn import demo
+from clear_attn.highres import cascade, sizes
+from clear_attn.highres.planning import describe, make_plan
+from clear_attn.highres.result import HighresResult
+from tests import tiny
+from tests.highres import BASE, FAST, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
+
+
+class TestPlan:
+    def test_makes_the_picture_again(self, pipe, tmp_path):
+        result = draw(pipe, stages=replace(STAGE, low_resolution_guidance=2))
+        files = result.save(tmp_path / "out.png", stages=True)
+        assert [file.name for file in files] == ["out-0-64x64.png", "out.png"]
+        for file in (*files, tmp_path / "out.json"):
+            assert clear.HighresPlan.load(file) == result.plan
+        again = clear.highres(pipe, **clear.HighresPlan.load(tmp_path / "out.png").arguments())
+        assert again.plan == result.plan
+        assert same(again.image, Image.open(tmp_path / "out.png"))
+
+    def test_names_all_that_was_left_open(self, pipe):
+        plan = draw(pipe, 256, 128, base=clear.Base(steps=1), stages=clear.Stage()).plan
+        stage = clear.Stage(height=256, width=128, ntk_factor=10.0)
+        assert plan.stages == (stage,)
+        assert plan.base == clear.Base(height=128, width=64, steps=1, guidance=3.5)
+        assert plan.model["pipeline"] == "FluxPipeline"
+        assert (plan.model["name"], plan.model["dtype"], plan.model["adapters"]) == ("small_flux", "float32", [])
+        assert plan.model["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
+        assert plan.model["scheduler"]["config"]["shift"] == pipe.scheduler.config.shift
+        assert (plan.weights, plan.revision, plan.backend) == (None, None, "auto")
+        assert set(plan.made_with) == {"clear_attn", "diffusers", "torch"}
+
+    def test_names_what_a_linearized_pipeline_has(self, pipe, monkeypatch):
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="toy")
+        assert describe(pipe)["adapters"] == ["toy"]
+        clear.linearize(pipe, 4, weights=None, backend="dense")
+        monkeypatch.setattr(cascade, "draw", lambda *args: None)
+        plan = draw(pipe, window=None, weights="auto").plan
+        assert (plan.window, plan.weights, plan.revision, plan.backend) == (4, None, None, "dense")
+        assert plan.arguments()["backend"] == "dense"
+        with pytest.raises(ValueError, match="backend='tiled' is not that of this linearized pipeline, 'dense'"):
+            draw(pipe, window=None, weights="auto", backend="tiled")
+
+    def test_of_a_picture_does_not_tell_where_weights_lie(self, tmp_path):
+        plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, str(demo.distilled()))
+        HighresResult([noise(8, 8), noise(64, 64)], plan).save(tmp_path / "out.png")
+        assert clear.HighresPlan.load(tmp_path / "out.json") == plan
+        assert clear.HighresPlan.load(tmp_path / "out.png") == replace(plan, weights="small_flux_clear")
+        on_hub = replace(plan, weights="owner/repo/file.safetensors")
+        assert on_hub.without_places() == on_hub
+
+    def test_of_a_picture_beyond_the_limit_of_pil(self, tmp_path, monkeypatch):
+        plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, None)
+        HighresResult([noise(8, 8), noise(64, 64)], plan).save(tmp_path / "out.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        assert clear.HighresPlan.load(tmp_path / "out.png") == plan
+
+    def test_of_a_pipeline_saved_while_it_was_linearized_is_made_without_a_word(self, pipe, tmp_path, monkeypatch):
+        clear.linearize(pipe, 4, weights=None)
+        pipe.save_pretrained(tmp_path)
+        loaded = type(pipe).from_pretrained(tmp_path)
+        monkeypatch.setattr(cascade, "draw", lambda *args: None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert draw(loaded, window=None, weights="auto").plan.window == 4
+
+    def test_other_kinds_of_picture_have_it_beside_them(self, pipe, tmp_path):
+        result = draw(pipe)
+        result.save(tmp_path / "out.jpg")
+        assert clear.HighresPlan.load(tmp_path / "out.json") == result.plan
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("{}", "no plan of a high-resolution picture: 'format'"),
+            ("[", "no plan"),
+            ('{"format": 2}', "its format was written by clear_attn another version"),
+            ('{"format": 1, "base": null, "stages": [], "colour": "red"}', "unexpected keyword argument 'colour'"),
+        ],
+    )
+    def test_refuses_other_files(self, text, words, tmp_path):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            clear.HighresPlan.load(tmp_path / "plan.json")
+        (tmp_path / "text.png").write_text(text)
+        with pytest.raises(ValueError, match="is no PNG picture"):
+            clear.HighresPlan.load(tmp_path / "text.png")
+        noise(8, 8).save(tmp_path / "plain.png")
+        with pytest.raises(ValueError, match="has no text entry 'clear_attn'"):
+            clear.HighresPlan.load(tmp_path / "plain.png")
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("size", "first", "stages"),
+        [
+            ((2048, 4096), (512, 1024), [(2048, 4096)]),  # as published
+            ((4096, 4096), (1024, 1024), [(4096, 4096)]),
+            ((8192, 8192), (1024, 1024), [(2896, 2896), (8192, 8192)]),
+            ((1040, 1360), (784, 1024), [(1040, 1360)]),
+        ],
+    )
+    def test_cascades(self, size, first, stages):
+        assert sizes.base_size(size, 1024, 16) == first
+        assert sizes.between(first, size, 16) == stages
+
+    def test_no_size_is_refused_for_what_rounding_does(self, pipe):
+        pipe.vae_scale_factor, pipe.default_sample_size = 8, 128  # FLUX.1's
+        every = list(itertools.product(range(1024, 8193, 64), repeat=2))
+        for size in every:
+            seen = [sizes.base_size(size, 1024, 16)]
+            seen += sizes.between(seen[0], size, 16)
+            for before, after in itertools.pairwise(seen):
+                sizes.check_grows(before, after)
+        some = random.Random(0).sample(every, 100)
+        for size in [(7872, 8192), (7104, 8192), (2208, 7232), (1040, 8192), (4112, 16), *some]:
+            plan = make_plan(pipe, PROMPT, size, None, None, clear.Stage(), 0, None, None, "auto", {})
+            assert plan.stages[-1].size == size
+
+    @pytest.mark.parametrize(
+        ("before", "after", "same"),
+        [
+            ((784, 1024), (1040, 1360), True),
+            ((667, 1000), (2720, 4096), True),
+            ((768, 1024), (1040, 1360), True),
+            ((752, 1024), (1040, 1360), False),
+            ((65, 80), (1024, 1024), False),  # less than a token apart
+        ],
+    )
+    def test_aspect_ratios(self, before, after, same):
+        with contextlib.nullcontext() if same else pytest.raises(ValueError, match="has another aspect ratio"):
+            sizes.check_aspect_ratio(before, after, 16)
+
+    def test_rounds_as_diffusers_does_and_says_so(self, pipe):
+        with pytest.warns(UserWarning, match="130 x 135 px is no multiple of 8 px; drawing 128 x 128 px"):
+            assert draw(pipe, 130, 135).image.size == (128, 128)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            draw(pipe)
+
+
+BAD = [
+    ({"height": 7}, ValueError, "7 x 128 px is less than one token of 8 px"),
+    ({"height": 128.0}, TypeError, "height must be a whole number, got 128.0"),
+    ({"prompt": [PROMPT]}, TypeError, "prompt must be one text"),
+    ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+    ({"base": clear.Base(128, 64)}, ValueError, "128 x 64 px has another aspect ratio than 128 x 128 px"),
+    ({"base": clear.Base(256, 256)}, ValueError, "128 x 128 px is smaller than the 256 x 256 px before it"),
+    (
+        {"image": noise(128, 96)},
+        ValueError,
+        "128 x 96 px has another aspect ratio than 128 x 128 px; crop it to 96 x 96 px",
+    ),
+    ({"image": noise(256, 256)}, ValueError, "is smaller than the 256 x 256 px before it"),
+    ({"image": "base.png"}, TypeError, "image must be a PIL image, got a str"),
+    ({"stages": []}, ValueError, "stages is empty"),
+    ({"stages": ["4x"]}, TypeError, "stages must be clear_attn.Stage each, got a str"),
+    ({"stages": clear.Stage(128, 128)}, ValueError, "has a size; give it in a list"),
+    ({"stages": [clear.Stage(96, 96)]}, ValueError, "the last stage draws 96 x 96 px, and the picture is to be 128"),
+    ({"stages": [clear.Stage(120, 120), clear.Stage(96, 96)]}, ValueError, "96 x 96 px is smaller than the 120 x 120"),
+    ({"strength": 0.3}, TypeError, "highres takes no strength; see strength of Stage"),
+    ({"generator": None}, TypeError, "highres takes no generator; see seed"),
+    ({"colour": "red"}, TypeError, "unknown keyword 'colour'"),
+    ({"prompt_embeds": torch.ones(1)}, TypeError, "unknown keyword 'prompt_embeds'"),
+    (
+        {"joint_attention_kwargs": {"x": torch.ones(1)}},
+        TypeError,
+        "joint_attention_kwargs must be plain data, .* got a dict",
+    ),
+    ({"self": 1}, TypeError, "pipelines is joint_attention_kwargs, max_sequence_length, negative_prompt, negative_p"),
+    ({"negative_prompt": "rain"}, ValueError, "negative_prompt does nothing without true_cfg_scale above 1"),
+    ({"true_cfg_scale": 4.0}, ValueError, "true_cfg_scale=4.0 does nothing without negative_prompt"),
+    ({"true_cfg_scale": "4"}, ValueError, "true_cfg_scale must be a number of at least 0, got '4'"),
+    ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
+    (
+        {"height": 96, "width": 120, "base": None},
+        ValueError,
+        r"96 x 120 px is smaller than the model's own 128 px; .* give base=Base\(height=\.\.\., width=\.\.\.\)",
+    ),
+    ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), BAD)
+def test_refuses_before_it_draws(pipe, changes, error, words, monkeypatch):
+    monkeypatch.setattr(FluxPipeline, "encode_prompt", None)
+    before = everything(pipe)
+    arguments = {"prompt": PROMPT, "height": 128, "width": 128, **FAST, **changes}
+    if "image" in changes:
+        del arguments["base"]
+    with pytest.raises(error, match=words):
+        clear.highres(pipe, **arguments)
+    assert_as_it_was(pipe, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"strength": 0}, ValueError, "strength must be above 0 and at most 1, got 0"),
+        ({"strength": 1.1}, ValueError, "strength must be above 0 and at most 1, got 1.1"),
+        ({"strength": float("nan")}, ValueError, "strength must be"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 2.5}, TypeError, "steps must be a whole number"),
+        ({"height": 64}, ValueError, "give both in pixels, or neither"),
+        ({"guidance": -1}, ValueError, "guidance must be a number of at least 0, got -1"),
+        ({"ntk_factor": 0}, ValueError, "ntk_factor must be"),
+        ({"shift": 0}, ValueError, "shift must be"),
+        ({"proportional": 1}, TypeError, "proportional must be True or False"),
+        ({"low_resolution_guidance": 0}, ValueError, "low_resolution_guidance must be at least 1"),
+    ],
+)
+def test_refuses_settings(settings, error, words):
+    with pytest.raises(error, match=words):
+        clear.Stage(**settings)
+
+
+def test_refuses_what_a_model_cannot_do(pipe):
+    with pytest.raises(ValueError, match="base and image are both given"):
+        clear.highres(pipe, PROMPT, height=128, width=128, base=BASE, image=noise(64, 64))
+    sd3 = tiny.sd3_pipeline()
+    with pytest.raises(ValueError, match="ntk_factor=10 needs a rotary embedding"):
+        draw(sd3, stages=clear.Stage(ntk_factor=10))
+    with pytest.raises(ValueError, match="negative_prompt does nothing without guidance"):
+        draw(sd3, negative_prompt="rain", base=replace(BASE, guidance=1.0), stages=clear.Stage(guidance=1.0))
+    with pytest.raises(
+        ValueError, match=r"has positions for 72 x 72 tokens, 576 x 576 px, and 640 x 640 px needs more"
+    ):
+        draw(sd3, 640, 640)
+    with pytest.raises(TypeError, match="highres does not know a FluxTransformer2DModel"):
+        draw(pipe.transformer)
+    pipe.scheduler = HeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="a HeunDiscreteScheduler has no static shift"):
+        draw(pipe)
+
+
+class TestResult:
+    plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(), clear.Stage()), 3, 4, 1, None)
+
+    def test_unfinished_is_saved_image_by_image(self, tmp_path):
+        result = HighresResult([noise(8, 8), noise(32, 32)], self.plan)
+        files = result.save(tmp_path / "out.png")
+        assert [file.name for file in files] == ["out-0-8x8.png", "out-1-32x32.png"]
+        assert {file.name for file in tmp_path.iterdir()} == {"out.json", *(file.name for file in files)}
+        assert same(Image.open(files[1]), result.image)
+
+    def test_without_images(self, tmp_path):
+        result = HighresResult([], self.plan)
+        for use in (lambda: result.image, lambda: result.save(tmp_path / "out.png")):
+            with pytest.raises(ValueError, match="no image was finished"):
+                use()
+        assert not list(tmp_path.iterdir())
