@@ -11,6 +11,7 @@ The base images, only enlarged, stand beside them.
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,10 @@ def main(
             print(json.dumps(rows[-1]), flush=True)
             sheet[f"{name}, {pixels} px"] = drawn[:shown]
     if output:
-        output.write_text(json.dumps({"window": window, "weights": weights, "rows": rows}, indent=1) + "\n")
+        stages = {"highres, published settings": PUBLISHED, "highres": FOR_THE_SMALL_FLUX}
+        settings = {name: dataclasses.asdict(stage) for name, stage in stages.items()}
+        record = {"window": window, "weights": weights, "stages": settings, "rows": rows}
+        output.write_text(json.dumps(record, indent=1) + "\n")
     if picture:
         large = {name: images for name, images in sheet.items() if name.endswith(f"{sides[-1]} px")}
         contact_sheet(large, [scene.caption for scene in scenes[:shown]]).save(picture)

@@ -58,7 +58,7 @@ def highres(
         image (`PIL.Image.Image`, *optional*): comes first instead of a base image; of the picture's aspect ratio.
         base (`Base`, *optional*): settings of the base image.
         stages (`Stage` or a sequence of them, defaults to `Stage()`): each stage in turn, the last one of the picture's
-            size. Or one without a size, whose settings are those of as few stages as grow by four at most.
+            size. Or one without a size, whose settings are those of as few stages as grow by about four at most.
         seed (`int`, *optional*): of the noise, see `HighresPlan`; by default drawn from torch's.
         callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. `_interrupt`, set on
             the pipeline that a callback gets or on ``pipe``, from anywhere, ends the picture after that step: the

@@ -38,7 +38,7 @@ def base_size(size: Size, native: int, token: int) -> Size:
 
 
 def between(first: Size, last: Size, token: int) -> list[Size]:
-    """The sizes of the fewest stages that each grow by the same factor, of at most four, the last one included."""
+    """The sizes of the fewest stages that each grow by the same factor, of about four at most, the last included."""
     growth = max(last[0] / first[0], last[1] / first[1])
     # A base image that was rounded down is not what a further stage is for.
     count = max(1, math.ceil(math.log(growth, LARGEST_STEP) - 0.05))
