@@ -13,10 +13,11 @@ from clear_attn.highres import command
 from clear_attn.highres.planning import describe
 from tests import tiny
 
-SMALL = (
-    *("--prompt", "a red circle", "--width", 160, "--window", 4, "--weights", "none"),
+FEW_STEPS = (
+    *("--prompt", "a red circle", "--width", 160),
     *("--seed", 3, "--max-sequence-length", 24, "--steps", 2, "--strength", 0.5),
 )
+SMALL = (*FEW_STEPS, "--window", 4, "--weights", "none")
 
 
 def generate(output, *options, model="demo"):
@@ -42,7 +43,7 @@ def start(tmp_path):
 
 def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
     output = tmp_path / "out.png"
-    options = (*SMALL, "--height", 128, "--init-image", start, "--save-stages", "--low-resolution-guidance", 1)
+    options = (*FEW_STEPS, "--height", 128, "--init-image", start, "--save-stages", "--low-resolution-guidance", 1)
     result = generate(output, *options, "--weights", demo.distilled())
     assert result.exit_code == 0, result.output
     assert f"Saved {output} and {tmp_path / 'out.json'}, seed 3" in result.output
