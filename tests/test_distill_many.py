@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from clear_attn.distill import checkpoint, config_file, train
+from clear_attn.distill.optimizers import prepare_plugins
 from clear_attn.distill.run import RUN
 from tests.training import change, fill, small_settings
 
@@ -50,22 +53,11 @@ def student_of(settings):
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 
 
-@pytest.mark.parametrize(
-    ("kind", "precision"),
-    [
-        ("ddp", "no"),
-        ("fsdp2", "no"),
-        ("fsdp2", "bf16"),
-        pytest.param("zero2", "no", marks=needs_deepspeed),
-        pytest.param("zero2", "bf16", marks=needs_deepspeed),
-    ],
-)
-def test_two_processes_are_one_with_two_batches_to_a_step(kind, precision, settings, tmp_path, fresh_accelerate):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_two_processes_are_one_with_two_batches_to_a_step(kind, settings, tmp_path):
     """Also where the run on two is stopped and goes on, and each process has saved its own part."""
-    settings = change(settings, mixed_precision=precision)
     spread = change(settings, output_dir=str(tmp_path / kind), resume_from_checkpoint="latest")
-    if precision == "no":
-        on_many(kind, change(spread, max_train_steps=2))
+    on_many(kind, change(spread, max_train_steps=2))
     on_many(kind, spread)
     train(change(settings, gradient_accumulation_steps=PROCESSES))
     ours, theirs = student_of(settings), student_of(spread)
@@ -75,6 +67,16 @@ def test_two_processes_are_one_with_two_batches_to_a_step(kind, precision, setti
     assert len(parts) == (1 if kind == "ddp" else PROCESSES)
     with pytest.raises(ValueError, match=r"was made with processes=2, distributed='.*', not processes=1"):
         train(spread)
+
+
+def test_fsdp2_rounds_no_more_than_autocast_does(settings):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    prepare_plugins(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state), settings)
+    assert plugin.mixed_precision_policy.param_dtype is None
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
+    assert not plugin.mixed_precision_policy.cast_forward_inputs
 
 
 @pytest.mark.parametrize("name", ["zero2", "fsdp2"])
