@@ -160,6 +160,13 @@ class TestPicture:
         assert seen == [False, True]
 
 
+def test_refuses_a_base_image_whose_weights_were_given_up(pipe):
+    clear.linearize(pipe, weights=demo.distilled(), keep_original=False)
+    with pytest.raises(RuntimeError, match="the original weights of this pipeline were given up"):
+        draw(pipe, window=None, weights="auto")
+    assert draw(pipe, window=None, weights="auto", image=noise(64, 64)).finished
+
+
 class TestAfterwards:
     def test_all_is_as_it_was(self, pipe):
         before = everything(pipe)

@@ -135,15 +135,20 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     transformer, family = find_transformer(pipe)
     _warn_if_left_dense(transformer)
     if door_of(transformer):
-        layers = family.attention_layers(transformer)
-        original = original_state(transformer, layers)
-        if original.mark and original.mark["weights"]:
-            raise RuntimeError(
-                f"this pipeline was loaded with distilled weights in it ({original.mark['weights']}), saved whole "
-                "while it was linearized; for the original load the original pipeline"
-            )
-        apply(transformer, layers, original)
+        apply(transformer, family.attention_layers(transformer), restored_state(pipe))
     return pipe
+
+
+def restored_state(pipe: Any) -> State:
+    """What `restore` puts in place; errors as there."""
+    transformer, family = find_transformer(pipe)
+    original = original_state(transformer, family.attention_layers(transformer))
+    if door_of(transformer) and original.mark and original.mark["weights"]:
+        raise RuntimeError(
+            f"this pipeline was loaded with distilled weights in it ({original.mark['weights']}), saved whole "
+            "while it was linearized; for the original load the original pipeline"
+        )
+    return original
 
 
 def is_linearized(pipe: Any) -> bool:

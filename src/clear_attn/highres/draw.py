@@ -17,7 +17,7 @@ from clear_attn.highres.plan import HighresPlan
 from clear_attn.highres.planning import make_plan
 from clear_attn.highres.result import HighresFailed, HighresInterrupted, HighresResult
 from clear_attn.highres.stages import Base, Stage
-from clear_attn.linearize import find_transformer
+from clear_attn.linearize import find_transformer, restored_state
 from clear_attn.record import mark_of
 from clear_attn.state import door_of
 
@@ -77,9 +77,11 @@ def highres(
             hold; another backend than that of a pipeline that is drawn as it is.
         HighresInterrupted: Ctrl-C; its `result` has what was finished. It is a KeyboardInterrupt.
         HighresFailed: any error while drawing, which is its `__cause__`; its `result` has what was finished.
-        And all that `linearize` raises.
+        And all that `linearize` raises, and with a base image `restore`.
     """
     plan = make_plan(pipe, prompt, (height, width), image, base, stages, seed, weights, revision, backend, options)
+    if plan.base:
+        restored_state(pipe)  # it is drawn with the original weights, which may have been given up
     check_fits(pipe, plan)
     callbacks = {
         "callback_on_step_end": callback_on_step_end,
