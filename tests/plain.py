@@ -4,14 +4,16 @@ import copy
 from unittest import mock
 
 import torch
-from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from torch.utils._pytree import tree_leaves
 
+from clear_attn.families import family_of
 from tests import reference
 
 # What each family's stock processor calls, and whether heads come before tokens there.
 FLUX_ATTENTION = "diffusers.models.transformers.transformer_flux.dispatch_attention_fn", False
+FLUX2_ATTENTION = "diffusers.models.transformers.transformer_flux2.dispatch_attention_fn", False
 SD3_ATTENTION = "diffusers.models.attention_processor.F.scaled_dot_product_attention", True
+ATTENTION = {"Flux2Transformer2DModel": FLUX2_ATTENTION}
 
 
 class RasterProcessor(torch.nn.Module):
@@ -41,8 +43,8 @@ def in_raster_order(transformer, grids, config):
     """A copy whose layers compute the rule densely in raster order, pooling with plain means."""
     plain = copy.deepcopy(transformer)
     weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
-    text_first = isinstance(transformer, (FluxTransformer2DModel, FluxControlNetModel))
-    attention = FLUX_ATTENTION if text_first else SD3_ATTENTION
+    text_first = family_of(transformer).text_first
+    attention = ATTENTION.get(type(transformer).__name__, FLUX_ATTENTION if text_first else SD3_ATTENTION)
     for name, stock in plain.attn_processors.items():
         layer = plain.get_submodule(name.removesuffix(".processor"))
         layer.set_processor(RasterProcessor(stock, grids, config, weight, text_first, *attention))

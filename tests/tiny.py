@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -25,6 +26,16 @@ FLUX_CONFIG = {
     "joint_attention_dim": 12,
     "pooled_projection_dim": 10,
     "axes_dims_rope": (4, 6, 6),
+}
+FLUX2_CONFIG = {
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
 }
 SD3_CONFIG = {
     "sample_size": 16,
@@ -90,6 +101,27 @@ def flux_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
         call["controlnet_block_samples"] = [random(batch, tokens, inner) for _ in range(config.num_layers)]
         call["controlnet_single_block_samples"] = [random(batch, tokens, inner)]
     return call
+
+
+def flux2_transformer(guidance=False, **changes):
+    """A random FLUX.2 of two double and two single blocks, 2 heads of 16."""
+    torch.manual_seed(1)
+    return Flux2Transformer2DModel(**{**FLUX2_CONFIG, "guidance_embeds": guidance, **changes}).eval()
+
+
+def flux2_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
+    """Keywords of a forward call with random values; whole numbers for ids, as the pipelines give them."""
+    random, config = _random(seed), transformer.config
+    ids = torch.nn.functional.pad(image_ids(*grids), (0, 1)).long()
+    ids[:, 0] *= 10
+    return {
+        "hidden_states": random(batch, len(ids), config.in_channels),
+        "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+        "timestep": torch.full((batch,), 0.7),
+        "img_ids": ids.expand(batch, -1, -1),
+        "txt_ids": torch.nn.functional.pad(torch.arange(text)[:, None], (3, 0)).expand(batch, -1, -1),
+        "guidance": torch.full((batch,), 3.5) if config.guidance_embeds else None,
+    }
 
 
 def sd3_transformer(dual=True, **changes):
@@ -175,4 +207,5 @@ class Family(NamedTuple):
 
 FLUX = Family(flux_transformer, [{"guidance": False}, {"guidance": True}], flux_call, layers=4, most_grids=2)
 SD3 = Family(sd3_transformer, [{"dual": False}, {"dual": True}], sd3_call, layers=4, most_grids=1)
+FLUX2 = Family(flux2_transformer, [{"guidance": False}, {"guidance": True}], flux2_call, layers=4, most_grids=3)
 FAMILIES = {"flux": FLUX, "sd3": SD3}

@@ -37,6 +37,7 @@ class Model(StrEnum):
     sd3_medium = "sd3-medium"
     sd35_medium = "sd3.5-medium"
     sd35_large = "sd3.5-large"
+    flux2 = "flux2"
 
 
 app.command()(bench)
@@ -103,7 +104,7 @@ def cost(
 def _without_weights(model: Model) -> Any:
     """A transformer of an architecture on the meta device, at its published size."""
     import torch
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+    from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 
     sd3_medium = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
     sd35_large = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
@@ -117,3 +118,5 @@ def _without_weights(model: Model) -> Any:
                 return SD3Transformer2DModel(**sd3_medium, dual_attention_layers=tuple(range(13)))
             case Model.sd35_large:
                 return SD3Transformer2DModel(**sd35_large)
+            case Model.flux2:
+                return Flux2Transformer2DModel()

@@ -1,7 +1,7 @@
 """The hooks at a linearized transformer's entrance and exit, which put image tokens into tile order and back.
 
-Nothing is left on the model: the layout travels in the call's own `joint_attention_kwargs`, so that two calls of
-different size, a recomputation for gradients or a deep copy each see their own.
+Nothing is left on the model: the layout travels in the call's own keywords for the attention layers, so that two calls
+of different size, a recomputation for gradients or a deep copy each see their own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DoorIn:
         entered = self.family.enter(call, layout)
         own = {LAYOUT: layout, BACKEND: backend}
         self.family.announce(own)
-        entered["joint_attention_kwargs"] = {**(call.get("joint_attention_kwargs") or {}), **own}
+        entered[self.family.keywords] = {**(call.get(self.family.keywords) or {}), **own}
         return (), entered
 
     def _choose_backend(self, transformer: Any, call: dict[str, Any], layout: TokenLayout) -> str:
@@ -102,6 +102,6 @@ class DoorOut:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        layout = kwargs["joint_attention_kwargs"][LAYOUT]
+        layout = kwargs[self.family.keywords][LAYOUT]
         self.family.announce(None)
         return tree_map_only(torch.Tensor, lambda tensor: self.family.leave(tensor, layout), output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -153,6 +153,11 @@ def _project(
 ) -> list[Tensor]:
     """Query, key and value `[batch, tokens, heads, head_dim]` by three projections or by their fused one, normed."""
     parts = getattr(attn, fused)(x).chunk(3, dim=-1) if fused else [getattr(attn, name)(x) for name in names]
+    return split_heads(attn, parts, norms)
+
+
+def split_heads(attn: Any, parts: Sequence[Tensor], norms: tuple[str, str]) -> list[Tensor]:
+    """Query, key and value `[batch, tokens, heads, head_dim]` of what a layer projected, normed."""
     query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts)
     norm_query, norm_key = (getattr(attn, norm, None) or nn.Identity() for norm in norms)
     return [norm_query(query), norm_key(key), value]
@@ -201,4 +206,4 @@ def project_out(attn: Any, joint: Tensor, apart: bool, layout: Places) -> Tensor
     if not apart:
         return image
     text = joint[:, layout.text]
-    return image, text if attn.context_pre_only else attn.to_add_out(text)
+    return image, text if getattr(attn, "context_pre_only", False) else attn.to_add_out(text)

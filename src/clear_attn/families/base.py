@@ -43,13 +43,15 @@ class Family(abc.ABC):
         text_first: whether text comes before the image where they are joined.
         text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
+        keywords: the argument of a call that holds what is passed on to the attention layers.
     """
 
     transformer_class: type
     stock_processors: tuple[type, ...]
     text_first: bool
     text_tokens: int
-    residuals: tuple[str, ...]
+    residuals: tuple[str, ...] = ()
+    keywords: str = "joint_attention_kwargs"
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""
