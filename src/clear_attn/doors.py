@@ -18,7 +18,7 @@ from clear_attn.backends import BACKENDS, choose_aloud
 from clear_attn.config import ClearConfig
 from clear_attn.families import Family
 from clear_attn.layout import Grid, TokenLayout
-from clear_attn.processors import BACKEND, LAYOUT, ClearAttnProcessor
+from clear_attn.processors import BACKEND, LAYOUT, PADDING, ClearAttnProcessor
 
 if TYPE_CHECKING:
     from clear_attn.state import State
@@ -61,7 +61,9 @@ class DoorIn:
         if not all(self.family.has_text(transformer, layer) for layer in self.original.processors):
             BACKENDS[backend].prepare(layout.without_text)
         entered = self.family.enter(call, layout)
-        own = {LAYOUT: layout, BACKEND: backend}
+        own: dict[str, Any] = {LAYOUT: layout, BACKEND: backend}
+        if (padding := self.family.padding(call, layout)) is not None:
+            own[PADDING] = padding
         self.family.announce(own)
         entered[self.family.keywords] = {**(call.get(self.family.keywords) or {}), **own}
         return (), entered

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clear_attn.layout import Grid, TokenLayout
+from clear_attn.padding import Padding
 from clear_attn.processors import ClearAttnProcessor
 
 
@@ -83,6 +84,10 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         """Reads the grids and the text length from a call's keywords; raises ValueError where they do not fit."""
+
+    def padding(self, kwargs: dict[str, Any], layout: TokenLayout) -> Padding | None:
+        """What a call says of padding in its text; raises ValueError where that does not fit."""
+        return None
 
     def check_residuals(self, kwargs: dict[str, Any], tokens: int) -> None:
         """Raises ValueError where a ControlNet's residuals are not for so many image tokens."""
