@@ -12,8 +12,13 @@ from tests import reference
 # What each family's stock processor calls, and whether heads come before tokens there.
 FLUX_ATTENTION = "diffusers.models.transformers.transformer_flux.dispatch_attention_fn", False
 FLUX2_ATTENTION = "diffusers.models.transformers.transformer_flux2.dispatch_attention_fn", False
+QWEN_ATTENTION = "diffusers.models.transformers.transformer_qwenimage.dispatch_attention_fn", False
 SD3_ATTENTION = "diffusers.models.attention_processor.F.scaled_dot_product_attention", True
-ATTENTION = {"Flux2Transformer2DModel": FLUX2_ATTENTION}
+ATTENTION = {
+    "Flux2Transformer2DModel": FLUX2_ATTENTION,
+    "QwenImageTransformer2DModel": QWEN_ATTENTION,
+    "QwenImageControlNetModel": QWEN_ATTENTION,
+}
 
 
 class RasterProcessor(torch.nn.Module):
@@ -21,8 +26,9 @@ class RasterProcessor(torch.nn.Module):
         super().__init__()
         self.stock, self.rule, self.text_first = stock, (grids, config, weight), text_first
         self.called, self.heads_first = called, heads_first
+        self.__call__ = stock.__call__  # never called: layers read from its signature what they may pass on
 
-    def attend(self, query, key, value, **_):
+    def attend(self, query, key, value, attn_mask=None, **_):
         grids, *rule = self.rule
         qkv = query, key, value
         if not self.heads_first:
@@ -30,7 +36,7 @@ class RasterProcessor(torch.nn.Module):
         text = qkv[0].shape[2] - sum(height * width for height, width in grids)
         # The reference has text first.
         shift = 0 if self.text_first else text
-        output, _ = reference.attention(*(x.roll(shift, 2) for x in qkv), grids, text, *rule)
+        output, _ = reference.attention(*(x.roll(shift, 2) for x in qkv), grids, text, *rule, bias=attn_mask)
         output = output.roll(-shift, 2)
         return output if self.heads_first else output.transpose(1, 2)
 

@@ -10,6 +10,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -36,6 +37,15 @@ FLUX2_CONFIG = {
     "joint_attention_dim": 12,
     "timestep_guidance_channels": 16,
     "axes_dims_rope": (4, 4, 4, 4),
+}
+QWEN_CONFIG = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "axes_dims_rope": (4, 6, 6),
 }
 SD3_CONFIG = {
     "sample_size": 16,
@@ -124,6 +134,31 @@ def flux2_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
     }
 
 
+def qwen_transformer(**changes):
+    """A random Qwen-Image of three blocks, 2 heads of 16."""
+    torch.manual_seed(1)
+    return QwenImageTransformer2DModel(**{**QWEN_CONFIG, **changes}).eval()
+
+
+def qwen_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, padded=()):
+    """Keywords of a forward call with random values; `padded` tells how much of each text is padding."""
+    random, config = _random(seed), transformer.config
+    tokens = sum(height * width for height, width in grids)
+    call = {
+        "hidden_states": random(batch, tokens, config.in_channels),
+        "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+        "encoder_hidden_states_mask": None,
+        "timestep": torch.full((batch,), 0.7),
+        "img_shapes": [[(1, *grid) for grid in grids]] * batch,
+    }
+    if padded:
+        call["encoder_hidden_states_mask"] = torch.arange(text) < text - torch.tensor(padded)[:, None]
+    if controlnet:
+        inner = config.num_attention_heads * config.attention_head_dim
+        call["controlnet_block_samples"] = [random(batch, tokens, inner) for _ in range(2)]
+    return call
+
+
 def sd3_transformer(dual=True, **changes):
     """A random SD3.5 of three blocks, the first with dual attention, the last without a text output; or an SD3."""
     without = {} if dual else {"dual_attention_layers": (), "qk_norm": None}
@@ -208,4 +243,5 @@ class Family(NamedTuple):
 FLUX = Family(flux_transformer, [{"guidance": False}, {"guidance": True}], flux_call, layers=4, most_grids=2)
 SD3 = Family(sd3_transformer, [{"dual": False}, {"dual": True}], sd3_call, layers=4, most_grids=1)
 FLUX2 = Family(flux2_transformer, [{"guidance": False}, {"guidance": True}], flux2_call, layers=4, most_grids=3)
+QWEN = Family(qwen_transformer, [{}, {"zero_cond_t": True}], qwen_call, layers=3, most_grids=3)
 FAMILIES = {"flux": FLUX, "sd3": SD3}
