@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 from torch.utils._pytree import tree_leaves
 
+import clear_attn as clear
 from clear_attn.families import family_of
 from tests import reference
 
@@ -62,3 +63,23 @@ def run(model, call):
     with torch.no_grad():
         parts = tree_leaves(model(**call, return_dict=False))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def check_pipeline(pipe, grids, draw):
+    """With a window that covers the picture the stock pipeline's result, with another one the plain rule's.
+
+    Afterwards the stock pipeline's again, bit for bit.
+    """
+    stock, transformer = draw(), pipe.transformer
+    scale = stock.abs().max().item()
+    pipe.transformer = in_raster_order(transformer, grids, clear.ClearConfig(3, 2))
+    expected = draw()
+    pipe.transformer = transformer
+    clear.linearize(pipe, 40, weights=None)
+    torch.testing.assert_close(draw(), stock, atol=1e-5 * scale, rtol=0)
+    clear.linearize(pipe, 3, 2, weights=None)
+    local = draw()
+    torch.testing.assert_close(local, expected, atol=1e-5 * scale, rtol=0)
+    assert (local - stock).abs().max() > 1e-3 * scale
+    clear.restore(pipe)
+    assert torch.equal(draw(), stock)

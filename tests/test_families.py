@@ -13,12 +13,18 @@ import clear_attn as clear
 from clear_attn import attention
 from clear_attn.backends import dense, flex, tiled
 from clear_attn.doors import layout_for
-from clear_attn.families import flux
+from clear_attn.families import family_of, flux
 from clear_attn.layout import tile_order
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
 
 GRID = st.sampled_from([(1, 1), (3, 5), (8, 8), (13, 7), (17, 23), (16, 24)])
+
+
+def keywords_of(transformer):
+    return family_of(transformer).keywords
+
+
 SIZES = {"text": 40, "window": 30, "factor": 5}
 
 
@@ -26,6 +32,10 @@ SIZES = {"text": 40, "window": 30, "factor": 5}
 @given(data=st.data())
 @settings(max_examples=25)
 def test_equals_the_rule_in_raster_order(family, data):
+    check_rule(family, data)
+
+
+def check_rule(family, data):
     grids = data.draw(st.lists(GRID, min_size=1, max_size=family.most_grids), "grids")
     text, window, factor = (data.draw(st.integers(1, most), name) for name, most in SIZES.items())
     batch, controlnet = data.draw(st.integers(1, 3), "batch"), data.draw(st.booleans(), "controlnet")
@@ -65,7 +75,7 @@ def test_positional_arguments_and_dataclass_output(family, transformer):
 
 def test_the_callers_keywords_are_left_alone(family, transformer):
     call = family.call(transformer, (6, 5), controlnet=True)
-    call["joint_attention_kwargs"] = {}
+    call[keywords_of(transformer)] = {}
     before = copy.deepcopy(call)
     clear.linearize(transformer, 3, weights=None)
     with torch.no_grad():
@@ -182,9 +192,9 @@ def test_twenty_sizes_stay_within_bounds(family, transformer, monkeypatch):
     assert max(alive[10:]) <= alive[9], alive
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
     assert layout_for.cache_info().currsize <= 8
-    assert len(flux._recent) <= 16
+    assert len(flux._read_ids.recent) <= 16
     gc.collect()
-    dead = [reference for reference, *_ in flux._recent if reference() is not None]
+    dead = [reference for reference, *_ in flux._read_ids.recent if reference() is not None]
     assert not dead
 
 
@@ -203,7 +213,7 @@ def test_another_default_device(family, transformer):
     expected = run(transformer, call)
     layout_for.cache_clear()
     tile_order.cache_clear()
-    flux._recent.clear()
+    flux._read_ids.recent.clear()
     with torch.device("meta"):
         assert torch.equal(run(transformer, call), expected)
 
@@ -241,7 +251,7 @@ class TestDoor:
     def test_an_attention_mask_is_refused(self, family, transformer):
         clear.linearize(transformer, 3, weights=None)
         call = family.call(transformer, (4, 4))
-        call["joint_attention_kwargs"] = {"attention_mask": torch.ones(1, 1, 1, 23)}
+        call[keywords_of(transformer)] = {"attention_mask": torch.ones(1, 1, 1, 23)}
         with pytest.raises(RuntimeError, match=r"takes no attention mask, got one of shape \[1, 1, 1, 23\]"):
             run(transformer, call)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -46,6 +47,12 @@ QWEN_CONFIG = {
     "num_attention_heads": 2,
     "joint_attention_dim": 12,
     "axes_dims_rope": (4, 6, 6),
+}
+CHROMA_CONFIG = {
+    **{name: value for name, value in FLUX_CONFIG.items() if name != "pooled_projection_dim"},
+    "approximator_num_channels": 16,
+    "approximator_hidden_dim": 24,
+    "approximator_layers": 1,
 }
 SD3_CONFIG = {
     "sample_size": 16,
@@ -159,6 +166,32 @@ def qwen_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, pa
     return call
 
 
+def chroma_transformer(**changes):
+    """A random Chroma of two double and two single blocks, 2 heads of 16."""
+    torch.manual_seed(1)
+    return ChromaTransformer2DModel(**{**CHROMA_CONFIG, **changes}).eval()
+
+
+def chroma_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, padded=None, dtype=torch.float32):
+    """Keywords of a forward call with random values; `padded` tells how much of each text is padding, by default 2."""
+    random, config = _random(seed), transformer.config
+    tokens = sum(height * width for height, width in grids)
+    seen = torch.arange(text) < text - torch.tensor(padded or [min(2, text - 1)] * batch)[:, None]
+    call = {
+        "hidden_states": random(batch, tokens, config.in_channels),
+        "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+        "timestep": torch.full((batch,), 0.7),
+        "img_ids": image_ids(*grids),
+        "txt_ids": torch.zeros(text, 3),
+        "attention_mask": torch.cat([seen, seen.new_ones(batch, tokens)], dim=1).to(dtype),
+    }
+    if controlnet:
+        inner = config.num_attention_heads * config.attention_head_dim
+        call["controlnet_block_samples"] = [random(batch, tokens, inner) for _ in range(config.num_layers)]
+        call["controlnet_single_block_samples"] = [random(batch, tokens, inner)]
+    return call
+
+
 def sd3_transformer(dual=True, **changes):
     """A random SD3.5 of three blocks, the first with dual attention, the last without a text output; or an SD3."""
     without = {} if dual else {"dual_attention_layers": (), "qk_norm": None}
@@ -244,4 +277,5 @@ FLUX = Family(flux_transformer, [{"guidance": False}, {"guidance": True}], flux_
 SD3 = Family(sd3_transformer, [{"dual": False}, {"dual": True}], sd3_call, layers=4, most_grids=1)
 FLUX2 = Family(flux2_transformer, [{"guidance": False}, {"guidance": True}], flux2_call, layers=4, most_grids=3)
 QWEN = Family(qwen_transformer, [{}, {"zero_cond_t": True}], qwen_call, layers=3, most_grids=3)
+CHROMA = Family(chroma_transformer, [{}], chroma_call, layers=4, most_grids=2)
 FAMILIES = {"flux": FLUX, "sd3": SD3}

@@ -38,6 +38,8 @@ class Model(StrEnum):
     sd35_medium = "sd3.5-medium"
     sd35_large = "sd3.5-large"
     flux2 = "flux2"
+    qwen_image = "qwen-image"
+    chroma = "chroma"
 
 
 app.command()(bench)
@@ -103,8 +105,9 @@ def cost(
 
 def _without_weights(model: Model) -> Any:
     """A transformer of an architecture on the meta device, at its published size."""
+    import diffusers
     import torch
-    from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
     sd3_medium = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
     sd35_large = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
@@ -119,4 +122,8 @@ def _without_weights(model: Model) -> Any:
             case Model.sd35_large:
                 return SD3Transformer2DModel(**sd35_large)
             case Model.flux2:
-                return Flux2Transformer2DModel()
+                return diffusers.Flux2Transformer2DModel()
+            case Model.qwen_image:
+                return diffusers.QwenImageTransformer2DModel()
+            case Model.chroma:
+                return diffusers.ChromaTransformer2DModel()

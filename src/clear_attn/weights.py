@@ -2,8 +2,8 @@
 
 The format is that of the published checkpoints (Hugging Face `Huage001/CLEAR`): a safetensors file with
 `<layer>.to_q`, `to_k`, `to_v` of every attention layer, `<layer>.to_out.0` where the layer has one, each with
-`.weight` and `.bias`, and `<layer>.processor.spatial_weight` where keys are pooled. FLUX.2's single blocks, which project
-all in one, have `<layer>.to_qkv_mlp_proj` and `<layer>.to_out` instead.
+`.weight` and `.bias`, and `<layer>.processor.spatial_weight` where keys are pooled. FLUX.2's single blocks, which
+project all in one, have `<layer>.to_qkv_mlp_proj` and `<layer>.to_out` instead.
 """
 
 from __future__ import annotations

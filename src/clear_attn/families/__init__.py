@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clear_attn.families.base import Call, Family
+from clear_attn.families.chroma import Chroma
 from clear_attn.families.controlnet import FluxControlNet, SD3ControlNet
 from clear_attn.families.flux import Flux
 from clear_attn.families.flux2 import Flux2
@@ -14,6 +15,7 @@ from clear_attn.families.sd3 import SD3
 FAMILIES: tuple[Family, ...] = (
     Flux(),
     Flux2(),
+    Chroma(),
     QwenImage(),
     SD3(),
     FluxControlNet(),

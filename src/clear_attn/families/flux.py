@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +10,16 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from clear_attn.families.base import Call, Family
+from clear_attn.families.once import ReadOnce
 from clear_attn.layout import Grid, TokenLayout
 
 
 class Flux(Family):
     transformer_class = FluxTransformer2DModel
-    stock_processors = (FluxAttnProcessor,)
+    stock_processors: tuple[type, ...] = (FluxAttnProcessor,)
     text_first = True
     text_tokens = 512
-    residuals = ("controlnet_block_samples", "controlnet_single_block_samples")
+    residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def latents_per_token(self, transformer: Any) -> int:
         return 2  # the pipelines pack them so
@@ -60,22 +59,6 @@ class _Positions(NamedTuple):
     exact: Tensor | None
 
 
-# Reading ids waits for the device, and a pipeline passes the same tensor at every step. An entry counts for the very
-# tensor it was made from, while that lives and is not written to; addresses alone are reused.
-_recent: deque[tuple[weakref.ref[Tensor], int, _Positions]] = deque(maxlen=16)
-
-
-def _read_ids(ids: Tensor) -> _Positions:
-    if ids.is_inference():
-        return _parse_ids(ids)
-    for reference, version, positions in tuple(_recent):
-        if reference() is ids and version == ids._version:
-            return positions
-    positions = _parse_ids(ids)
-    _recent.append((weakref.ref(ids), ids._version, positions))
-    return positions
-
-
 def _parse_ids(ids: Tensor) -> _Positions:
     if ids.ndim not in (2, 3) or ids.shape[-1] < 3 or ids.numel() == 0:
         raise ValueError(
@@ -103,3 +86,6 @@ def _parse_ids(ids: Tensor) -> _Positions:
     # Counted anew only where that is what the coarser numbers stand for; positions of another kind are left alone.
     counts = ids.dtype in (torch.bfloat16, torch.float16) and torch.equal(exact.to(ids.dtype).float(), values)
     return _Positions(tuple(grids), exact.to(ids.device) if counts else None)
+
+
+_read_ids = ReadOnce(_parse_ids)

@@ -38,8 +38,8 @@ class ParallelProcessor(ClearAttnProcessor):
         query, key, value = split_heads(attn, parts, ("norm_q", "norm_k"))
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        joint = self.attend(*heads_first, layout, clear_backend, clear_sharpness)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        joint = self.attend(query, key, value, layout, clear_backend, clear_sharpness)
         output: Tensor = attn.to_out(cat([joint, attn.mlp_act_fn(feed_forward)], dim=-1))
         return output
 

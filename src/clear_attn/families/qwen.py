@@ -58,7 +58,7 @@ class QwenImage(Family):
     stock_processors = (QwenDoubleStreamAttnProcessor2_0,)
     text_first = True
     text_tokens = 512  # the most that its pipelines take; they do not pad
-    residuals = ("controlnet_block_samples",)
+    residuals: tuple[str, ...] = ("controlnet_block_samples",)
     keywords = "attention_kwargs"
 
     def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:

@@ -44,13 +44,16 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
         pipe: a supported pipeline or transformer, linearized or not; no ControlNet.
 
     Raises:
-        TypeError: not a supported pipeline, or a ControlNet.
-        RuntimeError: attention processors of another library, or such that take no scale; layers other than FLUX.1's and
-            SD3's, unless linearized; when called, also where the processors were replaced inside the block.
+        TypeError: not a supported pipeline, or a ControlNet or Chroma.
+        RuntimeError: attention processors of another library, or such that take no scale; layers other than FLUX.1's
+            and SD3's, unless linearized; when called, also where the processors were replaced inside the block.
     """
     transformer, family = find_transformer(pipe)
     if type(family).announce is not Family.announce:
-        raise TypeError(f"a {type(transformer).__name__} is not supported; give the pipeline or its transformer")
+        raise TypeError(
+            f"proportional attention cannot tell the layers of a {type(transformer).__name__}; give the pipeline or "
+            "its transformer, of FLUX or Stable Diffusion 3"
+        )
     layers = family.attention_layers(transformer)
     before = processors_of(layers)
     _check_processors(before, family)
