@@ -18,14 +18,12 @@ from tests.test_families import (
     check_rule,
     test_a_deep_copy_is_independent,
     test_a_window_that_covers_the_grid_is_the_stock_model,
-    test_another_default_device,
     test_fused_projections,
     test_gradients_of_controlnet_residuals_alone,
     test_gradients_under_checkpointing_with_two_sizes_in_flight,
     test_portrait_and_landscape_in_turn,
     test_positional_arguments_and_dataclass_output,
     test_the_callers_keywords_are_left_alone,
-    test_two_threads_see_their_own_layouts,
 )
 from tests.test_linearize import (
     TestLora,
@@ -46,7 +44,7 @@ def family():
 @given(data=st.data())
 @settings(max_examples=10)
 def test_equals_the_rule_in_raster_order(data):
-    check_rule(tiny.CHROMA, data)
+    check_rule(tiny.CHROMA, data, ["tiled", "dense"])
 
 
 @pytest.mark.parametrize("backend", machine.BACKENDS)
@@ -106,6 +104,8 @@ def test_pipelines_with_guidance(kind):
     pipe = pipeline(kind)
     side = 2 * pipe.vae_scale_factor
     picture = Image.effect_mandelbrot((9 * side, 7 * side), (-2, -1, 1, 1), 50).convert("RGB")
+    # ChromaInpaintPipeline of diffusers 0.42.1 reads it, and the model does not know it.
+    pipe.transformer.register_to_config(guidance_embeds=False)
     further = {
         ChromaPipeline: {},
         ChromaImg2ImgPipeline: {"image": picture, "strength": 1.0},
