@@ -83,3 +83,12 @@ def check_pipeline(pipe, grids, draw):
     assert (local - stock).abs().max() > 1e-3 * scale
     clear.restore(pipe)
     assert torch.equal(draw(), stock)
+
+
+def check_compiled_blocks(transformer, call):
+    """Blocks that are compiled one by one, each in one graph, give what they gave."""
+    clear.linearize(transformer, 4, 2, weights=None)
+    expected = run(transformer, call)
+    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)

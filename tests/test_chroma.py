@@ -11,7 +11,7 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn.distill.recipes import recipe_of
 from tests import machine, tiny
-from tests.plain import check_pipeline, in_raster_order, run
+from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 
 # What holds of every family, here of this one.
 from tests.test_families import (
@@ -143,6 +143,10 @@ def test_a_layer_without_a_layout_says_so(transformer):
     clear.linearize(transformer, 3, weights=None)
     with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.attn was called without a layout"):
         transformer.transformer_blocks[0].attn(torch.randn(1, 4, 32), torch.randn(1, 2, 32))
+
+
+def test_compiled_blocks(transformer):
+    check_compiled_blocks(transformer, tiny.chroma_call(transformer, (13, 7)))
 
 
 def test_cost(transformer):

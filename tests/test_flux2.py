@@ -12,7 +12,7 @@ import clear_attn as clear
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.families.flux2 import ParallelProcessor
 from tests import machine, tiny
-from tests.plain import check_pipeline, in_raster_order, run
+from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 
 # What holds of every family, here of this one.
 from tests.test_families import (
@@ -135,6 +135,10 @@ def test_theta_is_scaled_and_scores_are_sharpened(transformer):
     with clear.proportional_attention(transformer):
         assert (run(transformer, call) - local).abs().max() > 1e-4
     torch.testing.assert_close(run(transformer, call), local, atol=0, rtol=0)
+
+
+def test_compiled_blocks(transformer):
+    check_compiled_blocks(transformer, tiny.flux2_call(transformer, (13, 7), (4, 6)))
 
 
 def test_cost(transformer):

@@ -19,7 +19,7 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn.distill.recipes import recipe_of
 from tests import machine, tiny
-from tests.plain import check_pipeline, in_raster_order, run
+from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 from tests.test_controlnet import wake
 
 # What holds of every family, here of this one.
@@ -220,6 +220,10 @@ def test_what_it_is_refused_for(transformer):
         pass
     with pytest.raises(ValueError, match="this is a QwenImageTransformer2DModel; give weights=None"):
         clear.linearize(transformer, 8)
+
+
+def test_compiled_blocks(transformer):
+    check_compiled_blocks(transformer, tiny.qwen_call(transformer, (13, 7), padded=(3,)))
 
 
 def test_cost(transformer):
