@@ -34,6 +34,7 @@ from tests.test_linearize import (
     test_hooks_of_others_see_raster_order,
     test_restore_puts_back_replaced_weights,
 )
+from tests.test_memory import WIDE, peak
 from tests.test_saving import folder, test_there_and_back, trained
 
 
@@ -139,6 +140,20 @@ def test_theta_is_scaled_and_scores_are_sharpened(transformer):
 
 def test_compiled_blocks(transformer):
     check_compiled_blocks(transformer, tiny.flux2_call(transformer, (13, 7), (4, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 8])
+def test_activations_lie_between_the_bounds(window, dtype):
+    transformer, grid = tiny.flux2_transformer(**WIDE, axes_dims_rope=(8, 8, 8, 8)).to(dtype), (24, 32)
+    call = tiny.flux2_call(transformer, grid, text=32)
+    for name in ("hidden_states", "encoder_hidden_states", "timestep"):
+        call[name] = call[name].to(dtype)
+    if window:
+        clear.linearize(transformer, window, weights=None)
+    bounds = clear.cost(transformer, 16 * grid[0], 16 * grid[1], text_tokens=32).memory.activations
+    seen = peak(lambda: transformer(**call))
+    assert bounds.least < seen < bounds.likely, 24 * seen / bounds.likely
 
 
 def test_cost(transformer):

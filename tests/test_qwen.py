@@ -203,6 +203,19 @@ class TestControlNet:
         assert_same(controlnet, before)
         assert torch.equal(run(controlnet, call), stock)
 
+    def test_gradients_under_checkpointing(self):
+        controlnet = self.build()
+        call = tiny.qwen_call(controlnet, (6, 5))
+        call["controlnet_cond"] = call["hidden_states"].flip(1).requires_grad_()
+
+        def gradient(model):
+            samples = model(**call).controlnet_block_samples
+            return torch.autograd.grad(sum(x.square().mean() for x in samples), call["controlnet_cond"])[0]
+
+        expected = gradient(in_raster_order(controlnet, [(6, 5)], clear.ClearConfig(3)))
+        clear.linearize(controlnet, 3, weights=None).enable_gradient_checkpointing()
+        torch.testing.assert_close(gradient(controlnet.train()), expected, atol=1e-6, rtol=1e-5)
+
     def test_pipeline(self):
         pipe, call = pipeline(QwenImageControlNetPipeline, controlnet=self.build()), settings_of()
         call |= {"control_image": a_picture(208, 112), "controlnet_conditioning_scale": 1.0}

@@ -44,6 +44,7 @@ class Family(abc.ABC):
         text_first: whether text comes before the image where they are joined.
         text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
+        streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a CPU.
         keywords: the argument of a call that holds what is passed on to the attention layers.
     """
 
@@ -52,6 +53,7 @@ class Family(abc.ABC):
     text_first: bool
     text_tokens: int
     residuals: tuple[str, ...] = ()
+    streams: int = 20
     keywords: str = "joint_attention_kwargs"
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
