@@ -160,3 +160,12 @@ def test_cost(transformer):
     counted = clear.cost(transformer, 128, 96, window=3)
     assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 6, 4, 512)
     assert counted.inner_dim == 32
+
+
+def test_ids_of_a_further_axis_must_agree_in_a_picture(transformer):
+    call = tiny.flux2_call(transformer, (4, 6))
+    call["img_ids"] = call["img_ids"].clone()
+    call["img_ids"][:, 5, 3] = 1
+    clear.linearize(transformer, 3, weights=None)
+    with pytest.raises(ValueError, match="img_ids must number the tokens of each picture row by row"):
+        run(transformer, call)

@@ -74,7 +74,7 @@ def _parse_ids(ids: Tensor) -> _Positions:
         height = len(part) // width
         rows, columns = part[::width, 1], part[:width, 2]
         others = part[:1, 3:].expand(len(part), -1)
-        if not torch.equal(part[:, 1:], torch.cat([torch.cartesian_prod(rows, columns), others], dim=1)):
+        if not (torch.equal(part[:, 1:3], torch.cartesian_prod(rows, columns)) and torch.equal(part[:, 3:], others)):
             raise ValueError(
                 f"img_ids must number the tokens of each picture row by row; {len(part)} of them with the first "
                 f"number {part[0, 0].item():g} are no grid of {width} columns; pass them as diffusers' pipeline does"
