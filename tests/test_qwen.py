@@ -225,7 +225,7 @@ class TestControlNet:
 
 def test_what_it_is_refused_for(transformer):
     pipe = pipeline(QwenImagePipeline)
-    with pytest.raises(TypeError, match="a QwenImageTransformer2DModel cannot be distilled yet"):
+    with pytest.raises(TypeError, match="a QwenImageTransformer2DModel cannot be distilled"):
         recipe_of(transformer)
     with pytest.raises(TypeError, match="highres does not know a QwenImagePipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)
