@@ -4,14 +4,22 @@ import copy
 from unittest import mock
 
 import torch
-from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from torch.utils._pytree import tree_leaves
 
+import clear_attn as clear
+from clear_attn.families import family_of
 from tests import reference
 
 # What each family's stock processor calls, and whether heads come before tokens there.
 FLUX_ATTENTION = "diffusers.models.transformers.transformer_flux.dispatch_attention_fn", False
+FLUX2_ATTENTION = "diffusers.models.transformers.transformer_flux2.dispatch_attention_fn", False
+QWEN_ATTENTION = "diffusers.models.transformers.transformer_qwenimage.dispatch_attention_fn", False
 SD3_ATTENTION = "diffusers.models.attention_processor.F.scaled_dot_product_attention", True
+ATTENTION = {
+    "Flux2Transformer2DModel": FLUX2_ATTENTION,
+    "QwenImageTransformer2DModel": QWEN_ATTENTION,
+    "QwenImageControlNetModel": QWEN_ATTENTION,
+}
 
 
 class RasterProcessor(torch.nn.Module):
@@ -19,8 +27,9 @@ class RasterProcessor(torch.nn.Module):
         super().__init__()
         self.stock, self.rule, self.text_first = stock, (grids, config, weight), text_first
         self.called, self.heads_first = called, heads_first
+        self.__call__ = stock.__call__  # never called: layers read from its signature what they may pass on
 
-    def attend(self, query, key, value, **_):
+    def attend(self, query, key, value, attn_mask=None, **_):
         grids, *rule = self.rule
         qkv = query, key, value
         if not self.heads_first:
@@ -28,7 +37,7 @@ class RasterProcessor(torch.nn.Module):
         text = qkv[0].shape[2] - sum(height * width for height, width in grids)
         # The reference has text first.
         shift = 0 if self.text_first else text
-        output, _ = reference.attention(*(x.roll(shift, 2) for x in qkv), grids, text, *rule)
+        output, _ = reference.attention(*(x.roll(shift, 2) for x in qkv), grids, text, *rule, bias=attn_mask)
         output = output.roll(-shift, 2)
         return output if self.heads_first else output.transpose(1, 2)
 
@@ -41,8 +50,8 @@ def in_raster_order(transformer, grids, config):
     """A copy whose layers compute the rule densely in raster order, pooling with plain means."""
     plain = copy.deepcopy(transformer)
     weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
-    text_first = isinstance(transformer, (FluxTransformer2DModel, FluxControlNetModel))
-    attention = FLUX_ATTENTION if text_first else SD3_ATTENTION
+    text_first = family_of(transformer).text_first
+    attention = ATTENTION.get(type(transformer).__name__, FLUX_ATTENTION if text_first else SD3_ATTENTION)
     for name, stock in plain.attn_processors.items():
         layer = plain.get_submodule(name.removesuffix(".processor"))
         layer.set_processor(RasterProcessor(stock, grids, config, weight, text_first, *attention))
@@ -54,3 +63,32 @@ def run(model, call):
     with torch.no_grad():
         parts = tree_leaves(model(**call, return_dict=False))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def check_pipeline(pipe, grids, draw):
+    """With a window that covers the picture the stock pipeline's result, with another one the plain rule's.
+
+    Afterwards the stock pipeline's again, bit for bit.
+    """
+    stock, transformer = draw(), pipe.transformer
+    scale = stock.abs().max().item()
+    pipe.transformer = in_raster_order(transformer, grids, clear.ClearConfig(3, 2))
+    expected = draw()
+    pipe.transformer = transformer
+    clear.linearize(pipe, 40, weights=None)
+    torch.testing.assert_close(draw(), stock, atol=1e-5 * scale, rtol=0)
+    clear.linearize(pipe, 3, 2, weights=None)
+    local = draw()
+    torch.testing.assert_close(local, expected, atol=1e-5 * scale, rtol=0)
+    assert (local - stock).abs().max() > 1e-3 * scale
+    clear.restore(pipe)
+    assert torch.equal(draw(), stock)
+
+
+def check_compiled_blocks(transformer, call):
+    """Blocks that are compiled one by one, each in one graph, give what they gave."""
+    clear.linearize(transformer, 4, 2, weights=None)
+    expected = run(transformer, call)
+    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)

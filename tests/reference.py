@@ -36,8 +36,12 @@ def pool(x, grids, factor, weight):
     return torch.stack(cells, dim=-2)
 
 
-def attention(query, key, value, grids, text, config: ClearConfig, weight=None, scale=None):
-    """Output and log-sum-exp; text first, image in raster order."""
+def attention(query, key, value, grids, text, config: ClearConfig, weight=None, scale=None, bias=None):
+    """Output and log-sum-exp; text first, image in raster order.
+
+    The bias is what a model gives torch's attention as a mask, of numbers or of what is seen. Pooled keys have that of
+    image keys.
+    """
     mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
     mask[text:, text:] = window_mask(grids, config.window)
     if config.down_factor > 1:
@@ -45,5 +49,9 @@ def attention(query, key, value, grids, text, config: ClearConfig, weight=None, 
         key, value = (torch.cat(parts, dim=-2) for parts in zip((key, value), pooled, strict=True))
         sees_pooled = (torch.arange(query.shape[-2]) >= text)[:, None].expand(-1, key.shape[-2] - mask.shape[1])
         mask = torch.cat([mask, sees_pooled], dim=1)
-    scores = (query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)).masked_fill(~mask, -torch.inf)
+    scores = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+    if bias is not None:
+        bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias
+        scores = scores + torch.cat([bias, bias[..., -1:].expand(*bias.shape[:-1], key.shape[-2] - bias.shape[-1])], -1)
+    scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1) @ value, scores.logsumexp(dim=-1)

@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -25,6 +28,31 @@ FLUX_CONFIG = {
     "joint_attention_dim": 12,
     "pooled_projection_dim": 10,
     "axes_dims_rope": (4, 6, 6),
+}
+FLUX2_CONFIG = {
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+QWEN_CONFIG = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "axes_dims_rope": (4, 6, 6),
+}
+CHROMA_CONFIG = {
+    **{name: value for name, value in FLUX_CONFIG.items() if name != "pooled_projection_dim"},
+    "approximator_num_channels": 16,
+    "approximator_hidden_dim": 24,
+    "approximator_layers": 1,
 }
 SD3_CONFIG = {
     "sample_size": 16,
@@ -89,6 +117,78 @@ def flux_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
         "guidance": torch.full((batch,), 3.5) if config.guidance_embeds else None,
     }
     if controlnet:
+        call["controlnet_block_samples"] = [random(batch, tokens, inner) for _ in range(config.num_layers)]
+        call["controlnet_single_block_samples"] = [random(batch, tokens, inner)]
+    return call
+
+
+def flux2_transformer(guidance=False, **changes):
+    """A random FLUX.2 of two double and two single blocks, 2 heads of 16."""
+    torch.manual_seed(1)
+    return Flux2Transformer2DModel(**{**FLUX2_CONFIG, "guidance_embeds": guidance, **changes}).eval()
+
+
+def flux2_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
+    """Keywords of a forward call with random values; whole numbers for ids, as the pipelines give them."""
+    random, config = _random(seed), transformer.config
+    ids = torch.nn.functional.pad(image_ids(*grids), (0, 1)).long()
+    ids[:, 0] *= 10
+    return {
+        "hidden_states": random(batch, len(ids), config.in_channels),
+        "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+        "timestep": torch.full((batch,), 0.7),
+        "img_ids": ids.expand(batch, -1, -1),
+        "txt_ids": torch.nn.functional.pad(torch.arange(text)[:, None], (3, 0)).expand(batch, -1, -1),
+        "guidance": torch.full((batch,), 3.5) if config.guidance_embeds else None,
+    }
+
+
+def qwen_transformer(**changes):
+    """A random Qwen-Image of three blocks, 2 heads of 16."""
+    torch.manual_seed(1)
+    return QwenImageTransformer2DModel(**{**QWEN_CONFIG, **changes}).eval()
+
+
+def qwen_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, padded=()):
+    """Keywords of a forward call with random values; `padded` tells how much of each text is padding."""
+    random, config = _random(seed), transformer.config
+    tokens = sum(height * width for height, width in grids)
+    call = {
+        "hidden_states": random(batch, tokens, config.in_channels),
+        "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+        "encoder_hidden_states_mask": None,
+        "timestep": torch.full((batch,), 0.7),
+        "img_shapes": [[(1, *grid) for grid in grids]] * batch,
+    }
+    if padded:
+        call["encoder_hidden_states_mask"] = torch.arange(text) < text - torch.tensor(padded)[:, None]
+    if controlnet:
+        inner = config.num_attention_heads * config.attention_head_dim
+        call["controlnet_block_samples"] = [random(batch, tokens, inner) for _ in range(2)]
+    return call
+
+
+def chroma_transformer(**changes):
+    """A random Chroma of two double and two single blocks, 2 heads of 16."""
+    torch.manual_seed(1)
+    return ChromaTransformer2DModel(**{**CHROMA_CONFIG, **changes}).eval()
+
+
+def chroma_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, padded=None, dtype=torch.float32):
+    """Keywords of a forward call with random values; `padded` tells how much of each text is padding, by default 2."""
+    random, config = _random(seed), transformer.config
+    tokens = sum(height * width for height, width in grids)
+    seen = torch.arange(text) < text - torch.tensor(padded or [min(2, text - 1)] * batch)[:, None]
+    call = {
+        "hidden_states": random(batch, tokens, config.in_channels),
+        "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+        "timestep": torch.full((batch,), 0.7),
+        "img_ids": image_ids(*grids),
+        "txt_ids": torch.zeros(text, 3),
+        "attention_mask": torch.cat([seen, seen.new_ones(batch, tokens)], dim=1).to(dtype),
+    }
+    if controlnet:
+        inner = config.num_attention_heads * config.attention_head_dim
         call["controlnet_block_samples"] = [random(batch, tokens, inner) for _ in range(config.num_layers)]
         call["controlnet_single_block_samples"] = [random(batch, tokens, inner)]
     return call
@@ -177,4 +277,7 @@ class Family(NamedTuple):
 
 FLUX = Family(flux_transformer, [{"guidance": False}, {"guidance": True}], flux_call, layers=4, most_grids=2)
 SD3 = Family(sd3_transformer, [{"dual": False}, {"dual": True}], sd3_call, layers=4, most_grids=1)
+FLUX2 = Family(flux2_transformer, [{"guidance": False}, {"guidance": True}], flux2_call, layers=4, most_grids=3)
+QWEN = Family(qwen_transformer, [{}, {"zero_cond_t": True}], qwen_call, layers=3, most_grids=3)
+CHROMA = Family(chroma_transformer, [{}], chroma_call, layers=4, most_grids=2)
 FAMILIES = {"flux": FLUX, "sd3": SD3}

@@ -37,6 +37,9 @@ class Model(StrEnum):
     sd3_medium = "sd3-medium"
     sd35_medium = "sd3.5-medium"
     sd35_large = "sd3.5-large"
+    flux2 = "flux2"
+    qwen_image = "qwen-image"
+    chroma = "chroma"
 
 
 app.command()(bench)
@@ -102,6 +105,7 @@ def cost(
 
 def _without_weights(model: Model) -> Any:
     """A transformer of an architecture on the meta device, at its published size."""
+    import diffusers
     import torch
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
@@ -117,3 +121,9 @@ def _without_weights(model: Model) -> Any:
                 return SD3Transformer2DModel(**sd3_medium, dual_attention_layers=tuple(range(13)))
             case Model.sd35_large:
                 return SD3Transformer2DModel(**sd35_large)
+            case Model.flux2:
+                return diffusers.Flux2Transformer2DModel()
+            case Model.qwen_image:
+                return diffusers.QwenImageTransformer2DModel()
+            case Model.chroma:
+                return diffusers.ChromaTransformer2DModel()

@@ -21,7 +21,7 @@ class ClearConfig:
 
     Args:
         window (`int`, defaults to 16): radius r in tokens; an image query sees the image keys with
-            dy^2 + dx^2 < r^2. One token is 16 x 16 pixels in FLUX.1 and SD3.
+            dy^2 + dx^2 < r^2. One token is 16 x 16 pixels.
         down_factor (`int`, defaults to 1): side f of the cells, in tokens, whose weighted mean keys and
             values every image query sees as well; 1 means none.
 

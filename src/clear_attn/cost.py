@@ -236,7 +236,7 @@ def cost(
         height, width (`int`): of the picture in pixels; rounded down to whole tokens, as diffusers does.
         window, down_factor (`int`, *optional*): default to those of a linearized pipeline, else 16 and 1.
         text_tokens (`int`, *optional*): length of the text sequence; by default that of the family's pipelines, 512
-            for FLUX, 333 for SD3.
+            for FLUX and Chroma and, as the most it takes, Qwen-Image, 333 for SD3.
         batch (`int`, defaults to 1): pictures in one forward pass.
 
     Raises:
@@ -265,7 +265,8 @@ def cost(
     nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])
     models = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
     tokens = text_tokens + counted.image_tokens
-    memory = memory_of(models or {"transformer": transformer}, transformer, tokens, batch, height, width)
+    models = models or {"transformer": transformer}
+    memory = memory_of(models, transformer, tokens, batch, height, width, family.streams)
     return dataclasses.replace(
         counted, controlnets=tuple(_count_controlnet(net, counted) for net in nets), memory=memory
     )

@@ -1,7 +1,7 @@
 """The hooks at a linearized transformer's entrance and exit, which put image tokens into tile order and back.
 
-Nothing is left on the model: the layout travels in the call's own `joint_attention_kwargs`, so that two calls of
-different size, a recomputation for gradients or a deep copy each see their own.
+Nothing is left on the model: the layout travels in the call's own keywords for the attention layers, so that two calls
+of different size, a recomputation for gradients or a deep copy each see their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clear_attn.backends import BACKENDS, choose_aloud
 from clear_attn.config import ClearConfig
 from clear_attn.families import Family
 from clear_attn.layout import Grid, TokenLayout
-from clear_attn.processors import BACKEND, LAYOUT, ClearAttnProcessor
+from clear_attn.processors import BACKEND, LAYOUT, PADDING, ClearAttnProcessor
 
 if TYPE_CHECKING:
     from clear_attn.state import State
@@ -61,9 +61,11 @@ class DoorIn:
         if not all(self.family.has_text(transformer, layer) for layer in self.original.processors):
             BACKENDS[backend].prepare(layout.without_text)
         entered = self.family.enter(call, layout)
-        own = {LAYOUT: layout, BACKEND: backend}
+        own: dict[str, Any] = {LAYOUT: layout, BACKEND: backend}
+        if (padding := self.family.padding(call, layout)) is not None:
+            own[PADDING] = padding
         self.family.announce(own)
-        entered["joint_attention_kwargs"] = {**(call.get("joint_attention_kwargs") or {}), **own}
+        entered[self.family.keywords] = {**(call.get(self.family.keywords) or {}), **own}
         return (), entered
 
     def _choose_backend(self, transformer: Any, call: dict[str, Any], layout: TokenLayout) -> str:
@@ -102,6 +104,6 @@ class DoorOut:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        layout = kwargs["joint_attention_kwargs"][LAYOUT]
+        layout = kwargs[self.family.keywords][LAYOUT]
         self.family.announce(None)
         return tree_map_only(torch.Tensor, lambda tensor: self.family.leave(tensor, layout), output)

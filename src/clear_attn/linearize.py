@@ -57,7 +57,8 @@ def linearize(
     it starts from the restored one.
 
     Args:
-        pipe: a diffusers pipeline or transformer, FLUX.1, Stable Diffusion 3 or 3.5, or a variant of them.
+        pipe: a diffusers pipeline or transformer, FLUX.1, FLUX.2, Qwen-Image, Chroma, Stable Diffusion 3 or
+            3.5, or a variant of them.
         window (`int`, *optional*, defaults to what the weights were distilled for, else 16): radius in tokens of
             the disc of image keys that an image query sees. A token is 16 x 16 pixels.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens

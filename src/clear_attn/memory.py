@@ -27,8 +27,8 @@ class Memory:
         weights: of each model given, exactly, as they are stored.
         activations (`Bytes`): of a forward pass without gradients. Least: in an attention layer, query, key, value,
             the output and the residual stream, 5 x tokens x (heads x head_dim) elements; nothing can do without
-            them. Likely: 20 such, for 14 to 19 were measured on a CPU with diffusers' FLUX and SD3 blocks, dense and
-            linearized, uncompiled.
+            them. Likely: 20 such, for 14 to 20 were measured on a CPU with diffusers' blocks, dense and linearized,
+            uncompiled; of FLUX.2's 24, for 22 were measured.
         decode (`Bytes`): of the decoder of an autoencoder like AutoencoderKL. Least: a residual block at full size
             holds its input and the same normed, each of the channels of the last but one level. Likely: 4 such, for
             3.4 to 3.9 were measured. Both 0 where no such decoder is given.
@@ -64,7 +64,13 @@ def _range(size: Bytes) -> str:
 
 
 def memory_of(
-    models: dict[str, nn.Module], transformer: Any, tokens: int, batch: int, height: int, width: int
+    models: dict[str, nn.Module],
+    transformer: Any,
+    tokens: int,
+    batch: int,
+    height: int,
+    width: int,
+    streams: int,
 ) -> Memory:
     """Counts the memory of a picture.
 
@@ -74,6 +80,7 @@ def memory_of(
         tokens: text and image.
         batch: pictures at a time.
         height, width: of the picture in pixels.
+        streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements.
     """
     inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     stream = batch * tokens * inner * _element(transformer)
@@ -84,7 +91,7 @@ def memory_of(
     tiled = _decode(vae, min(tile, height), min(tile, width))
     return Memory(
         weights={name: weight_bytes(model) for name, model in models.items()},
-        activations=Bytes(5 * stream, 20 * stream),
+        activations=Bytes(5 * stream, streams * stream),
         decode=whole,
         decode_tiled=Bytes(tiled.least + picture, tiled.likely + 2 * picture),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from clear_attn.attention import clear_attention, pool
 from clear_attn.layout import TokenLayout
+from clear_attn.padding import Padding, widen
 
 # The keywords beyond diffusers' own that a processor takes.
-LAYOUT, BACKEND, SHARPNESS = "clear_layout", "clear_backend", "clear_sharpness"
+LAYOUT, BACKEND, SHARPNESS, PADDING = "clear_layout", "clear_backend", "clear_sharpness", "clear_padding"
 
 
 class ClearAttnProcessor(nn.Module):
@@ -22,7 +23,8 @@ class ClearAttnProcessor(nn.Module):
 
     It is called by the layer as diffusers calls its own processors; what it needs beyond that, the layout and the
     backend, arrives in the model's `joint_attention_kwargs` as `clear_layout` and `clear_backend`, which the door
-    of a linearized transformer adds. `clear_sharpness` there multiplies the usual scale of the scores.
+    of a linearized transformer adds. `clear_sharpness` there multiplies the usual scale of the scores, and
+    `clear_padding` tells of padding in the text.
 
     It is a module for the sake of its one parameter, `spatial_weight`, so calling it as a module means pooling and
     calling it as diffusers does means attention: offloading hooks wrap the former, and only the former touches the
@@ -68,12 +70,13 @@ class ClearAttnProcessor(nn.Module):
         clear_layout: TokenLayout | None = None,
         clear_backend: str = "auto",
         clear_sharpness: float = 1.0,
+        clear_padding: Padding | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         layout = self.layout_for(attention_mask, clear_layout, hidden_states, encoder_hidden_states)
         query, key, value = project(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first, self.takes_fused(attn)
         )
-        joint = self.attend(query, key, value, layout, clear_backend, clear_sharpness)
+        joint = self.attend(query, key, value, layout, clear_backend, clear_sharpness, clear_padding)
         return project_out(attn, joint, encoder_hidden_states is not None, layout)
 
     def layout_for(
@@ -89,9 +92,20 @@ class ClearAttnProcessor(nn.Module):
         return layout.without_text if alone else layout
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, backend: str, sharpness: float = 1.0
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        backend: str,
+        sharpness: float = 1.0,
+        padding: Padding | None = None,
     ) -> Tensor:
         """CLEAR's attention, `[batch, tokens, heads x head_dim]`."""
+        head_dim = query.shape[-1]
+        scale = sharpness * head_dim**-0.5
+        if padding is not None:
+            query, key, value = widen(query, key, value, padding, scale)
         pooled = None
         if layout.pooled_tokens:
             pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
@@ -103,10 +117,10 @@ class ClearAttnProcessor(nn.Module):
             layout,
             pooled=pooled,
             backend=backend,
-            scale=sharpness * query.shape[-1] ** -0.5,
+            scale=scale,
             text_attention=self._text_attention,
         )
-        return joint.transpose(1, 2).flatten(2, 3)
+        return joint[..., :head_dim].transpose(1, 2).flatten(2, 3)
 
     def takes_fused(self, attn: Any) -> bool:
         """Whether query, key and value come from one fused projection."""
@@ -153,6 +167,11 @@ def _project(
 ) -> list[Tensor]:
     """Query, key and value `[batch, tokens, heads, head_dim]` by three projections or by their fused one, normed."""
     parts = getattr(attn, fused)(x).chunk(3, dim=-1) if fused else [getattr(attn, name)(x) for name in names]
+    return split_heads(attn, parts, norms)
+
+
+def split_heads(attn: Any, parts: Sequence[Tensor], norms: tuple[str, str]) -> list[Tensor]:
+    """Query, key and value `[batch, tokens, heads, head_dim]` of what a layer projected, normed."""
     query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts)
     norm_query, norm_key = (getattr(attn, norm, None) or nn.Identity() for norm in norms)
     return [norm_query(query), norm_key(key), value]
@@ -201,4 +220,4 @@ def project_out(attn: Any, joint: Tensor, apart: bool, layout: Places) -> Tensor
     if not apart:
         return image
     text = joint[:, layout.text]
-    return image, text if attn.context_pre_only else attn.to_add_out(text)
+    return image, text if getattr(attn, "context_pre_only", False) else attn.to_add_out(text)

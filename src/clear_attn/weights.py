@@ -2,7 +2,8 @@
 
 The format is that of the published checkpoints (Hugging Face `Huage001/CLEAR`): a safetensors file with
 `<layer>.to_q`, `to_k`, `to_v` of every attention layer, `<layer>.to_out.0` where the layer has one, each with
-`.weight` and `.bias`, and `<layer>.processor.spatial_weight` where keys are pooled.
+`.weight` and `.bias`, and `<layer>.processor.spatial_weight` where keys are pooled. FLUX.2's single blocks, which
+project all in one, have `<layer>.to_qkv_mlp_proj` and `<layer>.to_out` instead.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 POOLED = ".processor.spatial_weight"
@@ -33,7 +34,8 @@ def projections(layers: Mapping[str, Any], names: Iterable[str] = PROJECTIONS) -
         for layer, attn in layers.items()
         for projection in names
     }
-    return {name: module for name, module in found.items() if module is not None}
+    # In most layers "to_out" is a list, whose first item is the projection.
+    return {name: module for name, module in found.items() if not isinstance(module, (type(None), nn.ModuleList))}
 
 
 def _base(projection: Any) -> Any:

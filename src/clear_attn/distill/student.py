@@ -102,8 +102,9 @@ class DistillProcessor(ClearAttnProcessor):
         if stands_for.spatial_weight is not None:
             self.spatial_weight = nn.Parameter(stands_for.spatial_weight.detach().float().clone())
 
-    # diffusers reads from this signature what it may pass on, so all of the base's arguments are named again.
-    def __call__(
+    # diffusers reads from this signature what it may pass on, so the base's arguments are named again, all but the
+    # padding: no family that has it can be distilled.
+    def __call__(  # type: ignore[override]
         self,
         attn: Any,
         hidden_states: Tensor,

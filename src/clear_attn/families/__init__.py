@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from clear_attn.families.base import Call, Family
+from clear_attn.families.chroma import Chroma
 from clear_attn.families.controlnet import FluxControlNet, SD3ControlNet
 from clear_attn.families.flux import Flux
+from clear_attn.families.flux2 import Flux2
+from clear_attn.families.qwen import QwenControlNet, QwenImage
 from clear_attn.families.sd3 import SD3
 
-FAMILIES: tuple[Family, ...] = (Flux(), SD3(), FluxControlNet(), SD3ControlNet())
+FAMILIES: tuple[Family, ...] = (
+    Flux(),
+    Flux2(),
+    Chroma(),
+    QwenImage(),
+    SD3(),
+    FluxControlNet(),
+    QwenControlNet(),
+    SD3ControlNet(),
+)
 
 
 def family_of(transformer: Any) -> Family | None:

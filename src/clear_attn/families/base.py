@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clear_attn.layout import Grid, TokenLayout
+from clear_attn.padding import Padding
 from clear_attn.processors import ClearAttnProcessor
 
 
@@ -43,13 +44,17 @@ class Family(abc.ABC):
         text_first: whether text comes before the image where they are joined.
         text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
+        streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a CPU.
+        keywords: the argument of a call that holds what is passed on to the attention layers.
     """
 
     transformer_class: type
     stock_processors: tuple[type, ...]
     text_first: bool
     text_tokens: int
-    residuals: tuple[str, ...]
+    residuals: tuple[str, ...] = ()
+    streams: int = 20
+    keywords: str = "joint_attention_kwargs"
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""
@@ -81,6 +86,10 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         """Reads the grids and the text length from a call's keywords; raises ValueError where they do not fit."""
+
+    def padding(self, kwargs: dict[str, Any], layout: TokenLayout) -> Padding | None:
+        """What a call says of padding in its text; raises ValueError where that does not fit."""
+        return None
 
     def check_residuals(self, kwargs: dict[str, Any], tokens: int) -> None:
         """Raises ValueError where a ControlNet's residuals are not for so many image tokens."""

@@ -1,12 +1,10 @@
 """ControlNets of FLUX.1 and SD3 in diffusers: the doors of their models, but their layers are told nothing.
 
-A ControlNet keeps the call's keywords from its blocks, so the layout waits in a context variable for as long as the
-call runs. A recomputation for gradients runs later, finds none, and each layer says so.
+A recomputation for gradients runs later, finds none, and each layer says so.
 """
 
 from __future__ import annotations
 
-import contextvars
 from typing import Any
 
 import torch
@@ -16,21 +14,17 @@ from torch import Tensor
 from clear_attn.families.base import Call, InnerDoor
 from clear_attn.families.flux import Flux
 from clear_attn.families.sd3 import SD3, into_tile_order
+from clear_attn.families.untold import Untold, announced
 from clear_attn.layout import TokenLayout
 from clear_attn.processors import LAYOUT
 
-_own_keywords: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("clear_attn", default=None)
 
-
-class _ControlNet:
+class _ControlNet(Untold):
     """What the ControlNets of all families share; goes before the family."""
 
     def attention_doors(self, controlnet: Any) -> list[InnerDoor]:
         layers = self.attention_layers(controlnet).values()  # type: ignore[attr-defined]
         return [InnerDoor(attn, tell_layer, before=True) for attn in layers]
-
-    def announce(self, own: dict[str, Any] | None) -> None:
-        _own_keywords.set(own)
 
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]
@@ -64,11 +58,11 @@ class SD3ControlNet(_ControlNet, SD3):
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def tell_layer(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A forward pre-hook with keywords."""
-    return args, {**kwargs, **(_own_keywords.get() or {})}
+    return args, {**kwargs, **(announced() or {})}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def order_condition(embedder: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A forward hook."""
-    own = _own_keywords.get()
+    own = announced()
     return output if own is None else output[:, own[LAYOUT].order]

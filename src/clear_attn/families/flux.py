@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +10,16 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from clear_attn.families.base import Call, Family
+from clear_attn.families.once import ReadOnce
 from clear_attn.layout import Grid, TokenLayout
 
 
 class Flux(Family):
     transformer_class = FluxTransformer2DModel
-    stock_processors = (FluxAttnProcessor,)
+    stock_processors: tuple[type, ...] = (FluxAttnProcessor,)
     text_first = True
     text_tokens = 512
-    residuals = ("controlnet_block_samples", "controlnet_single_block_samples")
+    residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def latents_per_token(self, transformer: Any) -> int:
         return 2  # the pipelines pack them so
@@ -28,7 +27,7 @@ class Flux(Family):
     def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         if kwargs.get("img_ids") is None:
-            raise ValueError("img_ids must tell where the image tokens stand, got None; pass them as FluxPipeline does")
+            raise ValueError("img_ids must tell where the image tokens stand, got None; pass them as the pipeline does")
         grids = _read_ids(kwargs["img_ids"]).grids
         tokens = sum(height * width for height, width in grids)
         if hidden_states.shape[1] != tokens:
@@ -60,25 +59,12 @@ class _Positions(NamedTuple):
     exact: Tensor | None
 
 
-# Reading ids waits for the device, and a pipeline passes the same tensor at every step. An entry counts for the very
-# tensor it was made from, while that lives and is not written to; addresses alone are reused.
-_recent: deque[tuple[weakref.ref[Tensor], int, _Positions]] = deque(maxlen=16)
-
-
-def _read_ids(ids: Tensor) -> _Positions:
-    if ids.is_inference():
-        return _parse_ids(ids)
-    for reference, version, positions in tuple(_recent):
-        if reference() is ids and version == ids._version:
-            return positions
-    positions = _parse_ids(ids)
-    _recent.append((weakref.ref(ids), ids._version, positions))
-    return positions
-
-
 def _parse_ids(ids: Tensor) -> _Positions:
-    if ids.ndim not in (2, 3) or ids.shape[-1] != 3 or ids.numel() == 0:
-        raise ValueError(f"img_ids must be [image tokens, 3], got {list(ids.shape)}; pass them as FluxPipeline does")
+    if ids.ndim not in (2, 3) or ids.shape[-1] < 3 or ids.numel() == 0:
+        raise ValueError(
+            f"img_ids must be [image tokens, 3 or more], the picture's number, row, column, got {list(ids.shape)}; "
+            "pass them as diffusers' pipeline does"
+        )
     values = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float32)
     _, lengths = torch.unique_consecutive(values[:, 0], return_counts=True)
     grids, regular = [], []
@@ -87,15 +73,19 @@ def _parse_ids(ids: Tensor) -> _Positions:
         width = int((part[:, 1] == part[0, 1]).sum())
         height = len(part) // width
         rows, columns = part[::width, 1], part[:width, 2]
-        if not torch.equal(part[:, 1:], torch.cartesian_prod(rows, columns)):
+        others = part[:1, 3:].expand(len(part), -1)
+        if not (torch.equal(part[:, 1:3], torch.cartesian_prod(rows, columns)) and torch.equal(part[:, 3:], others)):
             raise ValueError(
                 f"img_ids must number the tokens of each picture row by row; {len(part)} of them with the first "
-                f"number {part[0, 0].item():g} are no grid of {width} columns; pass them as FluxPipeline does"
+                f"number {part[0, 0].item():g} are no grid of {width} columns; pass them as diffusers' pipeline does"
             )
         grids.append((height, width))
         counted = torch.cartesian_prod(*(torch.arange(len(line), device="cpu") + line[0] for line in (rows, columns)))
-        regular.append(torch.cat([part[:, :1], counted], dim=1))
+        regular.append(torch.cat([part[:, :1], counted, others], dim=1))
     exact = torch.cat(regular)
     # Counted anew only where that is what the coarser numbers stand for; positions of another kind are left alone.
     counts = ids.dtype in (torch.bfloat16, torch.float16) and torch.equal(exact.to(ids.dtype).float(), values)
     return _Positions(tuple(grids), exact.to(ids.device) if counts else None)
+
+
+_read_ids = ReadOnce(_parse_ids)

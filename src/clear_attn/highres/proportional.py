@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clear_attn.families import Family
 from clear_attn.linearize import find_transformer
-from clear_attn.processors import SHARPNESS, project, project_out
+from clear_attn.processors import SHARPNESS, ClearAttnProcessor, project, project_out
 from clear_attn.state import door_of, processors_of
 
 # FLUX.1's at 1024 x 1024 px: image tokens and text tokens.
@@ -44,13 +44,16 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
         pipe: a supported pipeline or transformer, linearized or not; no ControlNet.
 
     Raises:
-        TypeError: not a supported pipeline, or a ControlNet.
-        RuntimeError: attention processors of another library, or such that take no scale; when called, also where the
-            processors were replaced inside the block.
+        TypeError: not a supported pipeline, or a ControlNet or Chroma.
+        RuntimeError: attention processors of another library, or such that take no scale; layers other than FLUX.1's
+            and SD3's, unless linearized; when called, also where the processors were replaced inside the block.
     """
     transformer, family = find_transformer(pipe)
     if type(family).announce is not Family.announce:
-        raise TypeError(f"a {type(transformer).__name__} is not supported; give the pipeline or its transformer")
+        raise TypeError(
+            f"proportional attention cannot tell the layers of a {type(transformer).__name__}; give the pipeline or "
+            "its transformer, of FLUX or Stable Diffusion 3"
+        )
     layers = family.attention_layers(transformer)
     before = processors_of(layers)
     _check_processors(before, family)
@@ -83,7 +86,7 @@ class _Sharpen:
         door = door_of(transformer)
         tokens = text_tokens + sum(height * width for height, width in grids)
         own = {SHARPNESS: sharpness(tokens, door.config.down_factor if door else 1)}
-        return (), {**call, "joint_attention_kwargs": {**(call.get("joint_attention_kwargs") or {}), **own}}
+        return (), {**call, self.family.keywords: {**(call.get(self.family.keywords) or {}), **own}}
 
 
 class _Places(NamedTuple):
@@ -130,6 +133,11 @@ def _check_processors(processors: dict[str, Any], family: Family) -> None:
     for layer, processor in processors.items():
         if type(processor) not in family.stock_processors:
             _check_takes_sharpness(layer, processor)
+        elif type(family.new_processor(1, layer)).__call__ is not ClearAttnProcessor.__call__:
+            raise RuntimeError(
+                f"{layer} has a {type(processor).__name__}, in whose place proportional attention has none for dense "
+                "attention; call clear_attn.linearize() first"
+            )
 
 
 def _check_takes_sharpness(layer: str, processor: Any) -> None:

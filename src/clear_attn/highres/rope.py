@@ -21,7 +21,8 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
     high-resolution run does. Blocks may be nested; their factors multiply.
 
     Args:
-        pipe: a supported pipeline or transformer with a rotary embedding, FLUX.1, linearized or not.
+        pipe: a supported pipeline or transformer with a rotary embedding computed from theta, FLUX.1, FLUX.2 or Chroma,
+            linearized or not.
         factor (`float`): of theta; 1 changes nothing.
 
     Raises:
@@ -40,7 +41,9 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
 
 
 def has_rotary_embedding(transformer: object) -> bool:
-    return hasattr(getattr(transformer, "pos_embed", None), "theta")
+    """Whether a transformer has one that it computes from theta in each call; Qwen-Image's is a table."""
+    embedding = getattr(transformer, "pos_embed", None)
+    return hasattr(embedding, "theta") and not hasattr(embedding, "pos_freqs")
 
 
 def check_ntk_factor(transformer: object, factor: object) -> None:
@@ -49,5 +52,6 @@ def check_ntk_factor(transformer: object, factor: object) -> None:
         raise ValueError(f"ntk_factor must be a finite number above 0, got {factor!r}; 10 is usual, 1 changes nothing")
     if not has_rotary_embedding(transformer):
         raise ValueError(
-            f"ntk_factor={factor} needs a rotary embedding, and a {type(transformer).__name__} has none; leave it out"
+            f"ntk_factor={factor} needs a rotary embedding, and a {type(transformer).__name__} has none that it would "
+            "change; leave it out"
         )

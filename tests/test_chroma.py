@@ -1,0 +1,154 @@
+"""Chroma: what all families do, and what it has of its own: a mask for the padding of the text."""
+# ruff: noqa: F401  imported tests and fixtures
+
+import pytest
+import torch
+from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline, FlowMatchEulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import clear_attn as clear
+from clear_attn.distill.recipes import recipe_of
+from tests import machine, tiny
+from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
+
+# What holds of every family, here of this one.
+from tests.test_families import (
+    check_rule,
+    test_a_deep_copy_is_independent,
+    test_a_window_that_covers_the_grid_is_the_stock_model,
+    test_fused_projections,
+    test_gradients_of_controlnet_residuals_alone,
+    test_gradients_under_checkpointing_with_two_sizes_in_flight,
+    test_portrait_and_landscape_in_turn,
+    test_positional_arguments_and_dataclass_output,
+    test_the_callers_keywords_are_left_alone,
+)
+from tests.test_linearize import (
+    TestLora,
+    assert_same,
+    checkpoint,
+    photograph,
+    test_hooks_of_others_see_raster_order,
+    test_restore_puts_back_replaced_weights,
+)
+from tests.test_saving import folder, test_there_and_back, trained
+
+
+@pytest.fixture
+def family():
+    return tiny.CHROMA
+
+
+@given(data=st.data())
+@settings(max_examples=10)
+def test_equals_the_rule_in_raster_order(data):
+    check_rule(tiny.CHROMA, data, ["tiled", "dense"])
+
+
+@pytest.mark.parametrize("backend", machine.BACKENDS)
+def test_each_text_has_its_own_padding(backend, transformer):
+    call = tiny.chroma_call(transformer, (13, 7), text=9, batch=3, padded=(0, 3, 8))
+    expected = run(in_raster_order(transformer, [(13, 7)], clear.ClearConfig(4, 2)), call)
+    without = run(in_raster_order(transformer, [(13, 7)], clear.ClearConfig(4, 2)), {**call, "attention_mask": None})
+    clear.linearize(transformer, 4, 2, weights=None, backend=backend)
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+    assert (expected - without).abs().max() > 1e-3
+    torch.testing.assert_close(run(transformer, {**call, "attention_mask": None}), without, atol=1e-5, rtol=0)
+
+
+def test_a_mask_of_booleans_takes_padding_away(transformer):
+    call = tiny.chroma_call(transformer, (6, 5), text=9, padded=[4], dtype=torch.bool)
+    clear.linearize(transformer, 3, weights=None)
+    shorter = {**call, "encoder_hidden_states": call["encoder_hidden_states"][:, :5], "txt_ids": torch.zeros(5, 3)}
+    expected = run(transformer, {**shorter, "attention_mask": None})
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+def test_a_mask_in_half_precision():
+    transformer = tiny.chroma_transformer().bfloat16()
+    call = tiny.chroma_call(transformer, (6, 5), text=30, padded=[20])
+    call = {name: x if "ids" in name else x.bfloat16() for name, x in call.items()}
+    stock = run(transformer, call)
+    clear.linearize(transformer, 20, weights=None)
+    torch.testing.assert_close(run(transformer, call), stock, atol=3e-2, rtol=0)
+
+
+def test_masks_that_do_not_fit(transformer):
+    call = tiny.chroma_call(transformer, (4, 6))
+    clear.linearize(transformer, 3, weights=None)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[1, 31\], got \[1, 30\]"):
+        run(transformer, {**call, "attention_mask": call["attention_mask"][:, 1:]})
+    with pytest.raises(ValueError, match="attention_mask must be 1 for all 24 image tokens"):
+        run(transformer, {**call, "attention_mask": call["attention_mask"].roll(1, 1).flip(1)})
+
+
+def pipeline(kind):
+    parts = tiny.sd3_pipeline().components
+    pipe = kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder_3"],
+        tokenizer=parts["tokenizer_3"],
+        transformer=tiny.chroma_transformer(
+            in_channels=4 * parts["vae"].config.latent_channels, joint_attention_dim=32
+        ),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", [ChromaPipeline, ChromaImg2ImgPipeline, ChromaInpaintPipeline])
+def test_pipelines_with_guidance(kind):
+    pipe = pipeline(kind)
+    side = 2 * pipe.vae_scale_factor
+    picture = Image.effect_mandelbrot((9 * side, 7 * side), (-2, -1, 1, 1), 50).convert("RGB")
+    # ChromaInpaintPipeline of diffusers 0.42.1 reads it, and the model does not know it.
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    further = {
+        ChromaPipeline: {},
+        ChromaImg2ImgPipeline: {"image": picture, "strength": 1.0},
+        ChromaInpaintPipeline: {"image": picture, "mask_image": picture.convert("L"), "strength": 1.0},
+    }[kind]
+
+    def draw():
+        return pipe(
+            ["a red circle", "a white cross on a black ground"],
+            negative_prompt=["blue", ""],
+            height=7 * side,
+            width=9 * side,
+            max_sequence_length=20,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **further,
+        ).images
+
+    check_pipeline(pipe, [(7, 9)], draw)
+
+
+def test_what_it_is_refused_for(transformer):
+    with pytest.raises(TypeError, match="a ChromaTransformer2DModel cannot be distilled"):
+        recipe_of(transformer)
+    with pytest.raises(TypeError, match="highres does not know a ChromaPipeline"):
+        clear.highres(pipeline(ChromaPipeline), "a red circle", height=64, width=64)
+    refused = pytest.raises(TypeError, match="cannot tell the layers of a ChromaTransformer2DModel")
+    with refused, clear.proportional_attention(transformer):
+        pass
+
+
+def test_a_layer_without_a_layout_says_so(transformer):
+    clear.linearize(transformer, 3, weights=None)
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.attn was called without a layout"):
+        transformer.transformer_blocks[0].attn(torch.randn(1, 4, 32), torch.randn(1, 2, 32))
+
+
+def test_compiled_blocks(transformer):
+    check_compiled_blocks(transformer, tiny.chroma_call(transformer, (13, 7)))
+
+
+def test_cost(transformer):
+    counted = clear.cost(transformer, 128, 96, window=3)
+    assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 6, 4, 512)

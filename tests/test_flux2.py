@@ -1,0 +1,171 @@
+"""FLUX.2: what all families do, and what it has of its own: ids of four axes, layers that project all in one."""
+# ruff: noqa: F401, F811  imported tests and fixtures
+
+import pytest
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import clear_attn as clear
+from clear_attn.distill.recipes import recipe_of
+from clear_attn.families.flux2 import ParallelProcessor
+from tests import machine, tiny
+from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
+
+# What holds of every family, here of this one.
+from tests.test_families import (
+    check_rule,
+    test_a_deep_copy_is_independent,
+    test_a_window_that_covers_the_grid_is_the_stock_model,
+    test_another_default_device,
+    test_fused_projections,
+    test_gradients_under_checkpointing_with_two_sizes_in_flight,
+    test_portrait_and_landscape_in_turn,
+    test_positional_arguments_and_dataclass_output,
+    test_the_callers_keywords_are_left_alone,
+)
+from tests.test_linearize import (
+    TestLora,
+    assert_same,
+    checkpoint,
+    photograph,
+    test_hooks_of_others_see_raster_order,
+    test_restore_puts_back_replaced_weights,
+)
+from tests.test_memory import WIDE, peak
+from tests.test_saving import folder, test_there_and_back, trained
+
+
+@pytest.fixture
+def family():
+    return tiny.FLUX2
+
+
+@given(data=st.data())
+@settings(max_examples=10)
+def test_equals_the_rule_in_raster_order(data):
+    check_rule(tiny.FLUX2, data, ["tiled", "dense"])
+
+
+@pytest.mark.parametrize("backend", machine.BACKENDS)
+def test_three_pictures_of_different_size(transformer, backend):
+    grids = [(13, 7), (9, 9), (4, 6)]
+    call = tiny.flux2_call(transformer, *grids, batch=2)
+    expected = run(in_raster_order(transformer, grids, clear.ClearConfig(4, 2)), call)
+    clear.linearize(transformer, 4, 2, weights=None, backend=backend)
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def pipe():
+    torch.manual_seed(2)
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=2,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+    )
+    pipe = Flux2KleinPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0), vae.eval(), None, None, tiny.flux2_transformer()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("references", [[], [(64, 80)], [(72, 64), (64, 64)]])
+def test_pipeline_with_guidance_and_reference_pictures(pipe, references):
+    rng = torch.Generator().manual_seed(4)
+    text, negative = torch.randn(2, 9, 12, generator=rng), torch.randn(2, 5, 12, generator=rng)
+    noise = torch.rand(100, 100, 3, generator=rng).mul(255).byte().numpy()
+    pictures = [Image.fromarray(noise).resize((width, height)) for height, width in references]
+
+    def draw():
+        return pipe(
+            image=pictures or None,
+            prompt_embeds=text,
+            negative_prompt_embeds=negative,
+            height=60,
+            width=44,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+
+    check_pipeline(pipe, [(15, 11), *((height // 4, width // 4) for height, width in references)], draw)
+
+
+def test_kept_keys_of_references_are_refused():
+    transformer = clear.linearize(tiny.flux2_transformer(), 3, weights=None)
+    call = tiny.flux2_call(transformer, (4, 6))
+    with pytest.raises(ValueError, match=r"kv_cache_mode='extract' keeps the keys .* use Flux2KleinPipeline"):
+        run(transformer, {**call, "kv_cache_mode": "extract", "num_ref_tokens": 4})
+
+
+def test_distilled_weights_hold_what_single_blocks_project(trained, transformer):
+    assert isinstance(trained.single_transformer_blocks[0].attn.processor, ParallelProcessor)
+    before = photograph(transformer)["state"]
+    changed = {name for name, x in trained.state_dict().items() if name in before and not torch.equal(x, before[name])}
+    assert {f"single_transformer_blocks.1.attn.{name}.weight" for name in ("to_qkv_mlp_proj", "to_out")} <= changed
+
+
+def test_what_it_is_refused_for(pipe):
+    with pytest.raises(TypeError, match="a Flux2Transformer2DModel cannot be distilled"):
+        recipe_of(pipe.transformer)
+    with pytest.raises(TypeError, match="highres does not know a Flux2KleinPipeline"):
+        clear.highres(pipe, "a red circle", height=64, width=64)
+    with pytest.raises(ValueError, match="this is a Flux2Transformer2DModel; give weights=None"):
+        clear.linearize(pipe, 8)
+
+
+def test_theta_is_scaled_and_scores_are_sharpened(transformer):
+    call = tiny.flux2_call(transformer, (9, 12))
+    stock = run(transformer, call)
+    with clear.ntk_scaling(transformer, 10):
+        assert (run(transformer, call) - stock).abs().max() > 1e-4
+    refused = pytest.raises(RuntimeError, match=r"has a Flux2AttnProcessor|has a Flux2ParallelSelfAttnProcessor")
+    with refused, clear.proportional_attention(transformer):
+        pass
+    clear.linearize(transformer, 4, weights=None)
+    local = run(transformer, call)
+    with clear.proportional_attention(transformer):
+        assert (run(transformer, call) - local).abs().max() > 1e-4
+    torch.testing.assert_close(run(transformer, call), local, atol=0, rtol=0)
+
+
+def test_compiled_blocks(transformer):
+    check_compiled_blocks(transformer, tiny.flux2_call(transformer, (13, 7), (4, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 8])
+def test_activations_lie_between_the_bounds(window, dtype):
+    transformer, grid = tiny.flux2_transformer(**WIDE, axes_dims_rope=(8, 8, 8, 8)).to(dtype), (24, 32)
+    call = tiny.flux2_call(transformer, grid, text=32)
+    for name in ("hidden_states", "encoder_hidden_states", "timestep"):
+        call[name] = call[name].to(dtype)
+    if window:
+        clear.linearize(transformer, window, weights=None)
+    bounds = clear.cost(transformer, 16 * grid[0], 16 * grid[1], text_tokens=32).memory.activations
+    seen = peak(lambda: transformer(**call))
+    assert bounds.least < seen < bounds.likely, 24 * seen / bounds.likely
+
+
+def test_cost(transformer):
+    counted = clear.cost(transformer, 128, 96, window=3)
+    assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 6, 4, 512)
+    assert counted.inner_dim == 32
+
+
+def test_ids_of_a_further_axis_must_agree_in_a_picture(transformer):
+    call = tiny.flux2_call(transformer, (4, 6))
+    call["img_ids"] = call["img_ids"].clone()
+    call["img_ids"][:, 5, 3] = 1
+    clear.linearize(transformer, 3, weights=None)
+    with pytest.raises(ValueError, match="img_ids must number the tokens of each picture row by row"):
+        run(transformer, call)

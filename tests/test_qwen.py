@@ -1,0 +1,244 @@
+"""Qwen-Image: what all families do, and what it has of its own: padded text, pictures told by their shapes."""
+# ruff: noqa: F401  imported tests and fixtures
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageControlNetModel,
+    QwenImageControlNetPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImagePipeline,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import clear_attn as clear
+from clear_attn.distill.recipes import recipe_of
+from tests import machine, tiny
+from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.test_controlnet import wake
+
+# What holds of every family, here of this one.
+from tests.test_families import (
+    check_rule,
+    test_a_deep_copy_is_independent,
+    test_a_window_that_covers_the_grid_is_the_stock_model,
+    test_another_default_device,
+    test_gradients_of_controlnet_residuals_alone,
+    test_gradients_under_checkpointing_with_two_sizes_in_flight,
+    test_portrait_and_landscape_in_turn,
+    test_positional_arguments_and_dataclass_output,
+    test_the_callers_keywords_are_left_alone,
+)
+from tests.test_linearize import (
+    TestLora,
+    assert_same,
+    checkpoint,
+    photograph,
+    test_hooks_of_others_see_raster_order,
+    test_restore_puts_back_replaced_weights,
+)
+from tests.test_saving import folder, test_there_and_back, trained
+
+
+@pytest.fixture
+def family():
+    return tiny.QWEN
+
+
+@given(data=st.data())
+@settings(max_examples=10)
+def test_equals_the_rule_in_raster_order(data):
+    check_rule(tiny.QWEN, data, ["tiled", "dense"])
+
+
+@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("changes", [{}, {"use_layer3d_rope": True}], ids=["references", "layers"])
+def test_padded_text_is_not_seen(changes, backend):
+    """Each text of a batch as if it were drawn alone, without its padding."""
+    transformer, grids = tiny.qwen_transformer(**changes), [(13, 7), (9, 9)]
+    call = tiny.qwen_call(transformer, *grids, text=9, batch=3, padded=(0, 3, 8))
+    expected = run(in_raster_order(transformer, grids, clear.ClearConfig(4, 2)), call)
+    clear.linearize(transformer, 4, 2, weights=None, backend=backend)
+    output = run(transformer, call)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    for row, length in enumerate((9, 6, 1)):
+        alone = {**tiny.qwen_call(transformer, *grids), "timestep": call["timestep"][:1]}
+        alone["hidden_states"] = call["hidden_states"][row : row + 1]
+        alone["encoder_hidden_states"] = call["encoder_hidden_states"][row : row + 1, :length]
+        torch.testing.assert_close(run(transformer, alone), output[row : row + 1], atol=1e-5, rtol=0)
+
+
+def test_padding_of_any_pattern_and_its_gradients(transformer):
+    call = tiny.qwen_call(transformer, (5, 8), text=4, batch=2, padded=(1, 1))
+    call["encoder_hidden_states_mask"] = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]])
+    call["encoder_hidden_states"].requires_grad_()
+    plain = in_raster_order(transformer, [(5, 8)], clear.ClearConfig(3))
+
+    def gradient(model):
+        return torch.autograd.grad(model(**call).sample.square().mean(), call["encoder_hidden_states"])[0]
+
+    expected = gradient(plain)
+    clear.linearize(transformer, 3, weights=None)
+    ours = gradient(transformer)
+    torch.testing.assert_close(ours, expected, atol=1e-7, rtol=1e-5)
+    assert not ours[call["encoder_hidden_states_mask"] == 0].any()
+
+
+def test_padding_in_half_precision():
+    transformer = tiny.qwen_transformer().bfloat16()
+    call = tiny.qwen_call(transformer, (5, 8), text=9, batch=2, padded=(0, 6))
+    call = {name: x.bfloat16() if getattr(x, "is_floating_point", bool)() else x for name, x in call.items()}
+    stock = run(transformer, call)
+    clear.linearize(transformer, 20, weights=None)
+    torch.testing.assert_close(run(transformer, call), stock, atol=3e-2, rtol=0)
+    shorter = {**call, "encoder_hidden_states": call["encoder_hidden_states"].clone()}
+    shorter["encoder_hidden_states"][1, 3:] = 50  # what padding holds is nobody's business
+    assert torch.equal(run(transformer, shorter), run(transformer, call))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"img_shapes": None}, "img_shapes must tell .* got None"),
+        ({"img_shapes": [[(1, 4, 5)]]}, "img_shapes place 20 image tokens, hidden_states has 24"),
+        ({"img_shapes": [[(1, 4, 6)], [(1, 6, 4)]]}, "img_shapes must be the same for the whole batch"),
+        (
+            {"encoder_hidden_states_mask": torch.ones(1, 6)},
+            r"encoder_hidden_states_mask must be \[1, 7\], got \[1, 6\]",
+        ),
+    ],
+)
+def test_calls_that_do_not_fit(transformer, change, words):
+    clear.linearize(transformer, 3, weights=None)
+    with pytest.raises(ValueError, match=words):
+        run(transformer, {**tiny.qwen_call(transformer, (4, 6)), **change})
+
+
+def pipeline(kind, **parts):
+    torch.manual_seed(2)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    pipe = kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=tiny.qwen_transformer(),
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def settings_of(batch=1, padded=0):
+    rng = torch.Generator().manual_seed(4)
+    text, negative = torch.randn(batch, 9, 12, generator=rng), torch.randn(batch, 5, 12, generator=rng)
+    mask = torch.ones(batch, 9, dtype=torch.long)
+    mask[-1, 9 - padded :] = 0
+    return {
+        "prompt_embeds": text,
+        "prompt_embeds_mask": mask,
+        "negative_prompt_embeds": negative,
+        "negative_prompt_embeds_mask": torch.ones(batch, 5, dtype=torch.long),
+        "true_cfg_scale": 3.0,
+        "height": 13 * 16,
+        "width": 7 * 16,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
+
+
+def a_picture(height, width):
+    return Image.effect_mandelbrot((width, height), (-2, -1, 1, 1), 50).convert("RGB")
+
+
+def test_pipeline_with_guidance_and_padded_text():
+    pipe = pipeline(QwenImagePipeline)
+    call = settings_of(batch=2, padded=4)
+    check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
+
+
+def test_image_to_image():
+    pipe, call = pipeline(QwenImageImg2ImgPipeline), settings_of()
+    call |= {"image": a_picture(208, 112), "strength": 1.0}
+    check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
+
+
+def test_edit_with_a_reference_picture(monkeypatch):
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit
+
+    monkeypatch.setattr(edit, "VAE_IMAGE_SIZE", 8 * 16 * 8 * 16)
+    pipe, call = pipeline(QwenImageEditPlusPipeline, processor=None), settings_of()
+    call["image"] = [a_picture(128, 128)]
+    check_pipeline(pipe, [(13, 7), (8, 8)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
+
+
+class TestControlNet:
+    def build(self):
+        torch.manual_seed(5)
+        return wake(QwenImageControlNetModel(**{**tiny.QWEN_CONFIG, "num_layers": 2}))
+
+    def test_equals_the_rule_in_raster_order(self):
+        controlnet = self.build()
+        call = tiny.qwen_call(controlnet, (13, 7), batch=2, padded=(0, 3))
+        call["controlnet_cond"] = call["hidden_states"].flip(1)
+        stock = run(controlnet, call)
+        before = photograph(controlnet)
+        expected = run(in_raster_order(controlnet, [(13, 7)], clear.ClearConfig(4, 2)), call)
+        clear.linearize(controlnet, 4, 2, weights=None)
+        torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5, rtol=0)
+        clear.restore(controlnet)
+        assert_same(controlnet, before)
+        assert torch.equal(run(controlnet, call), stock)
+
+    def test_gradients_under_checkpointing(self):
+        controlnet = self.build()
+        call = tiny.qwen_call(controlnet, (6, 5))
+        call["controlnet_cond"] = call["hidden_states"].flip(1).requires_grad_()
+
+        def gradient(model):
+            samples = model(**call).controlnet_block_samples
+            return torch.autograd.grad(sum(x.square().mean() for x in samples), call["controlnet_cond"])[0]
+
+        expected = gradient(in_raster_order(controlnet, [(6, 5)], clear.ClearConfig(3)))
+        clear.linearize(controlnet, 3, weights=None).enable_gradient_checkpointing()
+        torch.testing.assert_close(gradient(controlnet.train()), expected, atol=1e-6, rtol=1e-5)
+
+    def test_pipeline(self):
+        pipe, call = pipeline(QwenImageControlNetPipeline, controlnet=self.build()), settings_of()
+        call |= {"control_image": a_picture(208, 112), "controlnet_conditioning_scale": 1.0}
+        check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
+        assert "ControlNet 1, dense" in str(clear.cost(pipe, 208, 112, window=3))
+
+
+def test_what_it_is_refused_for(transformer):
+    pipe = pipeline(QwenImagePipeline)
+    with pytest.raises(TypeError, match="a QwenImageTransformer2DModel cannot be distilled"):
+        recipe_of(transformer)
+    with pytest.raises(TypeError, match="highres does not know a QwenImagePipeline"):
+        clear.highres(pipe, "a red circle", height=64, width=64)
+    with pytest.raises(ValueError, match="has none that it would change"), clear.ntk_scaling(transformer, 10):
+        pass
+    with pytest.raises(ValueError, match="this is a QwenImageTransformer2DModel; give weights=None"):
+        clear.linearize(transformer, 8)
+
+
+def test_compiled_blocks(transformer):
+    check_compiled_blocks(transformer, tiny.qwen_call(transformer, (13, 7), padded=(3,)))
+
+
+def test_cost(transformer):
+    counted = clear.cost(transformer, 128, 96, window=3)
+    assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 6, 3, 512)
