@@ -85,10 +85,10 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
     if state.values:
         check_in_memory(transformer, layers)
         check_replaceable(layers)
+    _free_kept_processors(transformer)  # by the door that knows what they stand for, while it is there
     if state.door:
         _set_door(transformer, state.door)
     copy_values(state.values, layers)
-    _free_kept_processors(transformer)
     for layer, attn in layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
