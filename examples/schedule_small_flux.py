@@ -24,7 +24,7 @@ from clear_attn.pictures import contact_sheet
 from evaluate_small_flux import count_right, draw
 
 STEPS = 28  # the pipeline's default
-FIRST = (2, 4, 7, 14)
+FIRST = (4, 7, 14)
 
 
 def schedules(pipe: FluxPipeline) -> dict[str, clear.Schedule]:
@@ -37,7 +37,10 @@ def schedules(pipe: FluxPipeline) -> dict[str, clear.Schedule]:
     return {
         "all local": clear.Schedule(),
         **first,
-        "the double blocks dense": clear.Schedule(dense_layers=("transformer_blocks",)),
+        "the 2 double blocks dense": clear.Schedule(dense_layers=("transformer_blocks",)),
+        "the 4 single blocks dense": clear.Schedule(dense_layers=("single_transformer_blocks",)),
+        "the first single block dense": clear.Schedule(dense_layers=("single_transformer_blocks.0",)),
+        "the first single block of window 8": clear.Schedule(windows={"single_transformer_blocks.0": 8}),
     }
 
 

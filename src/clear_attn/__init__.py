@@ -17,6 +17,7 @@ from clear_attn.highres import (
 )
 from clear_attn.layout import TokenLayout
 from clear_attn.linearize import is_linearized, linearize, restore
+from clear_attn.plot import plot_window
 from clear_attn.processors import ClearAttnProcessor
 from clear_attn.saving import push_to_hub, save_pretrained
 from clear_attn.schedule import Schedule, noise_after
@@ -42,6 +43,7 @@ __all__ = [
     "linearized",
     "noise_after",
     "ntk_scaling",
+    "plot_window",
     "proportional_attention",
     "push_to_hub",
     "restore",
