@@ -56,6 +56,6 @@ def test_refuses(arguments, error, words):
 
 
 def test_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'clear-attn\[plot\]'"):
         clear.plot_window(8, 8, 3)

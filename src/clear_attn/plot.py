@@ -49,10 +49,12 @@ def plot_window(
         if place >= length:
             raise ValueError(f"token={token} is off a grid of {height} x {width}; rows and columns count from 0")
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import pyplot
     except ImportError:
         raise ImportError("plot_window needs matplotlib: pip install 'clear-attn[plot]'") from None
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    # By pyplot, for only then do notebooks show figures; closed, or they would show it twice.
+    figure = pyplot.figure(figsize=(13, 4.6), layout="constrained")
+    pyplot.close(figure)
     view, raster, tile = figure.subplots(1, 3)
     _draw_view(view, layout, (row, column))
     in_raster_order = Points(*(axis[layout.inverse] for axis in layout.query))
