@@ -40,7 +40,7 @@ def schedules(pipe: FluxPipeline) -> dict[str, clear.Schedule]:
         "the 2 double blocks dense": clear.Schedule(dense_layers=("transformer_blocks",)),
         "the 4 single blocks dense": clear.Schedule(dense_layers=("single_transformer_blocks",)),
         "the first single block dense": clear.Schedule(dense_layers=("single_transformer_blocks.0",)),
-        "the first single block of window 8": clear.Schedule(windows={"single_transformer_blocks.0": 8}),
+        "the first single block has window 8": clear.Schedule(windows={"single_transformer_blocks.0": 8}),
     }
 
 
@@ -56,7 +56,7 @@ def main(
     scenes = held_out_scenes()[:captions]
     ways = {"dense attention": contextlib.nullcontext()}
     for name, schedule in schedules(pipe).items():
-        ways[f"window {window}, {name}"] = clear.linearized(pipe, window, weights=None, schedule=schedule)
+        ways[name] = clear.linearized(pipe, window, weights=None, schedule=schedule)
     rows, sheet = [], {}
     for name, way in ways.items():
         with way:

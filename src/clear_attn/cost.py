@@ -46,6 +46,11 @@ def cost(
     Raises:
         TypeError: not a supported pipeline, or a number that is not whole.
         ValueError: a size below one token, another number out of range, or a schedule of layers that are not there.
+
+    Example:
+        >>> from clear_attn import demo
+        >>> round(cost(demo.pipeline(), 1024, 1024, window=8, text_tokens=24).ratio, 1)
+        71.1
     """
     transformer, family = find_transformer(pipe)
     pixels = family.latents_per_token(transformer) * (getattr(pipe, "vae_scale_factor", None) or DEFAULT_VAE_SCALE)

@@ -84,6 +84,11 @@ class TokenLayout:
     Raises:
         TypeError: a number that is not whole.
         ValueError: no grid, an empty grid, or a negative number of text tokens.
+
+    Example:
+        >>> layout = TokenLayout([(16, 24)], text_tokens=7, config=ClearConfig(window=4))
+        >>> layout.image_tokens, layout.key_tokens
+        (384, 391)
     """
 
     def __init__(

@@ -90,6 +90,15 @@ def linearize(
         RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
             library; context parallelism; parameters on the meta device; weights for a model that is quantized or
             has a LoRA fused in; a linearized pipeline whose original weights were given up.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
+        >>> clear.cost(pipe, 128, 128).window
+        4
+        >>> clear.is_linearized(clear.restore(pipe))
+        False
     """
     transformer, family = find_transformer(pipe)
     wanted = _settings(window, down_factor, None)

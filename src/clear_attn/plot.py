@@ -40,6 +40,11 @@ def plot_window(
     Raises:
         ImportError: matplotlib is not installed.
         TypeError, ValueError: a number that is not whole or out of range; a token off the grid.
+
+    Example:
+        >>> figure = plot_window(64, 64, window=16, token=(32, 32))
+        >>> figure.axes[0].get_title()
+        'token 32, 32 sees 793 of 4,096 image tokens'
     """
     layout = TokenLayout([(height, width)], 0, ClearConfig(window, down_factor))
     height, width = layout.grids[0]

@@ -35,6 +35,14 @@ class Schedule:
     Raises:
         TypeError: a value of another kind.
         ValueError: a share outside 0 to 1, a window below 1, or a layer that is named in both.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> schedule = clear.Schedule(dense_above=0.9, dense_layers=["single_transformer_blocks.0"])
+        >>> pipe = clear.linearize(demo.pipeline(), window=4, weights=None, schedule=schedule)
+        >>> clear.is_linearized(pipe)
+        True
     """
 
     dense_above: float | None = None
@@ -125,6 +133,15 @@ def noise_after(scheduler: Any, steps: int) -> float:
     Raises:
         TypeError: the scheduler has no sigmas; steps is not a whole number.
         ValueError: it has not run yet, or not for so many steps.
+
+    Example:
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler
+        >>> scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        >>> scheduler.set_timesteps(10)
+        >>> [round(sigma, 3) for sigma in scheduler.sigmas.tolist()[:3]]
+        [1.0, 0.96, 0.913]
+        >>> round(noise_after(scheduler, 2), 3)
+        0.937
     """
     steps = check_whole_number("steps", steps, "it is the number of steps that stay dense")
     if getattr(scheduler, "sigmas", None) is None:
