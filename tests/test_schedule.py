@@ -203,6 +203,31 @@ def test_cost_counts_it(family, transformer):
     json.dumps(scheduled.to_dict())
 
 
+def test_a_cascade_carries_it(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    schedule = Schedule(0.5, ("single_transformer_blocks.0",), {"transformer_blocks": 3})
+    stages = clear.Stage(steps=4, strength=0.5, proportional=False)
+    settings = {"height": 128, "width": 128, "base": clear.Base(64, 64, steps=1), "stages": stages, "seed": 5}
+    call = {**settings, "window": 2, "weights": None, "max_sequence_length": 24}
+    first = clear.highres(pipe, "a red circle on a blue ground, at the top left", **call, schedule=schedule)
+    plan = clear.HighresPlan.from_json(first.plan.to_json())
+    assert plan == first.plan
+    assert plan.schedule == schedule
+    again = clear.highres(pipe, **plan.arguments())
+    assert again.image.tobytes() == first.image.tobytes()
+    without = clear.highres(pipe, **{**plan.arguments(), "schedule": None})
+    assert without.image.tobytes() != first.image.tobytes()
+
+
+def test_proportional_attention_of_a_dense_call_counts_no_pooled_keys(family, transformer):
+    call = family.call(transformer, GRID)
+    with clear.proportional_attention(transformer):
+        expected = run(transformer, at(family, call, 0.9))
+    clear.linearize(transformer, 3, 2, weights=None, schedule=Schedule(0.5))
+    with clear.proportional_attention(transformer):
+        torch.testing.assert_close(run(transformer, at(family, call, 0.9)), expected, atol=1e-5, rtol=0)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
