@@ -96,7 +96,7 @@ def linearize(
         >>> from clear_attn import demo
         >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
         >>> clear.cost(pipe, 128, 128).window
-        4
+        8
         >>> clear.is_linearized(clear.restore(pipe))
         False
     """
