@@ -206,4 +206,4 @@ def test_notebooks_run(file, tmp_path):
     pictures = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) >= 2
+    assert pictures
