@@ -15,7 +15,7 @@ from clear_attn.bench import measure, model, raster, run
 from clear_attn.bench.measure import Subject
 from clear_attn.cli import app
 from clear_attn.config import ClearConfig
-from clear_attn.cost import Cost
+from clear_attn.work import Cost
 from tests import machine, reference
 
 CPU = torch.device("cpu")

@@ -199,10 +199,11 @@ class TestCommand:
         assert "height=8 is less than one token" in result.output
 
 
-def test_the_quickstart_notebook_runs(tmp_path):
-    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda file: file.stem)
+def test_notebooks_run(file, tmp_path):
+    notebook = nbformat.read(file, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     pictures = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) >= 2
+    assert pictures

@@ -3,7 +3,7 @@
 from clear_attn.attention import clear_attention
 from clear_attn.blocks import linearized
 from clear_attn.config import ClearConfig
-from clear_attn.cost import Cost, cost
+from clear_attn.cost import cost
 from clear_attn.highres import (
     Base,
     HighresFailed,
@@ -17,8 +17,11 @@ from clear_attn.highres import (
 )
 from clear_attn.layout import TokenLayout
 from clear_attn.linearize import is_linearized, linearize, restore
+from clear_attn.plot import plot_window
 from clear_attn.processors import ClearAttnProcessor
 from clear_attn.saving import push_to_hub, save_pretrained
+from clear_attn.schedule import Schedule, noise_after
+from clear_attn.work import Cost
 
 __all__ = [
     "Base",
@@ -29,6 +32,7 @@ __all__ = [
     "HighresInterrupted",
     "HighresPlan",
     "HighresResult",
+    "Schedule",
     "Stage",
     "TokenLayout",
     "clear_attention",
@@ -37,7 +41,9 @@ __all__ = [
     "is_linearized",
     "linearize",
     "linearized",
+    "noise_after",
     "ntk_scaling",
+    "plot_window",
     "proportional_attention",
     "push_to_hub",
     "restore",

@@ -88,8 +88,9 @@ def clear_attention(
         backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"dense"`, or what fits the call best.
         scale (`float`, *optional*, defaults to head_dim^-0.5): factor of the scores.
         return_lse (`bool`, defaults to `False`): also return the log-sum-exp of each query's scaled scores.
-        text_attention (*optional*): computes the text queries' plain attention, from query, key, value and
-            scale; by default torch's `scaled_dot_product_attention`. Not used with `return_lse`.
+        text_attention (*optional*): computes the plain attention of queries that see all, those of text and, in a
+            dense layout, all of them, from query, key, value and scale; by default torch's
+            `scaled_dot_product_attention`. Not used with `return_lse`.
 
     Returns:
         The output, shaped and ordered as the query; with `return_lse` also `[batch, heads, tokens]`, float32 at least.
@@ -102,6 +103,9 @@ def clear_attention(
     _check_shapes(query, key, value, layout, pooled)
     check_backend(backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if layout.config is None:
+        output, lse = _see_all(query, key, value, scale, return_lse, text_attention)
+        return output if lse is None else (output, lse)
     all_key, all_value = key, value
     if pooled is not None:
         all_key, all_value = (torch.cat(parts, dim=2) for parts in zip((key, value), pooled, strict=True))
@@ -114,15 +118,20 @@ def clear_attention(
         raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
     output, lse = BACKENDS[backend].attend(query, all_key, all_value, layout, scale, return_lse)
     if layout.text_tokens:
-        text_query = query[:, :, layout.text]
-        if text_attention is None or return_lse:
-            text, text_lse = softmax_attention(text_query, key, value, None, scale, return_lse)
-        else:
-            text, text_lse = text_attention(text_query, key, value, scale), None
+        text, text_lse = _see_all(query[:, :, layout.text], key, value, scale, return_lse, text_attention)
         output[:, :, layout.text] = text
         if lse is not None and text_lse is not None:
             lse[:, :, layout.text] = text_lse
     return output if lse is None else (output, lse)
+
+
+def _see_all(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, return_lse: bool, attention: DenseAttention | None
+) -> tuple[Tensor, Tensor | None]:
+    """Of queries that see every token: those of text, and all in a dense layout."""
+    if attention is None or return_lse:
+        return softmax_attention(query, key, value, None, scale, return_lse)
+    return attention(query, key, value, scale), None
 
 
 def _check_shapes(
@@ -141,5 +150,5 @@ def _check_shapes(
     if given != expected:
         raise ValueError(
             f"pooled must be {f'two tensors of shape {list(expected[0])}' if expected else 'None'} for a layout of "
-            f"down_factor {layout.config.down_factor}, got shapes {given}; make them with clear_attn.attention.pool"
+            f"down_factor {layout.down_factor}, got shapes {given}; make them with clear_attn.attention.pool"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from clear_attn.linearize import PipelineOrTransformer, find_transformer, linearize, restore
+from clear_attn.schedule import Schedule
 from clear_attn.state import apply, capture, door_of, original_state
 
 
@@ -19,6 +20,7 @@ def linearized(
     window: int | None = None,
     down_factor: int | None = None,
     *,
+    schedule: Schedule | None = None,
     weights: str | os.PathLike[str] | None = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -29,7 +31,16 @@ def linearized(
     Arguments and errors are those of `linearize`.
     """
     back = _way_back(pipe)
-    linearize(pipe, window, down_factor, weights=weights, revision=revision, token=token, backend=backend)
+    linearize(
+        pipe,
+        window,
+        down_factor,
+        schedule=schedule,
+        weights=weights,
+        revision=revision,
+        token=token,
+        backend=backend,
+    )
     try:
         yield pipe
     finally:

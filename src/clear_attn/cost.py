@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
 from typing import Any
 
 from torch import nn
@@ -14,209 +12,13 @@ from clear_attn.config import ClearConfig, check_whole_number
 from clear_attn.families import Family
 from clear_attn.layout import Grid
 from clear_attn.linearize import find_transformer
-from clear_attn.masks import BLOCK
-from clear_attn.memory import Memory, memory_of
-from clear_attn.record import mark_of
+from clear_attn.memory import memory_of
+from clear_attn.record import mark_of, schedule_of_mark
+from clear_attn.schedule import Schedule
 from clear_attn.state import door_of
+from clear_attn.work import Cost, OwnWindow
 
 DEFAULT_VAE_SCALE = 8
-
-
-def window_pairs(grid: Grid, window: int) -> int:
-    """Number of (query, key) pairs of image tokens with dy^2 + dx^2 < window^2, the disc clipped at the border.
-
-    Each offset (dy, dx) of the disc occurs (height - |dy|) (width - |dx|) times.
-    """
-    height, width = grid
-    total = 0
-    for dy in range(-min(window, height) + 1, min(window, height)):
-        reach = window**2 - dy**2
-        across = sum((width - abs(dx)) for dx in range(-min(window, width) + 1, min(window, width)) if dx * dx < reach)
-        total += (height - abs(dy)) * across
-    return total
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The attention of one forward pass of a transformer.
-
-    FLOPs count a multiplication and an addition each: 4 x visible pairs x (heads x head_dim) for a layer, as in
-    CLEAR's table 2. They leave out projections and all else that a layer does, which linearizing does not change.
-
-    Attributes:
-        height, width (`int`): of the grid, in tokens.
-        text_tokens, batch (`int`): numbers of text tokens and pictures.
-        layers (`int`): attention layers in which text takes part.
-        inner_dim (`int`): heads x head_dim.
-        window, down_factor (`int`): of CLEAR.
-        layers_without_text (`int`): attention layers in which the image tokens stand alone.
-        controlnets: of each ControlNet in the pipeline, the FLOPs of its attention, dense and as it is; not part of
-            the other numbers.
-        memory (`Memory`, *optional*): of the weights, of a forward pass, and of decoding.
-    """
-
-    height: int
-    width: int
-    text_tokens: int
-    batch: int
-    layers: int
-    inner_dim: int
-    window: int
-    down_factor: int
-    layers_without_text: int = 0
-    controlnets: tuple[tuple[int, int], ...] = ()
-    memory: Memory | None = None
-
-    @property
-    def image_tokens(self) -> int:
-        return self.height * self.width
-
-    @property
-    def pooled_tokens(self) -> int:
-        f = self.down_factor
-        return -(-self.height // f) * -(-self.width // f) if f > 1 else 0
-
-    @property
-    def text_query_pairs(self) -> int:
-        """Pairs whose query is a text token: those stay dense."""
-        return self.text_tokens * (self.text_tokens + self.image_tokens)
-
-    @property
-    def text_key_pairs(self) -> int:
-        return self.image_tokens * self.text_tokens
-
-    @property
-    def window_pairs(self) -> int:
-        return window_pairs((self.height, self.width), self.window)
-
-    @property
-    def pooled_pairs(self) -> int:
-        """Pairs of image queries and pooled keys: they grow with the square of the image tokens."""
-        return self.image_tokens * self.pooled_tokens
-
-    @property
-    def pairs(self) -> int:
-        """Visible pairs of a layer."""
-        return self.text_query_pairs + self.text_key_pairs + self.window_pairs + self.pooled_pairs
-
-    @property
-    def dense_pairs(self) -> int:
-        return (self.text_tokens + self.image_tokens) ** 2
-
-    @property
-    def step_pairs(self) -> int:
-        """Visible pairs of all layers and pictures."""
-        without_text = self.layers_without_text * (self.window_pairs + self.pooled_pairs)
-        return self.batch * (self.layers * self.pairs + without_text)
-
-    @property
-    def dense_step_pairs(self) -> int:
-        return self.batch * (self.layers * self.dense_pairs + self.layers_without_text * self.image_tokens**2)
-
-    def flops(self, pairs: int) -> int:
-        """FLOPs of so many pairs."""
-        return 4 * pairs * self.inner_dim
-
-    @property
-    def layer_gflops(self) -> float:
-        return self.flops(self.pairs) / 1e9
-
-    @property
-    def dense_layer_gflops(self) -> float:
-        return self.flops(self.dense_pairs) / 1e9
-
-    @property
-    def ratio(self) -> float:
-        """How many times the dense work is that of CLEAR."""
-        return self.dense_step_pairs / self.step_pairs
-
-    @property
-    def block_list_bytes(self) -> int:
-        """Memory of FlexAttention's block lists, which grow with the square of the tokens, once for all layers."""
-        keys = self.text_tokens + self.image_tokens + self.pooled_tokens
-        query_blocks, key_blocks = -(-self.image_tokens // BLOCK), -(-keys // BLOCK)
-        return 2 * 4 * query_blocks * (key_blocks + 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
-        inputs = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        derived = (
-            "image_tokens",
-            "pooled_tokens",
-            "layer_gflops",
-            "dense_layer_gflops",
-            "ratio",
-            "block_list_bytes",
-        )
-        return {
-            **inputs,
-            "memory": self.memory.to_dict() if self.memory else None,
-            **{name: getattr(self, name) for name in derived},
-            "step_gflops": self.flops(self.step_pairs) / 1e9,
-            "dense_step_gflops": self.flops(self.dense_step_pairs) / 1e9,
-        }
-
-    def _rows(self) -> list[tuple[str, str, str]]:
-        digits = 1 if self.dense_layer_gflops > 10 else 3
-
-        def row(name: str, dense: int, own: int) -> tuple[str, str, str]:
-            dense_cell, cell = (f"{flops / 1e9:,.{digits}f}" for flops in (dense, own))
-            return name, dense_cell, cell
-
-        kinds = [
-            ("text queries, all keys", self.text_query_pairs, self.text_query_pairs),
-            ("image queries, text keys", self.text_key_pairs, self.text_key_pairs),
-            ("image queries, image keys", self.image_tokens**2, self.window_pairs),
-            ("image queries, pooled keys", 0, self.pooled_pairs),
-            ("a layer", self.dense_pairs, self.pairs),
-            (f"all {self.layers + self.layers_without_text} layers", self.dense_step_pairs, self.step_pairs),
-        ]
-        rows = [row(name, *map(self.flops, pairs)) for name, *pairs in kinds if any(pairs)]
-        for number, (dense, own) in enumerate(self.controlnets, start=1):
-            rows.append(row(f"ControlNet {number}{', dense' if dense == own else ''}", dense, own))
-        return [("GFLOPs of attention", "dense", "CLEAR"), *rows]
-
-    def _heading(self) -> str:
-        batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
-        return (
-            f"{self.height} x {self.width} image tokens, {self.text_tokens} text tokens, window {self.window}, "
-            f"down_factor {self.down_factor}{batch}: attention's work falls {self.ratio:.1f} times"
-        )
-
-    def _remarks(self) -> list[str]:
-        quadratic = [f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"]
-        if self.pooled_tokens:
-            quadratic.append(f"attention to the {self.pooled_tokens:,} pooled keys")
-        remarks = [
-            "Dense as before: the text queries, and all that is not attention.",
-            f"Still growing with the square of the tokens: {' and '.join(quadratic)}.",
-        ]
-        if any(dense == own for dense, own in self.controlnets):
-            remarks.append(
-                "A dense ControlNet becomes local by linearize(pipe.controlnet, ..., weights=None), several by a call "
-                "for each of pipe.controlnet.nets."
-            )
-        if self.layers_without_text:
-            remarks.append(f"In {self.layers_without_text} of the layers the image tokens stand alone, without text.")
-        if self.memory:
-            remarks.append(str(self.memory))
-        return remarks
-
-    def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [f"{name:<{widths[0]}}  {dense:>{widths[1]}}  {local:>{widths[2]}}" for name, dense, local in rows]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join([self._heading(), "", *lines, "", *self._remarks()])
-
-    def _repr_html_(self) -> str:
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        head, *body = self._rows()
-        table = line(head, "th") + "".join(line(row, "td") for row in body)
-        remarks = "<br>".join(html.escape(remark) for remark in self._remarks())
-        return f"<p>{html.escape(self._heading())}</p><table>{table}</table><p>{remarks}</p>"
 
 
 def cost(
@@ -226,6 +28,7 @@ def cost(
     *,
     window: int | None = None,
     down_factor: int | None = None,
+    schedule: Schedule | None = None,
     text_tokens: int | None = None,
     batch: int = 1,
 ) -> Cost:
@@ -235,13 +38,19 @@ def cost(
         pipe: a supported pipeline or transformer, linearized or not.
         height, width (`int`): of the picture in pixels; rounded down to whole tokens, as diffusers does.
         window, down_factor (`int`, *optional*): default to those of a linearized pipeline, else 16 and 1.
+        schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.
         text_tokens (`int`, *optional*): length of the text sequence; by default that of the family's pipelines, 512
             for FLUX and Chroma and, as the most it takes, Qwen-Image, 333 for SD3.
         batch (`int`, defaults to 1): pictures in one forward pass.
 
     Raises:
         TypeError: not a supported pipeline, or a number that is not whole.
-        ValueError: a size below one token, or another number out of range.
+        ValueError: a size below one token, another number out of range, or a schedule of layers that are not there.
+
+    Example:
+        >>> from clear_attn import demo
+        >>> round(cost(demo.pipeline(), 1024, 1024, window=8, text_tokens=24).ratio, 1)
+        71.1
     """
     transformer, family = find_transformer(pipe)
     pixels = family.latents_per_token(transformer) * (getattr(pipe, "vae_scale_factor", None) or DEFAULT_VAE_SCALE)
@@ -260,7 +69,9 @@ def cost(
     config = ClearConfig(
         own.window if window is None else window, own.down_factor if down_factor is None else down_factor
     )
-    counted = _count(transformer, family, (sides[0], sides[1]), text_tokens, batch, config)
+    if schedule is None:
+        schedule = door.schedule if door else schedule_of_mark(mark) if mark else Schedule()
+    counted = _count(transformer, family, (sides[0], sides[1]), text_tokens, batch, config, schedule)
     controlnet = getattr(pipe, "controlnet", None)
     nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])
     models = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
@@ -272,8 +83,23 @@ def cost(
     )
 
 
-def _count(transformer: Any, family: Family, grid: Grid, text_tokens: int, batch: int, config: ClearConfig) -> Cost:
-    has_text = [family.has_text(transformer, layer) for layer in family.attention_layers(transformer)]
+def _count(
+    transformer: Any,
+    family: Family,
+    grid: Grid,
+    text_tokens: int,
+    batch: int,
+    config: ClearConfig,
+    schedule: Schedule,
+) -> Cost:
+    layers = family.attention_layers(transformer)
+    schedule.check_layers(layers, type(transformer).__name__)
+    has_text = [family.has_text(transformer, layer) for layer in layers]
+    own_windows = []
+    for window, own_layers in schedule.own_windows(layers).items():
+        with_text = sum(family.has_text(transformer, layer) for layer in own_layers)
+        own_window = None if window == math.inf else int(window)
+        own_windows.append(OwnWindow(own_window, with_text, len(own_layers) - with_text))
     return Cost(
         height=grid[0],
         width=grid[1],
@@ -284,6 +110,8 @@ def _count(transformer: Any, family: Family, grid: Grid, text_tokens: int, batch
         window=config.window,
         down_factor=config.down_factor,
         layers_without_text=len(has_text) - sum(has_text),
+        own_windows=tuple(own_windows),
+        dense_above=schedule.dense_above,
     )
 
 
@@ -291,6 +119,7 @@ def _count_controlnet(controlnet: Any, beside: Cost) -> tuple[int, int]:
     """FLOPs of a ControlNet's attention for the same picture, dense and as it is."""
     net, family = find_transformer(controlnet)
     door, grid = door_of(net), (beside.height, beside.width)
-    counted = _count(net, family, grid, beside.text_tokens, beside.batch, door.config if door else ClearConfig())
+    config, schedule = (door.config, door.schedule) if door else (ClearConfig(), Schedule())
+    counted = _count(net, family, grid, beside.text_tokens, beside.batch, config, schedule)
     dense = counted.flops(counted.dense_step_pairs)
     return dense, counted.flops(counted.step_pairs) if door else dense

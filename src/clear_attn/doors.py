@@ -19,6 +19,7 @@ from clear_attn.config import ClearConfig
 from clear_attn.families import Family
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.processors import BACKEND, LAYOUT, PADDING, ClearAttnProcessor
+from clear_attn.schedule import Schedule
 
 if TYPE_CHECKING:
     from clear_attn.state import State
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @functools.lru_cache(maxsize=8)
 def layout_for(
-    grids: tuple[Grid, ...], text_tokens: int, config: ClearConfig, text_first: bool, device: torch.device
+    grids: tuple[Grid, ...], text_tokens: int, config: ClearConfig | None, text_first: bool, device: torch.device
 ) -> TokenLayout:
     """The layout, made once for all calls that agree in the arguments."""
     return TokenLayout(grids, text_tokens, config, text_first=text_first, device=device)
@@ -38,14 +39,24 @@ class DoorIn:
     Args:
         family: what kind of transformer it stands at.
         config: the window and down_factor of its calls.
+        schedule: which of them, and which layers, differ.
         backend: of its calls, or "auto".
         original: the transformer's state before, for `restore`.
         given_up: whether the values that were replaced have not been kept.
     """
 
-    def __init__(self, family: Family, config: ClearConfig, backend: str, original: State, given_up: bool) -> None:
+    def __init__(
+        self,
+        family: Family,
+        config: ClearConfig,
+        schedule: Schedule,
+        backend: str,
+        original: State,
+        given_up: bool,
+    ) -> None:
         self.family = family
         self.config = config
+        self.schedule = schedule
         self.backend = backend
         self.original = original
         self.given_up = given_up
@@ -55,11 +66,9 @@ class DoorIn:
         self.check(transformer)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
         grids, text_tokens, device = self.family.read(transformer, call)
-        layout = layout_for(grids, text_tokens, self.config, self.family.text_first, device)
+        layout = layout_for(grids, text_tokens, self.config_of(call), self.family.text_first, device)
         backend = self._choose_backend(transformer, call, layout)
-        BACKENDS[backend].prepare(layout)
-        if not all(self.family.has_text(transformer, layer) for layer in self.original.processors):
-            BACKENDS[backend].prepare(layout.without_text)
+        self._prepare(transformer, layout, backend)
         entered = self.family.enter(call, layout)
         own: dict[str, Any] = {LAYOUT: layout, BACKEND: backend}
         if (padding := self.family.padding(call, layout)) is not None:
@@ -67,6 +76,20 @@ class DoorIn:
         self.family.announce(own)
         entered[self.family.keywords] = {**(call.get(self.family.keywords) or {}), **own}
         return (), entered
+
+    def config_of(self, call: dict[str, Any]) -> ClearConfig | None:
+        """Of a call with these arguments; None where it stays dense."""
+        return None if self.schedule.is_dense(self.family.noise(call)) else self.config
+
+    def _prepare(self, transformer: Any, layout: TokenLayout, backend: str) -> None:
+        """Makes what the layers will need of a layout, for compiled ones cannot."""
+        layers = self.original.processors
+        alone = not all(self.family.has_text(transformer, layer) for layer in layers)
+        for window in (None, *self.schedule.own_windows(layers)):
+            own = layout.within(window)
+            for each in (own, own.without_text) if alone else (own,):
+                if each.config is not None:
+                    BACKENDS[backend].prepare(each)
 
     def _choose_backend(self, transformer: Any, call: dict[str, Any], layout: TokenLayout) -> str:
         """Once for all layers of a call, so that a recomputation for gradients does as the first computation did."""
@@ -81,7 +104,8 @@ class DoorIn:
         """Raises RuntimeError where something that linearizing put in place is no longer there."""
         for layer in self.original.processors:
             processor = transformer.get_submodule(layer).processor
-            if not isinstance(processor, ClearAttnProcessor) or processor.down_factor != self.config.down_factor:
+            own = self.config.down_factor, self.schedule.window_of(layer)
+            if not isinstance(processor, ClearAttnProcessor) or (processor.down_factor, processor.window) != own:
                 raise RuntimeError(
                     f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
                     "clear_attn.linearize() (an IP-Adapter that comes or goes does that, or fusing SD3's "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,12 +68,13 @@ class TokenLayout:
     Args:
         grids: (height, width) in tokens of each segment; usually one.
         text_tokens: number of tokens off the grid, 0 or more.
-        config: window and down_factor.
+        config: window and down_factor; None where every token sees every token.
         text_first (`bool`, defaults to `True`): whether the joint sequence is [text, image] or [image, text].
         device (`torch.device` or `str`, defaults to `"cpu"`): where the tensors are.
 
     Attributes:
         image_tokens, key_tokens, pooled_tokens (`int`): how many there are; key_tokens counts all keys.
+        window (`float`), down_factor (`int`): of the config; `math.inf` and 1 without one.
         order, inverse: int64 `[image_tokens]`; `x[order]` puts raster order into tile order, `x[inverse]` undoes it.
         query (`Points`): positions of the image tokens in tile order, float32 `[image_tokens]`.
         key (`Points`), reach: positions and squared reach of all keys, float32 `[key_tokens]`.
@@ -81,13 +84,18 @@ class TokenLayout:
     Raises:
         TypeError: a number that is not whole.
         ValueError: no grid, an empty grid, or a negative number of text tokens.
+
+    Example:
+        >>> layout = TokenLayout([(16, 24)], text_tokens=7, config=ClearConfig(window=4))
+        >>> layout.image_tokens, layout.key_tokens
+        (384, 391)
     """
 
     def __init__(
         self,
         grids: Sequence[Grid],
         text_tokens: int,
-        config: ClearConfig,
+        config: ClearConfig | None,
         *,
         text_first: bool = True,
         device: torch.device | str = "cpu",
@@ -106,10 +114,13 @@ class TokenLayout:
             "text_tokens", text_tokens, "it is the number of tokens off the grid", least=0
         )
         self.config = config
+        self.window = config.window if config else math.inf
+        self.down_factor = config.down_factor if config else 1
         self.text_first = text_first
         self.device = torch.device(device)
         self._starts = [0, *itertools.accumulate(height * width for height, width in self.grids)]
         self.image_tokens = self._starts[-1]
+        self._within: dict[float, TokenLayout] = {}
         # A layout made under inference mode must serve training too.
         with torch.inference_mode(False):
             self._build()
@@ -118,7 +129,7 @@ class TokenLayout:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     def _build(self) -> None:
-        factor, reach = self.config.down_factor, float(self.config.window) ** 2
+        factor, reach = self.down_factor, float(self.window) ** 2
         self._axes = [
             Axes(start, *(_axis_coordinates(length, first) for length, first in zip(grid, self.grids[0], strict=True)))
             for start, grid in zip(self._starts, self.grids, strict=False)
@@ -177,6 +188,17 @@ class TokenLayout:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
         return lists
 
+    def within(self, window: float | None) -> TokenLayout:
+        """The layout of a layer with its own window (`math.inf`: sees all), if any; a dense layout stays dense."""
+        if self.config is None or window is None or window == self.window:
+            return self
+        if window not in self._within:
+            config = None if window == math.inf else dataclasses.replace(self.config, window=int(window))
+            self._within[window] = TokenLayout(
+                self.grids, self.text_tokens, config, text_first=self.text_first, device=self.device
+            )
+        return self._within[window]
+
     @functools.cached_property
     def without_text(self) -> TokenLayout:
         """The layout of a layer in which the image tokens stand alone."""
@@ -188,4 +210,4 @@ class TokenLayout:
     def tiles(self) -> Tiles:
         """What the tiled backend gathers, for image queries against image keys."""
         with torch.inference_mode(False):
-            return find_tiles(self._axes, self._rank, self.query, self.config.window)
+            return find_tiles(self._axes, self._rank, self.query, self.window)

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clear_attn.backends import check_backend, flex
 from clear_attn.config import ClearConfig
 from clear_attn.doors import DoorIn
 from clear_attn.families import FAMILIES, Family, family_of
-from clear_attn.record import make_mark, mark_of
+from clear_attn.record import make_mark, mark_of, schedule_of_mark
+from clear_attn.schedule import Schedule
 from clear_attn.sources import Checkpoint, load
 from clear_attn.state import State, apply, capture, door_of, original_state, processors_of, stand_beside
 from clear_attn.weights import POOLED, check_checkpoint, check_in_memory, check_replaceable
@@ -45,6 +46,7 @@ def linearize(
     window: int | None = None,
     down_factor: int | None = None,
     *,
+    schedule: Schedule | None = None,
     weights: str | os.PathLike[str] | None = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -63,6 +65,8 @@ def linearize(
             the disc of image keys that an image query sees. A token is 16 x 16 pixels.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
             of the cells whose pooled keys every image query sees too; 1 means none.
+        schedule (`Schedule`, *optional*, defaults to what was saved with the weights, else none): steps and layers that
+            stay dense, and layers with a window of their own.
         weights (`str` or path, *optional*, defaults to `"auto"`): distilled weights. `"auto"` fetches those
             published for FLUX.1-dev and window and down_factor, or puts a pipeline that was saved whole while
             linearized back to work. None keeps the model's own (training-free). Or a `.safetensors` file, a
@@ -77,20 +81,31 @@ def linearize(
         ``pipe`` itself.
 
     Raises:
-        TypeError: not a supported pipeline; window or down_factor not a whole number; weights no path or name.
-        ValueError: window or down_factor below 1, or other than what the weights were distilled for; unknown
-            backend; weights that do not fit, or that are not published; a pipeline saved whole that cannot be put
-            back to work without its weights.
+        TypeError: not a supported pipeline; window or down_factor not a whole number; schedule none; weights no path
+            or name.
+        ValueError: window or down_factor below 1, or other than what the weights were distilled for; a schedule that
+            names layers which are not there; unknown backend; weights that do not fit, or that are not published; a
+            pipeline saved whole that cannot be put back to work without its weights.
         FileNotFoundError, PermissionError, ConnectionError: no weights there, or no way to them.
         RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
             library; context parallelism; parameters on the meta device; weights for a model that is quantized or
             has a LoRA fused in; a linearized pipeline whose original weights were given up.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
+        >>> clear.cost(pipe, 128, 128).window
+        8
+        >>> clear.is_linearized(clear.restore(pipe))
+        False
     """
     transformer, family = find_transformer(pipe)
     wanted = _settings(window, down_factor, None)
     check_backend(backend)
     _check_backend_can_run(backend)
     layers = family.attention_layers(transformer)
+    _check_schedule(schedule, layers, type(transformer).__name__)
     check_in_memory(transformer, layers)
     stock = original_state(transformer, layers)
     _check_processors(stock.processors, family)
@@ -98,21 +113,27 @@ def linearize(
     carried = (stock.mark["weights"], stock.mark["source"]) if stock.mark else (None, None)
     if weights == "auto" and stock.mark:
         window, down_factor = _settings_of_mark(window, down_factor, stock.mark)
+        schedule = schedule_of_mark(stock.mark) if schedule is None else schedule
         weights = None
     if weights is not None:
         check_replaceable(layers)
     source = None if weights is None else load(weights, pipe, transformer, wanted, revision, token)
     config = _settings(window, down_factor, source)
+    if schedule is None:
+        schedule = source.schedule if source else Schedule()
     checkpoint = source.values if source else {}
     if source:
         _check_fits(source, layers, type(transformer).__name__)
+        schedule.check_layers(layers, type(transformer).__name__)
     values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
     processors = {layer: _new_processor(family, config, layer, attn, checkpoint) for layer, attn in layers.items()}
+    for layer, processor in processors.items():
+        processor.window = schedule.window_of(layer)
     before = capture(transformer, layers, values.keys() | stock.values.keys())
     kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
     given_up = bool(values) and not keep_original
-    door = DoorIn(family, config, backend, stock._replace(values=kept), given_up)
-    mark = make_mark(transformer, config, *((source.name, source.source) if source else carried))
+    door = DoorIn(family, config, schedule, backend, stock._replace(values=kept), given_up)
+    mark = make_mark(transformer, config, schedule, *((source.name, source.source) if source else carried))
     try:
         apply(transformer, layers, State(door, processors, {**stock.values, **values}, mark))
     except BaseException:
@@ -214,6 +235,14 @@ def _settings(window: int | None, down_factor: int | None, source: Checkpoint | 
     return config
 
 
+def _check_schedule(schedule: Schedule | None, layers: Mapping[str, Any], model: str) -> None:
+    if schedule is None:
+        return
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a clear_attn.Schedule, got {schedule!r} of type {type(schedule).__name__}")
+    schedule.check_layers(layers, model)
+
+
 def _check_fits(source: Checkpoint, layers: Mapping[str, Any], model: str) -> None:
     """Raises ValueError where weights are not for this kind of model."""
     if source.architecture not in (None, model):
@@ -258,7 +287,7 @@ def _new_processor(
     layer: str,
     attn: Any,
     checkpoint: Mapping[str, Tensor],
-) -> nn.Module:
+) -> Any:
     # Whatever mode the caller is in, the parameter must serve training too, and its values are set here.
     with torch.inference_mode(False), torch.device("cpu"):
         processor = family.new_processor(config.down_factor, layer)

@@ -40,6 +40,8 @@ class ClearAttnProcessor(nn.Module):
             parallelism.
     """
 
+    # Where it differs from the layout's: see `Schedule.window_of`.
+    window: float | None = None
     # Declared, so that diffusers' set_attention_backend and enable_parallelism find them here.
     _attention_backend: AttentionBackendName | None = None
     _parallel_config: Any = None
@@ -87,7 +89,7 @@ class ClearAttnProcessor(nn.Module):
         encoder_hidden_states: Tensor | None,
     ) -> TokenLayout:
         """The layout of this layer's tokens, all that a call brings checked."""
-        layout = self._check(attention_mask, layout)
+        layout = self._check(attention_mask, layout).within(self.window)
         alone = hidden_states.shape[1] == layout.image_tokens and encoder_hidden_states is None
         return layout.without_text if alone else layout
 
@@ -146,10 +148,10 @@ class ClearAttnProcessor(nn.Module):
             raise RuntimeError(
                 f"{self._where} does not work under diffusers' context parallelism; leave it switched off"
             )
-        if layout.config.down_factor != self.down_factor:
+        if layout.config is not None and layout.down_factor != self.down_factor:
             raise RuntimeError(
                 f"{self._where} pools cells of side {self.down_factor}, the layout of this call "
-                f"{layout.config.down_factor}; give both one down_factor"
+                f"{layout.down_factor}; give both one down_factor"
             )
         return layout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clear_attn.config import ClearConfig
+from clear_attn.schedule import Schedule
 
 CONFIG_FILE = "clear_config.json"
 FORMAT = 1
@@ -24,12 +26,14 @@ class Record:
         architecture (`str`): the class of transformer in diffusers.
         base_model (`str`, *optional*): the Hub id of the model that they are for.
         source (`str`, *optional*): where they first came from: the published file, say, whose licence they keep.
+        schedule (`Schedule`): what they are used with.
     """
 
     config: ClearConfig
     architecture: str
     base_model: str | None = None
     source: str | None = None
+    schedule: Schedule = Schedule()
 
     def to_json(self) -> str:
         """The text of a clear_config.json."""
@@ -38,6 +42,7 @@ class Record:
             "window": self.config.window,
             "down_factor": self.config.down_factor,
             "architecture": self.architecture,
+            "schedule": dataclasses.asdict(self.schedule),
             "base_model": self.base_model,
             "source": self.source,
             "library_version": importlib.metadata.version("clear_attn"),
@@ -55,7 +60,8 @@ def read_record(file: Path) -> Record:
         values = json.loads(file.read_text(encoding="utf-8"))
         check_format(values, str(file))
         config = ClearConfig(values["window"], values["down_factor"])
-        return Record(config, str(values["architecture"]), values["base_model"], values["source"])
+        schedule = Schedule(**values.get("schedule", {}))
+        return Record(config, str(values["architecture"]), values["base_model"], values["source"], schedule)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no whole {CONFIG_FILE} ({error}); save or fetch it again") from error
 
@@ -75,13 +81,16 @@ def check_format(values: Mapping[str, Any], where: str) -> None:
 MARK = "clear_attn"
 
 
-def make_mark(transformer: Any, config: ClearConfig, weights: str | None, source: str | None) -> dict[str, Any]:
+def make_mark(
+    transformer: Any, config: ClearConfig, schedule: Schedule, weights: str | None, source: str | None
+) -> dict[str, Any]:
     """Of a transformer that was linearized with weights of this name and first source, or with its own (None)."""
     return {
         "format": FORMAT,
         "architecture": type(transformer).__name__,
         "window": config.window,
         "down_factor": config.down_factor,
+        "schedule": dataclasses.asdict(schedule),
         "weights": weights,
         "source": source,
     }
@@ -99,3 +108,8 @@ def mark_of(transformer: Any) -> dict[str, Any] | None:
     check_format(mark, "the config of this transformer")
     # A ControlNet that is made from a transformer gets the transformer's config.
     return mark if mark["architecture"] == type(transformer).__name__ else None
+
+
+def schedule_of_mark(mark: Mapping[str, Any]) -> Schedule:
+    """The schedule that is written down in an entry."""
+    return Schedule(**mark.get("schedule", {}))

@@ -16,6 +16,7 @@ from clear_attn.config import ClearConfig
 from clear_attn.linearize import find_transformer
 from clear_attn.published import BASE, LICENCE, base_model_of, is_published
 from clear_attn.record import CONFIG_FILE, Record, mark_of
+from clear_attn.schedule import Schedule
 from clear_attn.sources import WEIGHTS_FILE
 from clear_attn.state import door_of
 from clear_attn.weights import DTYPES, POOLED, check_in_memory, check_replaceable, replaced_parameters
@@ -58,7 +59,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
         )
     if door.config.down_factor > 1:
         values |= {layer + POOLED: attn.processor.spatial_weight.detach() for layer, attn in layers.items()}
-    save_values(pipe, door.config, values, folder)
+    save_values(pipe, door.config, values, folder, door.schedule)
 
 
 def check_folder(directory: str | os.PathLike[str]) -> Path:
@@ -69,13 +70,19 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def save_values(pipe: Any, config: ClearConfig, values: Mapping[str, Tensor], folder: Path) -> None:
+def save_values(
+    pipe: Any,
+    config: ClearConfig,
+    values: Mapping[str, Tensor],
+    folder: Path,
+    schedule: Schedule = Schedule(),  # noqa: B008, for it is frozen
+) -> None:
     """Writes distilled weights, by their names in a checkpoint, as `save_pretrained` does."""
     transformer, _ = find_transformer(pipe)
     values = {name: value.to("cpu").contiguous() for name, value in values.items()}
     mark = mark_of(transformer)
     source = mark["source"] if mark else None
-    record = Record(config, type(transformer).__name__, base_model_of(pipe, transformer), source)
+    record = Record(config, type(transformer).__name__, base_model_of(pipe, transformer), source, schedule)
     folder.mkdir(parents=True, exist_ok=True)
     # On the same disk, so that what takes time or room can fail only before the first file is put in place.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:

@@ -14,6 +14,7 @@ from clear_attn.config import ClearConfig
 from clear_attn.hub import fetch
 from clear_attn.published import BASE, FILES, LICENCE, REPO, check_served, published_file, window_of
 from clear_attn.record import CONFIG_FILE, read_record
+from clear_attn.schedule import Schedule
 from clear_attn.weights import pooled_factor, read_checkpoint
 
 WEIGHTS_FILE = "clear_weights.safetensors"
@@ -31,6 +32,7 @@ class Checkpoint(NamedTuple):
         window, down_factor: what they were distilled for; a window of None is unknown.
         architecture: the class of transformer they are for, where that is known.
         source: where they first came from, which `name` may be a copy of.
+        schedule: what they were saved with.
     """
 
     values: dict[str, Tensor]
@@ -39,6 +41,7 @@ class Checkpoint(NamedTuple):
     down_factor: int
     architecture: str | None = None
     source: str | None = None
+    schedule: Schedule = Schedule()
 
 
 def load(
@@ -129,4 +132,4 @@ def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint
             f"{config_file} says down_factor={record.config.down_factor}, and the weights beside it were distilled for "
             f"{factor}; save or fetch both again"
         )
-    return Checkpoint(values, name, record.config.window, factor, record.architecture, record.source)
+    return Checkpoint(values, name, record.config.window, factor, record.architecture, record.source, record.schedule)

@@ -14,7 +14,7 @@ from torch import Tensor
 from clear_attn.masks import Points, dense_mask
 
 
-def tile_side(window: int, device: torch.device) -> int:
+def tile_side(window: float, device: torch.device) -> int:
     """The side of a tile in tokens: small ones compute less that nobody sees, large ones copy fewer keys.
 
     On a CPU 8 was the fastest for windows up to 16, and 16 for larger ones; elsewhere it is not measured.
@@ -83,7 +83,7 @@ class _Span(NamedTuple):
     keys: tuple[slice, ...]
 
 
-def _spans(query: np.ndarray, keys: Sequence[np.ndarray], window: int, side: int) -> Iterable[list[_Span]]:
+def _spans(query: np.ndarray, keys: Sequence[np.ndarray], window: float, side: int) -> Iterable[list[_Span]]:
     """The spans along one axis, grouped by what they look like from their own first query."""
     alike: dict[bytes, list[_Span]] = defaultdict(list)
     for first in range(0, len(query), side):
@@ -107,7 +107,7 @@ def _raster_indices(segment: Axes, rows: Sequence[slice], columns: Sequence[slic
     return boxes.reshape(len(rows) * len(columns), -1)
 
 
-def find_tiles(segments: Sequence[Axes], rank: np.ndarray, positions: Points, window: int) -> Tiles:
+def find_tiles(segments: Sequence[Axes], rank: np.ndarray, positions: Points, window: float) -> Tiles:
     """Cuts all segments into tiles.
 
     Args:

@@ -18,9 +18,9 @@ from clear_attn.backends import flex
 from clear_attn.bench.measure import Mark, Subject, measure
 from clear_attn.bench.raster import raster_attention
 from clear_attn.config import ClearConfig
-from clear_attn.cost import Cost
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.masks import BLOCK
+from clear_attn.work import Cost
 
 # "dense" is the reference, no way to be fast.
 BACKENDS = tuple(name for name in backends.BACKENDS if name != "dense")

@@ -99,6 +99,7 @@ class DistillProcessor(ClearAttnProcessor):
         super().__init__(stands_for.down_factor, stands_for.layer)
         self.student = nn.ModuleDict({name.replace(".", "_"): module for name, module in student.items()})
         self._names = tuple(student)
+        self.window = stands_for.window
         if stands_for.spatial_weight is not None:
             self.spatial_weight = nn.Parameter(stands_for.spatial_weight.detach().float().clone())
 

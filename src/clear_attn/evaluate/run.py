@@ -23,6 +23,7 @@ from clear_attn.evaluate.report import Evaluation, seconds_of, sheet
 from clear_attn.linearize import find_transformer
 from clear_attn.published import name_of
 from clear_attn.record import mark_of
+from clear_attn.schedule import Schedule
 
 LIBRARIES = ("clear_attn", "torch", "diffusers", "transformers", "torchmetrics")
 
@@ -35,6 +36,7 @@ def evaluate(
     weights: str | os.PathLike[str] | None = "auto",
     window: int | None = None,
     down_factor: int | None = None,
+    schedule: Schedule | None = None,
     backend: str = "auto",
     height: int | None = None,
     width: int | None = None,
@@ -58,7 +60,7 @@ def evaluate(
         pipe: a text-to-image pipeline that `linearize` supports, dense.
         prompts: what to draw, each with the next seed.
         output_dir: a new or an empty folder.
-        weights, window, down_factor, backend: of the student, as `linearize` takes them.
+        weights, window, down_factor, schedule, backend: of the student, as `linearize` takes them.
         height, width (`int`, *optional*): in pixels, whole tokens; by default the pipeline's.
         seed (`int`, defaults to 0): of the first picture's noise, which is drawn on the CPU.
         num_inference_steps, guidance_scale, max_sequence_length: as the pipeline takes them, and by default its own.
@@ -102,7 +104,7 @@ def evaluate(
     with filled_at_the_end(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as passing:
         pictures = folder if save_pictures else Path(passing)
         # The student first, for linearizing checks all that can be checked of its weights.
-        with linearized(pipe, window, down_factor, weights=weights, backend=backend):
+        with linearized(pipe, window, down_factor, schedule=schedule, weights=weights, backend=backend):
             mark = mark_of(transformer) or {}
             student = draw(pipe, prompts, drawing, pictures / STUDENT)
         teacher = draw(pipe, prompts, drawing, pictures / TEACHER)
@@ -113,6 +115,7 @@ def evaluate(
                 "weights": mark["weights"],
                 "window": mark["window"],
                 "down_factor": mark["down_factor"],
+                "schedule": mark["schedule"],
                 "backend": backend,
                 **drawing._asdict(),
                 "dtype": str(transformer.dtype).removeprefix("torch."),

@@ -91,6 +91,11 @@ class Family(abc.ABC):
         """What a call says of padding in its text; raises ValueError where that does not fit."""
         return None
 
+    def noise(self, kwargs: dict[str, Any]) -> Tensor:
+        """The share of noise in each picture of a call, 0 to 1, as its timestep tells: `[batch]` or one number."""
+        timestep: Tensor = kwargs["timestep"]
+        return timestep
+
     def check_residuals(self, kwargs: dict[str, Any], tokens: int) -> None:
         """Raises ValueError where a ControlNet's residuals are not for so many image tokens."""
         for name in self.residuals:

@@ -56,6 +56,9 @@ class SD3(Family):
         self.check_residuals(kwargs, grid[0] * grid[1])
         return Call((grid,), 0 if text is None else text.shape[1], hidden_states.device)
 
+    def noise(self, kwargs: dict[str, Any]) -> Tensor:
+        return super().noise(kwargs) / 1000  # of the timesteps it was trained with
+
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return self.enter_residuals(kwargs, layout)
 

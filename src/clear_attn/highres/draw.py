@@ -19,6 +19,7 @@ from clear_attn.highres.result import HighresFailed, HighresInterrupted, Highres
 from clear_attn.highres.stages import Base, Stage
 from clear_attn.linearize import find_transformer, restored_state
 from clear_attn.record import mark_of
+from clear_attn.schedule import Schedule
 from clear_attn.state import door_of
 
 
@@ -30,6 +31,7 @@ def highres(
     width: int,
     window: int | None = None,
     down_factor: int | None = None,
+    schedule: Schedule | None = None,
     weights: str | os.PathLike[str] | None = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -53,8 +55,8 @@ def highres(
         pipe: a FLUX.1, Stable Diffusion 3 or 3.5 pipeline, text to image or image to image, linearized or not.
         prompt (`str`): what to draw.
         height, width (`int`): pixels; rounded down to whole tokens, with a warning.
-        window, down_factor, weights, revision, token, backend: as in `linearize`. A linearized pipeline draws as it
-            is where none of the first four is given.
+        window, down_factor, schedule, weights, revision, token, backend: as in `linearize`, for all stages. A
+            linearized pipeline draws as it is where none of the first five is given.
         image (`PIL.Image.Image`, *optional*): comes first instead of a base image; of the picture's aspect ratio.
         base (`Base`, *optional*): settings of the base image.
         stages (`Stage` or a sequence of them, defaults to `Stage()`): each stage in turn, the last one of the picture's
@@ -89,7 +91,7 @@ def highres(
     }
     result = None
     try:
-        with _linearized_as_asked(pipe, plan, window, down_factor, token):
+        with _linearized_as_asked(pipe, plan, window, down_factor, schedule, token):
             images: list[Image.Image] = []
             result = HighresResult(images, _with_settings_of(pipe, plan))
 
@@ -113,14 +115,19 @@ def highres(
 
 @contextlib.contextmanager
 def _linearized_as_asked(
-    pipe: Any, plan: HighresPlan, window: int | None, down_factor: int | None, token: str | bool | None
+    pipe: Any,
+    plan: HighresPlan,
+    window: int | None,
+    down_factor: int | None,
+    schedule: Schedule | None,
+    token: str | bool | None,
 ) -> Iterator[None]:
     door = door_of(find_transformer(pipe)[0])
-    if door and (window, down_factor, plan.weights, plan.revision) == (None, None, "auto", None):
+    if door and (window, down_factor, schedule, plan.weights, plan.revision) == (None, None, None, "auto", None):
         if plan.backend not in ("auto", door.backend):
             raise ValueError(
                 f"backend={plan.backend!r} is not that of this linearized pipeline, {door.backend!r}; leave it out, or "
-                "say what to linearize with: window, down_factor and weights"
+                "say what to linearize with: window, down_factor, schedule and weights"
             )
         yield
     else:
@@ -128,6 +135,7 @@ def _linearized_as_asked(
             pipe,
             window,
             down_factor,
+            schedule=schedule,
             weights=plan.weights,
             revision=plan.revision,
             token=token,
@@ -143,5 +151,10 @@ def _with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
     assert door
     weights = plan.weights if plan.weights != "auto" else mark["weights"] if mark else None
     return dataclasses.replace(
-        plan, window=door.config.window, down_factor=door.config.down_factor, weights=weights, backend=door.backend
+        plan,
+        window=door.config.window,
+        down_factor=door.config.down_factor,
+        schedule=door.schedule,
+        weights=weights,
+        backend=door.backend,
     )

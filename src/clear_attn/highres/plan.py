@@ -12,6 +12,7 @@ from typing import Any
 from PIL.PngImagePlugin import PngImageFile
 
 from clear_attn.highres.stages import Base, Stage
+from clear_attn.schedule import Schedule
 from clear_attn.sources import HUB_FILE
 
 FORMAT = 1
@@ -32,7 +33,7 @@ class HighresPlan:
         base (`Base`, *optional*): of the first image, sizes and steps filled in; None where one was given.
         stages: those after it, sizes and NTK factors filled in.
         seed (`int`): of the base image's noise; stage number n draws its noise from seed + n.
-        window, down_factor, weights, revision, backend: of `linearize`.
+        window, down_factor, schedule, weights, revision, backend: of `linearize`.
         options: further keywords of the pipelines' calls.
         image (*optional*): of the image given, `sha256` of its pixels, `height` and `width`.
         model: `pipeline`, its class; `name`, its Hub id or the name of its folder; `dtype`; `scheduler`, its class
@@ -51,6 +52,7 @@ class HighresPlan:
     weights: str | None
     revision: str | None = None
     backend: str = "auto"
+    schedule: Schedule | None = None
     options: dict[str, Any] = field(default_factory=dict)
     image: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class HighresPlan:
     def arguments(self) -> dict[str, Any]:
         """The keywords that make `clear_attn.highres(pipe, **plan.arguments())` draw it again; add the image given."""
         names = ("prompt", "height", "width", "base", "stages", "seed")
-        how = ("window", "down_factor", "weights", "revision", "backend")
+        how = ("window", "down_factor", "schedule", "weights", "revision", "backend")
         return {**{name: getattr(self, name) for name in (*names, *how)}, **self.options}
 
     def without_places(self) -> HighresPlan:
@@ -83,10 +85,11 @@ class HighresPlan:
             if values.pop("format") != FORMAT:
                 version = values.get("made_with", {}).get("clear_attn", "another version")
                 raise ValueError(f"its format was written by clear_attn {version}; draw it with that version")
-            base = values.pop("base")
+            base, schedule = values.pop("base"), values.pop("schedule", None)
             return cls(
                 base=Base(**base) if base else None,
                 stages=tuple(Stage(**stage) for stage in values.pop("stages")),
+                schedule=None if schedule is None else Schedule(**schedule),
                 **values,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

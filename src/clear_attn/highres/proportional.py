@@ -38,7 +38,7 @@ def sharpness(tokens: int, down_factor: int = 1) -> float:
 
 @contextlib.contextmanager
 def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
-    """Proportional attention for the length of a `with` block, in all layers, as `sharpness` says for each call.
+    """Proportional attention for the length of a `with` block, as `sharpness` says for each call, alike in all layers.
 
     Args:
         pipe: a supported pipeline or transformer, linearized or not; no ControlNet.
@@ -84,8 +84,9 @@ class _Sharpen:
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
         grids, text_tokens, _ = self.family.read(transformer, call)
         door = door_of(transformer)
+        config = door.config_of(call) if door else None
         tokens = text_tokens + sum(height * width for height, width in grids)
-        own = {SHARPNESS: sharpness(tokens, door.config.down_factor if door else 1)}
+        own = {SHARPNESS: sharpness(tokens, config.down_factor if config else 1)}
         return (), {**call, self.family.keywords: {**(call.get(self.family.keywords) or {}), **own}}
 
 

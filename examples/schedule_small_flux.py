@@ -1,0 +1,74 @@
+"""How many captions the small FLUX draws right with a small window and its own weights, where some of it stays dense.
+
+    python examples/schedule_small_flux.py --output benchmarks/results/schedule_small_flux.json \\
+        --picture docs/schedule.png
+
+The weights are those that were trained with dense attention, so a window of 4 of its 16 x 16 tokens spoils most
+pictures. A schedule keeps the first steps dense, or some of the layers. Each caption has its own seed.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from diffusers import FluxPipeline
+from PIL import Image
+
+import clear_attn as clear
+from clear_attn import demo
+from clear_attn.demo.scenes import held_out_scenes
+from clear_attn.pictures import contact_sheet
+from evaluate_small_flux import count_right, draw
+
+STEPS = 28  # the pipeline's default
+FIRST = (4, 7, 14)
+
+
+def schedules(pipe: FluxPipeline) -> dict[str, clear.Schedule]:
+    """Those to compare, by a name for each."""
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))  # as the pipeline does
+    first = {
+        f"the first {steps} of {STEPS} steps dense": clear.Schedule(clear.noise_after(pipe.scheduler, steps))
+        for steps in FIRST
+    }
+    return {
+        "all local": clear.Schedule(),
+        **first,
+        "the 2 double blocks dense": clear.Schedule(dense_layers=("transformer_blocks",)),
+        "the 4 single blocks dense": clear.Schedule(dense_layers=("single_transformer_blocks",)),
+        "the first single block dense": clear.Schedule(dense_layers=("single_transformer_blocks.0",)),
+        "the first single block has window 8": clear.Schedule(windows={"single_transformer_blocks.0": 8}),
+    }
+
+
+def main(
+    window: Annotated[int, typer.Option(help="Radius in tokens.")] = 4,
+    captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 20,
+    shown: Annotated[int, typer.Option(help="How many of them the picture shows.")] = 4,
+    output: Annotated[Path | None, typer.Option(help="Where the numbers go as JSON.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where the picture goes.")] = None,
+) -> None:
+    pipe = demo.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    scenes = held_out_scenes()[:captions]
+    ways = {"dense attention": contextlib.nullcontext()}
+    for name, schedule in schedules(pipe).items():
+        ways[name] = clear.linearized(pipe, window, weights=None, schedule=schedule)
+    rows, sheet = [], {}
+    for name, way in ways.items():
+        with way:
+            drawn = draw(pipe, scenes, demo.TEXT_TOKENS, batch=captions)
+        rows.append({"how": name, "captions": captions, "right": count_right(scenes, drawn)["right"]})
+        print(json.dumps(rows[-1]), flush=True)
+        sheet[name] = [Image.fromarray(image) for image in drawn[:shown]]
+    if output:
+        output.write_text(json.dumps({"window": window, "steps": STEPS, "rows": rows}, indent=1) + "\n")
+    if picture:
+        contact_sheet(sheet, [scene.caption for scene in scenes[:shown]]).save(picture)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,53 @@
+"""What the documentation shows: docstrings' examples run, code on pages is code, links lead somewhere."""
+
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import clear_attn as clear
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = ROOT / "src"
+MODULES = [
+    ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+    for file in sorted(SOURCE.rglob("*.py"))
+    if ">>> " in file.read_text()
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for test in finder.find(module, name):
+        runner.run(test)
+    results = runner.summarize(verbose=False)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_on_pages(page):
+    """It parses, and what it takes from `clear` is there."""
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        compile(block, str(page), "exec")
+        for name in re.findall(r"\bclear\.(\w+)", block):
+            assert hasattr(clear, name), name
+
+
+def test_the_reference_names_all_that_is_public():
+    named = re.findall(r"^::: clear_attn\.(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(clear.__all__)
+    assert all(inspect.getdoc(getattr(clear, name)) for name in named)
+
+
+def test_links_between_pages():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

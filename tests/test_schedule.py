@@ -1,0 +1,325 @@
+"""Dense steps, dense layers and windows of their own: against the rule, and through a pipeline's life."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+import clear_attn as clear
+from clear_attn import Schedule, noise_after
+from tests import machine, tiny
+from tests.plain import in_raster_order, run
+from tests.test_linearize import assert_same, photograph
+
+GRID = (11, 20)
+# Of both families: the first block, and one inside the next.
+LAYERS = Schedule(dense_layers=("transformer_blocks.0",), windows={"transformer_blocks": 6})
+
+
+def plain_model(transformer, grid, window, factor, schedule):
+    """The rule in raster order, each layer by its own window."""
+    plain = in_raster_order(transformer, [grid], clear.ClearConfig(window, factor))
+    for name in plain.attn_processors:
+        layer = name.removesuffix(".processor")
+        own = schedule.window_of(layer)
+        if own is not None:
+            grids, config, weight = plain.get_submodule(layer).processor.rule
+            covering = clear.ClearConfig(sum(grid))
+            config = covering if own == math.inf else clear.ClearConfig(own, config.down_factor)
+            plain.get_submodule(layer).processor.rule = grids, config, weight
+    return plain
+
+
+def at(family, call, noise):
+    """The call at a share of noise."""
+    return {**call, "timestep": torch.full_like(call["timestep"], noise * (1000 if family is tiny.SD3 else 1))}
+
+
+@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("factor", [1, 3])
+def test_layers_follow_the_rule_of_their_own_window(family, transformer, factor, backend):
+    call = family.call(transformer, GRID, batch=2)
+    expected = run(plain_model(transformer, GRID, 3, factor, LAYERS), call)
+    uniform = run(in_raster_order(transformer, [GRID], clear.ClearConfig(3, factor)), call)
+    assert not torch.allclose(expected, uniform, atol=1e-3)
+    clear.linearize(transformer, 3, factor, weights=None, schedule=LAYERS, backend=backend)
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_noisy_calls_are_the_stock_model(family, transformer, factor):
+    call = family.call(transformer, GRID, batch=2)
+    stock = copy.deepcopy(transformer)
+    clear.linearize(transformer, 3, factor, weights=None)
+    local = {noise: run(transformer, at(family, call, noise)) for noise in (0.2, 0.8)}
+    clear.linearize(
+        transformer, 3, factor, weights=None, schedule=Schedule(dense_above=0.8, windows={"transformer_blocks": 3})
+    )
+    for noise in (1.0, 0.81):
+        one = at(family, call, noise)
+        torch.testing.assert_close(run(transformer, one), run(stock, one), atol=1e-5, rtol=0)
+    for noise, expected in local.items():
+        assert torch.equal(run(transformer, at(family, call, noise)), expected)
+
+
+def test_pictures_of_one_call_on_both_sides_are_refused(family, transformer):
+    call = family.call(transformer, GRID, batch=2)
+    call["timestep"] = torch.tensor([0.9, 0.1]) * (1000 if family is tiny.SD3 else 1)
+    clear.linearize(transformer, 3, weights=None, schedule=Schedule(dense_above=0.5))
+    with pytest.raises(ValueError, match=r"dense_above=0.5 lies between .* \[0\.9, 0\.1\]"):
+        run(transformer, call)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_under_checkpointing_with_two_steps_in_flight(family, transformer, use_reentrant):
+    """The dense call is recomputed after the local one was run, and each sees its own layouts."""
+    schedule = Schedule(dense_above=0.5, dense_layers=LAYERS.dense_layers, windows=LAYERS.windows)
+    calls = [at(family, family.call(transformer, GRID, seed=seed), noise) for seed, noise in ((0, 0.9), (1, 0.2))]
+    for call in calls:
+        call["hidden_states"].requires_grad_()
+    plain = [copy.deepcopy(transformer), plain_model(transformer, GRID, 3, 2, schedule)]
+
+    def gradients(models):
+        for tensor in (call["hidden_states"] for call in calls):
+            tensor.grad = None
+        sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True)).backward()
+        return [call["hidden_states"].grad for call in calls]
+
+    expected = gradients(plain)
+    clear.linearize(transformer, 3, 2, weights=None, schedule=schedule)
+    transformer.enable_gradient_checkpointing(
+        lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant)
+    )
+    transformer.train()
+    for ours, plain_one in zip(gradients([transformer, transformer]), expected, strict=True):
+        torch.testing.assert_close(ours, plain_one, atol=1e-6, rtol=1e-5)
+
+
+def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
+    """A cached residual is added steps later, so all steps must keep their tokens in one order."""
+    transformer = tiny.FLUX.transformer()
+    schedule = Schedule(dense_above=0.65, windows={"single_transformer_blocks": 6})
+    call = tiny.FLUX.call(transformer, GRID)
+    steps = [{**at(tiny.FLUX, call, noise)} for noise in (0.651, 0.65001, 0.649, 0.648, 0.1)]
+    stock, local = copy.deepcopy(transformer), plain_model(transformer, GRID, 8, 1, schedule)
+    clear.linearize(transformer, 8, weights=None, schedule=schedule)
+
+    def cached(*models):
+        """Each step by the model for its noise; all share the first one's cache."""
+        model = models[0]
+        model.enable_cache(FirstBlockCacheConfig(threshold=0.4))
+        computed, outputs = [], []
+        model.single_transformer_blocks[-1].attn.register_forward_hook(lambda *_: computed.append(len(outputs)))
+        with model.cache_context("cond"):
+            for number, step in enumerate(steps):
+                if len(models) > 1 and number == 2:
+                    for name in model.attn_processors:
+                        layer = name.removesuffix(".processor")
+                        model.get_submodule(layer).processor = models[1].get_submodule(layer).processor
+                outputs.append(run(model, step))
+        return computed, outputs
+
+    expected_computed, expected = cached(stock, local)
+    computed, outputs = cached(transformer)
+    assert computed == expected_computed
+    assert computed == [0, 4]  # so the first local steps add what a dense one left
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=0)
+
+
+@machine.needs_compiler
+def test_compiled_blocks_settle():
+    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+    transformer = tiny.FLUX.transformer(num_layers=5, num_single_layers=5)
+    calls = [at(tiny.FLUX, tiny.FLUX.call(transformer, GRID), noise) for noise in (0.9, 0.2, 0.8, 0.1)]
+    schedule = Schedule(
+        0.5, ("transformer_blocks.1",), {"single_transformer_blocks.1": 5, "single_transformer_blocks.3": 5}
+    )
+    clear.linearize(transformer, 3, weights=None, schedule=schedule)
+    expected = [run(transformer, call) for call in calls]
+    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    for call, output in zip(calls[:2], expected[:2], strict=True):
+        torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
+    before = graphs["unique_graphs"]
+    for call, output in zip(calls[2:], expected[2:], strict=True):
+        torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
+    assert graphs["unique_graphs"] == before
+
+
+def test_is_undone_and_copied(family, transformer):
+    call = family.call(transformer, GRID)
+    before = photograph(transformer)
+    with clear.linearized(transformer, 3, weights=None, schedule=LAYERS):
+        outer = run(transformer, call)
+        with clear.linearized(transformer, 3, weights=None):
+            assert not torch.allclose(run(transformer, call), outer, atol=1e-4)
+        assert torch.equal(run(transformer, call), outer)
+        assert torch.equal(run(copy.deepcopy(transformer), call), outer)
+    assert_same(transformer, before)
+
+
+def test_travels_with_the_weights(family, transformer, tmp_path):
+    schedule = Schedule(0.6, LAYERS.dense_layers, LAYERS.windows)
+    call = at(family, family.call(transformer, GRID), 0.3)
+    clear.linearize(transformer, 3, weights=None, schedule=schedule)
+    expected = run(transformer, call)
+    clear.save_pretrained(transformer, tmp_path / "clear")
+    fresh = family.transformer()
+    clear.linearize(fresh, weights=tmp_path / "clear")
+    assert torch.equal(run(fresh, call), expected)
+    record = json.loads((tmp_path / "clear" / "clear_config.json").read_text())
+    assert Schedule(**record["schedule"]) == schedule
+    clear.linearize(fresh, weights=tmp_path / "clear", schedule=Schedule())
+    assert not torch.allclose(run(fresh, call), expected, atol=1e-4)
+    # Saved whole by diffusers, and back.
+    transformer.save_pretrained(tmp_path / "whole")
+    whole = type(transformer).from_pretrained(tmp_path / "whole").eval()
+    clear.linearize(whole)
+    torch.testing.assert_close(run(whole, call), expected)
+
+
+def test_a_layer_rebuilt_without_its_window_is_named(family, transformer):
+    clear.linearize(transformer, 3, weights=None, schedule=LAYERS)
+    attn = transformer.transformer_blocks[1].attn
+    attn.set_processor(type(attn.processor)())
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn was replaced"):
+        run(transformer, family.call(transformer, (4, 4)))
+
+
+def test_cost_counts_it(family, transformer):
+    uniform = clear.cost(transformer, 176, 320, window=3)
+    other = clear.cost(transformer, 176, 320, window=6)
+    scheduled = clear.cost(transformer, 176, 320, window=3, schedule=Schedule(0.9, (), {"transformer_blocks.1": 6}))
+    assert scheduled.step_pairs == uniform.step_pairs - uniform.pairs + other.pairs
+    assert "above 0.9 of noise are dense" in str(scheduled)
+    everything = tuple({name.split(".")[0] for name in transformer.attn_processors})
+    dense = clear.cost(transformer, 176, 320, window=3, schedule=Schedule(dense_layers=everything))
+    assert dense.step_pairs == dense.dense_step_pairs
+    clear.linearize(transformer, 3, weights=None, schedule=LAYERS)
+    assert clear.cost(transformer, 176, 320) == clear.cost(transformer, 176, 320, window=3, schedule=LAYERS)
+    json.dumps(scheduled.to_dict())
+
+
+def test_a_cascade_carries_it(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    schedule = Schedule(0.5, ("single_transformer_blocks.0",), {"transformer_blocks": 3})
+    stages = clear.Stage(steps=4, strength=0.5, proportional=False)
+    settings = {"height": 128, "width": 128, "base": clear.Base(64, 64, steps=1), "stages": stages, "seed": 5}
+    call = {**settings, "window": 2, "weights": None, "max_sequence_length": 24}
+    first = clear.highres(pipe, "a red circle on a blue ground, at the top left", **call, schedule=schedule)
+    plan = clear.HighresPlan.from_json(first.plan.to_json())
+    assert plan == first.plan
+    assert plan.schedule == schedule
+    again = clear.highres(pipe, **plan.arguments())
+    assert again.image.tobytes() == first.image.tobytes()
+    without = clear.highres(pipe, **{**plan.arguments(), "schedule": None})
+    assert without.image.tobytes() != first.image.tobytes()
+
+
+def test_proportional_attention_of_a_dense_call_counts_no_pooled_keys(family, transformer):
+    call = family.call(transformer, GRID)
+    with clear.proportional_attention(transformer):
+        expected = run(transformer, at(family, call, 0.9))
+    clear.linearize(transformer, 3, 2, weights=None, schedule=Schedule(0.5))
+    with clear.proportional_attention(transformer):
+        torch.testing.assert_close(run(transformer, at(family, call, 0.9)), expected, atol=1e-5, rtol=0)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"dense_above": 1.5}, ValueError, "dense_above must be from 0 to 1, got 1.5"),
+            ({"dense_above": -0.1}, ValueError, "got -0.1"),
+            ({"dense_above": math.nan}, ValueError, "got nan"),
+            ({"dense_above": "0.5"}, TypeError, "dense_above must be a number, got '0.5'"),
+            ({"dense_layers": "transformer_blocks"}, TypeError, r"give \('transformer_blocks',\)"),
+            ({"dense_layers": (0,)}, TypeError, "layers are named as in the model, .* got 0"),
+            ({"windows": {"a": 0}}, ValueError, "the window of a must be at least 1, got 0"),
+            ({"windows": {"a": 2.5}}, TypeError, "the window of a must be a whole number, got 2.5"),
+            ({"dense_layers": ("a",), "windows": {"a": 3}}, ValueError, "a is in dense_layers and in windows"),
+        ],
+    )
+    def test_values(self, arguments, error, words):
+        with pytest.raises(error, match=words):
+            Schedule(**arguments)
+
+    @pytest.mark.parametrize("name", ["transformer_blocks.99", "transformer_block", "norm_out", ""])
+    def test_layers_beyond_the_model(self, transformer, name):
+        before = photograph(transformer)
+        for schedule in (Schedule(dense_layers=(name,)), Schedule(windows={name: 3})):
+            with pytest.raises(ValueError, match=f"names '{name}', and this .* it has transformer_blocks.0.attn to"):
+                clear.linearize(transformer, 3, weights=None, schedule=schedule)
+            with pytest.raises(ValueError, match=f"names '{name}'"):
+                clear.cost(transformer, 64, 64, schedule=schedule)
+        assert_same(transformer, before)
+
+    def test_another_kind(self, transformer):
+        with pytest.raises(TypeError, match=r"schedule must be a clear_attn\.Schedule, got 5 of type int"):
+            clear.linearize(transformer, 3, weights=None, schedule=5)
+
+
+def test_the_longest_name_counts():
+    schedule = Schedule(dense_layers=("blocks.1",), windows={"blocks": 8, "blocks.1.attn2": 4})
+    names = ["blocks.0.attn", "blocks.1.attn", "blocks.1.attn2", "blocks.10.attn", "other.1"]
+    assert [schedule.window_of(name) for name in names] == [8, math.inf, 4, 8, None]
+
+
+class TestNoiseAfter:
+    def scheduler(self, **options):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(**{"num_inference_steps": 10, **options})
+        return scheduler
+
+    def test_lies_between_two_steps(self):
+        scheduler = self.scheduler()
+        for steps in (1, 4, 9):
+            noise = noise_after(scheduler, steps)
+            assert (scheduler.timesteps / 1000 > noise).sum() == steps
+            assert (scheduler.timesteps.bfloat16() / 1000 > noise).sum() == steps
+
+    def test_counts_the_steps_that_are_run(self):
+        scheduler = self.scheduler()
+        scheduler.set_begin_index(4)
+        assert (scheduler.timesteps[4:] / 1000 > noise_after(scheduler, 2)).sum() == 2
+
+    def test_steps_of_two_calls(self):
+        scheduler = FlowMatchHeunDiscreteScheduler()
+        scheduler.set_timesteps(10)
+        assert (
+            len(set((scheduler.timesteps / 1000)[scheduler.timesteps / 1000 > noise_after(scheduler, 3)].tolist())) == 3
+        )
+
+    def test_in_a_pipeline(self, pipe):
+        """As many steps are dense as were asked for."""
+        draw = {"height": 64, "width": 64, "num_inference_steps": 5, "max_sequence_length": 24, "output_type": "latent"}
+        pipe("a red circle", **draw)
+        clear.linearize(pipe, 2, weights=None, schedule=Schedule(noise_after(pipe.scheduler, 2)))
+        seen = []
+        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["joint_attention_kwargs"]["clear_layout"].config is None),
+            with_kwargs=True,
+        )
+        pipe("a red circle", **draw)
+        assert seen == [True, True, False, False, False]
+
+    @pytest.mark.parametrize(
+        ("steps", "error", "words"),
+        [
+            (0, ValueError, "steps must be at least 1, got 0"),
+            (2.0, TypeError, "whole number, got 2.0"),
+            (10, ValueError, "steps=10 of a run of 10 leaves none local"),
+        ],
+    )
+    def test_refuses(self, steps, error, words):
+        with pytest.raises(error, match=words):
+            noise_after(self.scheduler(), steps)
+
+    def test_refuses_a_scheduler_that_has_not_run(self):
+        with pytest.raises(ValueError, match="no run's timesteps yet"):
+            noise_after(FlowMatchEulerDiscreteScheduler(), 2)
+        with pytest.raises(TypeError, match="a str has no sigmas"):
+            noise_after("euler", 2)
