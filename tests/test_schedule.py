@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import FirstBlockCacheConfig
 
 import clear_attn as clear
-from clear_attn import Schedule, noise_after
+from clear_attn import Schedule
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
 from tests.test_linearize import assert_same, photograph
@@ -266,60 +266,3 @@ def test_the_longest_name_counts():
     schedule = Schedule(dense_layers=("blocks.1",), windows={"blocks": 8, "blocks.1.attn2": 4})
     names = ["blocks.0.attn", "blocks.1.attn", "blocks.1.attn2", "blocks.10.attn", "other.1"]
     assert [schedule.window_of(name) for name in names] == [8, math.inf, 4, 8, None]
-
-
-class TestNoiseAfter:
-    def scheduler(self, **options):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        scheduler.set_timesteps(**{"num_inference_steps": 10, **options})
-        return scheduler
-
-    def test_lies_between_two_steps(self):
-        scheduler = self.scheduler()
-        for steps in (1, 4, 9):
-            noise = noise_after(scheduler, steps)
-            assert (scheduler.timesteps / 1000 > noise).sum() == steps
-            assert (scheduler.timesteps.bfloat16() / 1000 > noise).sum() == steps
-
-    def test_counts_the_steps_that_are_run(self):
-        scheduler = self.scheduler()
-        scheduler.set_begin_index(4)
-        assert (scheduler.timesteps[4:] / 1000 > noise_after(scheduler, 2)).sum() == 2
-
-    def test_steps_of_two_calls(self):
-        scheduler = FlowMatchHeunDiscreteScheduler()
-        scheduler.set_timesteps(10)
-        assert (
-            len(set((scheduler.timesteps / 1000)[scheduler.timesteps / 1000 > noise_after(scheduler, 3)].tolist())) == 3
-        )
-
-    def test_in_a_pipeline(self, pipe):
-        """As many steps are dense as were asked for."""
-        draw = {"height": 64, "width": 64, "num_inference_steps": 5, "max_sequence_length": 24, "output_type": "latent"}
-        pipe("a red circle", **draw)
-        clear.linearize(pipe, 2, weights=None, schedule=Schedule(noise_after(pipe.scheduler, 2)))
-        seen = []
-        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["joint_attention_kwargs"]["clear_layout"].config is None),
-            with_kwargs=True,
-        )
-        pipe("a red circle", **draw)
-        assert seen == [True, True, False, False, False]
-
-    @pytest.mark.parametrize(
-        ("steps", "error", "words"),
-        [
-            (0, ValueError, "steps must be at least 1, got 0"),
-            (2.0, TypeError, "whole number, got 2.0"),
-            (10, ValueError, "steps=10 of a run of 10 leaves none local"),
-        ],
-    )
-    def test_refuses(self, steps, error, words):
-        with pytest.raises(error, match=words):
-            noise_after(self.scheduler(), steps)
-
-    def test_refuses_a_scheduler_that_has_not_run(self):
-        with pytest.raises(ValueError, match="no run's timesteps yet"):
-            noise_after(FlowMatchEulerDiscreteScheduler(), 2)
-        with pytest.raises(TypeError, match="a str has no sigmas"):
-            noise_after("euler", 2)
