@@ -1,8 +1,9 @@
 """How many captions the small FLUX draws right at two and four times the side that it was trained at.
 
-    python examples/highres_small_flux.py --side 256 --captions 10 \\
+    weights=src/clear_attn/demo/small_flux_clear
+    python examples/highres_small_flux.py --side 256 --captions 20 --weights $weights \\
         --output benchmarks/results/highres_small_flux-256.json
-    python examples/highres_small_flux.py --side 512 --captions 3 --picture docs/highres.png \\
+    python examples/highres_small_flux.py --side 512 --captions 4 --weights $weights --picture docs/highres.png \\
         --output benchmarks/results/highres_small_flux-512.json
 
 Directly at that size, dense and linearized, and by `clear_attn.highres`, with the published settings and with those
