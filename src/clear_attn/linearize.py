@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clear_attn.backends import check_backend, flex
 from clear_attn.config import ClearConfig
+from clear_attn.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.doors import DoorIn
 from clear_attn.families import FAMILIES, Family, family_of
+from clear_attn.processors import ClearAttnProcessor
 from clear_attn.record import make_mark, mark_of
 from clear_attn.sources import Checkpoint, load
 from clear_attn.state import State, apply, capture, door_of, original_state, processors_of, stand_beside
@@ -83,18 +85,21 @@ def linearize(
             back to work without its weights.
         FileNotFoundError, PermissionError, ConnectionError: no weights there, or no way to them.
         RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
-            library; context parallelism; parameters on the meta device; weights for a model that is quantized or
-            has a LoRA fused in; a linearized pipeline whose original weights were given up.
+            library; guidance that reaches into attention; context parallelism; parameters on the meta device; weights
+            for a model that is quantized or has a LoRA fused in; a linearized pipeline whose original weights were
+            given up.
     """
     transformer, family = find_transformer(pipe)
+    check_pipeline(pipe)
     wanted = _settings(window, down_factor, None)
     check_backend(backend)
     _check_backend_can_run(backend)
     layers = family.attention_layers(transformer)
     check_in_memory(transformer, layers)
     stock = original_state(transformer, layers)
-    _check_processors(stock.processors, family)
-    _check_parallelism(processors_of(layers))
+    check_processors(stock.processors, family)
+    check_parallelism(processors_of(layers))
+    check_hooks(layers)
     carried = (stock.mark["weights"], stock.mark["source"]) if stock.mark else (None, None)
     if weights == "auto" and stock.mark:
         window, down_factor = _settings_of_mark(window, down_factor, stock.mark)
@@ -107,7 +112,10 @@ def linearize(
     if source:
         _check_fits(source, layers, type(transformer).__name__)
     values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
-    processors = {layer: _new_processor(family, config, layer, attn, checkpoint) for layer, attn in layers.items()}
+    processors = {
+        layer: _new_processor(family, config, layer, attn, stock.processors[layer], checkpoint)
+        for layer, attn in layers.items()
+    }
     before = capture(transformer, layers, values.keys() | stock.values.keys())
     kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
     given_up = bool(values) and not keep_original
@@ -234,34 +242,18 @@ def _check_backend_can_run(backend: str) -> None:
         raise RuntimeError(f"backend='flex' cannot run on this machine: {obstacles}; use backend='auto' or 'tiled'")
 
 
-def _check_processors(processors: Mapping[str, Any], family: Family) -> None:
-    for layer, processor in processors.items():
-        if type(processor) not in family.stock_processors:
-            raise RuntimeError(
-                f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
-                "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline anew, then linearize"
-            )
-
-
-def _check_parallelism(processors: Mapping[str, Any]) -> None:
-    for layer, processor in processors.items():
-        if getattr(processor, "_parallel_config", None) is not None:
-            raise RuntimeError(
-                f"{layer} runs under diffusers' context parallelism, which splits the sequence without regard to "
-                "windows; linearize a pipeline without it"
-            )
-
-
 def _new_processor(
     family: Family,
     config: ClearConfig,
     layer: str,
     attn: Any,
+    stock: Any,
     checkpoint: Mapping[str, Tensor],
-) -> nn.Module:
+) -> ClearAttnProcessor:
     # Whatever mode the caller is in, the parameter must serve training too, and its values are set here.
     with torch.inference_mode(False), torch.device("cpu"):
-        processor = family.new_processor(config.down_factor, layer)
+        processor = family.stand_in(stock, config.down_factor, layer)
     if layer + POOLED in checkpoint:
-        processor.load_state_dict({"spatial_weight": checkpoint[layer + POOLED]})
+        with torch.no_grad():
+            processor.spatial_weight.copy_(checkpoint[layer + POOLED])
     return stand_beside(processor, attn)
