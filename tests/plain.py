@@ -4,6 +4,7 @@ import copy
 from unittest import mock
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch.utils._pytree import tree_leaves
 
 import clear_attn as clear
@@ -29,7 +30,9 @@ class RasterProcessor(torch.nn.Module):
         self.called, self.heads_first = called, heads_first
         self.__call__ = stock.__call__  # never called: layers read from its signature what they may pass on
 
-    def attend(self, query, key, value, attn_mask=None, **_):
+    def attend(self, query, key, value, attn_mask=None, **kwargs):
+        if key.shape != query.shape:  # an IP-Adapter's few tokens
+            return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
         grids, *rule = self.rule
         qkv = query, key, value
         if not self.heads_first:
@@ -37,8 +40,9 @@ class RasterProcessor(torch.nn.Module):
         text = qkv[0].shape[2] - sum(height * width for height, width in grids)
         # The reference has text first.
         shift = 0 if self.text_first else text
-        output, _ = reference.attention(*(x.roll(shift, 2) for x in qkv), grids, text, *rule, bias=attn_mask)
-        output = output.roll(-shift, 2)
+        qkv = (x.to(torch.promote_types(x.dtype, torch.float32)).roll(shift, 2) for x in qkv)
+        output, _ = reference.attention(*qkv, grids, text, *rule, bias=attn_mask)
+        output = output.roll(-shift, 2).to(query.dtype)
         return output if self.heads_first else output.transpose(1, 2)
 
     def __call__(self, *args, **kwargs):
@@ -46,15 +50,21 @@ class RasterProcessor(torch.nn.Module):
             return self.stock(*args, **kwargs)
 
 
-def in_raster_order(transformer, grids, config):
-    """A copy whose layers compute the rule densely in raster order, pooling with plain means."""
-    plain = copy.deepcopy(transformer)
-    weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
+def put_in_raster_order(transformer, grids, config, weight=None):
+    """Makes a stock model's layers compute the rule densely in raster order, pooling with plain means or a weight."""
+    if weight is None:
+        weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
     text_first = family_of(transformer).text_first
     attention = ATTENTION.get(type(transformer).__name__, FLUX_ATTENTION if text_first else SD3_ATTENTION)
-    for name, stock in plain.attn_processors.items():
-        layer = plain.get_submodule(name.removesuffix(".processor"))
+    for name, stock in transformer.attn_processors.items():
+        layer = transformer.get_submodule(name.removesuffix(".processor"))
         layer.set_processor(RasterProcessor(stock, grids, config, weight, text_first, *attention))
+
+
+def in_raster_order(transformer, grids, config):
+    """A copy that does."""
+    plain = copy.deepcopy(transformer)
+    put_in_raster_order(plain, grids, config)
     return plain
 
 

@@ -71,21 +71,6 @@ def test_offloading_and_casting_before_and_after(family, transformer, checkpoint
     torch.testing.assert_close(run(transformer, call), stock)
 
 
-def test_sequential_offload_afterwards(family, transformer, checkpoint):
-    call = family.call(transformer, (11, 20))
-    expected = run(clear.linearize(transformer, 4, weights=checkpoint), call)
-    accelerate.cpu_offload(transformer, execution_device="cpu")
-    torch.testing.assert_close(run(transformer, call), expected)
-
-
-def test_layerwise_casting(family, transformer, checkpoint):
-    call = family.call(transformer, (11, 20))
-    expected = run(clear.linearize(family.transformer(), 4, weights=checkpoint), call)
-    clear.linearize(transformer, 4, weights=checkpoint)
-    transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    torch.testing.assert_close(run(transformer, call), expected, atol=0.05, rtol=0.05)
-
-
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "device_map": "cpu"}])
 def test_loading_options(options, tmp_path):
     pipe = FluxPipeline.from_pretrained(demo.path(), **options)

@@ -77,15 +77,16 @@ def flux_transformer(guidance=False, **changes):
 
 
 @functools.cache
-def _demo_pipeline():
+def small_flux():
+    """The small FLUX in the box, not to be changed."""
     pipe = demo.pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def flux_pipeline():
-    """The small FLUX in the box; a copy, for tests change it."""
-    return copy.deepcopy(_demo_pipeline())
+    """A copy, for tests change it."""
+    return copy.deepcopy(small_flux())
 
 
 def image_ids(*grids):
@@ -218,9 +219,9 @@ def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
 
 
 @functools.cache
-def _sd3_pipeline():
-    """Random, with the small FLUX's tokenizers."""
-    parts = _demo_pipeline().components
+def small_sd3():
+    """A random SD3.5 for 32 x 32 tokens and less, with the small FLUX's tokenizers; not to be changed."""
+    parts = small_flux().components
     torch.manual_seed(2)
     ids = {name: getattr(parts["tokenizer"], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     clip = CLIPTextConfig(
@@ -253,8 +254,8 @@ def _sd3_pipeline():
 
 
 def sd3_pipeline():
-    """A random SD3.5 that draws noise of 32 x 32 tokens and less; a copy, for tests change it."""
-    return copy.deepcopy(_sd3_pipeline())
+    """A copy, for tests change it."""
+    return copy.deepcopy(small_sd3())
 
 
 class Family(NamedTuple):

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clear_attn.backends import BACKENDS, choose_aloud
 from clear_attn.config import ClearConfig
+from clear_attn.conflicts import check_hooks
 from clear_attn.families import Family
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.processors import BACKEND, LAYOUT, PADDING, ClearAttnProcessor
@@ -101,7 +102,7 @@ class DoorIn:
         return choose_aloud(layout.device, dtype, head_dim, needs_grad).backend
 
     def check(self, transformer: Any) -> None:
-        """Raises RuntimeError where something that linearizing put in place is no longer there."""
+        """Raises RuntimeError where something that linearizing put in place is no longer there, or cannot work."""
         for layer in self.original.processors:
             processor = transformer.get_submodule(layer).processor
             own = self.config.down_factor, self.schedule.window_of(layer)
@@ -111,6 +112,7 @@ class DoorIn:
                     "clear_attn.linearize() (an IP-Adapter that comes or goes does that, or fusing SD3's "
                     "projections); call clear_attn.linearize() again after the change, or clear_attn.restore()"
                 )
+        check_hooks(self.family.attention_layers(transformer))
         for inner in self.family.inner_doors(transformer):
             if not inner.stands():
                 raise RuntimeError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clear_attn.backends import check_backend, flex
 from clear_attn.config import ClearConfig
+from clear_attn.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.doors import DoorIn
 from clear_attn.families import FAMILIES, Family, family_of
 from clear_attn.record import make_mark, mark_of, schedule_of_mark
@@ -88,8 +89,9 @@ def linearize(
             pipeline saved whole that cannot be put back to work without its weights.
         FileNotFoundError, PermissionError, ConnectionError: no weights there, or no way to them.
         RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
-            library; context parallelism; parameters on the meta device; weights for a model that is quantized or
-            has a LoRA fused in; a linearized pipeline whose original weights were given up.
+            library; guidance that reaches into attention; context parallelism; parameters on the meta device; weights
+            for a model that is quantized or has a LoRA fused in; a linearized pipeline whose original weights were
+            given up.
 
     Example:
         >>> import clear_attn as clear
@@ -101,6 +103,7 @@ def linearize(
         False
     """
     transformer, family = find_transformer(pipe)
+    check_pipeline(pipe)
     wanted = _settings(window, down_factor, None)
     check_backend(backend)
     _check_backend_can_run(backend)
@@ -108,8 +111,9 @@ def linearize(
     _check_schedule(schedule, layers, type(transformer).__name__)
     check_in_memory(transformer, layers)
     stock = original_state(transformer, layers)
-    _check_processors(stock.processors, family)
-    _check_parallelism(processors_of(layers))
+    check_processors(stock.processors, family)
+    check_parallelism(processors_of(layers))
+    check_hooks(layers)
     carried = (stock.mark["weights"], stock.mark["source"]) if stock.mark else (None, None)
     if weights == "auto" and stock.mark:
         window, down_factor = _settings_of_mark(window, down_factor, stock.mark)
@@ -126,7 +130,10 @@ def linearize(
         _check_fits(source, layers, type(transformer).__name__)
         schedule.check_layers(layers, type(transformer).__name__)
     values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
-    processors = {layer: _new_processor(family, config, layer, attn, checkpoint) for layer, attn in layers.items()}
+    processors = {
+        layer: _new_processor(family, config, layer, attn, stock.processors[layer], checkpoint)
+        for layer, attn in layers.items()
+    }
     for layer, processor in processors.items():
         processor.window = schedule.window_of(layer)
     before = capture(transformer, layers, values.keys() | stock.values.keys())
@@ -263,34 +270,18 @@ def _check_backend_can_run(backend: str) -> None:
         raise RuntimeError(f"backend='flex' cannot run on this machine: {obstacles}; use backend='auto' or 'tiled'")
 
 
-def _check_processors(processors: Mapping[str, Any], family: Family) -> None:
-    for layer, processor in processors.items():
-        if type(processor) not in family.stock_processors:
-            raise RuntimeError(
-                f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
-                "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline anew, then linearize"
-            )
-
-
-def _check_parallelism(processors: Mapping[str, Any]) -> None:
-    for layer, processor in processors.items():
-        if getattr(processor, "_parallel_config", None) is not None:
-            raise RuntimeError(
-                f"{layer} runs under diffusers' context parallelism, which splits the sequence without regard to "
-                "windows; linearize a pipeline without it"
-            )
-
-
 def _new_processor(
     family: Family,
     config: ClearConfig,
     layer: str,
     attn: Any,
+    stock: Any,
     checkpoint: Mapping[str, Tensor],
 ) -> Any:
     # Whatever mode the caller is in, the parameter must serve training too, and its values are set here.
     with torch.inference_mode(False), torch.device("cpu"):
-        processor = family.new_processor(config.down_factor, layer)
+        processor = family.stand_in(stock, config.down_factor, layer)
     if layer + POOLED in checkpoint:
-        processor.load_state_dict({"spatial_weight": checkpoint[layer + POOLED]})
+        with torch.no_grad():
+            processor.spatial_weight.copy_(checkpoint[layer + POOLED])
     return stand_beside(processor, attn)

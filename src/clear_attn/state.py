@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
@@ -14,6 +14,8 @@ from clear_attn.doors import DoorIn, DoorOut
 from clear_attn.processors import ClearAttnProcessor
 from clear_attn.record import MARK, mark_of
 from clear_attn.weights import DTYPES, check_in_memory, check_replaceable, copy_values, replaced_parameters
+
+Processor = TypeVar("Processor")
 
 
 class State(NamedTuple):
@@ -92,8 +94,9 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
     for layer, attn in layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
-            # What the user set with set_attention_backend() or enable_parallelism() belongs to the layer.
-            for name in ("_attention_backend", "_parallel_config"):
+            # What the user set with set_attention_backend(), enable_parallelism() or set_ip_adapter_scale() belongs to
+            # the layer.
+            for name in ("_attention_backend", "_parallel_config", "scale"):
                 if (value := getattr(present, name, None)) is not None or hasattr(processor, name):
                     setattr(processor, name, value)
             attn.set_processor(stand_beside(processor, attn))
@@ -110,11 +113,11 @@ def _free_kept_processors(transformer: Any) -> None:
             kept[key] = door.original.processors[key.removesuffix(".processor")]
 
 
-def stand_beside(processor: Any, attn: Any) -> Any:
+def stand_beside(processor: Processor, attn: Any) -> Processor:
     """Puts a processor's own parameter where the layer's are, and in their dtype."""
-    if isinstance(processor, ClearAttnProcessor):
-        reference = next(attn.parameters())
-        processor.to(reference.device, reference.dtype if reference.dtype in DTYPES else None)
+    if isinstance(processor, ClearAttnProcessor) and processor.spatial_weight is not None:
+        reference, weight = next(attn.parameters()), processor.spatial_weight
+        weight.data = weight.data.to(reference.device, reference.dtype if reference.dtype in DTYPES else None)
     return processor
 
 

@@ -82,7 +82,8 @@ def check_replaceable(layers: Mapping[str, Any]) -> None:
         if type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point:
             raise RuntimeError(
                 f"{name} is a {type(parameter).__name__} of {parameter.dtype}, as in a quantized model, and takes no "
-                "other values; load the model in bfloat16, linearize it, and quantize it then"
+                "other values; load the model anew in bfloat16, linearize it, and quantize it then, or leave it its "
+                "own weights with weights=None"
             )
     for layer, attn in layers.items():
         if attn.fused_projections:

@@ -153,17 +153,21 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
         The parameters to train, in float32.
 
     Raises:
-        RuntimeError: the pipeline is not linearized.
+        RuntimeError: the pipeline is not linearized, or has an IP-Adapter.
         ValueError: a rank below 1.
     """
     transformer, family = find_transformer(pipe)
     if door_of(transformer) is None:
         raise RuntimeError("only a linearized model can have a student; call clear_attn.linearize(..., weights=None)")
+    layers = family.attention_layers(transformer)
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
+    adapted = next((layer for layer, attn in layers.items() if isinstance(attn.processor, family.adapters)), None)
+    if adapted:
+        raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
     transformer.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
-    for layer, attn in family.attention_layers(transformer).items():
+    for layer, attn in layers.items():
         of_layer = projections({layer: attn})
         student = {
             name.removeprefix(f"{layer}."): LowRank(module, rank, rng) if rank else copy.deepcopy(module).float()

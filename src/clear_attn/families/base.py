@@ -41,6 +41,7 @@ class Family(abc.ABC):
     Attributes:
         transformer_class: its transformers in diffusers.
         stock_processors: those that CLEAR's processor can stand in for.
+        adapters: those of adapters, whose work beside attention `stand_in` keeps up.
         text_first: whether text comes before the image where they are joined.
         text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
@@ -50,6 +51,7 @@ class Family(abc.ABC):
 
     transformer_class: type
     stock_processors: tuple[type, ...]
+    adapters: tuple[type, ...] = ()
     text_first: bool
     text_tokens: int
     residuals: tuple[str, ...] = ()
@@ -70,6 +72,10 @@ class Family(abc.ABC):
     def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
         """The processor for a layer."""
         return ClearAttnProcessor(down_factor, layer)
+
+    def stand_in(self, stock: Any, down_factor: int, layer: str) -> ClearAttnProcessor:
+        """The processor for a layer that has one of the stock processors or adapters."""
+        return self.new_processor(down_factor, layer)
 
     @abc.abstractmethod
     def latents_per_token(self, transformer: Any) -> int:

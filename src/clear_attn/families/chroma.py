@@ -43,6 +43,7 @@ class ChromaProcessor(ClearAttnProcessor):
 
 class Chroma(Untold, Flux):
     transformer_class = ChromaTransformer2DModel
+    adapters = ()
 
     def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
         return ChromaProcessor(down_factor, layer)

@@ -1,0 +1,164 @@
+"""The columns of the matrix: what is done to a pipeline, and what is expected of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tests import machine
+from tests.matrix.deeds import (
+    Deed,
+    anew,
+    attention_broadcast,
+    cast_layerwise,
+    compile_blocks,
+    compile_whole,
+    deep_copy,
+    first_block_cache,
+    fuse_projections,
+    fused_lora,
+    gguf_file,
+    int8,
+    lora,
+    nf4,
+    nothing,
+    offload_groups,
+    offload_sequentially,
+    offload_whole,
+    one_lora,
+    save_and_load,
+    share,
+    taylor_seer,
+    to_bfloat16,
+    two_loras,
+    unfuse_linearize_fuse,
+    unfused_lora,
+    without_offload_linearize_offload,
+)
+from tests.matrix.rows import ROWS
+
+BEFORE, AFTER = "before", "after"
+
+
+class Refusal(NamedTuple):
+    """An error and what it says to do instead, done to the pipeline that was refused, linearized or not."""
+
+    words: str
+    way_out: Deed
+
+
+class Column(NamedTuple):
+    """Something that is done to a pipeline.
+
+    Attributes:
+        do: changes a pipeline in place, or returns the one to go on with.
+        same: what has the same effect on a dense pipeline's numbers; by default the same.
+        changes: whether numbers become others by it.
+        orders: whether it is done before linearizing, after it, or both.
+        trained: whether distilled weights are put in, or the model keeps its own.
+        call: keywords of the pipeline's call.
+        refusals: by family and order.
+        not_in_diffusers: families and rows for which diffusers itself does not offer it, and its error's words.
+        tolerance: relative to the largest latent; what changes numbers must change them by twice as much.
+        marks: of pytest.
+    """
+
+    do: Deed
+    same: Deed | None = None
+    changes: bool = False
+    orders: tuple[str, ...] = (BEFORE, AFTER)
+    trained: bool = True
+    call: dict[str, Any] = {}  # noqa: RUF012
+    refusals: dict[tuple[str, str], Refusal] = {}  # noqa: RUF012
+    not_in_diffusers: dict[str, str] = {}  # noqa: RUF012
+    tolerance: float = 2e-5
+    marks: tuple[Any, ...] = ()
+
+    def missing(self, name: str) -> str | None:
+        """The words of diffusers' own error where it does not offer this for the row of this name."""
+        return self.not_in_diffusers.get(name) or self.not_in_diffusers.get(ROWS[name].family)
+
+
+def for_all(families: tuple[str, ...], orders: tuple[str, ...], refusal: Refusal) -> dict[tuple[str, str], Refusal]:
+    return {(family, order): refusal for family in families for order in orders}
+
+
+BOTH = "FLUX.1", "SD3"
+
+
+def quantized(quantize: Deed) -> Refusal:
+    return Refusal("as in a quantized model, .* linearize it, and quantize it then", anew(quantize))
+
+
+# These pipelines do not tell the cache which of their calls is which.
+CACHELESS = "image-to-image", "inpaint", "Fill", "Control", "ControlNet", "two ControlNets", "Kontext"
+NO_CACHE = {
+    "SD3": "has no attribute 'enable_cache'",
+    **{f"FLUX {kind}": "No cache context is set" for kind in CACHELESS},
+}
+STEPS = {"num_inference_steps": 5, "strength": None}
+
+
+COLUMNS = {
+    "nothing else": Column(nothing, orders=(AFTER,)),
+    "own weights": Column(nothing, orders=(AFTER,), trained=False),
+    "a LoRA": Column(one_lora, changes=True),
+    "two LoRAs": Column(two_loras, changes=True),
+    "a LoRA's scale changed": Column(lora(11, "one", 0.3), changes=True),
+    "a LoRA's scale in the call": Column(one_lora, changes=True, call={"joint_attention_kwargs": {"scale": 0.4}}),
+    "a fused LoRA": Column(
+        fused_lora,
+        changes=True,
+        refusals=for_all(BOTH, (BEFORE,), Refusal(r"fused .* call pipe\.unfuse_lora\(\) first", unfuse_linearize_fuse)),
+    ),
+    "a fused LoRA, own weights": Column(fused_lora, changes=True, orders=(BEFORE,), trained=False),
+    "a LoRA fused and unfused": Column(unfused_lora, changes=True),
+    "`fuse_qkv_projections`": Column(
+        fuse_projections,
+        same=nothing,
+        refusals={
+            ("SD3", AFTER): Refusal(
+                r"was replaced by a FusedJointAttnProcessor2_0 .* call clear_attn\.linearize\(\) again",
+                lambda pipe, cell: cell.linearize(pipe),
+            )
+        },
+    ),
+    "model offload": Column(offload_whole, same=nothing),
+    "sequential offload": Column(
+        offload_sequentially,
+        same=nothing,
+        refusals=for_all(
+            BOTH, (BEFORE,), Refusal(r"call pipe\.remove_all_hooks\(\) first", without_offload_linearize_offload)
+        ),
+    ),
+    "group offload, blocks": Column(offload_groups("block_level"), same=nothing),
+    "group offload, leaves": Column(offload_groups("leaf_level"), same=nothing),
+    "layerwise casting": Column(
+        cast_layerwise,
+        changes=True,
+        not_in_diffusers={"FLUX IP-Adapter": "must have the same dtype, but got Float8"},
+        tolerance=1e-3,
+    ),
+    "`pipe.to`": Column(to_bfloat16, tolerance=0.03),
+    "`compile_repeated_blocks`": Column(
+        compile_blocks,
+        same=nothing,
+        not_in_diffusers={"SD3": "_repeated_blocks"},
+        marks=(machine.needs_compiler,),
+    ),
+    "`torch.compile`": Column(compile_whole, same=nothing, marks=(machine.needs_compiler,)),
+    "FirstBlockCache": Column(first_block_cache, changes=True, call=STEPS, not_in_diffusers=NO_CACHE),
+    "PyramidAttentionBroadcast": Column(
+        attention_broadcast, changes=True, call=STEPS, not_in_diffusers={"SD3": NO_CACHE["SD3"]}
+    ),
+    "TaylorSeer": Column(taylor_seer, changes=True, call=STEPS, not_in_diffusers=NO_CACHE),
+    "int8 (torchao)": Column(int8, changes=True, refusals=for_all(BOTH, (BEFORE,), quantized(int8))),
+    "int8 (torchao), own weights": Column(int8, changes=True, orders=(BEFORE,), trained=False),
+    "nf4 (bitsandbytes)": Column(nf4, changes=True, refusals=for_all(BOTH, (BEFORE,), quantized(nf4))),
+    "nf4 (bitsandbytes), own weights": Column(nf4, changes=True, orders=(BEFORE,), trained=False),
+    "GGUF, own weights": Column(gguf_file, changes=True, orders=(BEFORE,), trained=False),
+    "`save_pretrained`, `from_pretrained`": Column(
+        save_and_load, same=nothing, not_in_diffusers={"FLUX two ControlNets": "has no attribute 'save_config'"}
+    ),
+    "`deepcopy`": Column(deep_copy, same=nothing),
+    "a transformer shared by pipelines": Column(share, same=nothing),
+}

@@ -1,0 +1,68 @@
+"""The page of docs that tells what was tested, from the rows and columns and the errors that the tests met."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.matrix.columns import AFTER, BEFORE, COLUMNS, Column
+from tests.matrix.rows import ROWS
+
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+
+HEAD = """# What it works with
+
+Written by `python -m tests.matrix`, which runs the tests that this page tells of, and writes nothing if one fails. Each
+cell is a tiny random pipeline of that kind, drawn on a CPU with a window of 3 tokens and pooled keys, and compared with
+the same set-up in which diffusers' own processors compute the rule densely. Distilled weights are put in but where it
+says "own weights".
+
+- **yes**: the same numbers, whether it is done before `linearize` or after.
+- **before**, **after**: only before `linearize`, or only after. The other way round it is refused with the error below;
+  the tests then do what it says, and compare.
+- **none**: diffusers does not offer it for this pipeline.
+
+Compiled models are traced whole here, but no machine code is made (other tests do that). The layers of bitsandbytes are
+put in by hand, for diffusers loads them on GPUs only. A GGUF file takes no distilled weights (the error for quantized
+models, below). Offloading goes from the CPU to the CPU.
+
+Refused wherever they are met: perturbed attention guidance (its pipelines, and hooks that skip attention inside a
+layer), smoothed energy guidance, attention masks, diffusers' context parallelism, and SD3's IP-Adapter.
+"""
+
+
+def said(name: str, column: Column, notes: Mapping[str, int]) -> str:
+    """The text of one cell, with the number of the error's note where one order is refused."""
+    if column.missing(name):
+        return "none"
+    family = ROWS[name].family
+    refused = [order for order in (BEFORE, AFTER) if (family, order) in column.refusals]
+    if not refused:
+        return "yes"
+    working = next(order for order in column.orders if order not in refused)
+    return f"{working} [{notes[column.refusals[family, refused[0]].words]}]"
+
+
+def notes() -> dict[str, int]:
+    """The refusals' words, numbered in the order of the table."""
+    words = dict.fromkeys(refusal.words for column in COLUMNS.values() for refusal in column.refusals.values())
+    return {each: number for number, each in enumerate(words, 1)}
+
+
+def tables() -> str:
+    numbers, parts = notes(), []
+    for family, rows in itertools.groupby(ROWS.items(), lambda item: item[1].family):
+        kinds = dict(rows)
+        lines = [["", *(name.removeprefix(f"{family.removesuffix('.1')} ") for name in kinds)]]
+        lines.append(["---"] * len(lines[0]))
+        lines += [[name, *(said(row, column, numbers) for row in kinds)] for name, column in COLUMNS.items()]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"## {family}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def page(errors: Mapping[str, str]) -> str:
+    """The whole page, with an error as it was raised for each refusal's words."""
+    said = "\n".join(f"{number}. {errors[words]}" for words, number in notes().items())
+    return f"{HEAD}\n{tables()}\n## Errors\n\n{said}\n"

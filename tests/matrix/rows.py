@@ -1,0 +1,228 @@
+"""The pipelines of the matrix: how each is built, tiny and offline, and called."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import FluxControlNetModel, FluxMultiControlNetModel, ReduxImageEncoder
+from PIL import Image
+from torch import Tensor
+from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+
+from tests import tiny
+from tests.test_controlnet import sd3_controlnet, wake
+
+HEIGHT, WIDTH, TOKEN = 72, 96, 8  # pixels; the small autoencoder's tokens have a side of 8
+GRID = HEIGHT // TOKEN, WIDTH // TOKEN
+REFERENCE = 56, 64  # of a reference picture, joined on
+IP_TOKENS, IP_DIM = 4, 20
+
+
+# Of the small FLUX; all pipelines share them.
+FLUX_PARTS = "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"
+
+
+class Row(NamedTuple):
+    """A kind of pipeline.
+
+    Attributes:
+        family: "FLUX.1" or "SD3".
+        build: makes the pipeline, random and always the same.
+        call: makes the keywords of its call, beyond the usual ones.
+        grids: of the image tokens that its transformer is given.
+        dress: puts on what diffusers neither saves with the pipeline nor loads.
+    """
+
+    family: str
+    build: Callable[[], Any]
+    call: Callable[[Any], dict[str, Any]]
+    grids: tuple[tuple[int, int], ...] = (GRID,)
+    dress: Callable[[Any], None] = lambda pipe: None
+
+    def pipeline(self) -> Any:
+        pipe = self.build()
+        self.dress(pipe)
+        return pipe
+
+    def draw(self, pipe: Any, **kwargs: Any) -> Tensor:
+        """The latents of a picture."""
+        pipe.set_progress_bar_config(disable=True)
+        torch.manual_seed(0)  # not every pipeline asks the generator for all that is random
+        usual = {
+            "prompt": "a red circle",
+            "height": HEIGHT,
+            "width": WIDTH,
+            "num_inference_steps": 2,
+            "max_sequence_length": 20,
+            "generator": torch.Generator().manual_seed(0),
+            "output_type": "latent",
+        }
+        call = {**usual, **self.call(pipe), **copy.deepcopy(kwargs)}  # pipelines write into what they are given
+        return pipe(**{name: value for name, value in call.items() if value is not None}).images.float()
+
+
+@functools.cache
+def picture(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Image.Image:
+    noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray((noise * 255).byte().numpy())
+
+
+def _values(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def flux(name: str, *, channels: int = 16, **parts: Any) -> Any:
+    """A FLUX pipeline of the class of this name with a random transformer, the rest from the small FLUX."""
+    others = {part: tiny.small_flux().components[part] for part in FLUX_PARTS}
+    sizes = {"joint_attention_dim": 128, "pooled_projection_dim": 64}
+    transformer = tiny.flux_transformer(guidance=True, in_channels=channels, out_channels=16, **sizes)
+    return getattr(diffusers, name)(**others, transformer=transformer, **parts)
+
+
+def flux_controlnet() -> FluxControlNetModel:
+    torch.manual_seed(5)
+    sizes = {"joint_attention_dim": 128, "pooled_projection_dim": 64, "in_channels": 16, "guidance_embeds": True}
+    return wake(FluxControlNetModel(**{**tiny.FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1, **sizes}))
+
+
+def sd3(name: str, *, dual: bool = False, **parts: Any) -> Any:
+    """An SD3 pipeline, or with dual attention an SD3.5."""
+    sizes = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "num_layers": 4}
+    components = {**tiny.small_sd3().components, "transformer": tiny.sd3_transformer(dual=dual, **sizes), **parts}
+    return getattr(diffusers, name)(**components)
+
+
+def shorten_prompts(pipe: Any) -> None:
+    pipe.tokenizer_max_length = pipe.tokenizer.model_max_length
+
+
+def sd3_control() -> Any:
+    torch.manual_seed(5)
+    sizes = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "num_layers": 2, "qk_norm": None}
+    return sd3_controlnet(**sizes, dual_attention_layers=())
+
+
+def load_ip_adapter(pipe: Any) -> None:
+    inner, text = pipe.transformer.inner_dim, pipe.transformer.config.joint_attention_dim
+    values = {}
+    for block in range(pipe.transformer.config.num_layers):
+        for place, name in enumerate(("to_k_ip", "to_v_ip")):
+            values[f"{block}.{name}.weight"] = _values(10 * block + place, inner, text)
+            values[f"{block}.{name}.bias"] = _values(10 * block + place + 5, inner)
+    projection = {
+        "proj.weight": _values(100, IP_TOKENS * text, IP_DIM),
+        "proj.bias": _values(101, IP_TOKENS * text),
+        "norm.weight": 1 + _values(102, text),
+        "norm.bias": _values(103, text),
+    }
+    weights = {"image_proj": projection, "ip_adapter": values}
+    pipe.load_ip_adapter(weights, weight_name=None, image_encoder_pretrained_model_name_or_path=None)
+    pipe.set_ip_adapter_scale(0.7)
+
+
+@functools.cache
+def _redux_prior() -> Any:
+    """Makes the text's tokens and behind them a picture's, for any FLUX."""
+    parts = tiny.small_flux().components
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8))
+    return diffusers.FluxPriorReduxPipeline(
+        image_encoder=encoder.eval(),
+        feature_extractor=SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+        image_embedder=ReduxImageEncoder(redux_dim=16, txt_in_features=128).eval(),
+        **{name: parts[name] for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")},
+    )
+
+
+def _redux_call(pipe: Any) -> dict[str, Any]:
+    made = _redux_prior()(picture(), prompt="a red circle")
+    embeddings = made.prompt_embeds[:, -24:], made.pooled_prompt_embeds
+    first, pooled = (x.to(pipe.transformer.dtype) for x in embeddings)
+    return {"prompt": None, "prompt_embeds": first, "pooled_prompt_embeds": pooled}
+
+
+def ip_call(pipe: Any) -> dict[str, Any]:
+    embeddings = (_values(seed, 1, 1, IP_DIM).to(pipe.transformer.dtype) for seed in (7, 8))
+    return {f"{kind}ip_adapter_image_embeds": [each] for kind, each in zip(("", "negative_"), embeddings, strict=True)}
+
+
+def _mask() -> Image.Image:
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    mask.paste(255, (16, 16, 64, 56))
+    return mask
+
+
+def controlled(pipe: Any) -> dict[str, Any]:
+    return {"control_image": picture(), "controlnet_conditioning_scale": 0.8}
+
+
+GUIDED = {"negative_prompt": "blue", "guidance_scale": 4.0}
+SKIPPING = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+
+ROWS = {
+    "FLUX text-to-image": Row("FLUX.1", lambda: flux("FluxPipeline"), lambda _: {}),
+    "FLUX true CFG": Row(
+        "FLUX.1", lambda: flux("FluxPipeline"), lambda _: {"negative_prompt": "blue ground", "true_cfg_scale": 3.0}
+    ),
+    "FLUX image-to-image": Row(
+        "FLUX.1", lambda: flux("FluxImg2ImgPipeline"), lambda _: {"image": picture(), "strength": 0.9}
+    ),
+    "FLUX inpaint": Row(
+        "FLUX.1",
+        lambda: flux("FluxInpaintPipeline"),
+        lambda _: {"image": picture(), "mask_image": _mask(), "strength": 0.9},
+    ),
+    "FLUX Fill": Row(
+        "FLUX.1",
+        lambda: flux("FluxFillPipeline", channels=96),  # latents, the masked picture's, and 64 of the mask
+        lambda _: {"image": picture(), "mask_image": _mask()},
+    ),
+    "FLUX Control": Row(
+        "FLUX.1", lambda: flux("FluxControlPipeline", channels=32), lambda _: {"control_image": picture()}
+    ),
+    "FLUX ControlNet": Row("FLUX.1", lambda: flux("FluxControlNetPipeline", controlnet=flux_controlnet()), controlled),
+    "FLUX two ControlNets": Row(
+        "FLUX.1",
+        lambda: flux(
+            "FluxControlNetPipeline", controlnet=FluxMultiControlNetModel([flux_controlnet(), flux_controlnet()])
+        ),
+        lambda _: {
+            "control_image": [picture(), picture(seed=1)],
+            "control_mode": [None, None],
+            "controlnet_conditioning_scale": [0.8, 0.5],
+        },
+    ),
+    "FLUX Kontext": Row(
+        "FLUX.1",
+        lambda: flux("FluxKontextPipeline"),
+        lambda _: {"image": picture(*REFERENCE), "max_area": HEIGHT * WIDTH, "_auto_resize": False},
+        (GRID, (REFERENCE[0] // TOKEN, REFERENCE[1] // TOKEN)),
+    ),
+    "FLUX Redux": Row("FLUX.1", lambda: flux("FluxPipeline"), _redux_call),
+    "FLUX IP-Adapter": Row("FLUX.1", lambda: flux("FluxPipeline"), ip_call, dress=load_ip_adapter),
+    "SD3 text-to-image": Row("SD3", lambda: sd3("StableDiffusion3Pipeline"), lambda _: GUIDED, dress=shorten_prompts),
+    "SD3 image-to-image": Row(
+        "SD3",
+        lambda: sd3("StableDiffusion3Img2ImgPipeline"),
+        lambda _: {**GUIDED, "image": picture(), "strength": 0.9},
+        dress=shorten_prompts,
+    ),
+    "SD3 ControlNet": Row(
+        "SD3",
+        lambda: sd3("StableDiffusion3ControlNetPipeline", controlnet=sd3_control()),
+        lambda _: {**GUIDED, "control_image": picture(), "controlnet_conditioning_scale": 0.8},
+        dress=shorten_prompts,
+    ),
+    "SD3.5, skipped layers": Row(
+        "SD3",
+        lambda: sd3("StableDiffusion3Pipeline", dual=True),
+        lambda _: {**GUIDED, **SKIPPING},
+        dress=shorten_prompts,
+    ),
+}

@@ -1,0 +1,141 @@
+"""Kinds of pipelines x what is done to them: numbers of the dense rule, or an error whose advice leads to them."""
+
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import clear_attn as clear
+from clear_attn.weights import POOLED, copy_values
+from tests.matrix.columns import BEFORE, COLUMNS
+from tests.matrix.deeds import Cell, nothing
+from tests.matrix.page import PAGE, notes, tables
+from tests.matrix.rows import ROWS
+from tests.plain import put_in_raster_order
+from tests.test_linearize import checkpoint_for, photograph
+
+WINDOW, FACTOR = 3, 2
+EVERY_COLUMN = "FLUX text-to-image", "SD3 text-to-image"
+EVERY_ROW = ("nothing else",)
+ONE_ORDER = "`compile_repeated_blocks`", "`torch.compile`"  # of them, for they take long
+
+
+def cells():
+    for (row, _), (name, column) in itertools.product(ROWS.items(), COLUMNS.items()):
+        for order in column.orders:
+            usual = name in EVERY_ROW or (row in EVERY_COLUMN and not (name in ONE_ORDER and order == BEFORE))
+            marks = [] if usual else [pytest.mark.matrix]
+            yield pytest.param(row, name, order, id=f"{row}-{name}-{order}", marks=[*marks, *column.marks])
+
+
+def pooled_weight():
+    return torch.rand(FACTOR, FACTOR, generator=torch.Generator().manual_seed(9)) / FACTOR**2
+
+
+def distilled(transformer):
+    """Random weights, the same pooled one in all layers."""
+    values = checkpoint_for(transformer)
+    shape = (1, 1, 1, FACTOR, 1, FACTOR, 1)
+    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    return values, {layer + POOLED: pooled_weight().view(shape) for layer in layers}
+
+
+def assert_untouched(transformer, before):
+    """As `assert_same`, but for values on the meta device and packed ones, which torch does not compare."""
+    after = photograph(transformer)
+    for values in (after["state"], before["state"]):
+        for name in [name for name, value in values.items() if type(value) is not torch.Tensor or value.is_meta]:
+            values[name] = None
+    assert after["state"].keys() == before["state"].keys()
+    assert all(value is None or torch.equal(value, before["state"][name]) for name, value in after["state"].items())
+    assert {**after, "state": None} == {**before, "state": None}
+
+
+def drawn_plainly(cell, column, done, call):
+    """What the dense rule draws, after ``done`` was done to the pipeline."""
+    pipe = cell.row.pipeline()
+    transformer = pipe.transformer
+    if column.trained:
+        layers = {name.removesuffix(".processor"): None for name in transformer.attn_processors}
+        copy_values(distilled(transformer)[0], {name: transformer.get_submodule(name) for name in layers})
+    pipe = done(pipe, cell) or pipe
+    weight = pooled_weight() if column.trained else None
+    put_in_raster_order(pipe.transformer, cell.row.grids, clear.ClearConfig(WINDOW, FACTOR), weight)
+    return cell.row.draw(pipe, **call)
+
+
+@pytest.mark.parametrize(("row", "column", "order"), list(cells()))
+def test_cell(row, column, order, tmp_path, record_property):
+    missing = COLUMNS[column].missing(row)
+    row, column = ROWS[row], COLUMNS[column]
+
+    def linearize(pipe):
+        weights = None
+        if column.trained:
+            weights = tmp_path / "weights.safetensors"
+            values, pooled = distilled(row.pipeline().transformer)
+            save_file({**values, **pooled}, weights)
+        return clear.linearize(pipe, WINDOW, FACTOR, weights=weights)
+
+    (tmp_path / "plain").mkdir()
+    cell, plain_cell = Cell(row, tmp_path, linearize), Cell(row, tmp_path / "plain", linearize)
+    if missing:
+        pipe = row.pipeline()
+        with pytest.raises((AttributeError, RuntimeError, ValueError), match=missing):  # noqa: PT012
+            column.do(pipe, cell)
+            row.draw(pipe, **column.call)
+        return
+    expected = drawn_plainly(plain_cell, column, column.same or column.do, column.call)
+    scale = expected.abs().max().item()
+    if column.changes:
+        call = {**column.call, "joint_attention_kwargs": None}
+        without = drawn_plainly(plain_cell, column, nothing, call)
+        assert (without - expected).abs().max() > 2 * column.tolerance * scale
+    pipe, refusal = row.pipeline(), column.refusals.get((row.family, order))
+    first, second = (column.do, cell.linearize) if order == BEFORE else (cell.linearize, column.do)
+
+    def do(deed, pipe):
+        made = deed(pipe, cell) if deed is column.do else deed(pipe)
+        return pipe if made is None else made
+
+    pipe = do(first, pipe)
+    if refusal:
+        if order == BEFORE:
+            before = photograph(pipe.transformer)
+        else:
+            do(second, pipe)
+        with pytest.raises(RuntimeError, match=refusal.words) as error:
+            second(pipe) if order == BEFORE else row.draw(pipe, **column.call)
+        if order == BEFORE:
+            assert_untouched(pipe.transformer, before)
+        record_property(refusal.words, str(error.value))
+        pipe = refusal.way_out(pipe, cell) or pipe
+    else:
+        pipe = do(second, pipe)
+    drawn = row.draw(pipe, **column.call)
+    torch.testing.assert_close(drawn, expected, atol=column.tolerance * scale, rtol=0)
+
+
+@functools.cache
+def dense(row):
+    return ROWS[row].draw(ROWS[row].pipeline())
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_restored_each_pipeline_draws_as_before(row):
+    pipe = ROWS[row].pipeline()
+    clear.linearize(pipe, WINDOW, FACTOR, weights=None)
+    local = ROWS[row].draw(pipe)
+    assert (local - dense(row)).abs().max() > 1e-3
+    clear.restore(pipe)
+    assert torch.equal(ROWS[row].draw(pipe), dense(row))
+
+
+def test_the_page_tells_of_these_cells():
+    text = PAGE.read_text(encoding="utf-8")
+    assert tables() in text, "write it anew: python -m tests.matrix"
+    for words, number in notes().items():
+        assert re.search(rf"^{number}\. .*{words}", text, re.MULTILINE), words

@@ -1,0 +1,167 @@
+"""What is most likely to bite together: adapters with each other, offloading and ControlNets; graphs and sizes."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch._dynamo.utils import counters
+
+import clear_attn as clear
+from clear_attn.distill.student import add_student
+from tests import machine, tiny
+from tests.matrix import deeds
+from tests.matrix.deeds import Cell
+from tests.matrix.rows import GRID, ROWS, controlled, flux, flux_controlnet, load_ip_adapter
+from tests.plain import in_raster_order, put_in_raster_order, run
+from tests.test_linearize import checkpoint_for, photograph
+
+CONFIG = clear.ClearConfig(3, 2)
+
+
+def plainly(pipe, grids=(GRID,), config=CONFIG):
+    put_in_raster_order(pipe.transformer, grids, config)
+    return pipe
+
+
+def assert_close(drawn, expected):
+    torch.testing.assert_close(drawn, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+
+
+def linearize(pipe):
+    return clear.linearize(pipe, CONFIG.window, CONFIG.down_factor, weights=None)
+
+
+@pytest.mark.parametrize(
+    "offload", [deeds.offload_whole, deeds.offload_sequentially, deeds.offload_groups("leaf_level")]
+)
+@pytest.mark.parametrize("name", ["FLUX text-to-image", "SD3 text-to-image"])
+def test_loras_under_offloading(name, offload, tmp_path):
+    row = ROWS[name]
+    cell = Cell(row, tmp_path, linearize)
+    pipe = row.pipeline()
+    deeds.two_loras(pipe, cell)
+    expected = row.draw(plainly(pipe))
+    pipe = row.pipeline()
+    deeds.one_lora(pipe, cell)
+    linearize(pipe)
+    deeds.lora(12, "two")(pipe, cell)
+    pipe.set_adapters(["one", "two"], [0.7, -0.4])
+    offload(pipe, cell)
+    assert_close(row.draw(pipe), expected)
+
+
+def test_distilled_weights_for_a_gguf_file(tmp_path):
+    row = ROWS["FLUX text-to-image"]
+    pipe = row.pipeline()
+    save_file(checkpoint_for(pipe.transformer), tmp_path / "weights.safetensors")
+    deeds.gguf_file(pipe, Cell(row, tmp_path, linearize))
+    before = photograph(pipe.transformer)
+    with pytest.raises(RuntimeError, match=r"is a GGUFParameter .* as in a quantized model"):
+        clear.linearize(pipe, 3, weights=tmp_path / "weights.safetensors")
+    after = photograph(pipe.transformer)
+    assert {**after, "state": None} == {**before, "state": None}
+
+
+def test_what_was_quantized_since_is_not_overwritten(tmp_path):
+    row = ROWS["FLUX text-to-image"]
+    pipe = row.pipeline()
+    save_file(checkpoint_for(pipe.transformer), tmp_path / "weights.safetensors")
+    clear.linearize(pipe, 3, weights=tmp_path / "weights.safetensors")
+    deeds.int8(pipe, Cell(row, tmp_path, linearize))
+    expected = row.draw(pipe)
+    for verb in (clear.restore, linearize, lambda pipe: clear.save_pretrained(pipe, tmp_path / "saved")):
+        with pytest.raises(RuntimeError, match=r"as in a quantized model, .* load the model anew in bfloat16"):
+            verb(pipe)
+        assert torch.equal(row.draw(pipe), expected)
+    assert not (tmp_path / "saved").exists()
+
+
+class TestIPAdapter:
+    row = ROWS["FLUX IP-Adapter"]
+
+    def test_with_a_controlnet(self):
+        def build():
+            pipe = flux("FluxControlNetPipeline", controlnet=flux_controlnet())
+            load_ip_adapter(pipe)
+            return pipe
+
+        def draw(pipe):
+            return self.row.draw(pipe, **controlled(pipe))
+
+        expected = draw(plainly(build()))
+        pipe = linearize(build())
+        assert_close(draw(pipe), expected)
+        pipe.set_ip_adapter_scale(0.0)
+        assert (draw(pipe) - expected).abs().max() > 1e-2
+
+    def test_a_scale_set_while_linearized_stays(self):
+        other = self.row.pipeline()
+        other.set_ip_adapter_scale([0.2, 0.9])
+        expected = self.row.draw(other)
+        pipe = linearize(self.row.pipeline())
+        pipe.set_ip_adapter_scale([0.2, 0.9])
+        clear.restore(pipe)
+        assert torch.equal(self.row.draw(pipe), expected)
+
+    def test_loaded_and_unloaded_after_linearizing(self):
+        plain = ROWS["FLUX text-to-image"]
+        expected = self.row.draw(plainly(self.row.pipeline()))
+        pipe = linearize(plain.pipeline())
+        load_ip_adapter(pipe)
+        with pytest.raises(RuntimeError, match=r"by a FluxIPAdapterAttnProcessor .* clear_attn\.linearize\(\) again"):
+            self.row.draw(pipe)
+        linearize(pipe)
+        assert_close(self.row.draw(pipe), expected)
+        pipe.unload_ip_adapter()
+        with pytest.raises(RuntimeError, match=r"by a FluxAttnProcessor .* clear_attn\.linearize\(\) again"):
+            plain.draw(pipe)
+        linearize(pipe)
+        assert_close(plain.draw(pipe), plain.draw(plainly(plain.pipeline())))
+        clear.restore(pipe)
+        assert torch.equal(plain.draw(pipe), plain.draw(plain.pipeline()))
+
+    def test_its_own_weights_keep_their_dtype(self):
+        pipe = self.row.pipeline()
+        before = pipe.transformer.transformer_blocks[0].attn.processor.to_k_ip[0].weight
+        pipe.transformer.to(torch.bfloat16)
+        pipe.transformer.transformer_blocks[0].attn.processor.float()
+        linearize(pipe)
+        processor = pipe.transformer.transformer_blocks[0].attn.processor
+        assert processor.to_k_ip[0].weight is before
+        assert (before.dtype, processor.spatial_weight.dtype) == (torch.float32, torch.bfloat16)
+
+    def test_proportional_attention_keeps_it_or_refuses_it(self):
+        pipe = self.row.pipeline()
+        with (
+            pytest.raises(RuntimeError, match=r"FluxIPAdapterAttnProcessor, whose scores .* cannot scale"),
+            clear.proportional_attention(pipe),
+        ):
+            pass
+        linearize(pipe)
+        with clear.proportional_attention(pipe):
+            pipe.set_ip_adapter_scale(0.0)
+            without = self.row.draw(pipe)
+            pipe.set_ip_adapter_scale(0.7)
+            assert (self.row.draw(pipe) - without).abs().max() > 1e-2
+
+    def test_no_student_would_drop_it(self):
+        pipe = linearize(self.row.pipeline())
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.attn has an IP-Adapter; call pipe\.unload"):
+            add_student(pipe)
+
+
+@machine.needs_compiler
+def test_compiled_at_changing_sizes():
+    """The second round of sizes compiles nothing. For FLUX see `test_compiled_blocks_settle`."""
+    transformer = tiny.SD3.transformer(num_layers=2)
+    grids = [(9, 12), (5, 15), (12, 9)]
+    calls = [tiny.SD3.call(transformer, grid) for grid in grids]
+    plain = [in_raster_order(transformer, [grid], CONFIG) for grid in grids]
+    torch.compiler.reset()
+    compiled, model = [], torch.compile(linearize(transformer), backend="eager")
+    for _ in range(2):
+        before = counters["stats"]["unique_graphs"]
+        for call, dense in zip(calls, plain, strict=True):
+            assert_close(run(model, call), run(dense, call))
+        compiled.append(counters["stats"]["unique_graphs"] - before)
+    assert compiled[0] > 0
+    assert compiled[1] == 0
