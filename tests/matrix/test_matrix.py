@@ -95,26 +95,19 @@ def test_cell(row, column, order, tmp_path, record_property):
         without = drawn_plainly(plain_cell, column, nothing, call)
         assert (without - expected).abs().max() > 2 * column.tolerance * scale
     pipe, refusal = row.pipeline(), column.refusals.get((row.family, order))
-    first, second = (column.do, cell.linearize) if order == BEFORE else (cell.linearize, column.do)
-
-    def do(deed, pipe):
-        made = deed(pipe, cell) if deed is column.do else deed(pipe)
-        return pipe if made is None else made
-
-    pipe = do(first, pipe)
+    deeds = [column.do, lambda pipe, cell: cell.linearize(pipe)]
+    first, second = deeds if order == BEFORE else reversed(deeds)
+    pipe = first(pipe, cell) or pipe
     if refusal:
-        if order == BEFORE:
-            before = photograph(pipe.transformer)
-        else:
-            do(second, pipe)
-        with pytest.raises(RuntimeError, match=refusal.words) as error:
-            second(pipe) if order == BEFORE else row.draw(pipe, **column.call)
+        before = photograph(pipe.transformer)
+        with pytest.raises(RuntimeError, match=refusal.words) as error:  # noqa: PT012
+            second(pipe, cell)
+            row.draw(pipe, **column.call)
         if order == BEFORE:
             assert_untouched(pipe.transformer, before)
         record_property(refusal.words, str(error.value))
-        pipe = refusal.way_out(pipe, cell) or pipe
-    else:
-        pipe = do(second, pipe)
+        second = refusal.way_out
+    pipe = second(pipe, cell) or pipe
     drawn = row.draw(pipe, **column.call)
     torch.testing.assert_close(drawn, expected, atol=column.tolerance * scale, rtol=0)
 
