@@ -55,9 +55,7 @@ class Schedule:
             if isinstance(above, bool) or not isinstance(above, numbers.Real):
                 raise TypeError(f"dense_above must be a number, got {above!r}; it is a share of noise, 0 to 1")
             if not 0 <= above <= 1:
-                raise ValueError(
-                    f"dense_above must be from 0 to 1, got {above!r}; it is a share of noise, 0.9 is usual"
-                )
+                raise ValueError(f"dense_above must be from 0 to 1, got {above!r}; it is a share of noise, 0.9 say")
             object.__setattr__(self, "dense_above", float(above))
         if isinstance(self.dense_layers, str):
             raise TypeError(
