@@ -3,14 +3,14 @@
 
 import pytest
 import torch
-from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
 from clear_attn.distill.recipes import recipe_of
-from tests import machine, tiny
+from tests import machine, pipelines, tiny
 from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 
 # What holds of every family, here of this one.
@@ -84,24 +84,9 @@ def test_masks_that_do_not_fit(transformer):
         run(transformer, {**call, "attention_mask": call["attention_mask"].roll(1, 1).flip(1)})
 
 
-def pipeline(kind):
-    parts = tiny.sd3_pipeline().components
-    pipe = kind(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=parts["vae"],
-        text_encoder=parts["text_encoder_3"],
-        tokenizer=parts["tokenizer_3"],
-        transformer=tiny.chroma_transformer(
-            in_channels=4 * parts["vae"].config.latent_channels, joint_attention_dim=32
-        ),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.mark.parametrize("kind", [ChromaPipeline, ChromaImg2ImgPipeline, ChromaInpaintPipeline])
 def test_pipelines_with_guidance(kind):
-    pipe = pipeline(kind)
+    pipe = pipelines.chroma(kind)
     side = 2 * pipe.vae_scale_factor
     picture = Image.effect_mandelbrot((9 * side, 7 * side), (-2, -1, 1, 1), 50).convert("RGB")
     # ChromaInpaintPipeline of diffusers 0.42.1 reads it, and the model does not know it.
@@ -133,7 +118,7 @@ def test_what_it_is_refused_for(transformer):
     with pytest.raises(TypeError, match="a ChromaTransformer2DModel cannot be distilled"):
         recipe_of(transformer)
     with pytest.raises(TypeError, match="highres does not know a ChromaPipeline"):
-        clear.highres(pipeline(ChromaPipeline), "a red circle", height=64, width=64)
+        clear.highres(pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
     refused = pytest.raises(TypeError, match="cannot tell the layers of a ChromaTransformer2DModel")
     with refused, clear.proportional_attention(transformer):
         pass

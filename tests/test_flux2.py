@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -11,7 +10,7 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.families.flux2 import ParallelProcessor
-from tests import machine, tiny
+from tests import machine, pipelines, tiny
 from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 
 # What holds of every family, here of this one.
@@ -60,35 +59,19 @@ def test_three_pictures_of_different_size(transformer, backend):
 
 @pytest.fixture
 def pipe():
-    torch.manual_seed(2)
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        latent_channels=2,
-        norm_num_groups=1,
-        mid_block_add_attention=False,
-    )
-    pipe = Flux2KleinPipeline(
-        FlowMatchEulerDiscreteScheduler(shift=3.0), vae.eval(), None, None, tiny.flux2_transformer()
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipelines.flux2()
 
 
 @pytest.mark.parametrize("references", [[], [(64, 80)], [(72, 64), (64, 64)]])
 def test_pipeline_with_guidance_and_reference_pictures(pipe, references):
     rng = torch.Generator().manual_seed(4)
-    text, negative = torch.randn(2, 9, 12, generator=rng), torch.randn(2, 5, 12, generator=rng)
     noise = torch.rand(100, 100, 3, generator=rng).mul(255).byte().numpy()
     pictures = [Image.fromarray(noise).resize((width, height)) for height, width in references]
 
     def draw():
         return pipe(
             image=pictures or None,
-            prompt_embeds=text,
-            negative_prompt_embeds=negative,
+            **pipelines.flux2_text(),
             height=60,
             width=44,
             num_inference_steps=2,

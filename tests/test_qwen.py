@@ -4,8 +4,6 @@
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
     QwenImageEditPlusPipeline,
@@ -18,7 +16,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn.distill.recipes import recipe_of
-from tests import machine, tiny
+from tests import machine, pipelines, tiny
 from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 from tests.test_controlnet import wake
 
@@ -119,45 +117,9 @@ def test_calls_that_do_not_fit(transformer, change, words):
         run(transformer, {**tiny.qwen_call(transformer, (4, 6)), **change})
 
 
-def pipeline(kind, **parts):
-    torch.manual_seed(2)
-    vae = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    pipe = kind(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=tiny.qwen_transformer(),
-        **parts,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def settings_of(batch=1, padded=0):
-    rng = torch.Generator().manual_seed(4)
-    text, negative = torch.randn(batch, 9, 12, generator=rng), torch.randn(batch, 5, 12, generator=rng)
-    mask = torch.ones(batch, 9, dtype=torch.long)
-    mask[-1, 9 - padded :] = 0
-    return {
-        "prompt_embeds": text,
-        "prompt_embeds_mask": mask,
-        "negative_prompt_embeds": negative,
-        "negative_prompt_embeds_mask": torch.ones(batch, 5, dtype=torch.long),
-        "true_cfg_scale": 3.0,
-        "height": 13 * 16,
-        "width": 7 * 16,
-        "num_inference_steps": 2,
-        "output_type": "latent",
-    }
+def settings_of(**text):
+    size = {"height": 13 * 16, "width": 7 * 16}
+    return {**pipelines.qwen_text(**text), **size, "num_inference_steps": 2, "output_type": "latent"}
 
 
 def a_picture(height, width):
@@ -165,13 +127,13 @@ def a_picture(height, width):
 
 
 def test_pipeline_with_guidance_and_padded_text():
-    pipe = pipeline(QwenImagePipeline)
+    pipe = pipelines.qwen(QwenImagePipeline)
     call = settings_of(batch=2, padded=4)
     check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
 
 
 def test_image_to_image():
-    pipe, call = pipeline(QwenImageImg2ImgPipeline), settings_of()
+    pipe, call = pipelines.qwen(QwenImageImg2ImgPipeline), settings_of()
     call |= {"image": a_picture(208, 112), "strength": 1.0}
     check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
 
@@ -180,7 +142,7 @@ def test_edit_with_a_reference_picture(monkeypatch):
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit
 
     monkeypatch.setattr(edit, "VAE_IMAGE_SIZE", 8 * 16 * 8 * 16)
-    pipe, call = pipeline(QwenImageEditPlusPipeline, processor=None), settings_of()
+    pipe, call = pipelines.qwen(QwenImageEditPlusPipeline, processor=None), settings_of()
     call["image"] = [a_picture(128, 128)]
     check_pipeline(pipe, [(13, 7), (8, 8)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
 
@@ -217,14 +179,14 @@ class TestControlNet:
         torch.testing.assert_close(gradient(controlnet.train()), expected, atol=1e-6, rtol=1e-5)
 
     def test_pipeline(self):
-        pipe, call = pipeline(QwenImageControlNetPipeline, controlnet=self.build()), settings_of()
+        pipe, call = pipelines.qwen(QwenImageControlNetPipeline, controlnet=self.build()), settings_of()
         call |= {"control_image": a_picture(208, 112), "controlnet_conditioning_scale": 1.0}
         check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
         assert "ControlNet 1, dense" in str(clear.cost(pipe, 208, 112, window=3))
 
 
 def test_what_it_is_refused_for(transformer):
-    pipe = pipeline(QwenImagePipeline)
+    pipe = pipelines.qwen(QwenImagePipeline)
     with pytest.raises(TypeError, match="a QwenImageTransformer2DModel cannot be distilled"):
         recipe_of(transformer)
     with pytest.raises(TypeError, match="highres does not know a QwenImagePipeline"):

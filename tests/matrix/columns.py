@@ -82,7 +82,7 @@ def for_all(families: tuple[str, ...], orders: tuple[str, ...], refusal: Refusal
     return {(family, order): refusal for family in families for order in orders}
 
 
-BOTH = "FLUX.1", "SD3"
+ALL = tuple(dict.fromkeys(row.family for row in ROWS.values()))
 
 
 def quantized(quantize: Deed) -> Refusal:
@@ -104,11 +104,11 @@ COLUMNS = {
     "a LoRA": Column(one_lora, changes=True),
     "two LoRAs": Column(two_loras, changes=True),
     "a LoRA's scale changed": Column(lora(11, "one", 0.3), changes=True),
-    "a LoRA's scale in the call": Column(one_lora, changes=True, call={"joint_attention_kwargs": {"scale": 0.4}}),
+    "a LoRA's scale in the call": Column(one_lora, changes=True, call={"attention_kwargs": {"scale": 0.4}}),
     "a fused LoRA": Column(
         fused_lora,
         changes=True,
-        refusals=for_all(BOTH, (BEFORE,), Refusal(r"fused .* call pipe\.unfuse_lora\(\) first", unfuse_linearize_fuse)),
+        refusals=for_all(ALL, (BEFORE,), Refusal(r"fused .* call pipe\.unfuse_lora\(\) first", unfuse_linearize_fuse)),
     ),
     "a fused LoRA, own weights": Column(fused_lora, changes=True, orders=(BEFORE,), trained=False),
     "a LoRA fused and unfused": Column(unfused_lora, changes=True),
@@ -127,7 +127,7 @@ COLUMNS = {
         offload_sequentially,
         same=nothing,
         refusals=for_all(
-            BOTH, (BEFORE,), Refusal(r"call pipe\.remove_all_hooks\(\) first", without_offload_linearize_offload)
+            ALL, (BEFORE,), Refusal(r"call pipe\.remove_all_hooks\(\) first", without_offload_linearize_offload)
         ),
     ),
     "group offload, blocks": Column(offload_groups("block_level"), same=nothing),
@@ -151,9 +151,9 @@ COLUMNS = {
         attention_broadcast, changes=True, call=STEPS, not_in_diffusers={"SD3": NO_CACHE["SD3"]}
     ),
     "TaylorSeer": Column(taylor_seer, changes=True, call=STEPS, not_in_diffusers=NO_CACHE),
-    "int8 (torchao)": Column(int8, changes=True, refusals=for_all(BOTH, (BEFORE,), quantized(int8))),
+    "int8 (torchao)": Column(int8, changes=True, refusals=for_all(ALL, (BEFORE,), quantized(int8))),
     "int8 (torchao), own weights": Column(int8, changes=True, orders=(BEFORE,), trained=False),
-    "nf4 (bitsandbytes)": Column(nf4, changes=True, refusals=for_all(BOTH, (BEFORE,), quantized(nf4))),
+    "nf4 (bitsandbytes)": Column(nf4, changes=True, refusals=for_all(ALL, (BEFORE,), quantized(nf4))),
     "nf4 (bitsandbytes), own weights": Column(nf4, changes=True, orders=(BEFORE,), trained=False),
     "GGUF, own weights": Column(gguf_file, changes=True, orders=(BEFORE,), trained=False),
     "`save_pretrained`, `from_pretrained`": Column(

@@ -39,13 +39,15 @@ def nothing(pipe: Any, cell: Cell) -> None:
 
 # LoRA
 
+ADAPTED = "attn.to_q", "attn.to_v", "attn.to_out.0", "ff.net.2", "proj_mlp", "to_qkv_mlp_proj", "img_mlp.net.2"
+
 
 def lora(seed: int, name: str, adapter_scale: float | None = None) -> Deed:
     def load(pipe: Any, cell: Cell) -> None:
         rng = torch.Generator().manual_seed(seed)
         values = {}
         for layer, module in sorted(pipe.transformer.named_modules()):
-            if layer.endswith(("attn.to_q", "attn.to_v", "attn.to_out.0", "ff.net.2", "proj_mlp")):
+            if layer.endswith(ADAPTED):
                 values[f"transformer.{layer}.lora_A.weight"] = torch.randn(2, module.in_features, generator=rng) / 2
                 values[f"transformer.{layer}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=rng) / 2
         pipe.load_lora_weights(values, adapter_name=name)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import diffusers
 import torch
 from diffusers import FluxControlNetModel, FluxMultiControlNetModel, ReduxImageEncoder
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from torch import Tensor
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from tests import tiny
+from tests import pipelines, tiny
 from tests.test_controlnet import sd3_controlnet, wake
 
 HEIGHT, WIDTH, TOKEN = 72, 96, 8  # pixels; the small autoencoder's tokens have a side of 8
 GRID = HEIGHT // TOKEN, WIDTH // TOKEN
 REFERENCE = 56, 64  # of a reference picture, joined on
+FLUX2_REFERENCE = 64, 80
+EDITED = 96, 128  # of Qwen-Image's, which rounds to 32
 IP_TOKENS, IP_DIM = 4, 20
 
 
@@ -31,11 +37,13 @@ class Row(NamedTuple):
     """A kind of pipeline.
 
     Attributes:
-        family: "FLUX.1" or "SD3".
+        family: of its transformer, a table of the page.
         build: makes the pipeline, random and always the same.
         call: makes the keywords of its call, beyond the usual ones.
         grids: of the image tokens that its transformer is given.
         dress: puts on what diffusers neither saves with the pipeline nor loads.
+        keywords: the name by which its call takes keywords for the layers.
+        meanwhile: what holds while it draws.
     """
 
     family: str
@@ -43,13 +51,15 @@ class Row(NamedTuple):
     call: Callable[[Any], dict[str, Any]]
     grids: tuple[tuple[int, int], ...] = (GRID,)
     dress: Callable[[Any], None] = lambda pipe: None
+    keywords: str = "joint_attention_kwargs"
+    meanwhile: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def pipeline(self) -> Any:
         pipe = self.build()
         self.dress(pipe)
         return pipe
 
-    def draw(self, pipe: Any, **kwargs: Any) -> Tensor:
+    def draw(self, pipe: Any, attention_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Tensor:
         """The latents of a picture."""
         pipe.set_progress_bar_config(disable=True)
         torch.manual_seed(0)  # not every pipeline asks the generator for all that is random
@@ -62,8 +72,10 @@ class Row(NamedTuple):
             "generator": torch.Generator().manual_seed(0),
             "output_type": "latent",
         }
+        kwargs = {self.keywords: attention_kwargs, **kwargs}
         call = {**usual, **self.call(pipe), **copy.deepcopy(kwargs)}  # pipelines write into what they are given
-        return pipe(**{name: value for name, value in call.items() if value is not None}).images.float()
+        with self.meanwhile():
+            return pipe(**{name: value for name, value in call.items() if value is not None}).images.float()
 
 
 @functools.cache
@@ -162,6 +174,22 @@ def controlled(pipe: Any) -> dict[str, Any]:
     return {"control_image": picture(), "controlnet_conditioning_scale": 0.8}
 
 
+def _embedded(pipe: Any, text: dict[str, Any], token: int, **others: Any) -> dict[str, Any]:
+    """Keywords for a pipeline without a text encoder, whose tokens have another side than the small autoencoder's."""
+    dtype = pipe.transformer.dtype
+    text = {name: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for name, x in text.items()}
+    return {"prompt": None, "height": GRID[0] * token, "width": GRID[1] * token, **text, **others}
+
+
+def _flux2_call(pipe: Any, **others: Any) -> dict[str, Any]:
+    return _embedded(pipe, pipelines.flux2_text(), 4, guidance_scale=3.0, **others)
+
+
+def _small_references() -> AbstractContextManager[Any]:
+    """For diffusers makes a reference picture's area 1024 x 1024, whatever it was."""
+    return mock.patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", math.prod(EDITED))
+
+
 GUIDED = {"negative_prompt": "blue", "guidance_scale": 4.0}
 SKIPPING = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
 
@@ -224,5 +252,32 @@ ROWS = {
         lambda: sd3("StableDiffusion3Pipeline", dual=True),
         lambda _: {**GUIDED, **SKIPPING},
         dress=shorten_prompts,
+    ),
+    "FLUX.2 text-to-image": Row("FLUX.2", pipelines.flux2, _flux2_call, keywords="attention_kwargs"),
+    "FLUX.2 a reference picture": Row(
+        "FLUX.2",
+        pipelines.flux2,
+        lambda pipe: _flux2_call(pipe, image=[picture(*FLUX2_REFERENCE)]),
+        (GRID, (FLUX2_REFERENCE[0] // 4, FLUX2_REFERENCE[1] // 4)),
+        keywords="attention_kwargs",
+    ),
+    "Qwen-Image text-to-image": Row(
+        "Qwen-Image",
+        lambda: pipelines.qwen(diffusers.QwenImagePipeline),
+        lambda pipe: _embedded(pipe, pipelines.qwen_text(batch=2, padded=4), 16),
+        keywords="attention_kwargs",
+    ),
+    "Qwen-Image Edit": Row(
+        "Qwen-Image",
+        lambda: pipelines.qwen(diffusers.QwenImageEditPlusPipeline, processor=None),
+        lambda pipe: _embedded(pipe, pipelines.qwen_text(), 16, image=[picture(*EDITED)]),
+        (GRID, (EDITED[0] // 16, EDITED[1] // 16)),
+        keywords="attention_kwargs",
+        meanwhile=_small_references,
+    ),
+    "Chroma text-to-image": Row(
+        "Chroma",
+        lambda: pipelines.chroma(diffusers.ChromaPipeline),
+        lambda _: {"negative_prompt": "blue", "guidance_scale": 3.0},
     ),
 }

@@ -91,7 +91,7 @@ def test_cell(row, column, order, tmp_path, record_property):
     expected = drawn_plainly(plain_cell, column, column.same or column.do, column.call)
     scale = expected.abs().max().item()
     if column.changes:
-        call = {**column.call, "joint_attention_kwargs": None}
+        call = {**column.call, "attention_kwargs": None}
         without = drawn_plainly(plain_cell, column, nothing, call)
         assert (without - expected).abs().max() > 2 * column.tolerance * scale
     pipe, refusal = row.pipeline(), column.refusals.get((row.family, order))
