@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the families that have no small model in the box, and text for those without an encoder."""
+"""Tiny random pipelines of the families that have no small model in the box, and embedded text for some."""
 
 import torch
 from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
@@ -11,8 +11,13 @@ def _quiet(pipe):
     return pipe
 
 
+def unasked():
+    """Stands where a text encoder does, for a pipeline learns from it on which device it computes."""
+    return tiny.small_sd3().text_encoder_3
+
+
 def flux2():
-    """A FLUX.2 whose tokens have a side of 4 pixels, without a text encoder."""
+    """A FLUX.2 whose tokens have a side of 4 pixels, to be called with `flux2_text`."""
     torch.manual_seed(2)
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -24,18 +29,18 @@ def flux2():
         mid_block_add_attention=False,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return _quiet(Flux2KleinPipeline(scheduler, vae.eval(), None, None, tiny.flux2_transformer()))
+    return _quiet(Flux2KleinPipeline(scheduler, vae.eval(), unasked(), None, tiny.flux2_transformer()))
 
 
-def flux2_text():
-    """Keywords of a call that tell what to draw and what not, random."""
+def flux2_text(negative=5):
+    """Keywords of a call that tell what to draw and, in so many tokens, what not, random."""
     rng = torch.Generator().manual_seed(4)
-    text, negative = torch.randn(2, 9, 12, generator=rng), torch.randn(2, 5, 12, generator=rng)
+    text, negative = torch.randn(2, 9, 12, generator=rng), torch.randn(2, negative, 12, generator=rng)
     return {"prompt_embeds": text, "negative_prompt_embeds": negative}
 
 
 def qwen(kind, **parts):
-    """A Qwen-Image pipeline of this class whose tokens have a side of 16 pixels, without a text encoder."""
+    """A Qwen-Image pipeline of this class whose tokens have a side of 16 pixels, to be called with `qwen_text`."""
     torch.manual_seed(2)
     vae = AutoencoderKLQwenImage(
         base_dim=4,
@@ -47,7 +52,7 @@ def qwen(kind, **parts):
         latents_std=[1.0] * 4,
     )
     scheduler, transformer = FlowMatchEulerDiscreteScheduler(shift=3.0), tiny.qwen_transformer()
-    others = {"text_encoder": None, "tokenizer": None, **parts}
+    others = {"text_encoder": unasked(), "tokenizer": None, **parts}
     return _quiet(kind(scheduler=scheduler, vae=vae.eval(), transformer=transformer, **others))
 
 

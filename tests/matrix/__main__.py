@@ -1,5 +1,6 @@
-"""Runs the whole matrix, and writes docs/compatibility.md from it: `python -m tests.matrix`."""
+"""Runs the matrix, and writes docs/compatibility.md from it: `python -m tests.matrix`, with --family a table of it."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -8,11 +9,24 @@ import pytest
 TESTS = Path(__file__).parent / "test_matrix.py"
 
 
-class Errors:
-    """A plugin that collects the errors met, by the words that were expected, and what was skipped."""
+class Run:
+    """A plugin that picks a family's tests, or all, and collects what the page is written from.
 
-    def __init__(self):
-        self.met, self.skipped = {}, []
+    Attributes:
+        ran: the families.
+        met: errors, by the words that were expected.
+        skipped: tests.
+    """
+
+    def __init__(self, family):
+        self.family, self.ran, self.met, self.skipped = family, set(), {}, []
+
+    def pytest_collection_modifyitems(self, items):
+        from tests.matrix.rows import ROWS  # not before pytest has read conftest.py, which keeps all offline
+
+        families = {item: ROWS[item.callspec.params["row"]].family for item in items if hasattr(item, "callspec")}
+        items[:] = [item for item, family in families.items() if self.family in (None, family)]
+        self.ran = {families[item] for item in items}
 
     def pytest_runtest_logreport(self, report):
         for words, error in report.user_properties if report.when == "call" else ():
@@ -22,12 +36,14 @@ class Errors:
 
 
 if __name__ == "__main__":
-    errors = Errors()
-    code = pytest.main([str(TESTS), "-m", "", "-k", "not page"], [errors])
-    from tests.matrix.page import PAGE, page  # not before pytest has read conftest.py, which keeps all offline
+    parser = argparse.ArgumentParser("python -m tests.matrix", description=__doc__)
+    parser.add_argument("--family", help="run and write this table alone, say FLUX.2")
+    run = Run(parser.parse_args().family)
+    code = pytest.main([str(TESTS), "-m", ""], [run])
+    from tests.matrix.page import PAGE, page
 
-    if code == 0 and not errors.skipped:
-        PAGE.write_text(page(errors.met), encoding="utf-8")
+    if code == 0 and not run.skipped:
+        PAGE.write_text(page(run.ran, run.met, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
-        print(f"{PAGE.name} was not written; failed: exit code {int(code)}, skipped: {errors.skipped or 'none'}")
-    sys.exit(code or bool(errors.skipped))
+        print(f"{PAGE.name} was not written; failed: exit code {int(code)}, skipped: {run.skipped or 'none'}")
+    sys.exit(code or bool(run.skipped))

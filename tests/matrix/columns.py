@@ -94,7 +94,11 @@ CACHELESS = "image-to-image", "inpaint", "Fill", "Control", "ControlNet", "two C
 NO_CACHE = {
     "SD3": "has no attribute 'enable_cache'",
     **{f"FLUX {kind}": "No cache context is set" for kind in CACHELESS},
+    "Chroma": "No cache context is set",
 }
+NO_FIRST_BLOCK_CACHE = {**NO_CACHE, "FLUX.2": "unsupported operand type", "Chroma": "Block'> not registered"}
+# It keeps nothing apart for the two texts of guidance, which Qwen-Image does not pad to one length.
+NO_BROADCAST = {"SD3": NO_CACHE["SD3"], "Qwen-Image": "must match the size of tensor"}
 STEPS = {"num_inference_steps": 5, "strength": None}
 
 
@@ -146,10 +150,8 @@ COLUMNS = {
         marks=(machine.needs_compiler,),
     ),
     "`torch.compile`": Column(compile_whole, same=nothing, marks=(machine.needs_compiler,)),
-    "FirstBlockCache": Column(first_block_cache, changes=True, call=STEPS, not_in_diffusers=NO_CACHE),
-    "PyramidAttentionBroadcast": Column(
-        attention_broadcast, changes=True, call=STEPS, not_in_diffusers={"SD3": NO_CACHE["SD3"]}
-    ),
+    "FirstBlockCache": Column(first_block_cache, changes=True, call=STEPS, not_in_diffusers=NO_FIRST_BLOCK_CACHE),
+    "PyramidAttentionBroadcast": Column(attention_broadcast, changes=True, call=STEPS, not_in_diffusers=NO_BROADCAST),
     "TaylorSeer": Column(taylor_seer, changes=True, call=STEPS, not_in_diffusers=NO_CACHE),
     "int8 (torchao)": Column(int8, changes=True, refusals=for_all(ALL, (BEFORE,), quantized(int8))),
     "int8 (torchao), own weights": Column(int8, changes=True, orders=(BEFORE,), trained=False),

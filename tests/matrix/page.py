@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from tests.matrix.columns import AFTER, BEFORE, COLUMNS, Column
@@ -13,8 +14,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 HEAD = """# What it works with
 
-Written by `python -m tests.matrix`, which runs the tests that this page tells of, and writes nothing if one fails. Each
-cell is a tiny random pipeline of that kind, drawn on a CPU with a window of 3 tokens and pooled keys, and compared with
+Written by `python -m tests.matrix`, which runs the tests that this page tells of, and writes nothing if one fails (with
+`--family SD3`, those of one table, and writes that). Each cell is a tiny random pipeline of that kind, drawn on a CPU with a window of 3 tokens and pooled keys, and compared with
 the same set-up in which diffusers' own processors compute the rule densely. Distilled weights are put in but where it
 says "own weights".
 
@@ -50,19 +51,32 @@ def notes() -> dict[str, int]:
     return {each: number for number, each in enumerate(words, 1)}
 
 
-def tables() -> str:
-    numbers, parts = notes(), []
+def tables() -> dict[str, str]:
+    """By family."""
+    numbers, parts = notes(), {}
     for family, rows in itertools.groupby(ROWS.items(), lambda item: item[1].family):
         kinds = dict(rows)
         lines = [["", *(name.removeprefix(f"{family.removesuffix('.1')} ") for name in kinds)]]
         lines.append(["---"] * len(lines[0]))
         lines += [[name, *(said(row, column, numbers) for row in kinds)] for name, column in COLUMNS.items()]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts.append(f"## {family}\n\n{table}\n")
-    return "\n".join(parts)
+        parts[family] = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return parts
 
 
-def page(errors: Mapping[str, str]) -> str:
-    """The whole page, with an error as it was raised for each refusal's words."""
-    said = "\n".join(f"{number}. {errors[words]}" for words, number in notes().items())
-    return f"{HEAD}\n{tables()}\n## Errors\n\n{said}\n"
+def sections(texts: Mapping[str, str]) -> str:
+    return "\n".join(f"## {title}\n\n{text}" for title, text in texts.items())
+
+
+def page(ran: Container[str], errors: Mapping[str, str], before: str) -> str:
+    """The whole page.
+
+    The tables of families that ran and the errors that were met, for each refusal's words, are new. The others are
+    those of the page before, and what it has not is left out.
+    """
+    recorded = dict(part.split("\n\n", 1) for part in before.split("\n## ")[1:])
+    texts = {family: table if family in ran else recorded.get(family) for family, table in tables().items()}
+    lines = recorded.get("Errors", "").splitlines()
+    known = [line.partition(" ")[2] for line in lines]
+    met = {words: errors.get(words) or next((x for x in known if re.search(words, x)), None) for words in notes()}
+    texts["Errors"] = "".join(f"{number}. {met[words]}\n" for words, number in notes().items() if met[words])
+    return f"{HEAD}\n{sections({title: text for title, text in texts.items() if text})}"

@@ -182,7 +182,8 @@ def _embedded(pipe: Any, text: dict[str, Any], token: int, **others: Any) -> dic
 
 
 def _flux2_call(pipe: Any, **others: Any) -> dict[str, Any]:
-    return _embedded(pipe, pipelines.flux2_text(), 4, guidance_scale=3.0, **others)
+    text = pipelines.flux2_text(negative=9)  # as long as the other, for its own encoder pads both
+    return _embedded(pipe, text, 4, guidance_scale=3.0, **others)
 
 
 def _small_references() -> AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ import clear_attn as clear
 from clear_attn.weights import POOLED, copy_values
 from tests.matrix.columns import BEFORE, COLUMNS
 from tests.matrix.deeds import Cell, nothing
-from tests.matrix.page import PAGE, notes, tables
+from tests.matrix.page import PAGE, notes, sections, tables
 from tests.matrix.rows import ROWS
 from tests.plain import put_in_raster_order
 from tests.test_linearize import checkpoint_for, photograph
@@ -84,7 +84,7 @@ def test_cell(row, column, order, tmp_path, record_property):
     cell, plain_cell = Cell(row, tmp_path, linearize), Cell(row, tmp_path / "plain", linearize)
     if missing:
         pipe = row.pipeline()
-        with pytest.raises((AttributeError, RuntimeError, ValueError), match=missing):  # noqa: PT012
+        with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError), match=missing):  # noqa: PT012
             column.do(pipe, cell)
             row.draw(pipe, **column.call)
         return
@@ -129,6 +129,6 @@ def test_restored_each_pipeline_draws_as_before(row):
 
 def test_the_page_tells_of_these_cells():
     text = PAGE.read_text(encoding="utf-8")
-    assert tables() in text, "write it anew: python -m tests.matrix"
+    assert sections(tables()) in text, "write it anew: python -m tests.matrix"
     for words, number in notes().items():
         assert re.search(rf"^{number}\. .*{words}", text, re.MULTILINE), words
