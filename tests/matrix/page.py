@@ -15,9 +15,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 HEAD = """# What it works with
 
 Written by `python -m tests.matrix`, which runs the tests that this page tells of, and writes nothing if one fails (with
-`--family SD3`, those of one table, and writes that). Each cell is a tiny random pipeline of that kind, drawn on a CPU with a window of 3 tokens and pooled keys, and compared with
-the same set-up in which diffusers' own processors compute the rule densely. Distilled weights are put in but where it
-says "own weights".
+`--family SD3`, the tests of one table, and writes that). Each cell is a tiny random pipeline of that kind, drawn on a
+CPU with a window of 3 tokens and pooled keys, and compared with the same set-up in which diffusers' own processors
+compute the rule densely. Distilled weights are put in but where it says "own weights".
 
 - **yes**: the same numbers, whether it is done before `linearize` or after.
 - **before**, **after**: only before `linearize`, or only after. The other way round it is refused with the error below;
@@ -29,7 +29,8 @@ put in by hand, for diffusers loads them on GPUs only. A GGUF file takes no dist
 models, below). Offloading goes from the CPU to the CPU.
 
 Refused wherever they are met: perturbed attention guidance (its pipelines, and hooks that skip attention inside a
-layer), smoothed energy guidance, attention masks, diffusers' context parallelism, and SD3's IP-Adapter.
+layer), smoothed energy guidance, attention masks (but those that hide the padding of Qwen-Image's and Chroma's text),
+diffusers' context parallelism, and SD3's IP-Adapter.
 """
 
 
