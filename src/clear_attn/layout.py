@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,52 +13,117 @@ from torch import Tensor
 
 from clear_attn.config import ClearConfig, check_whole_number
 from clear_attn.masks import BlockLists, Points, block_lists
-from clear_attn.tiles import Axes, Tiles, find_tiles
-
-Grid = tuple[int, int]
-
-
-def _raster(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of each token of a grid in raster order."""
-    y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    return y, x
-
-
-def _tile_order(grid: Grid) -> np.ndarray:
-    """Raster indices in tile order: 8 x 8 cells inside 8 x 16 inside 16 x 16, raster among and within them."""
-    y, x = _raster(grid)
-    return np.lexsort((x % 8, y % 8, x // 8 % 2, y // 8 % 2, x // 16, y // 16))
+from clear_attn.places import Grid as Grid
+from clear_attn.places import Placed, axes_of, inverse_of, place, raster, tile_order_of
+from clear_attn.tiles import Tiles, find_tiles
 
 
 @functools.lru_cache(maxsize=16)
 def tile_order(grid: Grid, device: torch.device) -> Tensor:
     """int64 `[tokens]`: `x[tile_order]` puts the tokens of one picture from raster into tile order."""
     with torch.inference_mode(False):
-        return torch.from_numpy(_tile_order(grid)).to(device)
-
-
-def _axis_coordinates(length: int, first: int) -> np.ndarray:
-    """Centres of `length` tokens along an axis on which the first grid has `first`, to a sixteenth of a token."""
-    centres = (np.arange(length) + 0.5) * (first / length) - 0.5
-    return (np.round(centres * 16) / 16).astype(np.float32)
+        return torch.from_numpy(tile_order_of(grid)).to(device)
 
 
 def _pooled_cells(grid: Grid, factor: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raster indices `[cells, factor^2]` of the tokens of each cell, and the weight of each.
-
-    The weight is 0 where the grid's border cuts a token off, and factor^2 / (tokens of the cell) elsewhere,
-    so that a cut cell still is a weighted mean.
-    """
     height, width = grid if factor > 1 else (0, 0)  # cells of one token are the tokens themselves
-    corner_y, corner_x = _raster((-(-height // factor), -(-width // factor)))
-    inner_y, inner_x = _raster((factor, factor))
+    corner_y, corner_x = raster((-(-height // factor), -(-width // factor)))
+    inner_y, inner_x = raster((factor, factor))
     y, x = corner_y[:, None] * factor + inner_y, corner_x[:, None] * factor + inner_x
     inside = (y < height) & (x < width)
     weight = inside * (factor**2 / inside.sum(axis=1, keepdims=True))
     return np.where(inside, y * width + x, 0), weight.astype(np.float32)
 
 
-class TokenLayout:
+def pooled_cells(grids: Sequence[Grid], factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """Raster indices `[cells, factor^2]` of the tokens of each cell, and the weight of each.
+
+    The weight is 0 where the grid's border cuts a token off, and factor^2 / (tokens of the cell) elsewhere,
+    so that a cut cell still is a weighted mean.
+    """
+    parts, start = [], 0
+    for grid in grids:
+        index, weight = _pooled_cells(grid, factor)
+        parts.append((start + index, weight))
+        start += grid[0] * grid[1]
+    cells, weights = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return cells, weights
+
+
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+
+class Neighbourhood:
+    """Image queries and the keys that they may see: all that a backend reads of a layout.
+
+    Args:
+        queries: the image tokens of the queries.
+        keys: the image tokens among the keys.
+        before, after: how many keys that all see stand before and behind those.
+        tokens: the length of query and output, where image tokens are `image` and the others the caller's.
+        image: where they are.
+        window: radius in tokens of the first grid.
+        device: where the tensors are.
+
+    Attributes:
+        image_tokens, key_tokens (`int`): how many image queries there are, and how many keys in all.
+        query (`Points`): positions of the image tokens in tile order, float32 `[image tokens]`.
+        key (`Points`), reach: positions and squared reach of all keys, float32 `[key tokens]`.
+    """
+
+    def __init__(
+        self,
+        queries: Placed,
+        keys: Placed,
+        before: int,
+        after: int,
+        tokens: int,
+        image: slice,
+        window: float,
+        device: torch.device,
+    ) -> None:
+        self._queries, self._keys, self.window = queries, keys, window
+        self.tokens, self.image, self.device = tokens, image, device
+        self.image_tokens = len(queries.y)
+        self.key_tokens = before + len(keys.y) + after
+
+        def among_keys(image: np.ndarray, other: float) -> Tensor:
+            return on_device(np.pad(image, (before, after), constant_values=other), device)
+
+        self.query = Points(on_device(queries.y, device), on_device(queries.x, device))
+        self.key = Points(among_keys(keys.y, 0.0), among_keys(keys.x, 0.0))
+        self.reach = among_keys(np.full(len(keys.y), float(window) ** 2, np.float32), float("inf"))
+
+    def among_tokens(self, image: Tensor) -> Tensor:
+        """The image tokens' rows `[batch, heads, image tokens, ...]` in a tensor of all tokens, the others not set.
+
+        In memory it is `[batch, tokens, heads, ...]`, as the projection that follows attention takes it.
+        """
+        batch, heads, _, *rest = image.shape
+        tokens = image.new_empty(batch, self.tokens, heads, *rest).transpose(1, 2)
+        tokens[:, :, self.image] = image
+        return tokens
+
+    @functools.cached_property
+    def block_lists(self) -> BlockLists:
+        """What FlexAttention visits, for image queries against all keys."""
+        with torch.inference_mode(False):
+            lists = block_lists(self.query, self.key, self.reach)
+        for tensor in lists:
+            for dim, length in enumerate(tensor.shape):
+                if length > 1:  # or a compiled block would be compiled anew for each dimension that it sees change
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return lists
+
+    @functools.cached_property
+    def tiles(self) -> Tiles:
+        """What the tiled backend gathers, for image queries against image keys."""
+        with torch.inference_mode(False):
+            return find_tiles(self._queries, self._keys, self.window, self.device)
+
+
+class TokenLayout(Neighbourhood):
     """Everything about the tokens of one call that does not depend on their values.
 
     The image tokens stand in tile order. Keys stand as the model joins them, text first or image first, and
@@ -80,6 +144,7 @@ class TokenLayout:
         key (`Points`), reach: positions and squared reach of all keys, float32 `[key_tokens]`.
         pool_index, pool_weight: int64 and float32 `[pooled_tokens, down_factor^2]`: positions among the image
             tokens in tile order of each cell's tokens, and their weights without the learned part.
+        attention: what a layer with such a layout calls, where that is not `clear_attention`.
 
     Raises:
         TypeError: a number that is not whole.
@@ -90,6 +155,8 @@ class TokenLayout:
         >>> layout.image_tokens, layout.key_tokens
         (384, 391)
     """
+
+    attention: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -117,76 +184,35 @@ class TokenLayout:
         self.window = config.window if config else math.inf
         self.down_factor = config.down_factor if config else 1
         self.text_first = text_first
-        self.device = torch.device(device)
-        self._starts = [0, *itertools.accumulate(height * width for height, width in self.grids)]
-        self.image_tokens = self._starts[-1]
         self._within: dict[float, TokenLayout] = {}
         # A layout made under inference mode must serve training too.
         with torch.inference_mode(False):
-            self._build()
+            self._build(torch.device(device))
 
-    def _on_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
-
-    def _build(self) -> None:
-        factor, reach = self.down_factor, float(self.window) ** 2
-        self._axes = [
-            Axes(start, *(_axis_coordinates(length, first) for length, first in zip(grid, self.grids[0], strict=True)))
-            for start, grid in zip(self._starts, self.grids, strict=False)
-        ]
-        orders, ys, xs, cells, weights = [], [], [], [], []
-        for (start, *axes), grid in zip(self._axes, self.grids, strict=True):
-            order = _tile_order(grid)
-            y, x = (axis[index] for axis, index in zip(axes, _raster(grid), strict=True))
-            orders.append(start + order)
-            ys.append(y[order])
-            xs.append(x[order])
-            index, weight = _pooled_cells(grid, factor)
-            cells.append(start + index)
-            weights.append(weight)
-        order = np.concatenate(orders)
-        self._rank = np.empty_like(order)
-        self._rank[order] = np.arange(len(order))
-        self.order, self.inverse = self._on_device(order), self._on_device(self._rank)
-        y, x = np.concatenate(ys), np.concatenate(xs)
-        self.query = Points(self._on_device(y), self._on_device(x))
-        self.pool_index = self._on_device(self._rank[np.concatenate(cells)])
-        self.pool_weight = self._on_device(np.concatenate(weights))
-        self.pooled_tokens = len(self.pool_index)
+    def _build(self, device: torch.device) -> None:
+        self.axes = axes_of(self.grids)
+        placed = place(self.axes, [slice(0, height) for height, _ in self.grids])
+        rank = inverse_of(placed.raster)
+        image_tokens = len(rank)
+        self.order, self.inverse = on_device(placed.raster, device), on_device(rank, device)
+        cells, weights = pooled_cells(self.grids, self.down_factor)
+        self.pool_index, self.pool_weight = on_device(rank[cells], device), on_device(weights, device)
+        self.pooled_tokens = len(cells)
 
         before = self.text_tokens if self.text_first else 0
-        after = self.text_tokens - before + self.pooled_tokens
-        self.key_tokens = before + self.image_tokens + after
-
-        def among_keys(image: np.ndarray, other: float) -> Tensor:
-            return self._on_device(np.pad(image.astype(np.float32), (before, after), constant_values=other))
-
-        self.key = Points(among_keys(y, 0.0), among_keys(x, 0.0))
-        self.reach = among_keys(np.full(self.image_tokens, reach), float("inf"))
-        self.image = slice(before, before + self.image_tokens)
+        behind = self.text_tokens - before
+        super().__init__(
+            queries=placed,
+            keys=placed,
+            before=before,
+            after=behind + self.pooled_tokens,
+            tokens=self.text_tokens + image_tokens,
+            image=slice(before, before + image_tokens),
+            window=self.window,
+            device=device,
+        )
         first_text = 0 if self.text_first else self.image_tokens
         self.text = slice(first_text, first_text + self.text_tokens)
-
-    def among_tokens(self, image: Tensor) -> Tensor:
-        """The image tokens' rows `[batch, heads, image tokens, ...]` in a tensor of all tokens, the others not set.
-
-        In memory it is `[batch, tokens, heads, ...]`, as the projection that follows attention takes it.
-        """
-        batch, heads, _, *rest = image.shape
-        tokens = image.new_empty(batch, self.text_tokens + self.image_tokens, heads, *rest).transpose(1, 2)
-        tokens[:, :, self.image] = image
-        return tokens
-
-    @functools.cached_property
-    def block_lists(self) -> BlockLists:
-        """What FlexAttention visits, for image queries against all keys."""
-        with torch.inference_mode(False):
-            lists = block_lists(self.query, self.key, self.reach)
-        for tensor in lists:
-            for dim, length in enumerate(tensor.shape):
-                if length > 1:  # or a compiled block would be compiled anew for each dimension that it sees change
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        return lists
 
     def within(self, window: float | None) -> TokenLayout:
         """The layout of a layer with its own window (`math.inf`: sees all), if any; a dense layout stays dense."""
@@ -205,9 +231,3 @@ class TokenLayout:
         if not self.text_tokens:
             return self
         return TokenLayout(self.grids, 0, self.config, text_first=self.text_first, device=self.device)
-
-    @functools.cached_property
-    def tiles(self) -> Tiles:
-        """What the tiled backend gathers, for image queries against image keys."""
-        with torch.inference_mode(False):
-            return find_tiles(self._axes, self._rank, self.query, self.window)

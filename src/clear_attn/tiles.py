@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.masks import Points, dense_mask
+from clear_attn.places import Axes, Placed
 
 
 def tile_side(window: float, device: torch.device) -> int:
@@ -20,14 +21,6 @@ def tile_side(window: float, device: torch.device) -> int:
     On a CPU 8 was the fastest for windows up to 16, and 16 for larger ones; elsewhere it is not measured.
     """
     return 8 if device.type == "cpu" and window <= 16 else 16
-
-
-class Axes(NamedTuple):
-    """One segment: its first token's raster index, and the coordinates of its rows and columns."""
-
-    start: int
-    y: np.ndarray
-    x: np.ndarray
 
 
 class TileGroup(NamedTuple):
@@ -45,23 +38,25 @@ class TileGroup(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """All tiles of a layout, in four tensors whatever the number of groups, so that one compiled graph serves all.
+    """All tiles of a layout, in five tensors whatever the number of groups, so that one compiled graph serves all.
 
     Attributes:
         queries, keys, mask: those of all groups, flattened and joined.
         sizes: int64 `[groups, 3]` on the CPU: the number of tiles, queries and keys of each group.
+        image_keys: int64 `[]` on the CPU: how many image keys there are in all, seen or not.
     """
 
     queries: Tensor
     keys: Tensor
     mask: Tensor
     sizes: Tensor
+    image_keys: Tensor
 
     @classmethod
-    def join(cls, groups: Sequence[TileGroup]) -> Tiles:
+    def join(cls, groups: Sequence[TileGroup], image_keys: int) -> Tiles:
         sizes = [(*group.queries.shape, group.keys.shape[1]) for group in groups]
         queries, keys, mask = (torch.cat([part.flatten() for part in parts]) for parts in zip(*groups, strict=True))
-        return cls(queries, keys, mask, torch.tensor(sizes, device="cpu"))
+        return cls(queries, keys, mask, *(torch.tensor(each, device="cpu") for each in (sizes, image_keys)))
 
     def groups(self) -> list[TileGroup]:
         sizes = self.sizes.tolist()
@@ -107,33 +102,36 @@ def _raster_indices(segment: Axes, rows: Sequence[slice], columns: Sequence[slic
     return boxes.reshape(len(rows) * len(columns), -1)
 
 
-def find_tiles(segments: Sequence[Axes], rank: np.ndarray, positions: Points, window: float) -> Tiles:
-    """Cuts all segments into tiles.
+def find_tiles(queries: Placed, keys: Placed, window: float, device: torch.device) -> Tiles:
+    """Cuts all segments of the queries into tiles.
 
     Args:
-        segments: the coordinates of each grid; a coordinate is a float32 multiple of 1/16, so that
-            differences are exact and equal patterns are found equal.
-        rank: int64 `[tokens]`, the position in tile order of each raster index.
-        positions: of the tokens in tile order; the tensors returned are on their device.
+        queries, keys: their image tokens; a coordinate is a float32 multiple of 1/16, so that differences are exact
+            and equal patterns are found equal.
         window: radius in tokens of the first grid.
+        device: where the tensors are.
     """
-    reach = torch.tensor(float(window) ** 2, device=positions.y.device)
-    side = tile_side(window, positions.y.device)
+    reach = torch.tensor(float(window) ** 2, device="cpu")
+    side = tile_side(window, device)
     groups = []
-    for segment in segments:
-        all_rows = _spans(segment.y, [other.y for other in segments], window, side)
-        all_columns = _spans(segment.x, [other.x for other in segments], window, side)
+    for segment in queries.axes:
+        all_rows = _spans(segment.y, [other.y for other in keys.axes], window, side)
+        all_columns = _spans(segment.x, [other.x for other in keys.axes], window, side)
         for rows, columns in itertools.product(all_rows, all_columns):
-            queries = _raster_indices(segment, [span.queries for span in rows], [span.queries for span in columns])
+            query = queries.rank[
+                _raster_indices(segment, [span.queries for span in rows], [span.queries for span in columns])
+            ]
             boxes = [
                 _raster_indices(other, [span.keys[i] for span in rows], [span.keys[i] for span in columns])
-                for i, other in enumerate(segments)
+                for i, other in enumerate(keys.axes)
             ]
-            query, key = (
-                torch.from_numpy(rank[index]).to(reach.device) for index in (queries, np.concatenate(boxes, axis=1))
+            key = keys.rank[np.concatenate(boxes, axis=1)]
+            first_query, first_key = (
+                Points(*(torch.from_numpy(axis[index[0]]) for axis in (placed.y, placed.x)))
+                for placed, index in ((queries, query), (keys, key))
             )
-            first_query, first_key = (Points(*(axis[index[0]] for axis in positions)) for index in (query, key))
             mask = dense_mask(first_query, first_key, reach)
             seen = mask.any(dim=0)
-            groups.append(TileGroup(query, key[:, seen], mask[:, seen]))
-    return Tiles.join(groups)
+            parts = torch.from_numpy(query), torch.from_numpy(key[:, seen.numpy()]), mask[:, seen]
+            groups.append(TileGroup(*(part.to(device) for part in parts)))
+    return Tiles.join(groups, len(keys.y))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.backends import dense, flex, tiled
-from clear_attn.layout import TokenLayout
+from clear_attn.layout import Neighbourhood
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Backend(NamedTuple):
         prepare: makes what it needs of a layout, for compiled code, which cannot.
     """
 
-    attend: Callable[[Tensor, Tensor, Tensor, TokenLayout, float, bool], tuple[Tensor, Tensor | None]]
-    prepare: Callable[[TokenLayout], Any]
+    attend: Callable[[Tensor, Tensor, Tensor, Neighbourhood, float, bool], tuple[Tensor, Tensor | None]]
+    prepare: Callable[[Neighbourhood], Any]
 
 
 BACKENDS: dict[str, Backend] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from clear_attn.backends.softmax import softmax_attention
-from clear_attn.layout import TokenLayout
+from clear_attn.layout import Neighbourhood
 from clear_attn.masks import dense_mask
 
 # The mask takes 70 MB then, and the scores, which are held where the log-sum-exp is asked for, 280 MB a head.
@@ -13,7 +13,7 @@ MAX_IMAGE_TOKENS = 8192
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
+    query: Tensor, key: Tensor, value: Tensor, layout: Neighbourhood, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`."""
     if layout.image_tokens > MAX_IMAGE_TOKENS:

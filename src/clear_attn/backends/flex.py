@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.utils._triton import has_triton
 
 from clear_attn.backends import tiled
-from clear_attn.layout import TokenLayout
+from clear_attn.layout import Neighbourhood
 from clear_attn.masks import BLOCK, BlockLists, Points, visible
 
 # Positions in a table on the CPU: pictures up to 11,000 pixels square.
@@ -175,7 +175,7 @@ def _(query, key, value, lists, places, scale):  # type: ignore[no-untyped-def]
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
+    query: Tensor, key: Tensor, value: Tensor, layout: Neighbourhood, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`.
 
@@ -190,7 +190,7 @@ def attend(
 
 
 def attend_directly(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
+    query: Tensor, key: Tensor, value: Tensor, layout: Neighbourhood, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Without the precautions that a CPU needs."""
     image, seen = query[:, :, layout.image], _rule(*_places(layout))
@@ -198,5 +198,5 @@ def attend_directly(
     return layout.among_tokens(output), None if lse is None else layout.among_tokens(lse)
 
 
-def _places(layout: TokenLayout) -> list[Tensor]:
+def _places(layout: Neighbourhood) -> list[Tensor]:
     return [*layout.query, *layout.key, layout.reach]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention, softmax_attention_backward
-from clear_attn.layout import TokenLayout
+from clear_attn.layout import Neighbourhood
 from clear_attn.tiles import Tiles
 
 # How much of the keys one step may gather: on a CPU what its caches hold, elsewhere a fraction of a model's memory.
@@ -25,7 +25,7 @@ MAX_SCORES = 2**26
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float, return_lse: bool
+    query: Tensor, key: Tensor, value: Tensor, layout: Neighbourhood, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`. Linear in the image tokens in time and in memory."""
     if torch.is_autocast_enabled(query.device.type) and not return_lse:  # as torch's own attention does
@@ -139,10 +139,11 @@ def _new_gradient(x: Tensor, summed: bool) -> Tensor:
 
 
 def _split(key: Tensor, tiles: list[Tensor], start: int) -> tuple[slice, Tensor]:
-    """The places of the image tokens, and those of all other keys."""
-    image = slice(start, start + len(tiles[0]))
+    """The places of the image tokens among the queries, and those of all keys that are no image tokens."""
+    found = Tiles(*tiles)
     places = torch.arange(key.shape[2], device=key.device)
-    return image, torch.cat([places[: image.start], places[image.stop :]])
+    shared = torch.cat([places[:start], places[start + int(found.image_keys) :]])
+    return slice(start, start + len(found.queries)), shared
 
 
 def _steps(
