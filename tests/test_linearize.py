@@ -229,7 +229,7 @@ def test_an_error_at_any_step_leaves_everything_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr(state, "copy_values", failing(state.copy_values))
         patched.setattr(attention, "set_processor", failing(attention.set_processor))
-        patched.setattr(state, "_set_door", failing(state._set_door))
+        patched.setattr(state, "set_door", failing(state.set_door))
         patched.setattr(state, "_set_mark", failing(state._set_mark))
         for name in ("register_forward_hook", "register_forward_pre_hook"):
             patched.setattr(torch.nn.Module, name, failing(getattr(torch.nn.Module, name)))

@@ -17,6 +17,7 @@ from clear_attn.highres import (
 )
 from clear_attn.layout import TokenLayout
 from clear_attn.linearize import is_linearized, linearize, restore
+from clear_attn.parallel import deparallelize, parallelize
 from clear_attn.plot import plot_window
 from clear_attn.processors import ClearAttnProcessor
 from clear_attn.saving import push_to_hub, save_pretrained
@@ -37,12 +38,14 @@ __all__ = [
     "TokenLayout",
     "clear_attention",
     "cost",
+    "deparallelize",
     "highres",
     "is_linearized",
     "linearize",
     "linearized",
     "noise_after",
     "ntk_scaling",
+    "parallelize",
     "plot_window",
     "proportional_attention",
     "push_to_hub",

@@ -6,10 +6,11 @@ of different size, a recomputation for gradients or a deep copy each see their o
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -18,6 +19,7 @@ from clear_attn.backends import BACKENDS, choose_aloud
 from clear_attn.config import ClearConfig
 from clear_attn.conflicts import check_hooks
 from clear_attn.families import Family
+from clear_attn.families.base import InnerDoor
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.processors import BACKEND, LAYOUT, PADDING, ClearAttnProcessor
 from clear_attn.schedule import Schedule
@@ -34,6 +36,22 @@ def layout_for(
     return TokenLayout(grids, text_tokens, config, text_first=text_first, device=device)
 
 
+class Spread(Protocol):
+    """Splits the calls of a transformer over processes.
+
+    Attributes:
+        ranks: how many processes.
+    """
+
+    ranks: int
+
+    def share(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Any:
+        """The layout of this process's part, which has what a `TokenLayout` has; settings must be those of all."""
+
+    def inner_doors(self, family: Family, transformer: Any) -> list[InnerDoor]:
+        """Hooks inside the transformer, behind those of its family."""
+
+
 class DoorIn:
     """A forward pre-hook with keywords. Pre-hooks that were there before see raster order, later ones tile order.
 
@@ -44,6 +62,7 @@ class DoorIn:
         backend: of its calls, or "auto".
         original: the transformer's state before, for `restore`.
         given_up: whether the values that were replaced have not been kept.
+        spread: splits its calls; None where this process computes all.
     """
 
     def __init__(
@@ -54,6 +73,7 @@ class DoorIn:
         backend: str,
         original: State,
         given_up: bool,
+        spread: Spread | None = None,
     ) -> None:
         self.family = family
         self.config = config
@@ -61,6 +81,17 @@ class DoorIn:
         self.backend = backend
         self.original = original
         self.given_up = given_up
+        self.spread = spread
+
+    def with_spread(self, spread: Spread | None) -> DoorIn:
+        door = copy.copy(self)
+        door.spread = spread
+        return door
+
+    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+        """The hooks inside the transformer."""
+        spread = self.spread.inner_doors(self.family, transformer) if self.spread else []
+        return [*self.family.inner_doors(transformer), *spread]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -69,6 +100,9 @@ class DoorIn:
         grids, text_tokens, device = self.family.read(transformer, call)
         layout = layout_for(grids, text_tokens, self.config_of(call), self.family.text_first, device)
         backend = self._choose_backend(transformer, call, layout)
+        if self.spread:
+            settings = f"{self.config}, {self.schedule}, backend {backend}"
+            layout = self.spread.share(transformer, call, layout, settings)
         self._prepare(transformer, layout, backend)
         entered = self.family.enter(call, layout)
         own: dict[str, Any] = {LAYOUT: layout, BACKEND: backend}
@@ -113,7 +147,7 @@ class DoorIn:
                     "projections); call clear_attn.linearize() again after the change, or clear_attn.restore()"
                 )
         check_hooks(self.family.attention_layers(transformer))
-        for inner in self.family.inner_doors(transformer):
+        for inner in self.inner_doors(transformer):
             if not inner.stands():
                 raise RuntimeError(
                     f"a {type(inner.module).__name__} of this {type(transformer).__name__} was replaced after "

@@ -57,7 +57,7 @@ def linearize(
     """Makes the image attention of a pipeline's transformer local, in place.
 
     All is checked before anything is changed; on any error the pipeline is as it was. On a linearized pipeline
-    it starts from the restored one.
+    it starts from the restored one, and what is split over ranks stays so.
 
     Args:
         pipe: a diffusers pipeline or transformer, FLUX.1, FLUX.2, Qwen-Image, Chroma, Stable Diffusion 3 or
@@ -139,7 +139,8 @@ def linearize(
     before = capture(transformer, layers, values.keys() | stock.values.keys())
     kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
     given_up = bool(values) and not keep_original
-    door = DoorIn(family, config, schedule, backend, stock._replace(values=kept), given_up)
+    spread = before.door.spread if before.door else None
+    door = DoorIn(family, config, schedule, backend, stock._replace(values=kept), given_up, spread)
     mark = make_mark(transformer, config, schedule, *((source.name, source.source) if source else carried))
     try:
         apply(transformer, layers, State(door, processors, {**stock.values, **values}, mark))

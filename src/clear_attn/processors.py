@@ -112,7 +112,7 @@ class ClearAttnProcessor(nn.Module):
         if layout.pooled_tokens:
             pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
             pooled = pool_image(key[:, :, layout.image], layout), pool_image(value[:, :, layout.image], layout)
-        joint = clear_attention(
+        joint = (layout.attention or clear_attention)(
             query,
             key,
             value,

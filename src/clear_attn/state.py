@@ -89,7 +89,7 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
         check_replaceable(layers)
     _free_kept_processors(transformer)  # by the door that knows what they stand for, while it is there
     if state.door:
-        _set_door(transformer, state.door)
+        set_door(transformer, state.door)
     copy_values(state.values, layers)
     for layer, attn in layers.items():
         processor, present = state.processors[layer], attn.get_processor()
@@ -127,17 +127,21 @@ def _set_mark(transformer: Any, mark: dict[str, Any] | None) -> None:
     transformer._internal_dict = FrozenDict({**others, **({MARK: mark} if mark else {})})
 
 
-def _set_door(transformer: Any, door: DoorIn) -> None:
+def set_door(transformer: Any, door: DoorIn) -> None:
     """In the old one's place where there is one, so that the order among others' hooks stays."""
     present = [key for key, hook in transformer._forward_pre_hooks.items() if isinstance(hook, DoorIn)]
     # The entrance first: by it the others are found, should one fail to be put in.
     if present:
+        wanted = [(inner.module, inner.hook) for inner in door.inner_doors(transformer)]
+        for inner in transformer._forward_pre_hooks[present[0]].inner_doors(transformer):
+            if (inner.module, inner.hook) not in wanted:
+                _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
         transformer._forward_pre_hooks[present[0]] = door
     else:
         transformer.register_forward_pre_hook(door, with_kwargs=True)
     if not any(isinstance(hook, DoorOut) for hook in transformer._forward_hooks.values()):
         transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
-    for inner in door.family.inner_doors(transformer):
+    for inner in door.inner_doors(transformer):
         if inner.stands():
             continue
         if inner.before:
@@ -149,7 +153,7 @@ def _set_door(transformer: Any, door: DoorIn) -> None:
 def _remove_doors(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
     door = door_of(transformer)
-    for inner in door.family.inner_doors(transformer) if door else ():
+    for inner in door.inner_doors(transformer) if door else ():
         _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
     _remove_hooks(transformer, lambda hook: isinstance(hook, (DoorIn, DoorOut)))
 

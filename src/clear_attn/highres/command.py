@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from PIL import Image, ImageOps
 
@@ -14,7 +15,9 @@ from clear_attn.highres import Base, HighresFailed, HighresInterrupted, HighresP
 from clear_attn.highres.fits import check_weights_fit
 from clear_attn.highres.planning import describe, fingerprint
 from clear_attn.highres.result import save_plan, save_with_plan, stage_file
+from clear_attn.linearize import linearize
 from clear_attn.options import DTYPES, DType, check_picture_file, device_of
+from clear_attn.parallel import launch, parallelize
 
 BASE, STAGES, MACHINE = "Base image", "Each stage", "Machine"
 OF_PIPELINE = "the pipeline's"
@@ -94,11 +97,14 @@ def generate(
         bool, typer.Option("--offload", help="Only the model at work is on the GPU.", rich_help_panel=MACHINE)
     ] = False,
 ) -> None:
-    """Draw a picture much larger than the model was trained on."""
+    """Draw a picture much larger than the model was trained on; under torchrun, on all its processes together."""
     check_picture_file(output, "--output")
-    where = device_of(device)
+    ranks = launch.launched()
+    where = _device_of_rank(device) if ranks and device != "cpu" else device_of(device)
 
     def keep(number: int, image: Image.Image, plan: HighresPlan) -> None:
+        if not launch.is_first():
+            return
         if number == 0:
             save_plan(plan, output)
         if save_stages and number < len(plan.stages):
@@ -142,6 +148,8 @@ def generate(
         pipe = _load(model, where, dtype, offload)
         if plan:
             _warn_of_another(again.model, describe(pipe))
+        if ranks:
+            asked = _split(pipe, asked)
         result = highres(pipe, **asked, image=image, callback_on_stage_end=keep)
     except HighresInterrupted as stop:
         _save_finished("Interrupted", stop.result, output)
@@ -155,8 +163,35 @@ def generate(
         raise typer.Exit(1) from None
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
-    result.save(output)
-    typer.echo(f"Saved {output} and {output.with_suffix('.json')}, seed {result.plan.seed}")
+    if launch.is_first():
+        result.save(output)
+        typer.echo(f"Saved {output} and {output.with_suffix('.json')}, seed {result.plan.seed}")
+    if ranks:
+        dist.destroy_process_group()
+
+
+def _device_of_rank(device: str | None) -> torch.device:
+    if device is not None:
+        raise typer.BadParameter("under torchrun each process has a GPU of its own, or take cpu", param_hint="--device")
+    try:
+        return launch.own_device()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _split(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """Splits a pipeline over the ranks; what is asked, with one seed for all."""
+    launch.join()
+    settings = {"weights": asked["weights"], "revision": asked.get("revision")}
+    linearize(pipe, asked["window"], asked["down_factor"], **settings)
+    parallelize(pipe)
+    if asked["seed"] is None:
+        seed = torch.randint(2**31, (), device=pipe._execution_device)
+        dist.broadcast(seed, src=0)
+        asked = {**asked, "seed": int(seed)}
+    if not launch.is_first():
+        pipe.set_progress_bar_config(disable=True)
+    return asked
 
 
 def _open(file: Path | None) -> Image.Image | None:
@@ -245,5 +280,5 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
-    files = result.save(output) if result.images else []
+    files = result.save(output) if result.images and launch.is_first() else []
     typer.echo(f"{reason}; saved {', '.join(map(str, files)) or 'nothing'}", err=True)

@@ -16,7 +16,9 @@ from clear_attn.highres import sizes
 from clear_attn.highres.pipelines import kind_of
 from clear_attn.highres.plan import HighresPlan
 from clear_attn.highres.stages import Base, Stage
+from clear_attn.linearize import find_transformer
 from clear_attn.memory import Bytes, Memory, gib, weight_bytes
+from clear_attn.state import door_of
 
 
 def check_fits(pipe: Any, plan: HighresPlan) -> None:
@@ -34,7 +36,8 @@ def check_fits(pipe: Any, plan: HighresPlan) -> None:
         batch = 2 if kind_of(pipe).batched_guidance and (each.guidance or 0) > 1 else 1
         memory = cost(pipe, *each.size, text_tokens=0, batch=batch).memory
         assert memory
-        work = work_of(memory, max(each.size) > pipe.vae.tile_sample_min_size and each is not plan.base)
+        ranks = 1 if each is plan.base else _ranks(pipe)
+        work = work_of(memory, ranks, max(each.size) > pipe.vae.tile_sample_min_size and each is not plan.base)
         need = peak(pipe, device, work)
         if need.least > total:
             raise ValueError(
@@ -61,9 +64,16 @@ def check_weights_fit(pipe: Any, device: torch.device) -> None:
         )
 
 
-def work_of(memory: Memory, tiled: bool) -> dict[str, Bytes]:
-    """What the models compute on, each at its turn: a forward pass, and later the decoder; others little."""
-    return {"transformer": memory.activations, "vae": memory.decode_tiled if tiled else memory.decode}
+def work_of(memory: Memory, ranks: int, tiled: bool) -> dict[str, Bytes]:
+    """What the models compute on, each at its turn: a rank's part of a forward pass, then the decoder."""
+    part = Bytes(*(size // ranks for size in memory.activations))
+    return {"transformer": part, "vae": memory.decode_tiled if tiled else memory.decode}
+
+
+def _ranks(pipe: Any) -> int:
+    """How many processes a picture is split over."""
+    door = door_of(find_transformer(pipe)[0])
+    return door.spread.ranks if door and door.spread else 1
 
 
 def peak(pipe: Any, device: torch.device, work: dict[str, Bytes]) -> Bytes:

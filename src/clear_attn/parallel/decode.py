@@ -1,0 +1,71 @@
+"""The autoencoder on one rank, for all."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor
+
+from clear_attn.parallel.links import Links
+
+logger = logging.getLogger(__name__)
+
+NAME = "clear_attn_decode"
+
+
+class DecodeOnOneRank(ModelHook):
+    """In a decoder: the first rank decodes, and the others are given what comes of it.
+
+    Args:
+        links: to the other ranks.
+        applies: tells whether calls are split at present; where not, every rank decodes for itself.
+    """
+
+    def __init__(self, links: Links, applies: Callable[[], bool]) -> None:
+        super().__init__()
+        self.links = links
+        self.applies = applies
+
+    def __deepcopy__(self, memo: object) -> DecodeOnOneRank:
+        return self
+
+    def new_forward(self, module: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        decode = self.fn_ref.original_forward
+        if not self.applies():
+            return decode(sample, *args, **kwargs)
+        shape = torch.zeros(4, dtype=torch.int64, device="cpu")
+        if self.links.rank == 0:
+            decoded = decode(sample, *args, **kwargs).contiguous()
+            shape = torch.tensor(decoded.shape, device="cpu")
+        shape = self.links.compare(shape)[0]
+        if self.links.rank:
+            decoded = sample.new_empty(shape.tolist())
+        self.links.broadcast(decoded)
+        return decoded
+
+
+def decode_on_one_rank(vae: Any, links: Links, applies: Callable[[], bool]) -> None:
+    decode_everywhere(vae)
+    HookRegistry.check_if_exists_or_initialize(vae.decoder).register_hook(DecodeOnOneRank(links, applies), NAME)
+    logger.info("rank 0 of %d decodes the latents, for all", links.ranks)
+
+
+def decode_everywhere(vae: Any) -> None:
+    if hasattr(vae.decoder, "_diffusers_hook"):
+        vae.decoder._diffusers_hook.remove_hook(NAME, recurse=False)
+
+
+def weakly(transformer: Any, is_split: Callable[[Any], bool]) -> Callable[[], bool]:
+    """Whether a transformer is split, asked without keeping it alive."""
+    reference = weakref.ref(transformer)
+
+    def applies() -> bool:
+        there = reference()
+        return there is not None and is_split(there)
+
+    return applies

@@ -1,0 +1,49 @@
+"""Processes that torchrun has started."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def launched() -> int:
+    """How many processes torchrun has started, this one included; 0 where it has not started this one."""
+    return int(os.environ.get("WORLD_SIZE", 0)) if "LOCAL_RANK" in os.environ else 0
+
+
+def join() -> None:
+    """Joins the ranks that torchrun has started, unless that is done.
+
+    Raises:
+        RuntimeError: torchrun has not started this process.
+    """
+    if dist.is_initialized():
+        return
+    if not launched():
+        raise RuntimeError(
+            "this process is no rank of several; start the script with torchrun --nproc_per_node N, or call "
+            "torch.distributed.init_process_group() before"
+        )
+    dist.init_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes, for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def own_device() -> torch.device:
+    """The GPU that is this rank's on its machine, made the current one; the CPU where there are none.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks.
+    """
+    gpus, rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if not gpus:
+        return torch.device("cpu")
+    if rank >= gpus:
+        raise ValueError(f"there are {gpus} GPUs, and this is rank {rank} here; start torchrun --nproc_per_node {gpus}")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)

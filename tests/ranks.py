@@ -1,0 +1,280 @@
+"""Checks on several ranks: python -m tests.ranks RANKS:CHECK[,CHECK...] ... It forks them, so that one import does.
+
+Every check runs on every rank. What a rank raises ends the checks that run with it, and its traceback is printed.
+"""
+
+import copy
+import datetime
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+
+import clear_attn as clear
+from clear_attn.highres import Stage
+from clear_attn.parallel.traffic import traffic
+from tests import tiny
+from tests.plain import run
+
+TIMEOUT = 12  # seconds
+
+
+def split(transformer, window=3, factor=1, mesh=None, backend="auto"):
+    clear.linearize(transformer, window, factor, weights=None, backend=backend)
+    return clear.parallelize(transformer, mesh)
+
+
+def check_equal(family, grids, window, factor, variant=None, backend="tiled", schedule=None, **options):
+    """The same numbers as a single process has."""
+    transformer = family.transformer(**(variant or {}))
+    call = family.call(transformer, *grids, **options)
+    clear.linearize(transformer, window, factor, schedule=schedule, weights=None, backend="tiled")
+    expected = run(transformer, call)
+    clear.linearize(transformer, window, factor, schedule=schedule, weights=None, backend=backend)
+    clear.parallelize(transformer)
+    for _ in range(2):
+        torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+    clear.restore(transformer)
+    assert not clear.is_linearized(transformer)
+    assert not transformer.proj_out._forward_hooks
+
+
+def equal():
+    height = 8 * dist.get_world_size() - 3  # as low as it may be
+    check_equal(tiny.FLUX, [(height, 11)], 3, 1, controlnet=True)
+    check_equal(tiny.FLUX, [(height, 11)], 20, 1, batch=2)
+    check_equal(tiny.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="dense")
+    check_equal(tiny.FLUX, [(height + 30, 5)], 9, 5)  # shares of many tile rows, and not of the same number
+    check_equal(tiny.FLUX, [(height, 7), (13, 9)], 6, 3)
+    check_equal(tiny.FLUX, [(height, 7), (2, 3)], 6, 1)
+    check_equal(tiny.SD3, [(height + 4, 9)], 4, 4, batch=2, controlnet=True)
+    check_equal(tiny.SD3, [(height, 9)], 9, 1, variant={"dual": False})
+    layers = clear.Schedule(dense_layers=["transformer_blocks.1"], windows={"transformer_blocks.0": 9})
+    check_equal(tiny.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
+    check_equal(tiny.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above=0.5))
+    check_equal(tiny.FLUX2, [(height, 7), (9, 5)], 6, 2)
+    check_equal(tiny.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
+    check_equal(tiny.CHROMA, [(height, 7)], 6, 2, batch=2)
+
+
+def bytes_are_counted():
+    """What is sent is what `traffic` says."""
+    transformer, grid = tiny.flux_transformer(), (8 * dist.get_world_size() + 20, 13)
+    call = tiny.flux_call(transformer, grid, batch=2)
+    split(transformer, 9, 3)
+    run(transformer, call)
+    door = clear.state.door_of(transformer)
+    sent, ranks = Counter(), dist.get_world_size()
+
+    def count(name, call, size):
+        def wrapped(*args, **kwargs):
+            if kwargs.get("group") is not door.spread.links._control:
+                sent[name] += int(size(*args))
+            return call(*args, **kwargs)
+
+        return mock.patch.object(dist, name, wrapped)
+
+    def halo(operations):
+        return sum(each.tensor.nbytes for each in operations if each.op is dist.isend)
+
+    with (
+        count("batch_isend_irecv", dist.batch_isend_irecv, halo),
+        count("all_gather", dist.all_gather, lambda parts, own: (ranks - 1) * own.nbytes),
+        count("all_reduce", dist.all_reduce, lambda own: 2 * (ranks - 1) * own.nbytes / ranks),
+    ):
+        run(transformer, call)
+    layout = clear.TokenLayout([grid], 7, door.config)
+    counted = traffic(layout, dist.get_rank(), ranks, heads=2, head_dim=16, element=4, batch=2)
+    layers = tiny.FLUX.layers
+    assert sent["batch_isend_irecv"] == layers * counted.halo
+    assert sent["all_gather"] == layers * (counted.pooled + counted.text_lse) + counted.output(8)
+    assert sent["all_reduce"] == layers * counted.text_sum
+
+
+def differing_calls():
+    """Every rank finds out, and the next call is fine."""
+    transformer, rank = tiny.flux_transformer(), dist.get_rank()
+    split(transformer)
+    last = dist.get_world_size() - 1
+    call = tiny.flux_call(transformer, (32, 8))
+    expected = run(transformer, call)
+
+    def refuses(said, **changes):
+        with pytest.raises(ValueError, match=said):
+            run(transformer, {**call, **(changes if rank == last else {})})
+
+    refuses(f"hidden_states.* of rank {last} is not rank 0's", hidden_states=torch.randn(1, 256, 8))
+    refuses(f"timestep.* of rank {last} is not rank 0's", timestep=torch.tensor([0.7001]))
+    refuses(rf"rank {last}'s .*encoder_hidden_states.* is \[1, 9, 12\]", encoder_hidden_states=torch.randn(1, 9, 12))
+    text = call["encoder_hidden_states"].repeat(1, 12, 1)
+    other = text.clone()
+    other[:, 5] = torch.randn(12)
+    ids = torch.zeros(84, 3)
+    call |= {"encoder_hidden_states": text, "txt_ids": ids}
+    refuses(f"encoder_hidden_states.* of rank {last} is not rank 0's", encoder_hidden_states=other)
+    call = tiny.flux_call(transformer, (32, 8))
+    torch.testing.assert_close(run(transformer, call), expected, atol=0, rtol=0)
+
+
+def refusals():
+    transformer = tiny.flux_transformer()
+    with pytest.raises(ValueError, match="only a linearized pipeline can be split"):
+        clear.parallelize(transformer)
+    clear.linearize(transformer, 3, weights=None)
+    with pytest.raises(TypeError, match="zero_cond_t"):
+        split(tiny.qwen_transformer(zero_cond_t=True))
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "rows"))
+    with pytest.raises(ValueError, match=r"mesh has 2 dimensions, \('data', 'rows'\)"):
+        clear.parallelize(transformer, mesh)
+    with pytest.raises(TypeError, match="got a str"):
+        clear.parallelize(transformer, "rows")
+    clear.parallelize(transformer, mesh["rows"])
+    call = tiny.flux_call(transformer, (5, 9))
+    with pytest.raises(RuntimeError, match="gives no gradients"):
+        transformer(**call)
+    with pytest.raises(ValueError, match="2 ranks are too many for a picture of 5 x 9 tokens, which has 1 tile rows"):
+        run(transformer, call)
+    assert torch.equal(run(copy.deepcopy(clear.deparallelize(transformer)), call), run(transformer, call))
+
+
+def data_and_rows():
+    """Two pictures at a time, each on two ranks, while a mesh has both."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "rows"))
+    transformer = tiny.sd3_transformer()
+    call = tiny.sd3_call(transformer, (19, 6), seed=mesh["data"].get_local_rank())
+    clear.linearize(transformer, 4, 2, weights=None)
+    expected = run(transformer, call)
+    clear.parallelize(transformer, mesh["rows"])
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+def compiled():
+    transformer = tiny.flux_transformer(num_layers=1, num_single_layers=1)
+    clear.linearize(transformer, 5, 2, weights=None)
+    call = tiny.flux_call(transformer, (17, 9))
+    expected = run(transformer, call)
+    clear.parallelize(transformer)
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+def pipelines():
+    """The seed gives the picture that one process draws; also with a LoRA, guidance in a batch, and in a cascade."""
+    for make, options in ((tiny.flux_pipeline, {}), (tiny.sd3_pipeline, {"guidance_scale": 3.0})):
+        pipe = make()
+        lora = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        torch.manual_seed(3)
+        pipe.transformer.add_adapter(lora)
+        draw = functools.partial(_draw, pipe, **options)
+        clear.linearize(pipe, 4, 2, weights=None)
+        one = draw()
+        clear.parallelize(pipe)
+        with mock.patch.object(pipe.vae.decoder.conv_in, "forward", wraps=pipe.vae.decoder.conv_in.forward) as decoded:
+            torch.testing.assert_close(draw(), one, atol=1e-4, rtol=0)
+        assert decoded.call_count == (dist.get_rank() == 0)
+        clear.deparallelize(pipe)
+        assert torch.equal(draw(), one)
+
+
+def _draw(pipe, **options):
+    generator = torch.Generator().manual_seed(5)
+    options = {"num_inference_steps": 2, "max_sequence_length": 24, "output_type": "pt", **options}
+    return pipe("a red circle", height=128, width=96, generator=generator, **options).images
+
+
+def cascade():
+    pipe = tiny.flux_pipeline()
+    stage = Stage(steps=2, strength=0.5, low_resolution_guidance=1)
+    options = {"height": 192, "width": 128, "window": 4, "down_factor": 2, "weights": None, "stages": stage, "seed": 1}
+    draw = functools.partial(clear.highres, pipe, "a red circle", **options, base=clear.Base(steps=2))
+    one = draw(max_sequence_length=24).images
+    clear.linearize(pipe, 3, weights=None)
+    clear.parallelize(pipe)
+    for ours, expected in zip(draw(max_sequence_length=24).images, one, strict=True):
+        ours, expected = (torch.tensor(list(image.tobytes()), dtype=torch.int) for image in (ours, expected))
+        assert (ours - expected).abs().max() <= 1
+
+
+def _stopped_in_a_layer(name, stop):
+    """Rank 1 stops in the middle of a step; the others say so in time."""
+    transformer = tiny.flux_transformer()
+    split(transformer)
+    call = tiny.flux_call(transformer, (24, 8))
+    run(transformer, call)
+    if dist.get_rank() == 1:
+        transformer.transformer_blocks[1].register_forward_pre_hook(lambda *_: stop())
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"of 3 waited in vain for .*; ranks that do not answer: 1\. "):
+        run(transformer, call)
+    assert time.monotonic() - start < TIMEOUT + 3
+    print(f"{name}: rank 1 was named", flush=True)
+
+
+def a_rank_dies():
+    _stopped_in_a_layer("a_rank_dies", lambda: os._exit(0))
+
+
+def a_rank_hangs():
+    def hang():
+        time.sleep(TIMEOUT + 5)
+        os._exit(0)
+
+    _stopped_in_a_layer("a_rank_hangs", hang)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        equal,
+        bytes_are_counted,
+        differing_calls,
+        refusals,
+        data_and_rows,
+        compiled,
+        pipelines,
+        cascade,
+        a_rank_dies,
+        a_rank_hangs,
+    )
+}
+
+
+def be_rank(rank, ranks, store, names):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=TIMEOUT if "a_rank" in names[0] else 120),
+    )
+    for name in names:
+        start = time.perf_counter()
+        torch.manual_seed(rank)
+        CHECKS[name]()
+        if rank == 0:
+            print(f"{name} on {ranks}: {time.perf_counter() - start:.1f} s", flush=True)
+    if "a_rank" in names[0]:
+        os._exit(0)  # the group cannot be put away
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    for job in sys.argv[1:]:
+        count, names = job.split(":")
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = int(count), f"{folder}/store", names.split(",")
+            try:
+                torch.multiprocessing.start_processes(be_rank, arguments, nprocs=int(count), start_method="fork")
+            except torch.multiprocessing.ProcessRaisedException as error:
+                print(f"{job}: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""Shares of a picture, without processes; and, on several, that they give what one gives."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import clear_attn as clear
+from clear_attn import TokenLayout, demo
+from clear_attn.masks import dense_mask
+from clear_attn.parallel.share import TILE_ROW, Share, halo_from, tokens_of
+from clear_attn.parallel.traffic import traffic
+from tests import reference
+
+
+@st.composite
+def pictures(draw):
+    """A layout and a number of ranks."""
+    ranks = draw(st.integers(1, 5), "ranks")
+    height = draw(st.integers(TILE_ROW * (ranks - 1) + 1, TILE_ROW * (ranks + 2)), "height")
+    others = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=1), "other grids")
+    grids = [(height, draw(st.integers(1, 12), "width")), *others]
+    config = clear.ClearConfig(draw(st.integers(1, 20), "window"), draw(st.integers(1, 5), "down_factor"))
+    return TokenLayout(grids, draw(st.integers(0, 3), "text"), draw(st.sampled_from([config, None]))), ranks
+
+
+@given(pictures())
+def test_shares_hold_all_tokens_once_and_see_what_they_may(picture):
+    layout, ranks = picture
+    shares = [Share(layout, rank, ranks) for rank in range(ranks)]
+    order = torch.cat([share.order for share in shares])
+    assert torch.equal(order[shares[0].inverse], torch.arange(layout.image_tokens))
+    expected = reference.window_mask(layout.grids, layout.window)
+    for share in shares:
+        assert torch.equal(layout.order[share.in_whole], share.order)
+        assert share.counts[share.rank] == share.image_tokens
+        assert torch.equal(share.within(3).order, share.order)
+        assert torch.equal(share.within(float("inf")).without_text.inverse, share.inverse)
+        there = [share.order, *(shares[peer].order[_to(shares[peer], share.rank)] for peer, _ in share.receives)]
+        raster = torch.cat(there)
+        seen = torch.zeros(share.image_tokens, layout.image_tokens, dtype=torch.bool)
+        for strip in share.strips:
+            keys = len(strip.image_keys)
+            assert (strip.image_keys >= 0).all()
+            assert strip.needs_halo or (strip.image_keys < share.image_tokens).all()
+            mask = dense_mask(strip.query, strip.key, strip.reach)
+            assert mask[:, keys:].all()
+            seen[strip.queries[:, None], raster[strip.image_keys]] = mask[:, :keys]
+        assert torch.equal(seen, expected[share.order])
+
+
+def _to(share, rank):
+    return next(message.tokens for message in share.sends if message.peer == rank)
+
+
+@given(pictures())
+def test_parts_of_pooled_cells_add_up(picture):
+    layout, ranks = picture
+    values = torch.randn(layout.image_tokens, dtype=torch.float64)  # in raster order
+    total = torch.zeros(layout.pooled_tokens, dtype=torch.float64)
+    for rank in range(ranks):
+        share = Share(layout, rank, ranks)
+        parts = (values[share.order][share.pool_index] * share.pool_weight).sum(dim=1)
+        total.index_add_(0, share.cells[rank], parts)
+    expected = (values[layout.order][layout.pool_index] * layout.pool_weight).sum(dim=1)
+    torch.testing.assert_close(total, expected, atol=1e-6, rtol=0)
+
+
+def test_shares_are_level():
+    layout = TokenLayout([(8 * 11 - 1, 3)], 0, clear.ClearConfig(4))
+    rows = [len(tokens_of(layout, rank, 4)) // 3 for rank in range(4)]
+    assert rows == [16, 24, 24, 23]
+
+
+def test_a_halo_does_not_grow_with_the_height():
+    halos = [
+        [len(halo_from(TokenLayout([(height, 24)], 0, clear.ClearConfig(8)), 2, rank, 4)) for rank in (0, 1, 3)]
+        for height in (64, 128, 512)
+    ]
+    assert halos == [[0, 7 * 24, 7 * 24]] * 3
+
+
+def test_pooled_keys_grow_with_the_picture():
+    of = {
+        height: traffic(TokenLayout([(height, 24)], 5, clear.ClearConfig(8, 4)), 1, 4, heads=4, head_dim=8, element=2)
+        for height in (64, 128)
+    }
+    assert of[64].halo == of[128].halo == 2 * 2 * 7 * 24 * 2 * 32
+    assert (of[64].pooled, of[128].pooled) == (3 * 2 * 4 * 6 * 64, 3 * 2 * 8 * 6 * 64)
+    assert of[64].ring == 2 * 3 * (5 + 64 * 24) * 64 // 4
+    assert of[64].all_to_all == 4 * 3 * (5 + 64 * 24) * 64 // 16
+
+
+def test_too_many_ranks():
+    with pytest.raises(ValueError, match="4 ranks are too many for a picture of 24 x 9 tokens, which has 3 tile rows"):
+        Share(TokenLayout([(24, 9)], 2, clear.ClearConfig(4)), 0, 4)
+
+
+def test_outside_of_torchrun(pipe):
+    clear.linearize(pipe, 4, weights=None)
+    with pytest.raises(RuntimeError, match="start the script with torchrun"):
+        clear.parallelize(pipe)
+
+
+def _run(*command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, env=environment)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return ran
+
+
+CHECKS = {
+    1: ["equal"],
+    2: ["equal", "bytes_are_counted", "differing_calls", "refusals", "compiled", "pipelines", "cascade"],
+    3: ["equal", "bytes_are_counted", "differing_calls"],
+    4: ["equal", "data_and_rows"],
+}
+# Each in processes of its own, which it leaves broken.
+STOPPED = ["a_rank_dies", "a_rank_hangs"]
+
+
+@pytest.fixture(scope="module")
+def ran():
+    """All checks on ranks, in one start."""
+    jobs = [f"{ranks}:{','.join(checks)}" for ranks, checks in CHECKS.items()]
+    return _run(sys.executable, "-m", "tests.ranks", *jobs, *(f"3:{check}" for check in STOPPED))
+
+
+@pytest.mark.parametrize(("ranks", "check"), [(ranks, check) for ranks, checks in CHECKS.items() for check in checks])
+def test_on_ranks(ran, ranks, check):
+    assert f"{check} on {ranks}: " in ran.stdout, ran.stderr[-6000:]
+
+
+@pytest.mark.parametrize("check", STOPPED)
+def test_a_rank_that_does_not_answer_is_named(ran, check):
+    assert ran.stdout.count(f"{check}: rank 1 was named") == 2, ran.stderr[-6000:]
+
+
+def test_generate_under_torchrun(tmp_path):
+    options = ("--prompt", "a red circle", "--height", 192, "--width", 128, "--window", 4, "--weights", "none")
+    options = (*options, "--seed", 3, "--max-sequence-length", 24, "--steps", 2, "--strength", 0.5, "--device", "cpu")
+    start = tmp_path / "start.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 64, 3)).astype(np.uint8)).save(start)
+    options = ("-m", "clear_attn", "generate", "--model", demo.path(), *options, "--init-image", start)
+    _run(sys.executable, *options, "--output", tmp_path / "one.png")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    output = _run(*torchrun, *options, "--output", tmp_path / "two.png").stdout
+    assert output.count("Saved") == 1
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
+    assert np.abs(one - two).max() <= 1
