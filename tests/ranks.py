@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import FirstBlockCacheConfig
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -141,6 +142,10 @@ def refusals():
     call = tiny.flux_call(transformer, (5, 9))
     with pytest.raises(RuntimeError, match="gives no gradients"):
         transformer(**call)
+    transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(RuntimeError, match="FirstBlockCache skips steps"):
+        run(transformer, call)
+    transformer.disable_cache()
     with pytest.raises(ValueError, match="2 ranks are too many for a picture of 5 x 9 tokens, which has 1 tile rows"):
         run(transformer, call)
     assert torch.equal(run(copy.deepcopy(clear.deparallelize(transformer)), call), run(transformer, call))

@@ -233,3 +233,22 @@ def test_the_model_is_flux_dev(monkeypatch):
         theirs = FluxTransformer2DModel(guidance_embeds=True).config
     assert all(theirs[name] == value for name, value in made.items())
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_bytes_between_ranks(tmp_path):
+    file = tmp_path / "ranks.json"
+    options = ["--device", "cpu", "--grid", "32x24", "--window", "4", "--text", "5", "--heads", "2", "--head-dim", "16"]
+    options += ["--ranks", "1", "--ranks", "4", "--json", str(file)]
+    result = CliRunner().invoke(app, ["bench", *options, "--attention-seconds", "2", "--rest-seconds", "1"])
+    assert result.exit_code == 0, result.output
+    one, four = json.loads(file.read_text())
+    assert four["traffic"]["halo"] == 2 * 2 * 3 * 24 * 2 * 16 * 4  # keys and values, both sides, rows, columns, ...
+    assert (one["layer_bytes"], one["step_bytes"]) == (0, 0)
+    assert set(one["seconds"].values()) == {3.0}
+    # A quarter of attention, 8 of 32 rows and the text of the rest, and the least that the bytes take.
+    least = 2 / 4 + (8 * 24 + 5) / (32 * 24 + 5) + four["step_bytes"] / 12.5e9
+    assert least < four["seconds"]["Ethernet, 12.5 GB/s"] < least + 0.1
+    result = CliRunner().invoke(app, ["bench", *options, "--ranks", "5"])
+    assert "5 ranks are too many" in result.output
+    result = CliRunner().invoke(app, ["bench", *options, "--rest-seconds", "5"])
+    assert result.exit_code == 2

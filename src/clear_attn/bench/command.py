@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clear_attn.bench import model, operation, run
+from clear_attn.bench import ranks as between
 from clear_attn.bench.rows import HEADER, TOKEN, Row, cells, title
 from clear_attn.options import DTYPES, DType, device_of
 
@@ -72,6 +73,14 @@ def bench(
     dense_queries: Annotated[
         int, typer.Option(min=1, help="Time dense attention for at most so many queries (level op).")
     ] = 32768,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Time nothing; count what so many ranks send each other. May be repeated."),
+    ] = None,
+    attention_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Of a step on one rank, as measured: its attention. With --ranks.")
+    ] = None,
+    rest_seconds: Annotated[float | None, typer.Option(min=0, help="Likewise: all else of the step.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the rows go as JSON.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Where a plot goes, as times.png.")] = None,
 ) -> None:
@@ -110,6 +119,9 @@ def bench(
         runs=runs or run.RUNS[where.type],
         most_dense_queries=dense_queries,
     )
+    if ranks:
+        _count_between_ranks(settings, ranks, attention_seconds, rest_seconds, json_file)
+        return
     console, rows = Console(), []
     for of_case in run.run(settings, lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True)):
         _print(console, of_case)
@@ -123,6 +135,37 @@ def bench(
     if not rows:
         raise typer.BadParameter("nothing is left to time", param_hint="--variant")
     _check_errors(rows)
+
+
+def _count_between_ranks(
+    settings: run.Settings,
+    numbers: list[int],
+    attention_seconds: float | None,
+    rest_seconds: float | None,
+    json_file: Path | None,
+) -> None:
+    cases, times = list(settings.cases()), None
+    if attention_seconds is not None and rest_seconds is not None:
+        times = between.Times(attention_seconds, rest_seconds)
+    if (attention_seconds is None) != (rest_seconds is None) or (times and len(cases) > 1):
+        raise typer.BadParameter(
+            "needs --rest-seconds beside it, and a single size, window and down_factor",
+            param_hint="--attention-seconds",
+        )
+    console = Console(width=140)
+    try:
+        counted = [list(between.scalings([case], numbers, times)) for case in cases]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--ranks") from None
+    for rows in counted:
+        header, lines = between.cells(rows)
+        table = Table(*header, title=between.title(rows[0]), title_justify="left", box=None, pad_edge=False)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table, soft_wrap=True)
+    if json_file:
+        every = [row.to_dict() for rows in counted for row in rows]
+        json_file.write_text(json.dumps(every, indent=1) + "\n")
 
 
 def _check_plot(path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -51,7 +52,7 @@ class Split:
         """The rank's share of a call.
 
         Raises:
-            RuntimeError: gradients are asked for; a rank does not answer.
+            RuntimeError: gradients are asked for; FirstBlockCache is on; a rank does not answer.
             ValueError: ranks were given different calls; more ranks than tile rows.
         """
         tensors = [*tree_leaves(call), *transformer.parameters()]
@@ -59,6 +60,11 @@ class Split:
             raise RuntimeError(
                 "a transformer that is split over ranks gives no gradients; call it under torch.no_grad(), or "
                 "clear_attn.deparallelize() it to train"
+            )
+        if isinstance(getattr(transformer, "_cache_config", None), FirstBlockCacheConfig):
+            raise RuntimeError(
+                "FirstBlockCache skips steps by the values of a rank's own tokens, so ranks would part; call "
+                "disable_cache() on the transformer"
             )
         check_same(self.links, call, f"{layout.grids}, {settings}")
         share = share_for(layout, self.links.rank, self.links.ranks, self.attention)
