@@ -59,6 +59,11 @@ def equal():
     check_equal(tiny.FLUX, [(height, 7), (2, 3)], 6, 1)
     check_equal(tiny.SD3, [(height + 4, 9)], 4, 4, batch=2, controlnet=True)
     check_equal(tiny.SD3, [(height, 9)], 9, 1, variant={"dual": False})
+
+
+def equal_in_all_families():
+    """Also with a schedule."""
+    height = 8 * dist.get_world_size() - 3
     layers = clear.Schedule(dense_layers=["transformer_blocks.1"], windows={"transformer_blocks.0": 9})
     check_equal(tiny.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
     check_equal(tiny.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above=0.5))
@@ -240,6 +245,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         equal,
+        equal_in_all_families,
         bytes_are_counted,
         differing_calls,
         refusals,

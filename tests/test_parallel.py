@@ -117,7 +117,16 @@ def _run(*command):
 
 CHECKS = {
     1: ["equal"],
-    2: ["equal", "bytes_are_counted", "differing_calls", "refusals", "compiled", "pipelines", "cascade"],
+    2: [
+        "equal",
+        "equal_in_all_families",
+        "bytes_are_counted",
+        "differing_calls",
+        "refusals",
+        "compiled",
+        "pipelines",
+        "cascade",
+    ],
     3: ["equal", "bytes_are_counted", "differing_calls"],
     4: ["equal", "data_and_rows"],
 }
