@@ -170,7 +170,7 @@ class TestCommand:
         assert two[0] > 2 * demo.SIZE
         result = self.run("demo", "--prompt", prompt, "--output", output)
         assert result.exit_code == 0, result.output
-        assert "window 4 (distilled)" in result.output
+        assert "window 8 (distilled)" in result.output
         assert Image.open(output).size[1] > two[1]
 
     def test_demo_refuses_before_it_draws(self, tmp_path):
