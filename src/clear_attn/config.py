@@ -1,9 +1,10 @@
-"""What CLEAR is asked to do to a model: the window, and the cells that pooled keys stand for."""
+"""What is asked of a model's attention; of CLEAR: the window, and the cells that pooled keys stand for."""
 
 from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from typing import Protocol
 
 
 def check_whole_number(name: str, value: object, remedy: str, least: int = 1) -> int:
@@ -13,6 +14,16 @@ def check_whole_number(name: str, value: object, remedy: str, least: int = 1) ->
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}; {remedy}")
     return int(value)
+
+
+class Config(Protocol):
+    """What a layout is made for: CLEAR's settings, or those of another method (`clear_attn.methods`)."""
+
+    @property
+    def window(self) -> float: ...
+
+    @property
+    def down_factor(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""The attention processor that stands in for diffusers' own, and how it projects query, key and value."""
+"""The attention processors that stand in for diffusers' own, and how they project query, key and value."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import abc
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from clear_attn.attention import clear_attention, pool
+from clear_attn.config import ClearConfig, Config
 from clear_attn.layout import TokenLayout
 from clear_attn.padding import Padding, widen
 
@@ -18,21 +20,19 @@ from clear_attn.padding import Padding, widen
 LAYOUT, BACKEND, SHARPNESS, PADDING = "clear_layout", "clear_backend", "clear_sharpness", "clear_padding"
 
 
-class ClearAttnProcessor(nn.Module):
-    """CLEAR's attention for one layer.
+class AttnProcessor(nn.Module, abc.ABC):
+    """Attention of one layer of a linearized transformer, CLEAR's or another.
 
     It is called by the layer as diffusers calls its own processors; what it needs beyond that, the layout and the
     backend, arrives in the model's `joint_attention_kwargs` as `clear_layout` and `clear_backend`, which the door
     of a linearized transformer adds. `clear_sharpness` there multiplies the usual scale of the scores, and
     `clear_padding` tells of padding in the text.
 
-    It is a module for the sake of its one parameter, `spatial_weight`, so calling it as a module means pooling and
-    calling it as diffusers does means attention: offloading hooks wrap the former, and only the former touches the
-    parameter.
+    It is a module for the sake of its own parameters, so calling it as a module means what they do, its `forward`,
+    and calling it as diffusers does means attention: offloading hooks wrap the former, and only the former touches
+    the parameters.
 
     Args:
-        down_factor (`int`, defaults to 1): side of the pooled cells in tokens; above 1 the processor has the
-            parameter `spatial_weight` of shape `(1, 1, 1, f, 1, f, 1)`, initially the plain mean, 1 / f^2.
         layer (`str`, defaults to `""`): the layer's name, for errors.
 
     Raises:
@@ -45,22 +45,26 @@ class ClearAttnProcessor(nn.Module):
     # Declared, so that diffusers' set_attention_backend and enable_parallelism find them here.
     _attention_backend: AttentionBackendName | None = None
     _parallel_config: Any = None
-    spatial_weight: nn.Parameter
 
-    def __init__(self, down_factor: int = 1, layer: str = "") -> None:
+    def __init__(self, layer: str = "") -> None:
         super().__init__()
-        self.down_factor = down_factor
         self.layer = layer
-        shape = (1, 1, 1, down_factor, 1, down_factor, 1)
-        weight = nn.Parameter(torch.full(shape, 1 / down_factor**2)) if down_factor > 1 else None
-        self.register_parameter("spatial_weight", weight)
 
-    def extra_repr(self) -> str:
-        return f"down_factor={self.down_factor}"
+    @abc.abstractmethod
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: TokenLayout,
+        backend: str,
+        sharpness: float = 1.0,
+        padding: Padding | None = None,
+    ) -> Tensor:
+        """Attention of text and image, joined as the layout says: `[batch, tokens, heads x head_dim]`.
 
-    def forward(self, image: Tensor, layout: TokenLayout) -> Tensor:
-        """Pools image keys or values, see `clear_attn.attention.pool`."""
-        return pool(image, layout, self.spatial_weight)
+        Of query, key and value `[batch, heads, tokens, head_dim]`.
+        """
 
     def __call__(
         self,
@@ -81,6 +85,11 @@ class ClearAttnProcessor(nn.Module):
         joint = self.attend(query, key, value, layout, clear_backend, clear_sharpness, clear_padding)
         return project_out(attn, joint, encoder_hidden_states is not None, layout)
 
+    def as_module(self, *args: Any) -> Tensor:
+        """Calls `forward`, and the hooks on it."""
+        output: Tensor = super().__call__(*args)
+        return output
+
     def layout_for(
         self,
         attention_mask: Tensor | None,
@@ -92,6 +101,81 @@ class ClearAttnProcessor(nn.Module):
         layout = self._check(attention_mask, layout).within(self.window)
         alone = hidden_states.shape[1] == layout.image_tokens and encoder_hidden_states is None
         return layout.without_text if alone else layout
+
+    @abc.abstractmethod
+    def fits(self, config: Config) -> bool:
+        """Whether a layout with this config, which is not None, is for this processor."""
+
+    def takes_fused(self, attn: Any) -> bool:
+        """Whether query, key and value come from one fused projection; the parts that it was made of always do."""
+        return False
+
+    @property
+    def _where(self) -> str:
+        return f"{type(self).__name__} at {self.layer or 'an unnamed layer'}"
+
+    def _check(self, attention_mask: Tensor | None, layout: TokenLayout | None) -> TokenLayout:
+        # The layer's name is read only where it is needed: a compiled block that reads it is compiled anew for each.
+        if layout is None:
+            raise RuntimeError(
+                f"{self._where} was called without a layout: call the linearized transformer, not its blocks; if its "
+                "hooks were removed, load the model anew"
+            )
+        if attention_mask is not None:
+            raise RuntimeError(
+                f"{self._where} takes no attention mask, got one of shape {list(attention_mask.shape)}; leave it out "
+                "of joint_attention_kwargs, or clear_attn.restore() the model"
+            )
+        if self._parallel_config is not None:
+            raise RuntimeError(
+                f"{self._where} does not work under diffusers' context parallelism; leave it switched off"
+            )
+        if layout.config is not None and not self.fits(layout.config):
+            raise RuntimeError(
+                f"{self._where} is for {self.extra_repr()}, the layout of this call for {layout.config}; give both the "
+                "same"
+            )
+        return layout
+
+    def _text_attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        # diffusers calls FlexAttention uncompiled, which would hold all scores in memory.
+        if backend == AttentionBackendName.FLEX:
+            backend = AttentionBackendName.NATIVE
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return dispatch_attention_fn(query, key, value, scale=scale, backend=backend).transpose(1, 2)
+
+
+class ClearAttnProcessor(AttnProcessor):
+    """CLEAR's attention for one layer.
+
+    Its one parameter, `spatial_weight`, is what it pools with, so calling it as a module means pooling.
+
+    Args:
+        down_factor (`int`, defaults to 1): side of the pooled cells in tokens; above 1 the processor has the
+            parameter `spatial_weight` of shape `(1, 1, 1, f, 1, f, 1)`, initially the plain mean, 1 / f^2.
+        layer (`str`, defaults to `""`): the layer's name, for errors.
+
+    Raises:
+        RuntimeError: when called without a layout, with an attention mask, or under diffusers' context
+            parallelism.
+    """
+
+    spatial_weight: nn.Parameter
+
+    def __init__(self, down_factor: int = 1, layer: str = "") -> None:
+        super().__init__(layer)
+        self.down_factor = down_factor
+        shape = (1, 1, 1, down_factor, 1, down_factor, 1)
+        weight = nn.Parameter(torch.full(shape, 1 / down_factor**2)) if down_factor > 1 else None
+        self.register_parameter("spatial_weight", weight)
+
+    def extra_repr(self) -> str:
+        return f"down_factor={self.down_factor}"
+
+    def forward(self, image: Tensor, layout: TokenLayout) -> Tensor:
+        """Pools image keys or values, see `clear_attn.attention.pool`."""
+        return pool(image, layout, self.spatial_weight)
 
     def attend(
         self,
@@ -110,8 +194,8 @@ class ClearAttnProcessor(nn.Module):
             query, key, value = widen(query, key, value, padding, scale)
         pooled = None
         if layout.pooled_tokens:
-            pool_image: Callable[[Tensor, TokenLayout], Tensor] = super().__call__
-            pooled = pool_image(key[:, :, layout.image], layout), pool_image(value[:, :, layout.image], layout)
+            pool_key, pool_value = (self.as_module(x[:, :, layout.image], layout) for x in (key, value))
+            pooled = pool_key, pool_value
         joint = (layout.attention or clear_attention)(
             query,
             key,
@@ -125,43 +209,10 @@ class ClearAttnProcessor(nn.Module):
         return joint[..., :head_dim].transpose(1, 2).flatten(2, 3)
 
     def takes_fused(self, attn: Any) -> bool:
-        """Whether query, key and value come from one fused projection."""
         return bool(attn.fused_projections)
 
-    @property
-    def _where(self) -> str:
-        return f"CLEAR's attention at {self.layer or 'an unnamed layer'}"
-
-    def _check(self, attention_mask: Tensor | None, layout: TokenLayout | None) -> TokenLayout:
-        # The layer's name is read only where it is needed: a compiled block that reads it is compiled anew for each.
-        if layout is None:
-            raise RuntimeError(
-                f"{self._where} was called without a layout: call the linearized transformer, not its blocks; if its "
-                "hooks were removed, load the model anew"
-            )
-        if attention_mask is not None:
-            raise RuntimeError(
-                f"{self._where} takes no attention mask, got one of shape {list(attention_mask.shape)}; leave it out "
-                "of joint_attention_kwargs, or clear_attn.restore() the model"
-            )
-        if self._parallel_config is not None:
-            raise RuntimeError(
-                f"{self._where} does not work under diffusers' context parallelism; leave it switched off"
-            )
-        if layout.config is not None and layout.down_factor != self.down_factor:
-            raise RuntimeError(
-                f"{self._where} pools cells of side {self.down_factor}, the layout of this call "
-                f"{layout.down_factor}; give both one down_factor"
-            )
-        return layout
-
-    def _text_attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-        # diffusers calls FlexAttention uncompiled, which would hold all scores in memory.
-        if backend == AttentionBackendName.FLEX:
-            backend = AttentionBackendName.NATIVE
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return dispatch_attention_fn(query, key, value, scale=scale, backend=backend).transpose(1, 2)
+    def fits(self, config: Config) -> bool:
+        return isinstance(config, ClearConfig) and config.down_factor == self.down_factor
 
 
 def _project(

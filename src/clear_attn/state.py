@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from clear_attn.doors import DoorIn, DoorOut
-from clear_attn.processors import ClearAttnProcessor
+from clear_attn.processors import AttnProcessor
 from clear_attn.record import MARK, mark_of
 from clear_attn.weights import DTYPES, check_in_memory, check_replaceable, copy_values, replaced_parameters
 
@@ -71,7 +71,7 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
             "pipeline anew"
         )
     for layer, processor in processors.items():
-        if isinstance(processor, ClearAttnProcessor):
+        if isinstance(processor, AttnProcessor):
             processors[layer] = door.original.processors[layer]
     return State(None, processors, door.original.values, door.original.mark)
 
@@ -106,18 +106,19 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
 
 
 def _free_kept_processors(transformer: Any) -> None:
-    """Takes CLEAR's processors out of what SD3 keeps of its processors while its projections are fused."""
+    """Takes the library's processors out of what SD3 keeps of its processors while its projections are fused."""
     door, kept = door_of(transformer), getattr(transformer, "original_attn_processors", None) or {}
     for key, processor in kept.items():
-        if door and isinstance(processor, ClearAttnProcessor):
+        if door and isinstance(processor, AttnProcessor):
             kept[key] = door.original.processors[key.removesuffix(".processor")]
 
 
 def stand_beside(processor: Processor, attn: Any) -> Processor:
-    """Puts a processor's own parameter where the layer's are, and in their dtype."""
-    if isinstance(processor, ClearAttnProcessor) and processor.spatial_weight is not None:
-        reference, weight = next(attn.parameters()), processor.spatial_weight
-        weight.data = weight.data.to(reference.device, reference.dtype if reference.dtype in DTYPES else None)
+    """Puts a processor's own parameters where the layer's are, and in their dtype."""
+    if isinstance(processor, AttnProcessor):
+        reference = next(attn.parameters())
+        for weight in processor.parameters(recurse=False):
+            weight.data = weight.data.to(reference.device, reference.dtype if reference.dtype in DTYPES else None)
     return processor
 
 

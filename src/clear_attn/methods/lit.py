@@ -1,0 +1,106 @@
+"""LiT (arXiv 2501.12976): linear attention with a depth-wise convolution, and few heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clear_attn.config import check_whole_number
+from clear_attn.layout import Grid, TokenLayout
+from clear_attn.methods.base import Method, MethodProcessor
+
+
+@dataclass(frozen=True)
+class LiT(Method):
+    """Linear attention: `relu(q) (relu(k)^T v) / (relu(q) sum relu(k))`, and a convolution of the image's values.
+
+    Its work grows with the tokens. Of what keeps a pre-trained model alive it has locality by the convolution alone;
+    not the formulation, for there is no softmax; not high rank, for head_dim bounds that of a head, which fewer and
+    so wider heads raise; features stay as they are.
+
+    Args:
+        heads (`int`, *optional*, defaults to 2): how many heads the layer's are taken together to; None keeps them.
+        kernel_size (`int`, defaults to 5): side of the convolution in tokens, odd; 0 for none.
+
+    Raises:
+        TypeError: a value is not a whole number.
+        ValueError: a value is out of range.
+    """
+
+    heads: int | None = 2
+    kernel_size: int = 5
+
+    def __post_init__(self) -> None:
+        if self.heads is not None:
+            check_whole_number("heads", self.heads, "2 to 4 are usual, None keeps the layer's own")
+        check_whole_number("kernel_size", self.kernel_size, "it is the side of a convolution, 0 for none", least=0)
+        if self.kernel_size and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, or 0 for no convolution, got {self.kernel_size}")
+
+    def processor(self, attn: Any, layer: str, number: int) -> LiTAttnProcessor:
+        if self.heads and attn.inner_dim % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide the {attn.inner_dim} channels of {layer}")
+        return LiTAttnProcessor(self, attn.inner_dim, layer)
+
+    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+        image, inner = grid[0] * grid[1], heads * head_dim
+        width = inner // (self.heads or heads)
+        return {
+            "keys and values summed": 2 * (text_tokens + image) * width * inner,
+            "image queries, the sums": 2 * image * width * inner,
+            "convolution of values": 2 * image * self.kernel_size**2 * inner,
+        }
+
+
+class LiTAttnProcessor(MethodProcessor):
+    """LiT's attention for one layer.
+
+    Its parameter `convolution`, `[channels, 1, kernel_size, kernel_size]`, starts as zeros: at first there is none.
+
+    Args:
+        method: the settings.
+        channels: heads x head_dim of the layer.
+        layer: its name, for errors.
+    """
+
+    method: LiT
+    convolution: nn.Parameter
+
+    def __init__(self, method: LiT, channels: int, layer: str = "") -> None:
+        super().__init__(method, layer)
+        side = method.kernel_size
+        self.register_parameter("convolution", nn.Parameter(torch.zeros(channels, 1, side, side)) if side else None)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float) -> Tensor:
+        heads, head_dim = query.shape[1::2]
+        output = linear_attention(*(_regroup(x, self.method.heads or heads) for x in (query, key, value)))
+        output = _regroup(output, heads)
+        if self.convolution is None:
+            return output
+        pictures = value[:, :, layout.image].index_select(2, layout.inverse)
+        pictures = pictures.transpose(2, 3).flatten(1, 2).unflatten(2, layout.grids[0])
+        kernel = self.convolution.to(pictures.device, pictures.dtype)
+        convolved = F.conv2d(pictures, kernel, padding="same", groups=len(kernel)).flatten(2)
+        return output + convolved.unflatten(1, (heads, head_dim)).transpose(2, 3).index_select(2, layout.order)
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`relu(q) (relu(k)^T v) / (relu(q) sum relu(k))` in float32 at least, 0 where the divisor is.
+
+    Args:
+        query, key, value: `[batch, heads, tokens, head_dim]`, the query of any number of tokens.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = (F.relu(x.to(dtype)) for x in (query, key))
+        total = (query @ key.sum(dim=2, keepdim=True).transpose(2, 3)).clamp_min(torch.finfo(dtype).eps)
+        return (query @ (key.transpose(2, 3) @ value.to(dtype)) / total).to(value.dtype)
+
+
+def _regroup(x: Tensor, heads: int) -> Tensor:
+    """`[batch, heads, tokens, head_dim]` with as many heads as are wanted."""
+    return x.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
