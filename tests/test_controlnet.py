@@ -159,7 +159,7 @@ def test_cost_of_one_without_text():
     controlnet = sd3_controlnet(joint_attention_dim=None, dual_attention_layers=())
     counted = clear.cost(controlnet, 64, 64)
     assert (counted.layers, counted.layers_without_text) == (0, 3)
-    assert counted.step_pairs == 3 * counted.window_pairs
+    assert counted.step_flops == counted.flops(3 * counted.window_pairs)
 
 
 def test_several_are_linearized_one_by_one():

@@ -260,7 +260,7 @@ class TestSavedWhole:
 
     def test_other_settings(self, save_whole):
         back = save_whole(1, distilled=True)
-        with pytest.raises(ValueError, match=r"window=6 does not fit this pipeline, which was saved .* window=5"):
+        with pytest.raises(ValueError, match=r"window=6, .* does not fit this pipeline, which was saved .* window=5"):
             clear.linearize(back, 6)
 
     def test_the_original_is_not_in_it(self, save_whole):
@@ -283,7 +283,7 @@ class TestSavedWhole:
     def test_training_free_can_be_restored(self, pipe, save_whole):
         expected = run(tiny.flux_pipeline().transformer, self.call(pipe))
         back = save_whole(2, distilled=False)
-        with pytest.raises(ValueError, match="nothing was trained since, None, which pools plain means"):
+        with pytest.raises(ValueError, match="nothing was trained since, None, which starts them anew"):
             clear.linearize(back)
         clear.linearize(back, 5, 2, weights=None)
         clear.restore(back)

@@ -63,7 +63,7 @@ def test_cost_counts_layers_without_text(transformer):
     assert (counted.layers, counted.layers_without_text, clear.cost(transformer, 64, 64).text_tokens) == (3, 1, 333)
     assert counted.to_dict()["dense_step_gflops"] == 4 * dim * (3 * (grid + text) ** 2 + grid**2) / 1e9
     pairs = counted.window_pairs
-    assert counted.step_pairs == 3 * (pairs + text * (2 * grid + text)) + pairs
+    assert counted.step_flops == counted.flops(3 * (pairs + text * (2 * grid + text)) + pairs)
 
 
 def test_a_lora_after_fused_projections_were_given_up(transformer):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from clear_attn.linearize import PipelineOrTransformer, find_transformer, linearize, restore
+from clear_attn.methods import Method
 from clear_attn.schedule import Schedule
 from clear_attn.state import apply, capture, door_of, original_state
 
@@ -20,6 +21,7 @@ def linearized(
     window: int | None = None,
     down_factor: int | None = None,
     *,
+    method: Method | None = None,
     schedule: Schedule | None = None,
     weights: str | os.PathLike[str] | None = "auto",
     revision: str | None = None,
@@ -35,6 +37,7 @@ def linearized(
         pipe,
         window,
         down_factor,
+        method=method,
         schedule=schedule,
         weights=weights,
         revision=revision,

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from clear_attn.config import ClearConfig, check_whole_number
+from clear_attn.configure import config_beside
 from clear_attn.families import Family
 from clear_attn.layout import Grid
 from clear_attn.linearize import find_transformer
 from clear_attn.memory import memory_of
-from clear_attn.record import mark_of, schedule_of_mark
+from clear_attn.methods import Method
+from clear_attn.record import config_of, mark_of, schedule_of_mark
 from clear_attn.schedule import Schedule
 from clear_attn.state import door_of
 from clear_attn.work import Cost, OwnWindow
@@ -28,6 +30,7 @@ def cost(
     *,
     window: int | None = None,
     down_factor: int | None = None,
+    method: Method | None = None,
     schedule: Schedule | None = None,
     text_tokens: int | None = None,
     batch: int = 1,
@@ -38,6 +41,7 @@ def cost(
         pipe: a supported pipeline or transformer, linearized or not.
         height, width (`int`): of the picture in pixels; rounded down to whole tokens, as diffusers does.
         window, down_factor (`int`, *optional*): default to those of a linearized pipeline, else 16 and 1.
+        method (`Method`, *optional*): defaults to that of a linearized pipeline, else CLEAR.
         schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.
         text_tokens (`int`, *optional*): length of the text sequence; by default that of the family's pipelines, 512
             for FLUX and Chroma and, as the most it takes, Qwen-Image, 333 for SD3.
@@ -45,7 +49,8 @@ def cost(
 
     Raises:
         TypeError: not a supported pipeline, or a number that is not whole.
-        ValueError: a size below one token, another number out of range, or a schedule of layers that are not there.
+        ValueError: a size below one token, another number out of range, a method with a window, or a schedule of
+            layers that are not there.
 
     Example:
         >>> from clear_attn import demo
@@ -65,10 +70,8 @@ def cost(
     batch = check_whole_number("batch", batch, "it is the number of pictures")
     door = door_of(transformer)
     mark = mark_of(transformer)
-    own = door.config if door else ClearConfig(mark["window"], mark["down_factor"]) if mark else ClearConfig()
-    config = ClearConfig(
-        own.window if window is None else window, own.down_factor if down_factor is None else down_factor
-    )
+    own = door.config if door else config_of(mark) if mark else ClearConfig()
+    config = config_beside(own, window, down_factor, method)
     if schedule is None:
         schedule = door.schedule if door else schedule_of_mark(mark) if mark else Schedule()
     counted = _count(transformer, family, (sides[0], sides[1]), text_tokens, batch, config, schedule)
@@ -89,7 +92,7 @@ def _count(
     grid: Grid,
     text_tokens: int,
     batch: int,
-    config: ClearConfig,
+    config: ClearConfig | Method,
     schedule: Schedule,
 ) -> Cost:
     layers = family.attention_layers(transformer)
@@ -100,6 +103,7 @@ def _count(
         with_text = sum(family.has_text(transformer, layer) for layer in own_layers)
         own_window = None if window == math.inf else int(window)
         own_windows.append(OwnWindow(own_window, with_text, len(own_layers) - with_text))
+    clear = config if isinstance(config, ClearConfig) else ClearConfig()
     return Cost(
         height=grid[0],
         width=grid[1],
@@ -107,11 +111,13 @@ def _count(
         batch=batch,
         layers=sum(has_text),
         inner_dim=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
-        window=config.window,
-        down_factor=config.down_factor,
+        window=clear.window,
+        down_factor=clear.down_factor,
         layers_without_text=len(has_text) - sum(has_text),
         own_windows=tuple(own_windows),
         dense_above=schedule.dense_above,
+        heads=transformer.config.num_attention_heads,
+        method=None if isinstance(config, ClearConfig) else config,
     )
 
 
@@ -121,5 +127,4 @@ def _count_controlnet(controlnet: Any, beside: Cost) -> tuple[int, int]:
     door, grid = door_of(net), (beside.height, beside.width)
     config, schedule = (door.config, door.schedule) if door else (ClearConfig(), Schedule())
     counted = _count(net, family, grid, beside.text_tokens, beside.batch, config, schedule)
-    dense = counted.flops(counted.dense_step_pairs)
-    return dense, counted.flops(counted.step_pairs) if door else dense
+    return counted.dense_step_flops, counted.step_flops if door else counted.dense_step_flops

@@ -21,7 +21,8 @@ from clear_attn.conflicts import check_hooks
 from clear_attn.families import Family
 from clear_attn.families.base import InnerDoor
 from clear_attn.layout import Grid, TokenLayout
-from clear_attn.processors import BACKEND, LAYOUT, PADDING, ClearAttnProcessor
+from clear_attn.methods import Method
+from clear_attn.processors import BACKEND, LAYOUT, PADDING, AttnProcessor
 from clear_attn.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 
 @functools.lru_cache(maxsize=8)
 def layout_for(
-    grids: tuple[Grid, ...], text_tokens: int, config: ClearConfig | None, text_first: bool, device: torch.device
+    grids: tuple[Grid, ...],
+    text_tokens: int,
+    config: ClearConfig | Method | None,
+    text_first: bool,
+    device: torch.device,
 ) -> TokenLayout:
     """The layout, made once for all calls that agree in the arguments."""
     return TokenLayout(grids, text_tokens, config, text_first=text_first, device=device)
@@ -57,7 +62,7 @@ class DoorIn:
 
     Args:
         family: what kind of transformer it stands at.
-        config: the window and down_factor of its calls.
+        config: the window and down_factor of its calls, or another method.
         schedule: which of them, and which layers, differ.
         backend: of its calls, or "auto".
         original: the transformer's state before, for `restore`.
@@ -68,7 +73,7 @@ class DoorIn:
     def __init__(
         self,
         family: Family,
-        config: ClearConfig,
+        config: ClearConfig | Method,
         schedule: Schedule,
         backend: str,
         original: State,
@@ -112,7 +117,7 @@ class DoorIn:
         entered[self.family.keywords] = {**(call.get(self.family.keywords) or {}), **own}
         return (), entered
 
-    def config_of(self, call: dict[str, Any]) -> ClearConfig | None:
+    def config_of(self, call: dict[str, Any]) -> ClearConfig | Method | None:
         """Of a call with these arguments; None where it stays dense."""
         return None if self.schedule.is_dense(self.family.noise(call)) else self.config
 
@@ -123,12 +128,14 @@ class DoorIn:
         for window in (None, *self.schedule.own_windows(layers)):
             own = layout.within(window)
             for each in (own, own.without_text) if alone else (own,):
-                if each.config is not None:
+                if isinstance(each.config, Method):
+                    each.config.prepare(each)
+                elif each.config is not None:
                     BACKENDS[backend].prepare(each)
 
     def _choose_backend(self, transformer: Any, call: dict[str, Any], layout: TokenLayout) -> str:
         """Once for all layers of a call, so that a recomputation for gradients does as the first computation did."""
-        if self.backend != "auto":
+        if self.backend != "auto" or isinstance(self.config, Method):  # which has no backends
             return self.backend
         tensors = itertools.chain(tree_leaves(call), transformer.parameters())
         needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
@@ -139,8 +146,11 @@ class DoorIn:
         """Raises RuntimeError where something that linearizing put in place is no longer there, or cannot work."""
         for layer in self.original.processors:
             processor = transformer.get_submodule(layer).processor
-            own = self.config.down_factor, self.schedule.window_of(layer)
-            if not isinstance(processor, ClearAttnProcessor) or (processor.down_factor, processor.window) != own:
+            window = self.schedule.window_of(layer)
+            if not isinstance(processor, AttnProcessor) or (processor.fits(self.config), processor.window) != (
+                True,
+                window,
+            ):
                 raise RuntimeError(
                     f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
                     "clear_attn.linearize() (an IP-Adapter that comes or goes does that, or fusing SD3's "

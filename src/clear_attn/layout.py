@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear_attn.config import ClearConfig, check_whole_number
+from clear_attn.config import ClearConfig, Config, check_whole_number
 from clear_attn.masks import BlockLists, Points, block_lists
 from clear_attn.places import Grid as Grid
 from clear_attn.places import Placed, axes_of, inverse_of, place, raster, tile_order_of
@@ -132,7 +131,7 @@ class TokenLayout(Neighbourhood):
     Args:
         grids: (height, width) in tokens of each segment; usually one.
         text_tokens: number of tokens off the grid, 0 or more.
-        config: window and down_factor; None where every token sees every token.
+        config: window and down_factor, or another method's settings; None where every token sees every token.
         text_first (`bool`, defaults to `True`): whether the joint sequence is [text, image] or [image, text].
         device (`torch.device` or `str`, defaults to `"cpu"`): where the tensors are.
 
@@ -162,7 +161,7 @@ class TokenLayout(Neighbourhood):
         self,
         grids: Sequence[Grid],
         text_tokens: int,
-        config: ClearConfig | None,
+        config: Config | None,
         *,
         text_first: bool = True,
         device: torch.device | str = "cpu",
@@ -219,7 +218,7 @@ class TokenLayout(Neighbourhood):
         if self.config is None or window is None or window == self.window:
             return self
         if window not in self._within:
-            config = None if window == math.inf else dataclasses.replace(self.config, window=int(window))
+            config = None if window == math.inf else ClearConfig(int(window), self.down_factor)
             self._within[window] = TokenLayout(
                 self.grids, self.text_tokens, config, text_first=self.text_first, device=self.device
             )

@@ -8,18 +8,27 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from clear_attn.backends import check_backend, flex
 from clear_attn.config import ClearConfig
+from clear_attn.configure import check_goes_with, config_for, config_of_mark, described, lost
 from clear_attn.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.doors import DoorIn
 from clear_attn.families import FAMILIES, Family, family_of
-from clear_attn.record import make_mark, mark_of, schedule_of_mark
+from clear_attn.methods import Method
+from clear_attn.processors import AttnProcessor
+from clear_attn.record import config_of, make_mark, mark_of, schedule_of_mark
 from clear_attn.schedule import Schedule
 from clear_attn.sources import Checkpoint, load
 from clear_attn.state import State, apply, capture, door_of, original_state, processors_of, stand_beside
-from clear_attn.weights import POOLED, check_checkpoint, check_in_memory, check_replaceable
+from clear_attn.weights import (
+    check_checkpoint,
+    check_in_memory,
+    check_replaceable,
+    own_parameters,
+    replaced_parameters,
+)
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
@@ -47,6 +56,7 @@ def linearize(
     window: int | None = None,
     down_factor: int | None = None,
     *,
+    method: Method | None = None,
     schedule: Schedule | None = None,
     weights: str | os.PathLike[str] | None = "auto",
     revision: str | None = None,
@@ -66,6 +76,8 @@ def linearize(
             the disc of image keys that an image query sees. A token is 16 x 16 pixels.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
             of the cells whose pooled keys every image query sees too; 1 means none.
+        method (`Method`, *optional*, defaults to what the weights were distilled for, else CLEAR): another way to
+            attend, of `clear_attn.methods`; in place of window and down_factor, and of no use without distillation.
         schedule (`Schedule`, *optional*, defaults to what was saved with the weights, else none): steps and layers that
             stay dense, and layers with a window of their own.
         weights (`str` or path, *optional*, defaults to `"auto"`): distilled weights. `"auto"` fetches those
@@ -82,10 +94,11 @@ def linearize(
         ``pipe`` itself.
 
     Raises:
-        TypeError: not a supported pipeline; window or down_factor not a whole number; schedule none; weights no path
-            or name.
-        ValueError: window or down_factor below 1, or other than what the weights were distilled for; a schedule that
-            names layers which are not there; unknown backend; weights that do not fit, or that are not published; a
+        TypeError: not a supported pipeline; window or down_factor not a whole number; method or schedule none; weights
+            no path or name.
+        ValueError: window or down_factor below 1; one of these or a method other than what the weights were distilled
+            for; a window, a backend or layers with own windows for another method than CLEAR; a schedule that names
+            layers which are not there; unknown backend; weights that do not fit, or that are not published; a
             pipeline saved whole that cannot be put back to work without its weights.
         FileNotFoundError, PermissionError, ConnectionError: no weights there, or no way to them.
         RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
@@ -104,7 +117,7 @@ def linearize(
     """
     transformer, family = find_transformer(pipe)
     check_pipeline(pipe)
-    wanted = _settings(window, down_factor, None)
+    wanted = config_for(window, down_factor, method, None)
     check_backend(backend)
     _check_backend_can_run(backend)
     layers = family.attention_layers(transformer)
@@ -115,31 +128,46 @@ def linearize(
     check_parallelism(processors_of(layers))
     check_hooks(layers)
     carried = (stock.mark["weights"], stock.mark["source"]) if stock.mark else (None, None)
-    if weights == "auto" and stock.mark:
-        window, down_factor = _settings_of_mark(window, down_factor, stock.mark)
+    armed_again = weights == "auto" and stock.mark is not None
+    if stock.mark and armed_again:
+        wanted = config_of_mark(window, down_factor, method, stock.mark)
         schedule = schedule_of_mark(stock.mark) if schedule is None else schedule
         weights = None
     if weights is not None:
         check_replaceable(layers)
     source = None if weights is None else load(weights, pipe, transformer, wanted, revision, token)
-    config = _settings(window, down_factor, source)
+    config = config_for(window, down_factor, method, source) if source else wanted
     if schedule is None:
         schedule = source.schedule if source else Schedule()
     checkpoint = source.values if source else {}
-    if source:
-        _check_fits(source, layers, type(transformer).__name__)
-        schedule.check_layers(layers, type(transformer).__name__)
-    values = {name: value for name, value in checkpoint.items() if not name.endswith(POOLED)}
+    if isinstance(config, Method):
+        check_goes_with(config, schedule, backend)
     processors = {
-        layer: _new_processor(family, config, layer, attn, stock.processors[layer], checkpoint)
-        for layer, attn in layers.items()
+        layer: _new_processor(family, config, layer, attn, stock.processors[layer], number)
+        for number, (layer, attn) in enumerate(layers.items())
     }
     for layer, processor in processors.items():
         processor.window = schedule.window_of(layer)
+    own = own_parameters(processors)
+    if stock.mark and armed_again and own:
+        raise lost(stock.mark)
+    if source:
+        _check_fits(source, {**replaced_parameters(layers), **own}, type(transformer).__name__)
+        schedule.check_layers(layers, type(transformer).__name__)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(checkpoint[name])
+        for layer, attn in layers.items():
+            stand_beside(processors[layer], attn)
+    values = {name: value for name, value in checkpoint.items() if name not in own}
     before = capture(transformer, layers, values.keys() | stock.values.keys())
     kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
     given_up = bool(values) and not keep_original
     spread = before.door.spread if before.door else None
+    if spread and isinstance(config, Method):
+        raise ValueError(
+            f"{config} is not split over ranks, as this pipeline is; call clear_attn.deparallelize() first"
+        )
     door = DoorIn(family, config, schedule, backend, stock._replace(values=kept), given_up, spread)
     mark = make_mark(transformer, config, schedule, *((source.name, source.source) if source else carried))
     try:
@@ -198,49 +226,11 @@ def _warn_if_left_dense(transformer: Any) -> None:
     mark = mark_of(transformer)
     if mark and not door_of(transformer):
         warnings.warn(
-            f"this pipeline was saved while it was linearized (window {mark['window']}, weights {mark['weights']}), "
+            f"this pipeline was saved while it was linearized ({described(config_of(mark))}, weights "
+            f"{mark['weights']}), "
             "and now runs with dense attention; call clear_attn.linearize(pipe)",
             stacklevel=3,
         )
-
-
-def _settings_of_mark(window: int | None, down_factor: int | None, mark: Mapping[str, Any]) -> tuple[int, int]:
-    """What a pipeline that was saved whole was linearized with, where its own values are all that it takes.
-
-    Raises:
-        ValueError: others are asked for, or something was not saved with it.
-    """
-    for name, given in (("window", window), ("down_factor", down_factor)):
-        if given not in (None, mark[name]):
-            raise ValueError(
-                f"{name}={given} does not fit this pipeline, which was saved while it was linearized with "
-                f"{name}={mark[name]}; leave it out, or say what weights to take (None: those in the pipeline)"
-            )
-    if mark["down_factor"] > 1:
-        origin = f"{mark['weights']!r}, which it had" if mark["weights"] else "None, which pools plain means"
-        raise ValueError(
-            "this pipeline was saved whole while it was linearized with pooled keys, whose trained weights diffusers "
-            f"does not load; give weights= a directory that clear_attn.save_pretrained() wrote; or, if nothing was "
-            f"trained since, {origin}"
-        )
-    return mark["window"], mark["down_factor"]
-
-
-def _settings(window: int | None, down_factor: int | None, source: Checkpoint | None) -> ClearConfig:
-    """The settings given, and those of the weights where none is; else 16 and 1."""
-    own = (source.window, source.down_factor) if source else (None, None)
-    usual = ClearConfig()
-    config = ClearConfig(
-        window if window is not None else own[0] or usual.window,
-        down_factor if down_factor is not None else own[1] or usual.down_factor,
-    )
-    for name, distilled_for in zip(("window", "down_factor"), own, strict=True):
-        if distilled_for not in (None, getattr(config, name)):
-            raise ValueError(
-                f"{name}={getattr(config, name)} does not fit weights that were distilled for {name}={distilled_for}; "
-                "leave it out, or give other weights"
-            )
-    return config
 
 
 def _check_schedule(schedule: Schedule | None, layers: Mapping[str, Any], model: str) -> None:
@@ -251,14 +241,14 @@ def _check_schedule(schedule: Schedule | None, layers: Mapping[str, Any], model:
     schedule.check_layers(layers, model)
 
 
-def _check_fits(source: Checkpoint, layers: Mapping[str, Any], model: str) -> None:
+def _check_fits(source: Checkpoint, parameters: Mapping[str, nn.Parameter], model: str) -> None:
     """Raises ValueError where weights are not for this kind of model."""
     if source.architecture not in (None, model):
         raise ValueError(
             f"{source.name} was distilled for a {source.architecture}, and this is a {model}; give weights distilled "
             "for this model, or weights=None"
         )
-    check_checkpoint(source.values, layers, model)
+    check_checkpoint(source.values, parameters, model)
 
 
 def _check_backend_can_run(backend: str) -> None:
@@ -272,17 +262,16 @@ def _check_backend_can_run(backend: str) -> None:
 
 
 def _new_processor(
-    family: Family,
-    config: ClearConfig,
-    layer: str,
-    attn: Any,
-    stock: Any,
-    checkpoint: Mapping[str, Tensor],
-) -> Any:
-    # Whatever mode the caller is in, the parameter must serve training too, and its values are set here.
+    family: Family, config: ClearConfig | Method, layer: str, attn: Any, stock: Any, number: int
+) -> AttnProcessor:
+    # Whatever mode the caller is in, the parameters must serve training too, and their values are set here.
     with torch.inference_mode(False), torch.device("cpu"):
-        processor = family.stand_in(stock, config.down_factor, layer)
-    if layer + POOLED in checkpoint:
-        with torch.no_grad():
-            processor.spatial_weight.copy_(checkpoint[layer + POOLED])
-    return stand_beside(processor, attn)
+        of_clear = family.stand_in(stock, config.down_factor, layer)
+        if not isinstance(config, Method):
+            return stand_beside(of_clear, attn)
+        if type(of_clear).__call__ is not AttnProcessor.__call__:
+            raise TypeError(
+                f"{type(config).__name__} cannot stand in for the {type(stock).__name__} of {layer}, which does more "
+                "than attend; other methods than CLEAR are for FLUX.1, Stable Diffusion 3 and 3.5, without IP-Adapters"
+            )
+        return stand_beside(config.processor(attn, layer, number), attn)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clear_attn.config import ClearConfig
+from clear_attn.methods import Method, named
 from clear_attn.schedule import Schedule
 
 CONFIG_FILE = "clear_config.json"
@@ -22,14 +23,14 @@ class Record:
     """Of distilled weights.
 
     Attributes:
-        config (`ClearConfig`): what they were distilled for.
+        config (`ClearConfig` or `Method`): what they were distilled for.
         architecture (`str`): the class of transformer in diffusers.
         base_model (`str`, *optional*): the Hub id of the model that they are for.
         source (`str`, *optional*): where they first came from: the published file, say, whose licence they keep.
         schedule (`Schedule`): what they are used with.
     """
 
-    config: ClearConfig
+    config: ClearConfig | Method
     architecture: str
     base_model: str | None = None
     source: str | None = None
@@ -39,8 +40,7 @@ class Record:
         """The text of a clear_config.json."""
         values = {
             "format": FORMAT,
-            "window": self.config.window,
-            "down_factor": self.config.down_factor,
+            **settings_of(self.config),
             "architecture": self.architecture,
             "schedule": dataclasses.asdict(self.schedule),
             "base_model": self.base_model,
@@ -48,6 +48,22 @@ class Record:
             "library_version": importlib.metadata.version("clear_attn"),
         }
         return json.dumps(values, indent=2) + "\n"
+
+
+def settings_of(config: ClearConfig | Method) -> dict[str, Any]:
+    """CLEAR's two numbers, or the name and settings of another method, for a file."""
+    return {"method": config.settings()} if isinstance(config, Method) else dataclasses.asdict(config)
+
+
+def config_of(values: Mapping[str, Any]) -> ClearConfig | Method:
+    """What `settings_of` wrote down, found among other values.
+
+    Raises:
+        KeyError: it is not there.
+        TypeError, ValueError: a value out of range; an unknown method.
+    """
+    method = values.get("method")
+    return named(method) if method else ClearConfig(values["window"], values["down_factor"])
 
 
 def read_record(file: Path) -> Record:
@@ -59,7 +75,7 @@ def read_record(file: Path) -> Record:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         check_format(values, str(file))
-        config = ClearConfig(values["window"], values["down_factor"])
+        config = config_of(values)
         schedule = Schedule(**values.get("schedule", {}))
         return Record(config, str(values["architecture"]), values["base_model"], values["source"], schedule)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -82,14 +98,13 @@ MARK = "clear_attn"
 
 
 def make_mark(
-    transformer: Any, config: ClearConfig, schedule: Schedule, weights: str | None, source: str | None
+    transformer: Any, config: ClearConfig | Method, schedule: Schedule, weights: str | None, source: str | None
 ) -> dict[str, Any]:
     """Of a transformer that was linearized with weights of this name and first source, or with its own (None)."""
     return {
         "format": FORMAT,
         "architecture": type(transformer).__name__,
-        "window": config.window,
-        "down_factor": config.down_factor,
+        **settings_of(config),
         "schedule": dataclasses.asdict(schedule),
         "weights": weights,
         "source": source,

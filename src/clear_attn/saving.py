@@ -14,12 +14,13 @@ from torch import Tensor
 
 from clear_attn.config import ClearConfig
 from clear_attn.linearize import find_transformer
+from clear_attn.methods import Method
 from clear_attn.published import BASE, LICENCE, base_model_of, is_published
 from clear_attn.record import CONFIG_FILE, Record, mark_of
 from clear_attn.schedule import Schedule
 from clear_attn.sources import WEIGHTS_FILE
-from clear_attn.state import door_of
-from clear_attn.weights import DTYPES, POOLED, check_in_memory, check_replaceable, replaced_parameters
+from clear_attn.state import door_of, processors_of
+from clear_attn.weights import DTYPES, check_in_memory, check_replaceable, own_parameters, replaced_parameters
 
 CARD_FILE = "README.md"
 
@@ -57,8 +58,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
             f"this model's weights are stored in {coarse} by layerwise casting, and would be saved so; save before "
             "enable_layerwise_casting()"
         )
-    if door.config.down_factor > 1:
-        values |= {layer + POOLED: attn.processor.spatial_weight.detach() for layer, attn in layers.items()}
+    values |= {name: own.detach() for name, own in own_parameters(processors_of(layers)).items()}
     save_values(pipe, door.config, values, folder, door.schedule)
 
 
@@ -72,7 +72,7 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
 
 def save_values(
     pipe: Any,
-    config: ClearConfig,
+    config: ClearConfig | Method,
     values: Mapping[str, Tensor],
     folder: Path,
     schedule: Schedule = Schedule(),  # noqa: B008, for it is frozen
@@ -130,9 +130,18 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
+def _purpose(config: ClearConfig | Method, model: str) -> str:
+    if isinstance(config, Method):
+        return f"with which {model} attends by `{config}` of clear_attn.methods in place of softmax attention."
+    pooled = f", and means over cells of {config.down_factor} x {config.down_factor} tokens"
+    return f"""that make the image attention of {model} local: an image token sees the text
+and the image tokens at a distance below {config.window} tokens{pooled if config.down_factor > 1 else ""}.
+The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112))."""
+
+
 def _card(record: Record) -> str:
-    window, factor = record.config.window, record.config.down_factor
-    head = ["library_name: clear_attn", "tags:", "- clear", "- text-to-image"]
+    name = type(record.config).__name__ if isinstance(record.config, Method) else "CLEAR"
+    head = ["library_name: clear_attn", "tags:", f"- {name.lower()}", "- text-to-image"]
     model, licence = "a " + record.architecture, ""
     if record.base_model:
         head += [f"base_model: {record.base_model}"]
@@ -140,16 +149,13 @@ def _card(record: Record) -> str:
     if record.base_model == BASE or is_published(record.source):
         head += ["license: other", "license_name: flux-1-dev-non-commercial-license"]
         licence = f"\nThe weights are {LICENCE}.\n"
-    pooled = f", and means over cells of {factor} x {factor} tokens" if factor > 1 else ""
     return f"""---
 {chr(10).join(head)}
 ---
 
-# CLEAR weights for {model}
+# {name} weights for {model}
 
-Projections of query, key, value and output that make the image attention of {model} local: an image token sees the text
-and the image tokens at a distance below {window} tokens{pooled}.
-The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112)).
+Projections of query, key, value and output {_purpose(record.config, model)}
 {licence}
 ```python
 import clear_attn as clear

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clear_attn.config import ClearConfig
+from clear_attn.config import ClearConfig, Config
 from clear_attn.hub import fetch
+from clear_attn.methods import Method
 from clear_attn.published import BASE, FILES, LICENCE, REPO, check_served, published_file, window_of
 from clear_attn.record import CONFIG_FILE, read_record
 from clear_attn.schedule import Schedule
@@ -29,7 +30,8 @@ class Checkpoint(NamedTuple):
     Attributes:
         values: tensors by name.
         name: where they came from, as a user would give it.
-        window, down_factor: what they were distilled for; a window of None is unknown.
+        window, down_factor: what they were distilled for; a window of None is unknown, or of another method.
+        method: what they were distilled for, where that is not CLEAR.
         architecture: the class of transformer they are for, where that is known.
         source: where they first came from, which `name` may be a copy of.
         schedule: what they were saved with.
@@ -38,7 +40,8 @@ class Checkpoint(NamedTuple):
     values: dict[str, Tensor]
     name: str
     window: int | None
-    down_factor: int
+    down_factor: int | None
+    method: Method | None = None
     architecture: str | None = None
     source: str | None = None
     schedule: Schedule = Schedule()
@@ -48,7 +51,7 @@ def load(
     weights: str | os.PathLike[str],
     pipe: Any,
     transformer: Any,
-    wanted: ClearConfig,
+    wanted: Config,
     revision: str | None,
     token: str | bool | None,
 ) -> Checkpoint:
@@ -73,15 +76,15 @@ def load(
         return _load_local(path)
     repo, file = on_hub.groups()
     if file is None and repo == REPO:
-        file = published_file(wanted.window, wanted.down_factor)
+        file = _published_for(wanted)
     return _load_hub_folder(repo, revision, token) if file is None else _load_hub_file(repo, file, revision, token)
 
 
 def _load_auto(
-    pipe: Any, transformer: Any, wanted: ClearConfig, revision: str | None, token: str | bool | None
+    pipe: Any, transformer: Any, wanted: Config, revision: str | None, token: str | bool | None
 ) -> Checkpoint:
     fine_tune = check_served(pipe, transformer)
-    file = published_file(wanted.window, wanted.down_factor)
+    file = _published_for(wanted)
     if fine_tune:
         logger.warning(
             "%s is not %s by name: the published weights replace its own to_q, to_k, to_v and to_out.0 in every "
@@ -93,6 +96,15 @@ def _load_auto(
             file,
         )
     return _load_hub_file(REPO, file, revision, token)
+
+
+def _published_for(wanted: Config) -> str:
+    if not isinstance(wanted, ClearConfig):
+        raise ValueError(
+            f"no weights are published for {wanted}, only for CLEAR; give weights= a folder or a Hub id of some that "
+            "were distilled for it, or None for the model's own"
+        )
+    return published_file(wanted.window, wanted.down_factor)
 
 
 def _load_local(path: Path) -> Checkpoint:
@@ -126,10 +138,13 @@ def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint
         )
     record = read_record(config_file)
     values = read_checkpoint(weights_file)
+    config, about = record.config, (record.architecture, record.source, record.schedule)
+    if isinstance(config, Method):
+        return Checkpoint(values, name, None, None, config, *about)
     factor = pooled_factor(values)
-    if factor != record.config.down_factor:
+    if factor != config.down_factor:
         raise ValueError(
-            f"{config_file} says down_factor={record.config.down_factor}, and the weights beside it were distilled for "
+            f"{config_file} says down_factor={config.down_factor}, and the weights beside it were distilled for "
             f"{factor}; save or fetch both again"
         )
-    return Checkpoint(values, name, record.config.window, factor, record.architecture, record.source, record.schedule)
+    return Checkpoint(values, name, config.window, factor, None, *about)

@@ -2,7 +2,8 @@
 
 The format is that of the published checkpoints (Hugging Face `Huage001/CLEAR`): a safetensors file with
 `<layer>.to_q`, `to_k`, `to_v` of every attention layer, `<layer>.to_out.0` where the layer has one, each with
-`.weight` and `.bias`, and `<layer>.processor.spatial_weight` where keys are pooled. FLUX.2's single blocks, which
+`.weight` and `.bias`, and `<layer>.processor.spatial_weight` where keys are pooled, or what else a method's processors
+have for parameters. FLUX.2's single blocks, which
 project all in one, have `<layer>.to_qkv_mlp_proj` and `<layer>.to_out` instead.
 """
 
@@ -158,13 +159,18 @@ def pooled_factor(checkpoint: Mapping[str, Tensor]) -> int:
     return shape[3]
 
 
-def check_checkpoint(checkpoint: Mapping[str, Tensor], layers: Mapping[str, Any], model: str) -> None:
-    """Raises ValueError where a checkpoint does not fit a model in names, shapes or values."""
-    parameters = replaced_parameters(layers)
+def own_parameters(processors: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of the library's processors, by their name in a checkpoint."""
+    return {
+        f"{layer}.processor.{name}": parameter
+        for layer, processor in processors.items()
+        for name, parameter in processor.named_parameters(recurse=False)
+    }
+
+
+def check_checkpoint(checkpoint: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], model: str) -> None:
+    """Raises ValueError where a checkpoint does not fit a model's parameters in names, shapes or values."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    factor = pooled_factor(checkpoint)
-    if factor > 1:
-        shapes |= {layer + POOLED: (1, 1, 1, factor, 1, factor, 1) for layer in layers}
     _raise_if("misses", shapes.keys() - checkpoint.keys(), model)
     _raise_if("has unexpected", checkpoint.keys() - shapes.keys(), model)
     wrong = {

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from clear_attn.layout import Grid
 from clear_attn.masks import BLOCK
 from clear_attn.memory import Memory
+from clear_attn.methods import Method
 
 
 def window_pairs(grid: Grid, window: int) -> int:
@@ -44,7 +45,8 @@ class Cost:
     """The attention of one forward pass of a transformer.
 
     FLOPs count a multiplication and an addition each: 4 x visible pairs x (heads x head_dim) for a layer, as in
-    CLEAR's table 2. They leave out projections and all else that a layer does, which linearizing does not change.
+    CLEAR's table 2; other methods count their own. They leave out projections and all else that a layer does, which
+    linearizing does not change.
 
     Attributes:
         height, width (`int`): of the grid, in tokens.
@@ -59,6 +61,8 @@ class Cost:
         controlnets: of each ControlNet in the pipeline, the FLOPs of its attention, dense and as it is; not part of
             the other numbers.
         memory (`Memory`, *optional*): of the weights, of a forward pass, and of decoding.
+        heads (`int`): into which inner_dim is divided.
+        method (`Method`, *optional*): what attends in place of CLEAR; window and down_factor are of no account then.
     """
 
     height: int
@@ -74,6 +78,8 @@ class Cost:
     dense_above: float | None = None
     controlnets: tuple[tuple[int, int], ...] = ()
     memory: Memory | None = None
+    heads: int = 1
+    method: Method | None = None
 
     @property
     def image_tokens(self) -> int:
@@ -83,15 +89,6 @@ class Cost:
     def pooled_tokens(self) -> int:
         f = self.down_factor
         return -(-self.height // f) * -(-self.width // f) if f > 1 else 0
-
-    @property
-    def text_query_pairs(self) -> int:
-        """Pairs whose query is a text token: those stay dense."""
-        return self.text_tokens * (self.text_tokens + self.image_tokens)
-
-    @property
-    def text_key_pairs(self) -> int:
-        return self.image_tokens * self.text_tokens
 
     @property
     def window_pairs(self) -> int:
@@ -104,40 +101,55 @@ class Cost:
 
     @property
     def pairs(self) -> int:
-        """Visible pairs of a layer."""
-        return self.text_query_pairs + self.text_key_pairs + self.window_pairs + self.pooled_pairs
+        """Pairs of query and key that are visible to each other in a layer of CLEAR with text."""
+        text = self.text_tokens * (self.text_tokens + 2 * self.image_tokens)
+        return text + self.window_pairs + self.pooled_pairs
 
     @property
     def dense_pairs(self) -> int:
         return (self.text_tokens + self.image_tokens) ** 2
 
-    @property
-    def step_pairs(self) -> int:
-        """Visible pairs of all layers and pictures."""
-        total, layers, without_text = 0, self.layers, self.layers_without_text
-        for own in self.own_windows:
-            total += self._pairs_of(own.window, own.layers, own.layers_without_text)
-            layers, without_text = layers - own.layers, without_text - own.layers_without_text
-        return self.batch * (total + self._pairs_of(self.window, layers, without_text))
-
-    def _pairs_of(self, window: int | None, layers: int, layers_without_text: int) -> int:
-        """Visible pairs of so many layers."""
-        if window is None:
-            return layers * self.dense_pairs + layers_without_text * self.image_tokens**2
-        image = window_pairs((self.height, self.width), window) + self.pooled_pairs
-        return layers * (self.text_query_pairs + self.text_key_pairs + image) + layers_without_text * image
-
-    @property
-    def dense_step_pairs(self) -> int:
-        return self.batch * (self.layers * self.dense_pairs + self.layers_without_text * self.image_tokens**2)
-
     def flops(self, pairs: int) -> int:
         """FLOPs of so many pairs."""
         return 4 * pairs * self.inner_dim
 
+    def layer_work(self, window: int | None, text_tokens: int) -> dict[str, int]:
+        """FLOPs of one layer with this window (None: dense) and so much text, for one picture, by kind."""
+        grid, image = (self.height, self.width), self.image_tokens
+        pairs = {"text queries, all keys": text_tokens * (text_tokens + image)}
+        if window is None:
+            pairs |= {"image queries, text keys": image * text_tokens, "image queries, image keys": image**2}
+        elif self.method is None:
+            pairs |= {
+                "image queries, text keys": image * text_tokens,
+                "image queries, image keys": window_pairs(grid, window),
+                "image queries, pooled keys": self.pooled_pairs,
+            }
+        work = {kind: self.flops(number) for kind, number in pairs.items()}
+        if window is not None and self.method:
+            work |= self.method.work(grid, text_tokens, self.heads, self.inner_dim // self.heads)
+        return work
+
+    def _layers_flops(self, window: int | None, layers: int, layers_without_text: int) -> int:
+        with_text, without = (sum(self.layer_work(window, text).values()) for text in (self.text_tokens, 0))
+        return layers * with_text + layers_without_text * without
+
+    @property
+    def step_flops(self) -> int:
+        """Of all layers and pictures."""
+        total, layers, without_text = 0, self.layers, self.layers_without_text
+        for own in self.own_windows:
+            total += self._layers_flops(*own)
+            layers, without_text = layers - own.layers, without_text - own.layers_without_text
+        return self.batch * (total + self._layers_flops(self.window, layers, without_text))
+
+    @property
+    def dense_step_flops(self) -> int:
+        return self.batch * self._layers_flops(None, self.layers, self.layers_without_text)
+
     @property
     def layer_gflops(self) -> float:
-        return self.flops(self.pairs) / 1e9
+        return sum(self.layer_work(self.window, self.text_tokens).values()) / 1e9
 
     @property
     def dense_layer_gflops(self) -> float:
@@ -145,8 +157,8 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """How many times the dense work is that of CLEAR."""
-        return self.dense_step_pairs / self.step_pairs
+        """How many times the linearized work is in the dense work."""
+        return self.dense_step_flops / self.step_flops
 
     @property
     def block_list_bytes(self) -> int:
@@ -168,10 +180,11 @@ class Cost:
         )
         return {
             **inputs,
+            **({"method": self.method.settings(), "window": None, "down_factor": None} if self.method else {}),
             "memory": self.memory.to_dict() if self.memory else None,
             **{name: getattr(self, name) for name in derived},
-            "step_gflops": self.flops(self.step_pairs) / 1e9,
-            "dense_step_gflops": self.flops(self.dense_step_pairs) / 1e9,
+            "step_gflops": self.step_flops / 1e9,
+            "dense_step_gflops": self.dense_step_flops / 1e9,
         }
 
     def _rows(self) -> list[tuple[str, str, str]]:
@@ -181,44 +194,42 @@ class Cost:
             dense_cell, cell = (f"{flops / 1e9:,.{digits}f}" for flops in (dense, own))
             return name, dense_cell, cell
 
+        dense, own = (self.layer_work(window, self.text_tokens) for window in (None, self.window))
         kinds = [
-            ("text queries, all keys", self.text_query_pairs, self.text_query_pairs),
-            ("image queries, text keys", self.text_key_pairs, self.text_key_pairs),
-            ("image queries, image keys", self.image_tokens**2, self.window_pairs),
-            ("image queries, pooled keys", 0, self.pooled_pairs),
-            ("a layer", self.dense_pairs, self.pairs),
+            *((kind, dense.get(kind, 0), own.get(kind, 0)) for kind in {**dense, **own}),
+            ("a layer", sum(dense.values()), sum(own.values())),
             *self._own_kinds(),
-            (f"all {self.layers + self.layers_without_text} layers", self.dense_step_pairs, self.step_pairs),
+            (f"all {self.layers + self.layers_without_text} layers", self.dense_step_flops, self.step_flops),
         ]
-        rows = [row(name, *map(self.flops, pairs)) for name, *pairs in kinds if any(pairs)]
-        for number, (dense, own) in enumerate(self.controlnets, start=1):
-            rows.append(row(f"ControlNet {number}{', dense' if dense == own else ''}", dense, own))
-        return [("GFLOPs of attention", "dense", "CLEAR"), *rows]
+        rows = [row(*kind) for kind in kinds if any(kind[1:])]
+        for number, (dense_net, net) in enumerate(self.controlnets, start=1):
+            rows.append(row(f"ControlNet {number}{', dense' if dense_net == net else ''}", dense_net, net))
+        return [("GFLOPs of attention", "dense", type(self.method).__name__ if self.method else "CLEAR"), *rows]
 
     def _own_kinds(self) -> list[tuple[str, int, int]]:
         kinds: list[tuple[str, int, int]] = []
         for window, layers, layers_without_text in self.own_windows:
             number = layers + layers_without_text
             name = f"{number} layer{'s' * (number > 1)}, {f'window {window}' if window else 'dense'}"
-            dense, own = (self._pairs_of(each, layers, layers_without_text) for each in (None, window))
+            dense, own = (self._layers_flops(each, layers, layers_without_text) for each in (None, window))
             kinds.append((name, dense, own))
         return kinds
 
     def _heading(self) -> str:
         batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
+        attention = str(self.method) if self.method else f"window {self.window}, down_factor {self.down_factor}"
         return (
-            f"{self.height} x {self.width} image tokens, {self.text_tokens} text tokens, window {self.window}, "
-            f"down_factor {self.down_factor}{batch}: attention's work falls {self.ratio:.1f} times"
+            f"{self.height} x {self.width} image tokens, {self.text_tokens} text tokens, {attention}{batch}: "
+            f"attention's work falls {self.ratio:.1f} times"
         )
 
     def _remarks(self) -> list[str]:
-        quadratic = [f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"]
-        if self.pooled_tokens:
-            quadratic.append(f"attention to the {self.pooled_tokens:,} pooled keys")
-        remarks = [
-            "Dense as before: the text queries, and all that is not attention.",
-            f"Still growing with the square of the tokens: {' and '.join(quadratic)}.",
-        ]
+        remarks = ["Dense as before: the text queries, and all that is not attention."]
+        if not self.method:
+            quadratic = [f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"]
+            if self.pooled_tokens:
+                quadratic.append(f"attention to the {self.pooled_tokens:,} pooled keys")
+            remarks.append(f"Still growing with the square of the tokens: {' and '.join(quadratic)}.")
         if self.dense_above is not None:
             remarks.append(f"Steps above {self.dense_above:g} of noise are dense; this counts one of the others.")
         if any(dense == own for dense, own in self.controlnets):

@@ -104,14 +104,14 @@ def _of_model(settings: Settings, case: Case, names: tuple[str, ...]) -> list[Ro
     timings, matmul_flops_per_s = _beside_products(subjects, settings, case)
     layers = 3 * model.DOUBLE_BLOCKS
     cost = case.cost
-    pairs = {"dense": cost.dense_step_pairs, "bound": 0}
+    flops = {"dense": cost.dense_step_flops, "bound": 0}
     return [
         _row(
             settings,
             case,
             subject.name,
             timing,
-            flops=layers * cost.flops(pairs.get(subject.name, cost.step_pairs)),
+            flops=layers * flops.get(subject.name, cost.step_flops),
             matmul_flops_per_s=matmul_flops_per_s,
             extrapolated=settings.blocks < model.DOUBLE_BLOCKS,
             peak_bytes=timing.peak_bytes,

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from clear_attn.config import ClearConfig
 from clear_attn.distill import cache, checkpoint
 from clear_attn.distill.cache import Cache
 from clear_attn.distill.losses import draw_sigmas
@@ -67,8 +68,12 @@ class Run:
     def __init__(self, settings: Settings, accelerator: Accelerator, pipe: Any, data: Cache) -> None:
         transformer, _ = find_transformer(pipe)
         self.settings, self.accelerator, self.data, self.step = settings, accelerator, data, 0
-        _warn_if_dense(pipe, data, settings.window)
-        linearize(pipe, settings.window, settings.down_factor, weights=None)
+        config = settings.config
+        if isinstance(config, ClearConfig):
+            _warn_if_dense(pipe, data, config.window)
+            linearize(pipe, config.window, config.down_factor, weights=None)
+        else:
+            linearize(pipe, method=config, weights=None)
         transformer.to(accelerator.device)
         parameters = add_student(transformer, settings.rank if settings.student == "lora" else None, settings.seed)
         if settings.gradient_checkpointing:

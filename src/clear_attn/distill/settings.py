@@ -8,7 +8,9 @@ from typing import Any
 from diffusers.optimization import SchedulerType
 
 from clear_attn.config import ClearConfig
+from clear_attn.configure import config_for
 from clear_attn.distill import buckets
+from clear_attn.methods import Method, named
 
 OPTIMIZERS = ("prodigy", "adamw", "adamw8bit")
 STUDENTS = ("full", "lora")
@@ -50,8 +52,9 @@ class Settings:
     num_inference_steps: int | None = option(None, "Of pictures drawn; by default the pipeline's.")
     latents_dir: str | None = option(None, "Where latents and embeddings are cached; by default in output_dir.")
     revision: str | None = option(None, "Of the model on the Hub.")
-    window: int = option(16, "Radius of the window in tokens.")
-    down_factor: int = option(1, "Side of pooled cells in tokens; 1 for none.")
+    window: int | None = option(None, "Radius of CLEAR's window in tokens, by default 16.")
+    down_factor: int | None = option(None, "Side of CLEAR's pooled cells in tokens, by default 1: none.")
+    method: str | None = option(None, "Another way to attend, of clear_attn.methods, as LiT; by default CLEAR.")
     student: str = option("full", f"What is trained of the projections: one of {', '.join(STUDENTS)}.")
     rank: int = option(64, "Of the low-rank updates, with student=lora.")
     resolution: int = option(1024, "Side in pixels of a square picture; other shapes have its area.")
@@ -87,8 +90,9 @@ class Settings:
     logging_dir: str = option("logs", "In output_dir.")
 
     @property
-    def config(self) -> ClearConfig:
-        return ClearConfig(self.window, self.down_factor)
+    def config(self) -> ClearConfig | Method:
+        method = None if self.method is None else named({"name": self.method})
+        return config_for(self.window, self.down_factor, method, None)
 
     @property
     def rate(self) -> float:
@@ -146,4 +150,4 @@ class Settings:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in 0 to below 1, got {self.ema_decay}; 0.999 is usual")
         buckets.sizes(self.resolution)
-        self.config  # noqa: B018 - checks window and down_factor
+        self.config  # noqa: B018 - checks window, down_factor and method

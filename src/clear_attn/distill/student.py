@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clear_attn.config import Config
 from clear_attn.distill.sharding import whole
 from clear_attn.layout import TokenLayout
 from clear_attn.linearize import find_transformer
-from clear_attn.processors import ClearAttnProcessor, project, project_out
+from clear_attn.processors import AttnProcessor, project, project_out
 from clear_attn.state import door_of
-from clear_attn.weights import POOLED, projections
+from clear_attn.weights import own_parameters, projections
 
 # The keywords by which a call says who computes, and where attention's outputs go, by layer.
 ROLE, OUTPUTS = "clear_role", "clear_outputs"
@@ -87,21 +88,20 @@ class Layer:
         return self._student[name] if name in self._student else getattr(self._attn, name)
 
 
-class DistillProcessor(ClearAttnProcessor):
-    """Of one layer: dense attention with the layer's own projections, or CLEAR's with the student's.
+class DistillProcessor(AttnProcessor):
+    """Of one layer: dense attention with the layer's own projections, or a method's with the student's.
 
     Args:
-        stands_for: the layer's processor of CLEAR, whose pooled weight it takes over.
+        stands_for: the layer's processor of CLEAR or another method, of which it has a copy in float32.
         student: the student's projections, by name in the layer.
     """
 
-    def __init__(self, stands_for: ClearAttnProcessor, student: Mapping[str, nn.Module]) -> None:
-        super().__init__(stands_for.down_factor, stands_for.layer)
+    def __init__(self, stands_for: AttnProcessor, student: Mapping[str, nn.Module]) -> None:
+        super().__init__(stands_for.layer)
+        self.local = copy.deepcopy(stands_for).float()
         self.student = nn.ModuleDict({name.replace(".", "_"): module for name, module in student.items()})
         self._names = tuple(student)
         self.window = stands_for.window
-        if stands_for.spatial_weight is not None:
-            self.spatial_weight = nn.Parameter(stands_for.spatial_weight.detach().float().clone())
 
     # diffusers reads from this signature what it may pass on, so the base's arguments are named again, all but the
     # padding: no family that has it can be distilled.
@@ -130,10 +130,16 @@ class DistillProcessor(ClearAttnProcessor):
                 .flatten(2, 3)
             )
         else:
-            joint = self.attend(query, key, value, layout, clear_backend, clear_sharpness)
+            joint = self.local.attend(query, key, value, layout, clear_backend, clear_sharpness)
         if clear_outputs is not None:
             clear_outputs.put(self.layer, joint)
         return project_out(layer, joint, encoder_hidden_states is not None, layout)
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.local.attend(*args, **kwargs)
+
+    def fits(self, config: Config) -> bool:
+        return self.local.fits(config)
 
     @property
     def projections(self) -> dict[str, nn.Module]:
@@ -195,13 +201,12 @@ def student_parameters(transformer: Any) -> dict[str, nn.Parameter]:
 
 def student_values(transformer: Any) -> dict[str, Tensor]:
     """The student's whole values under the names of a checkpoint of distilled weights."""
-    values: dict[str, Tensor] = {}
+    own = own_parameters({layer: processor.local for layer, processor in processors(transformer).items()})
+    values = {name: whole(parameter.detach()) for name, parameter in own.items()}
     for layer, processor in processors(transformer).items():
         for projection, module in processor.projections.items():
-            own = module.values() if isinstance(module, LowRank) else dict(module.named_parameters())
-            values |= {f"{layer}.{projection}.{name}": whole(value.detach()) for name, value in own.items()}
-        if processor.spatial_weight is not None:
-            values[layer + POOLED] = whole(processor.spatial_weight.detach())
+            trained = module.values() if isinstance(module, LowRank) else dict(module.named_parameters())
+            values |= {f"{layer}.{projection}.{name}": whole(value.detach()) for name, value in trained.items()}
     return values
 
 

@@ -22,7 +22,7 @@ from clear_attn.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.evaluate.report import Evaluation, seconds_of, sheet
 from clear_attn.linearize import find_transformer
 from clear_attn.published import name_of
-from clear_attn.record import mark_of
+from clear_attn.record import config_of, mark_of, settings_of
 from clear_attn.schedule import Schedule
 
 LIBRARIES = ("clear_attn", "torch", "diffusers", "transformers", "torchmetrics")
@@ -113,8 +113,7 @@ def evaluate(
             settings={
                 "model": name_of(pipe, transformer),
                 "weights": mark["weights"],
-                "window": mark["window"],
-                "down_factor": mark["down_factor"],
+                **settings_of(config_of(mark)),
                 "schedule": mark["schedule"],
                 "backend": backend,
                 **drawing._asdict(),

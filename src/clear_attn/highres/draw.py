@@ -18,6 +18,7 @@ from clear_attn.highres.planning import make_plan
 from clear_attn.highres.result import HighresFailed, HighresInterrupted, HighresResult
 from clear_attn.highres.stages import Base, Stage
 from clear_attn.linearize import find_transformer, restored_state
+from clear_attn.methods import Method
 from clear_attn.record import mark_of
 from clear_attn.schedule import Schedule
 from clear_attn.state import door_of
@@ -149,6 +150,11 @@ def _with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
     transformer, _ = find_transformer(pipe)
     door, mark = door_of(transformer), mark_of(transformer)
     assert door
+    if isinstance(door.config, Method):
+        raise RuntimeError(
+            f"this pipeline is linearized with {door.config}, and highres draws with CLEAR; give it window= or "
+            "weights=, or call clear_attn.restore() first"
+        )
     weights = plan.weights if plan.weights != "auto" else mark["weights"] if mark else None
     return dataclasses.replace(
         plan,

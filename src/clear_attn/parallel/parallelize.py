@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from clear_attn.linearize import find_transformer
+from clear_attn.methods import Method
 from clear_attn.parallel.decode import decode_everywhere, decode_on_one_rank, weakly
 from clear_attn.parallel.doors import Split
 from clear_attn.parallel.launch import join
@@ -41,7 +42,7 @@ def parallelize(
     Raises:
         TypeError: not a supported pipeline, a ControlNet, or Qwen-Image-Edit with `zero_cond_t`; a mesh of another
             kind.
-        ValueError: not linearized; a mesh of several dimensions.
+        ValueError: not linearized, or with another method than CLEAR; a mesh of several dimensions.
         RuntimeError: not started by torchrun, and torch.distributed not initialized.
     """
     transformer, _ = find_transformer(pipe)
@@ -58,6 +59,8 @@ def parallelize(
     door = door_of(transformer)
     if door is None:
         raise ValueError("only a linearized pipeline can be split over ranks; call clear_attn.linearize(pipe) before")
+    if isinstance(door.config, Method):
+        raise ValueError(f"only CLEAR is split over ranks, and this pipeline has {door.config}; draw on one")
     links = Links(_group_of(mesh))
     # NCCL wants all ranks in the first thing that a group does, and finds out here whether they are there.
     links.add_up(torch.zeros((), device=transformer.device))()
