@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType
 from clear_attn.config import ClearConfig
 from clear_attn.configure import config_for
 from clear_attn.distill import buckets
-from clear_attn.methods import Method, named
+from clear_attn.methods import Method, parse
 
 OPTIMIZERS = ("prodigy", "adamw", "adamw8bit")
 STUDENTS = ("full", "lora")
@@ -54,7 +54,9 @@ class Settings:
     revision: str | None = option(None, "Of the model on the Hub.")
     window: int | None = option(None, "Radius of CLEAR's window in tokens, by default 16.")
     down_factor: int | None = option(None, "Side of CLEAR's pooled cells in tokens, by default 1: none.")
-    method: str | None = option(None, "Another way to attend, of clear_attn.methods, as LiT; by default CLEAR.")
+    method: str | None = option(
+        None, "Another way to attend, of clear_attn.methods, as Swin(side=8); by default CLEAR."
+    )
     student: str = option("full", f"What is trained of the projections: one of {', '.join(STUDENTS)}.")
     rank: int = option(64, "Of the low-rank updates, with student=lora.")
     resolution: int = option(1024, "Side in pixels of a square picture; other shapes have its area.")
@@ -91,7 +93,7 @@ class Settings:
 
     @property
     def config(self) -> ClearConfig | Method:
-        method = None if self.method is None else named({"name": self.method})
+        method = None if self.method is None else parse(self.method)
         return config_for(self.window, self.down_factor, method, None)
 
     @property

@@ -1,6 +1,6 @@
 """Other ways to attend than CLEAR's, one file each: `clear_attn.linearize(pipe, method=...)`."""
 
-from clear_attn.methods.base import Method, MethodProcessor, named
+from clear_attn.methods.base import Method, MethodProcessor, named, parse
 from clear_attn.methods.lit import LiT
 
-__all__ = ["LiT", "Method", "MethodProcessor", "named"]
+__all__ = ["LiT", "Method", "MethodProcessor", "named", "parse"]

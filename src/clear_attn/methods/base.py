@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import ast
 import dataclasses
 import inspect
 import math
@@ -138,6 +139,21 @@ def named(settings: Mapping[str, Any]) -> Method:
         return known[name](**fields)
     except TypeError as error:
         raise ValueError(f"{name} does not take these settings: {error}; update clear_attn") from error
+
+
+def parse(text: str) -> Method:
+    """The method that a text stands for: a name, with settings where it has them, as `"Swin(side=8)"`.
+
+    Raises:
+        ValueError: it does not read so; no method of that name; settings that it does not have or that are out of range.
+    """
+    try:
+        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
+        fields = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ValueError(f"method={text!r} is no name with settings in brackets; write it as 'Swin(side=8)'") from None
+    return named({**fields, "name": call.func.id})
 
 
 def _methods() -> dict[str, type[Method]]:
