@@ -54,9 +54,7 @@ class Settings:
     revision: str | None = option(None, "Of the model on the Hub.")
     window: int | None = option(None, "Radius of CLEAR's window in tokens, by default 16.")
     down_factor: int | None = option(None, "Side of CLEAR's pooled cells in tokens, by default 1: none.")
-    method: str | None = option(
-        None, "Another way to attend, of clear_attn.methods, as Swin(side=8); by default CLEAR."
-    )
+    method: str | None = option(None, "A way to attend of clear_attn.methods, as Swin(side=8); by default CLEAR.")
     student: str = option("full", f"What is trained of the projections: one of {', '.join(STUDENTS)}.")
     rank: int = option(64, "Of the low-rank updates, with student=lora.")
     resolution: int = option(1024, "Side in pixels of a square picture; other shapes have its area.")

@@ -145,15 +145,16 @@ def parse(text: str) -> Method:
     """The method that a text stands for: a name, with settings where it has them, as `"Swin(side=8)"`.
 
     Raises:
-        ValueError: it does not read so; no method of that name; settings that it does not have or that are out of range.
+        ValueError: it does not read so; no method of that name; settings out of range, or that it does not have.
     """
     try:
-        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
-        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
-        fields = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
+        call: Any = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        name, fields = call.func.id, {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+        if call.args:
+            raise ValueError
+    except (SyntaxError, ValueError, AttributeError):
         raise ValueError(f"method={text!r} is no name with settings in brackets; write it as 'Swin(side=8)'") from None
-    return named({**fields, "name": call.func.id})
+    return named({**fields, "name": name})
 
 
 def _methods() -> dict[str, type[Method]]:
