@@ -6,13 +6,13 @@ It stands behind a custom operator, so that a compiled graph holds one node for 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention, softmax_attention_backward
-from clear_attn.layout import Neighbourhood
 from clear_attn.tiles import Tiles
 
 # How much of the keys one step may gather: on a CPU what its caches hold, elsewhere a fraction of a model's memory.
@@ -24,8 +24,18 @@ QUERIES_AT_A_TIME = 4096
 MAX_SCORES = 2**26
 
 
+class Tiled(Protocol):
+    """What is read of a layout: the tiles, and where the image tokens are among queries and keys."""
+
+    @property
+    def tiles(self) -> Tiles: ...
+
+    @property
+    def image(self) -> slice: ...
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Neighbourhood, scale: float, return_lse: bool
+    query: Tensor, key: Tensor, value: Tensor, layout: Tiled, scale: float, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`. Linear in the image tokens in time and in memory."""
     if torch.is_autocast_enabled(query.device.type) and not return_lse:  # as torch's own attention does

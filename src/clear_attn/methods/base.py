@@ -51,7 +51,9 @@ class Method(abc.ABC):
         """
 
     def prepare(self, layout: TokenLayout) -> None:
-        """Makes what the layers need of a layout, before the first of them runs.
+        """Makes what the layers need of a layout, before the first of them runs, and leaves it in `layout.prepared`.
+
+        A compiled layer cannot make it.
 
         Raises:
             ValueError: the method cannot attend in such a layout.
