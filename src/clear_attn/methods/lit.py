@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clear_attn.config import check_whole_number
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method, MethodProcessor
+from clear_attn.methods.picture import from_picture, to_picture
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,15 @@ class LiTAttnProcessor(MethodProcessor):
         self.register_parameter("convolution", nn.Parameter(torch.zeros(channels, 1, side, side)) if side else None)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float) -> Tensor:
-        heads, head_dim = query.shape[1::2]
+        heads = query.shape[1]
         output = linear_attention(*(_regroup(x, self.method.heads or heads) for x in (query, key, value)))
         output = _regroup(output, heads)
         if self.convolution is None:
             return output
-        pictures = value[:, :, layout.image].index_select(2, layout.inverse)
-        pictures = pictures.transpose(2, 3).flatten(1, 2).unflatten(2, layout.grids[0])
-        kernel = self.convolution.to(pictures.device, pictures.dtype)
-        convolved = F.conv2d(pictures, kernel, padding="same", groups=len(kernel)).flatten(2)
-        return output + convolved.unflatten(1, (heads, head_dim)).transpose(2, 3).index_select(2, layout.order)
+        picture = to_picture(value[:, :, layout.image], layout)
+        kernel = self.convolution.to(picture.device, picture.dtype)
+        convolved = F.conv2d(picture, kernel, padding="same", groups=len(kernel))
+        return output + from_picture(convolved, heads).index_select(2, layout.order)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""Agent attention (arXiv 2312.08874): a few pooled queries stand between queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clear_attn.config import check_whole_number
+from clear_attn.layout import Grid, TokenLayout
+from clear_attn.methods.base import Method, MethodProcessor
+from clear_attn.methods.picture import from_picture, to_picture
+
+
+@dataclass(frozen=True)
+class Agent(Method):
+    """Agents, means of the image queries over cells of tokens, attend to the image; a query sees text and the agents.
+
+    To a query an agent is a key, and what it gathered a value. The paper's depth-wise convolution and biases are left
+    out, as in the comparison of CLEAR's paper, whose GFLOPs are those of the two softmax attentions alone.
+
+    Its work grows with the square of the tokens, 2 / factor^2 of dense attention's. Of what keeps a pre-trained model
+    alive it has softmax over scores, though two in a row are not the same formulation; no locality; no high rank, for
+    the number of agents bounds it; features stay as they are.
+
+    Args:
+        factor (`int`, defaults to 4): side of a cell in tokens; one that the border cuts is the mean of the tokens it
+            has.
+
+    Raises:
+        TypeError: factor is not a whole number.
+        ValueError: factor is below 1.
+    """
+
+    factor: int = 4
+
+    def __post_init__(self) -> None:
+        check_whole_number("factor", self.factor, "it is the side of a cell in tokens, 2 and 4 are usual")
+
+    def processor(self, attn: Any, layer: str, number: int) -> AgentAttnProcessor:
+        return AgentAttnProcessor(self, layer)
+
+    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+        image, inner = grid[0] * grid[1], heads * head_dim
+        agents = -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
+        return {
+            "agents, means of queries": image * inner,
+            "agents, image keys": 4 * agents * image * inner,
+            "image queries, text keys": 4 * image * text_tokens * inner,
+            "image queries, agents": 4 * image * agents * inner,
+        }
+
+
+class AgentAttnProcessor(MethodProcessor):
+    """Agent attention for one layer."""
+
+    method: Agent
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float) -> Tensor:
+        factor = self.method.factor
+        means = F.avg_pool2d(to_picture(query, layout), factor, ceil_mode=True, count_include_pad=False)
+        agents = from_picture(means, query.shape[1])
+        gathered = F.scaled_dot_product_attention(
+            agents, key[:, :, layout.image], value[:, :, layout.image], scale=scale
+        )
+        key, value = (torch.cat([x[:, :, layout.text], own], dim=2) for x, own in ((key, agents), (value, gathered)))
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)

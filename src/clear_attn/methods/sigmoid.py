@@ -1,0 +1,65 @@
+"""Sigmoid attention (arXiv 2409.04431): each pair's weight is the sigmoid of its own score alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from clear_attn.layout import Grid, TokenLayout
+from clear_attn.methods.base import Method, MethodProcessor
+
+# How many scores are held at a time.
+MAX_SCORES = 2**26
+
+
+@dataclass(frozen=True)
+class Sigmoid(Method):
+    """`sigmoid(scores - log(keys)) @ values` over text and image keys, where `keys` is their number.
+
+    Its work is dense attention's, and grows with the square of the tokens; memory does not. Of what keeps a
+    pre-trained model alive it has high rank and intact features; not the formulation, for there is no softmax, and
+    of locality what dense attention has.
+    """
+
+    def processor(self, attn: Any, layer: str, number: int) -> SigmoidAttnProcessor:
+        return SigmoidAttnProcessor(self, layer)
+
+    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+        image, inner = grid[0] * grid[1], heads * head_dim
+        return {
+            "image queries, text keys": 4 * image * text_tokens * inner,
+            "image queries, image keys": 4 * image * image * inner,
+        }
+
+
+class SigmoidAttnProcessor(MethodProcessor):
+    """Sigmoid attention for one layer."""
+
+    method: Sigmoid
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float) -> Tensor:
+        step = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+        # Gradients compute the scores once more, so that no more than a step's are held.
+        parts = [
+            checkpoint(sigmoid_attention, part, key, value, scale, use_reentrant=False, preserve_rng_state=False)
+            for part in query.split(step, dim=2)
+        ]
+        return torch.cat(parts, dim=2)
+
+
+def sigmoid_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`sigmoid(scores - log(keys)) @ values`, the weights in float32 at least; all of them are held in memory.
+
+    Args:
+        query, key, value: `[batch, heads, tokens, head_dim]`, the query of any number of tokens.
+        scale: factor of the scores.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):  # which would round the scores
+        scores = query.to(dtype) @ key.to(dtype).mT * scale
+        return (torch.sigmoid(scores - math.log(key.shape[2])) @ value.to(dtype)).to(value.dtype)
