@@ -218,7 +218,7 @@ class TokenLayout(Neighbourhood):
 
     def within(self, window: float | None) -> TokenLayout:
         """The layout of a layer with its own window (`math.inf`: sees all), if any; a dense layout stays dense."""
-        if self.config is None or window is None or window == self.window:
+        if self.config is None or window is None or window == self.window < math.inf:
             return self
         if window not in self._within:
             config = None if window == math.inf else ClearConfig(int(window), self.down_factor)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clear_attn.config import ClearConfig, Config
+from clear_attn.config import ClearConfig
 from clear_attn.hub import fetch
 from clear_attn.methods import Method
 from clear_attn.published import BASE, FILES, LICENCE, REPO, check_served, published_file, window_of
@@ -51,7 +51,7 @@ def load(
     weights: str | os.PathLike[str],
     pipe: Any,
     transformer: Any,
-    wanted: Config,
+    wanted: ClearConfig | Method,
     revision: str | None,
     token: str | bool | None,
 ) -> Checkpoint:
@@ -76,15 +76,17 @@ def load(
         return _load_local(path)
     repo, file = on_hub.groups()
     if file is None and repo == REPO:
-        file = _published_for(wanted)
+        config = _of_clear(wanted)
+        file = published_file(config.window, config.down_factor)
     return _load_hub_folder(repo, revision, token) if file is None else _load_hub_file(repo, file, revision, token)
 
 
 def _load_auto(
-    pipe: Any, transformer: Any, wanted: Config, revision: str | None, token: str | bool | None
+    pipe: Any, transformer: Any, wanted: ClearConfig | Method, revision: str | None, token: str | bool | None
 ) -> Checkpoint:
+    config = _of_clear(wanted)
     fine_tune = check_served(pipe, transformer)
-    file = _published_for(wanted)
+    file = published_file(config.window, config.down_factor)
     if fine_tune:
         logger.warning(
             "%s is not %s by name: the published weights replace its own to_q, to_k, to_v and to_out.0 in every "
@@ -98,13 +100,14 @@ def _load_auto(
     return _load_hub_file(REPO, file, revision, token)
 
 
-def _published_for(wanted: Config) -> str:
-    if not isinstance(wanted, ClearConfig):
+def _of_clear(wanted: ClearConfig | Method) -> ClearConfig:
+    """Raises ValueError for other methods, for which nothing is published."""
+    if isinstance(wanted, Method):
         raise ValueError(
             f"no weights are published for {wanted}, only for CLEAR; give weights= a folder or a Hub id of some that "
             "were distilled for it, or None for the model's own"
         )
-    return published_file(wanted.window, wanted.down_factor)
+    return wanted
 
 
 def _load_local(path: Path) -> Checkpoint:

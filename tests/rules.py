@@ -1,0 +1,96 @@
+"""Each method's rule written again: densely, for all pairs, in raster order, text first."""
+
+import torch
+import torch.nn.functional as F
+
+from clear_attn import methods
+
+
+def places(grid):
+    return torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, 2)
+
+
+def softmax(query, key, value, mask=True):
+    """Of image queries to all keys, text first; the mask is of image tokens, or of what stands for them."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    if mask is not True:
+        seen[:, -mask.shape[1] :] = mask
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+
+def swin(method, number):
+    def rule(query, key, value, grid, processor):
+        move = number % 2 * (method.side - method.side // 2)
+        window = (places(grid) + move) // method.side
+        return softmax(query, key, value, (window[:, None] == window).all(-1))
+
+    return rule
+
+
+def strided(query, key, value, grid, processor):
+    phase = places(grid) % processor.method.stride
+    return softmax(query, key, value, (phase[:, None] == phase).all(-1))
+
+
+def cells(x, grid, kernel):
+    """Weighted sums over cells, by a matrix from image tokens to cells for each channel; cut cells are scaled."""
+    factor = kernel.shape[-1]
+    y, x_, n = *places(grid).mT, -(-grid[1] // factor)
+    member = F.one_hot(y // factor * n + x_ // factor).to(x.dtype)
+    weight = member[:, :, None] * kernel[:, 0, y % factor, x_ % factor].mT[:, None] * factor**2
+    return torch.einsum("bhtd,tchd->bhcd", x, (weight / member.sum(0)[:, None]).unflatten(2, (x.shape[1], -1)))
+
+
+def compressed(query, key, value, grid, processor):
+    text = key.shape[2] - query.shape[2]
+    kernels = processor.key_kernel, processor.value_kernel
+    return softmax(
+        query,
+        *(
+            torch.cat([x[:, :, :text], cells(x[:, :, text:], grid, k)], 2)
+            for x, k in zip((key, value), kernels, strict=True)
+        ),
+    )
+
+
+def agent(query, key, value, grid, processor):
+    text = key.shape[2] - query.shape[2]
+    factor = processor.method.factor
+    agents = cells(
+        query, grid, torch.full((query.shape[1] * query.shape[3], 1, factor, factor), 1 / factor**2, dtype=query.dtype)
+    )
+    gathered = softmax(agents, key[:, :, text:], value[:, :, text:])
+    return softmax(query, *(torch.cat([x[:, :, :text], own], 2) for x, own in ((key, agents), (value, gathered))))
+
+
+def sigmoid(query, key, value, grid, processor):
+    return 1 / (1 + key.shape[2] * (-query @ key.mT / query.shape[-1] ** 0.5).exp()) @ value
+
+
+def lit(query, key, value, grid, processor):
+    own_heads = query.shape[1]
+    heads = processor.method.heads or own_heads
+    image = value[:, :, key.shape[2] - query.shape[2] :]
+    query, key, value = (
+        x.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value)
+    )
+    weights = query.relu() @ key.relu().mT
+    output = (weights / weights.sum(-1, keepdim=True).clamp_min(1e-30) @ value).transpose(1, 2).flatten(2)
+    output = output.unflatten(2, (own_heads, -1)).transpose(1, 2)
+    if processor.convolution is None:
+        return output
+    offset = (places(grid)[None] - places(grid)[:, None] + processor.method.kernel_size // 2).unbind(-1)
+    kernel = F.pad(processor.convolution[:, 0], [max(grid)] * 4)[:, offset[0] + max(grid), offset[1] + max(grid)]
+    return output + torch.einsum("hdqk,bhkd->bhqd", kernel.unflatten(0, (own_heads, -1)), image)
+
+
+# By method; each makes the rule of the layer of a number.
+RULES = {
+    methods.Agent: lambda method, number: agent,
+    methods.KVCompression: lambda method, number: compressed,
+    methods.LiT: lambda method, number: lit,
+    methods.Sigmoid: lambda method, number: sigmoid,
+    methods.Strided: lambda method, number: strided,
+    methods.Swin: swin,
+}

@@ -1,0 +1,332 @@
+"""Methods in whole models: linearize, restore, save, load, distil, count."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+import clear_attn as clear
+from clear_attn import methods
+from clear_attn.distill.student import add_student, student_values
+from clear_attn.families import family_of
+from clear_attn.saving import save_values
+from tests import plain, tiny
+from tests.rules import RULES, softmax
+from tests.test_linearize import assert_same, photograph
+
+GRID = (9, 13)
+METHODS = [
+    methods.Agent(3),
+    methods.KVCompression(2),
+    methods.LiT(),
+    methods.LiT(heads=None, kernel_size=0),
+    methods.Sigmoid(),
+    methods.Strided(3),
+    methods.Swin(4),
+]
+each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
+
+
+def shaken(transformer):
+    """With other parameters in its processors than those at the start."""
+    rng = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for processor in own_processors(transformer):
+            for parameter in processor.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return transformer
+
+
+def own_processors(transformer):
+    return [module for module in transformer.modules() if isinstance(module, methods.MethodProcessor)]
+
+
+class RuledProcessor(plain.RasterProcessor):
+    """The stock processor, with a method's rule in the place of its softmax attention."""
+
+    def attend(self, query, key, value, attn_mask=None, **kwargs):
+        grid, rule, own = self.rule
+        qkv = (query, key, value) if self.heads_first else [x.transpose(1, 2) for x in (query, key, value)]
+        text = qkv[0].shape[2] - grid[0] * grid[1]
+        shift = 0 if self.text_first else text
+        query, key, value = (x.roll(shift, 2) for x in qkv)
+        output = torch.cat(
+            [softmax(query[:, :, :text], key, value), rule(query[:, :, text:], key, value, grid, own)], 2
+        )
+        output = output.roll(-shift, 2)
+        return output if self.heads_first else output.transpose(1, 2)
+
+
+def put_rule(transformer, grid, linearized):
+    """Makes a stock model's layers compute a linearized one's method densely, in raster order."""
+    text_first = family_of(transformer).text_first
+    attention = plain.FLUX_ATTENTION if text_first else plain.SD3_ATTENTION
+    for number, (name, stock) in enumerate(transformer.attn_processors.items()):
+        own = linearized.get_submodule(name)
+        rule = RULES[type(own.method)](own.method, number)
+        layer = transformer.get_submodule(name.removesuffix(".processor"))
+        layer.set_processor(RuledProcessor(stock, grid, rule, own, text_first, *attention))
+    return transformer
+
+
+@each_method
+@pytest.mark.parametrize("batch", [1, 2])
+def test_equals_the_rule_in_raster_order(family, method, batch):
+    stock = family.transformer()
+    call = family.call(stock, GRID, batch=batch, controlnet=True)
+    ours = shaken(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
+    expected = plain.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    torch.testing.assert_close(plain.run(ours, call), expected, atol=1e-5, rtol=0)
+    assert (expected - plain.run(stock, call)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", [methods.Swin(40), methods.Strided(1)], ids=repr)
+def test_one_that_leaves_nothing_out_is_the_stock_model(family, transformer, method):
+    call = family.call(transformer, GRID)
+    stock = plain.run(transformer, call)
+    clear.linearize(transformer, method=method, weights=None)
+    torch.testing.assert_close(plain.run(transformer, call), stock, atol=1e-5, rtol=0)
+
+
+@each_method
+def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transformer, method):
+    sizes = (11, 6), (4, 9)
+    calls = [family.call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
+    ours = shaken(clear.linearize(copy.deepcopy(transformer), method=method, weights=None)).train()
+    ruled = [put_rule(copy.deepcopy(transformer), grid, ours).train() for grid in sizes]
+    names = [name for name, _ in transformer.named_parameters()]
+    own = [parameter for processor in own_processors(ours) for parameter in processor.parameters()]
+
+    def gradients(models):
+        loss = sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True))
+        each = [dict(model.named_parameters()) for model in dict.fromkeys(models)]
+        found = torch.autograd.grad(loss, [p[n] for p in each for n in names] + own, allow_unused=True)
+        found = [0 if x is None else x for x in found]
+        return [sum(found[i : len(names) * len(each) : len(names)]) for i in range(len(names))] + found[
+            len(names) * len(each) :
+        ]
+
+    expected = gradients(ruled)
+    ours.enable_gradient_checkpointing()
+    for name, mine, theirs in zip([*names, *own], gradients([ours, ours]), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@each_method
+def test_restore_is_bit_for_bit(family, transformer, method):
+    call = family.call(transformer, GRID)
+    before, stock = photograph(transformer), plain.run(transformer, call)
+    clear.linearize(transformer, method=method, weights=None)
+    assert clear.is_linearized(transformer)
+    clear.linearize(transformer, 4, weights=None)
+    clear.linearize(transformer, method=method, weights=None)
+    clear.restore(transformer)
+    assert_same(transformer, before)
+    assert torch.equal(plain.run(transformer, call), stock)
+    with clear.linearized(transformer, method=method, weights=None):
+        assert not torch.equal(plain.run(transformer, call), stock)
+    assert_same(transformer, before)
+
+
+class TestSaved:
+    @each_method
+    def test_and_loaded(self, family, transformer, method, tmp_path):
+        call = family.call(transformer, GRID)
+        shaken(clear.linearize(transformer, method=method, weights=None))
+        with torch.no_grad():
+            transformer.transformer_blocks[0].attn.to_q.weight.mul_(1.5)
+        expected = plain.run(transformer, call)
+        clear.save_pretrained(transformer, tmp_path)
+        other = clear.linearize(family.transformer(), weights=tmp_path)
+        assert torch.equal(plain.run(other, call), expected)
+        assert clear.linearize(family.transformer(), method=method, weights=tmp_path)
+        assert type(method).__name__ in (tmp_path / "README.md").read_text()
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(4), weights=None)
+        clear.save_pretrained(transformer, tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (
+                {"method": methods.Swin(5)},
+                r"Swin\(side=5\) does not fit weights that were distilled for Swin\(side=4\)",
+            ),
+            ({"method": methods.LiT()}, "does not fit weights"),
+            ({"window": 4}, r"window=4 is a setting of CLEAR, and this is Swin\(side=4\)"),
+        ],
+    )
+    def test_for_another(self, folder, given, message):
+        transformer = tiny.flux_transformer()
+        before = photograph(transformer)
+        with pytest.raises(ValueError, match=message):
+            clear.linearize(transformer, weights=folder, **given)
+        assert_same(transformer, before)
+
+    def test_for_clear(self, tmp_path):
+        clear.save_pretrained(clear.linearize(tiny.flux_transformer(), 4, weights=None), tmp_path)
+        with pytest.raises(ValueError, match="distilled for CLEAR"):
+            clear.linearize(tiny.flux_transformer(), method=methods.Swin(), weights=tmp_path)
+
+    @pytest.mark.parametrize(
+        "settings", [{"name": "Unheard"}, {"name": "Swin", "depth": 3}, {"name": "Swin", "side": 0}]
+    )
+    def test_in_a_record_that_cannot_be_read(self, folder, settings):
+        file = folder / "clear_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "method": settings}))
+        with pytest.raises(ValueError, match=r"Unheard|depth|side must be at least 1"):
+            clear.linearize(tiny.flux_transformer(), weights=folder)
+
+
+class TestSavedWhole:
+    @pytest.fixture
+    def save_whole(self, pipe, tmp_path):
+        def save_whole(method):
+            clear.linearize(pipe, method=method, weights=None)
+            pipe.save_pretrained(tmp_path)
+            return FluxPipeline.from_pretrained(tmp_path)
+
+        return save_whole
+
+    def test_is_put_back_to_work(self, pipe, save_whole):
+        back = save_whole(methods.Swin(4))
+        with pytest.warns(UserWarning, match=r"method=Swin\(side=4\)"):
+            assert not clear.is_linearized(back)
+        clear.linearize(back)
+        call = tiny.flux_call(pipe.transformer, (5, 9), text=11)
+        assert torch.equal(plain.run(back.transformer, call), plain.run(pipe.transformer, call))
+
+    def test_with_parameters_of_its_own_is_refused(self, save_whole):
+        with pytest.raises(ValueError, match="trained weights of their own"):
+            clear.linearize(save_whole(methods.LiT()))
+
+    def test_for_another(self, save_whole):
+        back = save_whole(methods.Swin(4))
+        for asked in ({"method": methods.Swin(5)}, {"window": 3}):
+            with pytest.raises(ValueError, match=r"does not fit this pipeline, .* method=Swin\(side=4\)"):
+                clear.linearize(back, **asked)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"method": methods.LiT}, TypeError, r"as clear_attn.methods.LiT\(\), got <class"),
+        ({"method": "LiT"}, TypeError, "got 'LiT'"),
+        ({"method": methods.LiT(), "window": 8}, ValueError, "window=8 is a setting of CLEAR"),
+        ({"method": methods.LiT(), "down_factor": 2}, ValueError, "down_factor=2 is a setting of CLEAR"),
+        ({"method": methods.LiT(), "backend": "tiled"}, ValueError, "backend='tiled' is one of CLEAR's"),
+        ({"method": methods.LiT(), "weights": "auto"}, ValueError, "no weights are published for LiT"),
+        ({"method": methods.LiT(heads=3)}, ValueError, "heads=3 does not divide the 32 channels"),
+        (
+            {"method": methods.LiT(), "schedule": clear.Schedule(windows={"transformer_blocks": 3})},
+            ValueError,
+            "window of their own",
+        ),
+    ],
+)
+def test_what_does_not_go_together(transformer, given, error, message):
+    before = photograph(transformer)
+    with pytest.raises(error, match=message):
+        clear.linearize(transformer, **{"weights": None, **given})
+    assert_same(transformer, before)
+
+
+@pytest.mark.parametrize("other", [tiny.FLUX2, tiny.QWEN, tiny.CHROMA], ids=["flux2", "qwen", "chroma"])
+def test_models_whose_layers_do_more_than_attend(other):
+    transformer = other.transformer()
+    before = photograph(transformer)
+    with pytest.raises(TypeError, match="LiT cannot stand in for"):
+        clear.linearize(transformer, method=methods.LiT(), weights=None)
+    assert_same(transformer, before)
+
+
+def test_reference_pictures():
+    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(), weights=None)
+    with pytest.raises(ValueError, match="attends in one picture, and this call brings 2"):
+        transformer(**tiny.flux_call(transformer, (5, 7), (5, 7)))
+
+
+def test_highres(pipe):
+    clear.linearize(pipe, method=methods.Swin(), weights=None)
+    with pytest.raises(RuntimeError, match="highres draws with CLEAR"):
+        clear.highres(pipe, "a red disc", height=256, width=256)
+
+
+def test_dense_layers_and_steps(family, transformer):
+    call = family.call(transformer, GRID)
+    stock = plain.run(transformer, call)
+    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    for schedule in (clear.Schedule(dense_layers=layers), clear.Schedule(dense_above=0)):
+        clear.linearize(transformer, method=methods.LiT(), weights=None, schedule=schedule)
+        torch.testing.assert_close(plain.run(transformer, call), stock, atol=1e-5, rtol=0)
+    clear.linearize(transformer, method=methods.LiT(), weights=None, schedule=clear.Schedule(dense_layers=layers[:-1]))
+    assert (plain.run(transformer, call) - stock).abs().max() > 1e-3
+
+
+@each_method
+def test_in_half_precision(family, method):
+    transformer = shaken(clear.linearize(family.transformer(), method=method, weights=None))
+    call = family.call(transformer, GRID)
+    expected = plain.run(transformer, call)
+    half = {key: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in call.items()}
+    half |= {key: x for key, x in call.items() if key.endswith("_ids")}
+    output = plain.run(transformer.bfloat16(), half)
+    assert output.dtype == torch.bfloat16
+    assert (output - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@each_method
+def test_student(family, method, tmp_path):
+    """What is trained of a method is what is saved, and draws as it did."""
+    transformer = clear.linearize(family.transformer(), method=method, weights=None)
+    parameters = add_student(transformer)
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
+    call = family.call(transformer, GRID)
+    output = transformer(**call).sample
+    gradients = torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
+    last = [x for x in gradients if x is None]
+    assert len(last) == 0
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    save_values(transformer, method, student_values(transformer), tmp_path)
+    loaded = clear.linearize(family.transformer(), weights=tmp_path)
+    torch.testing.assert_close(plain.run(loaded, call), output.detach(), atol=1e-5, rtol=0)
+
+
+# CLEAR's table 2: FLUX.1-dev at 1024 px; linear attention there is one head as wide as the layer, text queries too.
+@pytest.mark.parametrize(
+    ("method", "gflops"),
+    [
+        (methods.Sigmoid(), 260.9),
+        (methods.KVCompression(), 67.7),
+        (methods.Agent(), 80.5),
+        (methods.Strided(), 67.7),
+        (methods.Swin(), 66.1),  # 67.7 there: windows that do not move
+    ],
+    ids=repr,
+)
+def test_cost_is_that_of_the_paper(method, gflops):
+    with torch.device("meta"):
+        transformer = tiny.FluxTransformer2DModel()
+    cost = clear.cost(transformer, 1024, 1024, method=method)
+    assert cost.layer_gflops == pytest.approx(gflops, abs=0.06)
+    assert cost.ratio == pytest.approx(cost.dense_layer_gflops / cost.layer_gflops)
+    assert f"{cost.layer_gflops:,.1f}" in str(cost)
+    assert type(method).__name__ in str(cost)
+    assert cost.to_dict()["method"]["name"] == type(method).__name__
+
+
+def test_cost_of_a_linearized_model(transformer):
+    text = 7
+    clear.linearize(transformer, method=methods.Strided(2), weights=None)
+    own = clear.cost(transformer, 160, 240, text_tokens=text)
+    assert own == clear.cost(clear.restore(transformer), 160, 240, text_tokens=text, method=methods.Strided(2))
+    with pytest.raises(ValueError, match="window=3 is a setting of CLEAR"):
+        clear.cost(transformer, 160, 240, window=3, method=methods.Strided(2))
