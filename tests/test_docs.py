@@ -1,5 +1,6 @@
 """What the documentation shows: docstrings' examples run, code on pages is code, links lead somewhere."""
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -7,8 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import clear_attn as clear
+from tests.plain import run
+from tests.test_method_verbs import put_rule
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +43,22 @@ def test_code_on_pages(page):
         compile(block, str(page), "exec")
         for name in re.findall(r"\bclear\.(\w+)", block):
             assert hasattr(clear, name), name
+
+
+def test_the_guides_method(transformer, family):
+    page = (ROOT / "docs" / "adding-a-method.md").read_text()
+    guide = {}
+    exec(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0], guide)
+    call = family.call(transformer, (5, 7))
+    ours = clear.linearize(copy.deepcopy(transformer), method=guide["Cosine"](), weights=None)
+
+    def rule(query, key, value, grid, own):
+        query, key = (x / x.norm(dim=-1, keepdim=True) for x in (query, key))
+        return (own.temperature * query @ key.mT).softmax(-1) @ value
+
+    expected = run(put_rule(transformer, (5, 7), ours, lambda method, number: rule), call)
+    torch.testing.assert_close(run(ours, call), expected, atol=1e-5, rtol=0)
+    assert clear.cost(ours, 80, 112).ratio == pytest.approx(1)
 
 
 def test_the_reference_names_all_that_is_public():

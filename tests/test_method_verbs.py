@@ -59,13 +59,13 @@ class RuledProcessor(plain.RasterProcessor):
         return output if self.heads_first else output.transpose(1, 2)
 
 
-def put_rule(transformer, grid, linearized):
+def put_rule(transformer, grid, linearized, rule_of=None):
     """Makes a stock model's layers compute a linearized one's method densely, in raster order."""
     text_first = family_of(transformer).text_first
     attention = plain.FLUX_ATTENTION if text_first else plain.SD3_ATTENTION
     for number, (name, stock) in enumerate(transformer.attn_processors.items()):
         own = linearized.get_submodule(name)
-        rule = RULES[type(own.method)](own.method, number)
+        rule = (rule_of or RULES[type(own.method)])(own.method, number)
         layer = transformer.get_submodule(name.removesuffix(".processor"))
         layer.set_processor(RuledProcessor(stock, grid, rule, own, text_first, *attention))
     return transformer

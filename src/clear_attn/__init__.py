@@ -1,5 +1,6 @@
 """Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112)."""
 
+from clear_attn import methods
 from clear_attn.attention import clear_attention
 from clear_attn.blocks import linearized
 from clear_attn.config import ClearConfig
@@ -43,6 +44,7 @@ __all__ = [
     "is_linearized",
     "linearize",
     "linearized",
+    "methods",
     "noise_after",
     "ntk_scaling",
     "parallelize",
