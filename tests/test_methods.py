@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from clear_attn import methods
 from clear_attn.layout import TokenLayout
+from clear_attn.methods import groups
+from clear_attn.methods import sigmoid as sigmoid_of
 
 GRIDS = [(5, 7), (13, 9), (1, 1), (20, 3)]
 LAYER = types.SimpleNamespace(heads=2, inner_dim=16)
@@ -145,6 +147,13 @@ def test_is_the_rule_with_gradients(method, number, rule, grid, text, text_first
     torch.testing.assert_close(*gradients)
     with torch.no_grad():
         torch.testing.assert_close(attend(processor, qkv, grid, text, text_first), expected)
+
+
+@each_case
+def test_in_parts_as_at_once(method, number, rule, monkeypatch):
+    monkeypatch.setattr(groups, "QUERIES_AT_A_TIME", 4)
+    monkeypatch.setattr(sigmoid_of, "MAX_SCORES", 2000)
+    test_is_the_rule_with_gradients(method, number, rule, (13, 9), 7, True)
 
 
 @each_case

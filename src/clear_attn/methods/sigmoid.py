@@ -43,23 +43,27 @@ class SigmoidAttnProcessor(MethodProcessor):
     method: Sigmoid
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float) -> Tensor:
-        step = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
-        # Gradients compute the scores once more, so that no more than a step's are held.
-        parts = [
-            checkpoint(sigmoid_attention, part, key, value, scale, use_reentrant=False, preserve_rng_state=False)
-            for part in query.split(step, dim=2)
-        ]
-        return torch.cat(parts, dim=2)
+        return sigmoid_attention(query, key, value, scale)
 
 
 def sigmoid_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`sigmoid(scores - log(keys)) @ values`, the weights in float32 at least; all of them are held in memory.
+    """`sigmoid(scores - log(keys)) @ values` in float32 at least, some queries at a time.
 
     Args:
         query, key, value: `[batch, heads, tokens, head_dim]`, the query of any number of tokens.
         scale: factor of the scores.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key, wide = (x.to(dtype) for x in (query, key, value))
+    step = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    # Gradients compute the scores once more, so that no more than a step's are held.
+    parts = [
+        checkpoint(_attend, part, key, wide, use_reentrant=False, preserve_rng_state=False)
+        for part in (query * scale).split(step, dim=2)
+    ]
+    return torch.cat(parts, dim=2).to(value.dtype)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):  # which would round the scores
-        scores = query.to(dtype) @ key.to(dtype).mT * scale
-        return (torch.sigmoid(scores - math.log(key.shape[2])) @ value.to(dtype)).to(value.dtype)
+        return torch.sigmoid(query @ key.mT - math.log(key.shape[2])) @ value
