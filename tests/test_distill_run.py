@@ -55,6 +55,16 @@ def test_a_run_and_its_result(settings, student):
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
 
 
+@pytest.mark.parametrize("student", ["full", "lora"])
+def test_another_method(settings, student):
+    settings = change(settings, student=student, rank=4, window=None, down_factor=None, method="LiT(heads=1)")
+    pipe = clear.linearize(demo.pipeline(), weights=train(settings))
+    own = [module for module in pipe.transformer.modules() if isinstance(module, clear.methods.MethodProcessor)]
+    assert {module.method for module in own} == {clear.methods.LiT(heads=1)}
+    assert all(module.convolution.abs().max() > 0 for module in own)
+    clear.restore(pipe)
+
+
 def test_training_brings_the_student_nearer(settings):
     """To the teacher's prediction of noise that it has not seen, than the training-free model is."""
     settings = change(settings, max_train_steps=50, checkpointing_steps=50, flow_matching_weight=1e-9)
@@ -244,6 +254,12 @@ class TestRefusals:
             ({"train_data_dir": None}, "give one of train_data_dir and dataset_name, or generate and"),
             ({"max_train_steps": 0}, "max_train_steps must be above 0, got 0"),
             ({"window": 0}, "window"),
+            ({"method": "LiT"}, "window=2 is a setting of CLEAR, and this is LiT"),
+            (
+                {"method": "Lit", "window": None, "down_factor": None},
+                "no method of attention is named 'Lit', but Agent",
+            ),
+            ({"method": "LiT(2)"}, r"method='LiT\(2\)' is no name with settings in brackets"),
             ({"attention_layers": ["blocks.7"]}, "attention_layers has 'blocks.7', which is no attention layer"),
             ({"lr_scheduler": "step"}, "lr_scheduler must be one of linear, cosine, .*, got 'step'"),
             ({"prediction_weight": -1.0}, "prediction_weight must be at least 0, got -1"),

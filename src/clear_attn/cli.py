@@ -76,8 +76,13 @@ def demo(
 def cost(
     height: Annotated[int, typer.Option(help="Height of the picture in pixels.")],
     width: Annotated[int, typer.Option(help="Width of the picture in pixels.")],
-    window: Annotated[int, typer.Option(help="Radius of the window in tokens.")] = 16,
-    down_factor: Annotated[int, typer.Option(help="Side of pooled cells in tokens; 1 for none.")] = 1,
+    window: Annotated[int | None, typer.Option(help="Radius of the window in tokens.", show_default="16")] = None,
+    down_factor: Annotated[
+        int | None, typer.Option(help="Side of pooled cells in tokens; 1 for none.", show_default="1")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Another way to attend, as Swin(side=8).", show_default="CLEAR")
+    ] = None,
     text_tokens: Annotated[
         int | None, typer.Option(help="Length of the text sequence.", show_default="512 for flux, 333 for sd3")
     ] = None,
@@ -87,6 +92,7 @@ def cost(
 ) -> None:
     """Count the work of attention, dense and linearized."""
     from clear_attn.cost import cost as count
+    from clear_attn.methods import parse
 
     try:
         counted = count(
@@ -95,6 +101,7 @@ def cost(
             width,
             window=window,
             down_factor=down_factor,
+            method=None if method is None else parse(method),
             text_tokens=text_tokens,
             batch=batch,
         )

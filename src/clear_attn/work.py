@@ -191,7 +191,7 @@ class Cost:
         digits = 1 if self.dense_layer_gflops > 10 else 3
 
         def row(name: str, dense: int, own: int) -> tuple[str, str, str]:
-            dense_cell, cell = (f"{flops / 1e9:,.{digits}f}" for flops in (dense, own))
+            dense_cell, cell = (f"{flops / 1e9:,.{digits}f}" if flops else "-" for flops in (dense, own))
             return name, dense_cell, cell
 
         dense, own = (self.layer_work(window, self.text_tokens) for window in (None, self.window))
