@@ -327,3 +327,10 @@ def test_a_checkpoint_holds_any_optimizers_state():
     assert back["param_groups"][0]["lr"] == 0.1
     with pytest.raises(TypeError, match="is a set, which a checkpoint cannot hold"):
         checkpoint.pack({"a": {1}}, {})
+
+
+def test_a_method_may_be_given_as_it_is(settings):
+    given = {"window": None, "down_factor": None}
+    one, other = (change(settings, method=each, **given) for each in (clear.methods.Swin(4), "Swin(side=4)"))
+    assert one.config == other.config == clear.methods.Swin(4)
+    assert one.shared() == other.shared()

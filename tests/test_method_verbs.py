@@ -1,8 +1,11 @@
 """Methods in whole models: linearize, restore, save, load, distil, count."""
 
 import copy
+import dataclasses
+import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -63,7 +66,9 @@ def put_rule(transformer, grid, linearized, rule_of=None):
     """Makes a stock model's layers compute a linearized one's method densely, in raster order."""
     text_first = family_of(transformer).text_first
     attention = plain.FLUX_ATTENTION if text_first else plain.SD3_ATTENTION
-    for number, (name, stock) in enumerate(transformer.attn_processors.items()):
+    family, numbers = family_of(transformer), {True: itertools.count(), False: itertools.count()}
+    for name, stock in transformer.attn_processors.items():
+        number = next(numbers[family.has_text(transformer, name.removesuffix(".processor"))])
         own = linearized.get_submodule(name)
         rule = (rule_of or RULES[type(own.method)])(own.method, number)
         layer = transformer.get_submodule(name.removesuffix(".processor"))
@@ -174,7 +179,12 @@ class TestSaved:
             clear.linearize(tiny.flux_transformer(), method=methods.Swin(), weights=tmp_path)
 
     @pytest.mark.parametrize(
-        "settings", [{"name": "Unheard"}, {"name": "Swin", "depth": 3}, {"name": "Swin", "side": 0}]
+        "settings",
+        [
+            {"name": "Unheard", "settings": {}},
+            {"name": "Swin", "settings": {"depth": 3}},
+            {"name": "Swin", "settings": {"side": 0}},
+        ],
     )
     def test_in_a_record_that_cannot_be_read(self, folder, settings):
         file = folder / "clear_config.json"
@@ -308,7 +318,7 @@ def test_student(family, method, tmp_path):
         (methods.KVCompression(), 67.7),
         (methods.Agent(), 80.5),
         (methods.Strided(), 67.7),
-        (methods.Swin(), 66.1),  # 67.7 there: windows that do not move
+        (methods.Swin(), 66.16),  # 67.7 there: windows that do not move
     ],
     ids=repr,
 )
@@ -330,3 +340,156 @@ def test_cost_of_a_linearized_model(transformer):
     assert own == clear.cost(clear.restore(transformer), 160, 240, text_tokens=text, method=methods.Strided(2))
     with pytest.raises(ValueError, match="window=3 is a setting of CLEAR"):
         clear.cost(transformer, 160, 240, window=3, method=methods.Strided(2))
+
+
+def test_cost_is_the_sum_over_the_layers():
+    """In SD3.5 windows move in every second layer with text, and in every second one without."""
+    transformer, grid, text = tiny.sd3_transformer(), (5, 9), 7
+    method = methods.Swin(4)
+    clear.linearize(
+        transformer, method=method, weights=None, schedule=clear.Schedule(dense_layers=["transformer_blocks.2"])
+    )
+    cost = clear.cost(transformer, 80, 144, text_tokens=text)
+    moved = {"transformer_blocks.0.attn": 0, "transformer_blocks.0.attn2": 0, "transformer_blocks.1.attn": 1}
+    for layer, kind in moved.items():
+        assert transformer.get_submodule(layer).processor.kind == kind
+    tokens = grid[0] * grid[1]
+    alone = sum(method.work(grid, 0, 2, 16, 0).values())
+    with_text = sum(sum(method.work(grid, text, 2, 16, number).values()) for number in (0, 1))
+    of_text, dense = 2 * 4 * 32 * text * (text + tokens), 4 * 32 * (text + tokens) ** 2
+    assert cost.step_flops == alone + with_text + of_text + dense
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "error", "message"),
+    [
+        (tiny.flux2_transformer, {"method": methods.LiT()}, TypeError, "cannot stand in"),
+        (tiny.flux_transformer, {"method": methods.LiT(heads=5)}, ValueError, "heads=5 does not divide"),
+        (
+            tiny.flux_transformer,
+            {"method": methods.LiT(), "schedule": clear.Schedule(windows={"transformer_blocks": 3})},
+            ValueError,
+            "window of their own",
+        ),
+    ],
+)
+def test_cost_refuses_what_linearize_refuses(model, given, error, message):
+    with pytest.raises(error, match=message):
+        clear.cost(model(), 160, 240, **given)
+
+
+def test_cost_names_what_is_quadratic():
+    of = {method: str(clear.cost(tiny.flux_transformer(), 160, 240, method=method)) for method in METHODS}
+    for method, text in of.items():
+        assert ("square of the tokens" in text) == (not isinstance(method, (methods.LiT, methods.Swin)))
+    with pytest.raises(ValueError, match="has no window"):
+        clear.cost(tiny.flux_transformer(), 160, 240, method=methods.Swin()).pairs  # noqa: B018
+
+
+def test_lists_are_made_once_for_a_size(monkeypatch):
+    made = []
+    prepare = methods.Strided.prepare
+    monkeypatch.setattr(methods.Strided, "prepare", lambda self, layout: made.append(layout) or prepare(self, layout))
+    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Strided(5), weights=None)
+    for grid in ((6, 11), (6, 11), (7, 11), (6, 11)):
+        plain.run(transformer, tiny.flux_call(transformer, grid))
+    assert [layout.grids for layout in made] == [((6, 11),), ((7, 11),)]
+
+
+def test_fused_projections_are_used():
+    transformer = tiny.flux_transformer()
+    transformer.fuse_qkv_projections()
+    with torch.no_grad():
+        transformer.transformer_blocks[0].attn.to_qkv.weight.mul_(1.3)
+    call = tiny.flux_call(transformer, GRID)
+    expected = plain.run(transformer, call)
+    clear.linearize(transformer, method=methods.Strided(1), weights=None)
+    torch.testing.assert_close(plain.run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+def test_a_file_without_its_record_knows_its_method(tmp_path):
+    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(4), weights=None)
+    clear.save_pretrained(transformer, tmp_path)
+    alone = tmp_path / "alone.safetensors"
+    (tmp_path / "clear_weights.safetensors").rename(alone)
+    (tmp_path / "clear_config.json").unlink()
+    loaded = clear.linearize(tiny.flux_transformer(), weights=alone)
+    call = tiny.flux_call(transformer, GRID)
+    assert torch.equal(plain.run(loaded, call), plain.run(transformer, call))
+
+
+def test_sharpness_where_there_are_no_scores():
+    transformer = clear.linearize(tiny.flux_transformer(), method=methods.LiT(), weights=None)
+    call = tiny.flux_call(transformer, GRID)
+    with pytest.raises(RuntimeError, match="no scores to sharpen"):
+        transformer(**{**call, "joint_attention_kwargs": {"clear_sharpness": 1.2}})
+
+
+def test_many_gpus():
+    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(4), weights=None)
+    with pytest.raises(ValueError, match=r"only CLEAR is split over ranks, and this pipeline has Swin\(side=4\)"):
+        clear.parallelize(transformer)
+
+
+class TestOwn:
+    """A method of the user's."""
+
+    @staticmethod
+    def define(frozen=True, inner=False, **fields):
+        class Processor(methods.MethodProcessor):
+            def __init__(self, method, layer):
+                super().__init__(method, layer)
+                self.window, self.scale = 3, torch.nn.Parameter(torch.rand(1))
+                if inner:
+                    self.mix = torch.nn.Linear(2, 2)
+
+            def forward(self, query, key, value, layout, scale):
+                assert self.window == 3
+                return query * self.scale
+
+        class Template(methods.Method):
+            quadratic = None
+
+            def processor(self, attn, layer, number):
+                return Processor(self, layer)
+
+            def work(self, grid, text_tokens, heads, head_dim, number):
+                return {"nothing": 0}
+
+        members = {"__annotations__": {name: type(value) for name, value in fields.items()}, **fields}
+        made = type("Own", (Template,), {**members, "__module__": "notebook", "__qualname__": "Own"})
+        return dataclasses.dataclass(frozen=frozen)(made)
+
+    def test_is_saved_under_its_modules_name(self, tmp_path):
+        transformer = clear.linearize(tiny.flux_transformer(), method=self.define(side=2)(), weights=None)
+        clear.linearize(transformer, method=self.define(side=2)(side=3), weights=None)  # defined anew
+        clear.save_pretrained(transformer, tmp_path)
+        again = self.define(side=2)
+        loaded = clear.linearize(tiny.flux_transformer(), method=again(side=3), weights=tmp_path)
+        call = tiny.flux_call(transformer, GRID)
+        assert torch.equal(plain.run(loaded, call), plain.run(transformer, call))
+        record = json.loads((tmp_path / "clear_config.json").read_text())
+        assert record["method"] == {"name": "notebook.Own", "settings": {"side": 3}}
+        assert methods.parse("Own(side=4)") == again(side=4)
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            ({"frozen": False, "side": 2}, "must be a frozen dataclass"),
+            ({"side": frozenset({1, 2})}, "must be a frozen dataclass"),
+            ({"side": ((1, 2), (3,))}, "does not come back the same|unhashable"),
+            ({"inner": True}, "has a module or buffer, mix, which would not be saved"),
+        ],
+    )
+    def test_what_could_not_be_saved(self, make, message):
+        transformer = tiny.flux_transformer()
+        before = photograph(transformer)
+        with pytest.raises(TypeError, match=message):
+            clear.linearize(transformer, method=self.define(**make)(), weights=None)
+        assert_same(transformer, before)
+
+
+def test_numbers_of_other_libraries(tmp_path):
+    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(np.int64(4)), weights=None)
+    clear.save_pretrained(transformer, tmp_path)
+    assert type(methods.Swin(np.int64(4)).side) is int

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from clear_attn.config import ClearConfig
+from clear_attn.families import Family
 from clear_attn.methods import Method
+from clear_attn.processors import AttnProcessor
 from clear_attn.record import config_of
 from clear_attn.schedule import Schedule
 from clear_attn.sources import Checkpoint
@@ -33,7 +36,7 @@ def config_of_mark(
 def described(config: ClearConfig | Method) -> str:
     """As arguments of `linearize`."""
     if isinstance(config, Method):
-        return f"method={config}"
+        return f"method={config.as_text()}"
     return f"window={config.window}, down_factor={config.down_factor}"
 
 
@@ -52,7 +55,9 @@ def config_for(
     """The settings given, and those of the weights where none is; else CLEAR's 16 and 1."""
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method must be one of clear_attn.methods, as clear_attn.methods.LiT(), got {method!r}")
-    if method and source and source.method != method:
+    if method is not None:
+        method.check()
+    if method and source and source.method != method and not source.unknown:
         raise ValueError(
             f"method={method} does not fit weights that were distilled for {source.method or 'CLEAR'}; leave it out, "
             "or give other weights"
@@ -88,6 +93,33 @@ def check_goes_with(method: Method, schedule: Schedule, backend: str) -> None:
         raise ValueError(f"backend={backend!r} is one of CLEAR's, and this is {method}; leave it out")
     if schedule.windows:
         raise ValueError(f"layers with a window of their own are CLEAR's, and this is {method}; leave windows out")
+
+
+def check_stands_in(method: Method, family: Family, stock: Mapping[str, Any]) -> None:
+    """Raises TypeError where layers do more than a method can stand in for."""
+    for layer, processor in stock.items():
+        if not family.only_attends or isinstance(processor, family.adapters):
+            raise TypeError(
+                f"{type(method).__name__} cannot stand in for the {type(processor).__name__} of {layer}, which does "
+                "more than attend; other methods than CLEAR are for FLUX.1, Stable Diffusion 3 and 3.5, without "
+                "IP-Adapters"
+            )
+
+
+def check_saves(processor: AttnProcessor) -> None:
+    """Raises TypeError where a processor has parameters that a checkpoint would leave out."""
+    inside = [*dict(processor.named_children()), *dict(processor.named_buffers(recurse=False))]
+    if inside:
+        raise TypeError(
+            f"{type(processor).__name__} has a module or buffer, {inside[0]}, which would not be saved; make what it "
+            "learns an nn.Parameter of its own"
+        )
+
+
+def numbers_of(family: Family, transformer: Any, layers: Iterable[str]) -> dict[str, int]:
+    """Each layer's place among those of its kind, with text or without."""
+    count = {True: itertools.count(), False: itertools.count()}
+    return {layer: next(count[family.has_text(transformer, layer)]) for layer in layers}
 
 
 def config_beside(

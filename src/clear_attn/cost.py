@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from clear_attn.config import ClearConfig, check_whole_number
-from clear_attn.configure import config_beside
+from clear_attn.configure import check_goes_with, check_stands_in, config_beside, numbers_of
 from clear_attn.families import Family
 from clear_attn.layout import Grid
-from clear_attn.linearize import find_transformer
+from clear_attn.linearize import find_transformer, new_processors
 from clear_attn.memory import memory_of
 from clear_attn.methods import Method
 from clear_attn.record import config_of, mark_of, schedule_of_mark
 from clear_attn.schedule import Schedule
-from clear_attn.state import door_of
-from clear_attn.work import Cost, OwnWindow
+from clear_attn.state import door_of, processors_of
+from clear_attn.work import Cost, OwnWindow, Place
 
 DEFAULT_VAE_SCALE = 8
 
@@ -48,7 +48,7 @@ def cost(
         batch (`int`, defaults to 1): pictures in one forward pass.
 
     Raises:
-        TypeError: not a supported pipeline, or a number that is not whole.
+        TypeError: not a supported pipeline, a method that cannot stand in there, or a number that is not whole.
         ValueError: a size below one token, another number out of range, a method with a window, or a schedule of
             layers that are not there.
 
@@ -97,6 +97,16 @@ def _count(
 ) -> Cost:
     layers = family.attention_layers(transformer)
     schedule.check_layers(layers, type(transformer).__name__)
+    places: list[Place] = []
+    if isinstance(config, Method):
+        door = door_of(transformer)
+        stock = door.original.processors if door else processors_of(layers)
+        check_goes_with(config, schedule, "auto")
+        check_stands_in(config, family, stock)
+        new_processors(family, transformer, config, layers, stock)  # raises where its settings do not fit
+        numbers = numbers_of(family, transformer, layers)
+        local = [layer for layer in layers if schedule.window_of(layer) is None]
+        places = [Place(numbers[layer], family.has_text(transformer, layer)) for layer in local]
     has_text = [family.has_text(transformer, layer) for layer in layers]
     own_windows = []
     for window, own_layers in schedule.own_windows(layers).items():
@@ -118,6 +128,7 @@ def _count(
         dense_above=schedule.dense_above,
         heads=transformer.config.num_attention_heads,
         method=None if isinstance(config, ClearConfig) else config,
+        method_places=tuple(places),
     )
 
 

@@ -129,7 +129,8 @@ class DoorIn:
             own = layout.within(window)
             for each in (own, own.without_text) if alone else (own,):
                 if isinstance(each.config, Method):
-                    each.config.prepare(each)
+                    if each.prepared is None:
+                        each.prepared = each.config.prepare(each)
                 elif each.config is not None:
                     BACKENDS[backend].prepare(each)
 
@@ -146,11 +147,8 @@ class DoorIn:
         """Raises RuntimeError where something that linearizing put in place is no longer there, or cannot work."""
         for layer in self.original.processors:
             processor = transformer.get_submodule(layer).processor
-            window = self.schedule.window_of(layer)
-            if not isinstance(processor, AttnProcessor) or (processor.fits(self.config), processor.window) != (
-                True,
-                window,
-            ):
+            stands = isinstance(processor, AttnProcessor) and processor.fits(self.config)
+            if not stands or processor.own_window != self.schedule.window_of(layer):
                 raise RuntimeError(
                     f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
                     "clear_attn.linearize() (an IP-Adapter that comes or goes does that, or fusing SD3's "

@@ -145,7 +145,7 @@ class TokenLayout(Neighbourhood):
         pool_index, pool_weight: int64 and float32 `[pooled_tokens, down_factor^2]`: positions among the image
             tokens in tile order of each cell's tokens, and their weights without the learned part.
         attention: what a layer with such a layout calls, where that is not `clear_attention`.
-        prepared: what another method has made of it for its layers, see `clear_attn.methods.Method.prepare`.
+        prepared: what a method made of it for its layers, see `clear_attn.methods.Method.prepare`; None before.
 
     Raises:
         TypeError: a number that is not whole.

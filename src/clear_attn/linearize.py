@@ -12,13 +12,21 @@ from torch import nn
 
 from clear_attn.backends import check_backend, flex
 from clear_attn.config import ClearConfig
-from clear_attn.configure import check_goes_with, config_for, config_of_mark, described, lost
+from clear_attn.configure import (
+    check_goes_with,
+    check_saves,
+    check_stands_in,
+    config_for,
+    config_of_mark,
+    lost,
+    numbers_of,
+)
 from clear_attn.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.doors import DoorIn
 from clear_attn.families import FAMILIES, Family, family_of
-from clear_attn.methods import Method
+from clear_attn.methods import Method, as_text
 from clear_attn.processors import AttnProcessor
-from clear_attn.record import config_of, make_mark, mark_of, schedule_of_mark
+from clear_attn.record import make_mark, mark_of, schedule_of_mark
 from clear_attn.schedule import Schedule
 from clear_attn.sources import Checkpoint, load
 from clear_attn.state import State, apply, capture, door_of, original_state, processors_of, stand_beside
@@ -142,12 +150,10 @@ def linearize(
     checkpoint = source.values if source else {}
     if isinstance(config, Method):
         check_goes_with(config, schedule, backend)
-    processors = {
-        layer: _new_processor(family, config, layer, attn, stock.processors[layer], number)
-        for number, (layer, attn) in enumerate(layers.items())
-    }
+        check_stands_in(config, family, stock.processors)
+    processors = new_processors(family, transformer, config, layers, stock.processors)
     for layer, processor in processors.items():
-        processor.window = schedule.window_of(layer)
+        processor.own_window = schedule.window_of(layer)
     own = own_parameters(processors)
     if stock.mark and armed_again and own:
         raise lost(stock.mark)
@@ -157,8 +163,8 @@ def linearize(
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(checkpoint[name])
-        for layer, attn in layers.items():
-            stand_beside(processors[layer], attn)
+    for layer, attn in layers.items():
+        stand_beside(processors[layer], attn)
     values = {name: value for name, value in checkpoint.items() if name not in own}
     before = capture(transformer, layers, values.keys() | stock.values.keys())
     kept = {name: stock.values.get(name, before.values[name]) for name in values} if keep_original else {}
@@ -225,9 +231,10 @@ def is_linearized(pipe: Any) -> bool:
 def _warn_if_left_dense(transformer: Any) -> None:
     mark = mark_of(transformer)
     if mark and not door_of(transformer):
+        method = mark.get("method")  # which need not be known here
+        settings = f"method={as_text(method)}" if method else f"window={mark['window']}"
         warnings.warn(
-            f"this pipeline was saved while it was linearized ({described(config_of(mark))}, weights "
-            f"{mark['weights']}), "
+            f"this pipeline was saved while it was linearized ({settings}, weights {mark['weights']}), "
             "and now runs with dense attention; call clear_attn.linearize(pipe)",
             stacklevel=3,
         )
@@ -261,17 +268,25 @@ def _check_backend_can_run(backend: str) -> None:
         raise RuntimeError(f"backend='flex' cannot run on this machine: {obstacles}; use backend='auto' or 'tiled'")
 
 
-def _new_processor(
-    family: Family, config: ClearConfig | Method, layer: str, attn: Any, stock: Any, number: int
-) -> AttnProcessor:
+def new_processors(
+    family: Family, transformer: Any, config: ClearConfig | Method, layers: Mapping[str, Any], stock: Mapping[str, Any]
+) -> dict[str, AttnProcessor]:
+    """By layer, with new parameters on the CPU.
+
+    Raises:
+        ValueError: a method's settings do not fit a layer.
+        TypeError: a method's processor holds what would not be saved.
+    """
+    processors: dict[str, AttnProcessor] = {}
+    numbers = numbers_of(family, transformer, layers)
     # Whatever mode the caller is in, the parameters must serve training too, and their values are set here.
     with torch.inference_mode(False), torch.device("cpu"):
-        of_clear = family.stand_in(stock, config.down_factor, layer)
-        if not isinstance(config, Method):
-            return stand_beside(of_clear, attn)
-        if type(of_clear).__call__ is not AttnProcessor.__call__:
-            raise TypeError(
-                f"{type(config).__name__} cannot stand in for the {type(stock).__name__} of {layer}, which does more "
-                "than attend; other methods than CLEAR are for FLUX.1, Stable Diffusion 3 and 3.5, without IP-Adapters"
-            )
-        return stand_beside(config.processor(attn, layer, number), attn)
+        for layer, attn in layers.items():
+            if isinstance(config, Method):
+                processor: AttnProcessor = config.processor(attn, layer, numbers[layer])
+                check_saves(processor)
+            else:
+                processor = family.stand_in(stock[layer], config.down_factor, layer)
+            processor.trusts_fused = family.trusts_fused
+            processors[layer] = processor
+    return processors

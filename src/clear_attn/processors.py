@@ -40,8 +40,12 @@ class AttnProcessor(nn.Module, abc.ABC):
             parallelism.
     """
 
-    # Where it differs from the layout's: see `Schedule.window_of`.
-    window: float | None = None
+    # Where its window differs from the layout's: see `Schedule.window_of`.
+    own_window: float | None = None
+    # Whether a layer that calls itself fused may be believed: see `Family.trusts_fused`.
+    trusts_fused: bool = True
+    # What a user set on a layer's processor, and the next one there takes over.
+    of_the_layer: tuple[str, ...] = ("_attention_backend", "_parallel_config")
     # Declared, so that diffusers' set_attention_backend and enable_parallelism find them here.
     _attention_backend: AttentionBackendName | None = None
     _parallel_config: Any = None
@@ -98,7 +102,7 @@ class AttnProcessor(nn.Module, abc.ABC):
         encoder_hidden_states: Tensor | None,
     ) -> TokenLayout:
         """The layout of this layer's tokens, all that a call brings checked."""
-        layout = self._check(attention_mask, layout).within(self.window)
+        layout = self._check(attention_mask, layout).within(self.own_window)
         alone = hidden_states.shape[1] == layout.image_tokens and encoder_hidden_states is None
         return layout.without_text if alone else layout
 
@@ -107,8 +111,8 @@ class AttnProcessor(nn.Module, abc.ABC):
         """Whether a layout with this config, which is not None, is for this processor."""
 
     def takes_fused(self, attn: Any) -> bool:
-        """Whether query, key and value come from one fused projection; the parts that it was made of always do."""
-        return False
+        """Whether query, key and value come from one fused projection."""
+        return self.trusts_fused and bool(attn.fused_projections)
 
     @property
     def _where(self) -> str:
@@ -207,9 +211,6 @@ class ClearAttnProcessor(AttnProcessor):
             text_attention=self._text_attention,
         )
         return joint[..., :head_dim].transpose(1, 2).flatten(2, 3)
-
-    def takes_fused(self, attn: Any) -> bool:
-        return bool(attn.fused_projections)
 
     def fits(self, config: Config) -> bool:
         return isinstance(config, ClearConfig) and config.down_factor == self.down_factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from clear_attn.record import CONFIG_FILE, Record, mark_of
 from clear_attn.schedule import Schedule
 from clear_attn.sources import WEIGHTS_FILE
 from clear_attn.state import door_of, processors_of
-from clear_attn.weights import DTYPES, check_in_memory, check_replaceable, own_parameters, replaced_parameters
+from clear_attn.weights import DTYPES, METHOD, check_in_memory, check_replaceable, own_parameters, replaced_parameters
 
 CARD_FILE = "README.md"
 
@@ -86,7 +87,9 @@ def save_values(
     folder.mkdir(parents=True, exist_ok=True)
     # On the same disk, so that what takes time or room can fail only before the first file is put in place.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-        save_file(values, Path(unfinished, WEIGHTS_FILE), metadata={"format": "pt"})
+        # A file may be parted from its record.
+        told = {METHOD: json.dumps(config.settings())} if isinstance(config, Method) else {}
+        save_file(values, Path(unfinished, WEIGHTS_FILE), metadata={"format": "pt", **told})
         Path(unfinished, CARD_FILE).write_text(_card(record), encoding="utf-8")
         Path(unfinished, CONFIG_FILE).write_text(record.to_json(), encoding="utf-8")
         # Never an old record beside new weights.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from clear_attn.config import ClearConfig
 from clear_attn.hub import fetch
-from clear_attn.methods import Method
+from clear_attn.methods import Method, named
 from clear_attn.published import BASE, FILES, LICENCE, REPO, check_served, published_file, window_of
 from clear_attn.record import CONFIG_FILE, read_record
 from clear_attn.schedule import Schedule
-from clear_attn.weights import pooled_factor, read_checkpoint
+from clear_attn.weights import method_in, pooled_factor, read_checkpoint
 
 WEIGHTS_FILE = "clear_weights.safetensors"
 HUB_FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/(.+\.safetensors))?")
@@ -45,6 +45,11 @@ class Checkpoint(NamedTuple):
     architecture: str | None = None
     source: str | None = None
     schedule: Schedule = Schedule()
+
+    @property
+    def unknown(self) -> bool:
+        """Whether nothing tells what they were distilled for, but whether keys were pooled."""
+        return self.window is None and self.method is None and self.down_factor == 1
 
 
 def load(
@@ -115,17 +120,25 @@ def _load_local(path: Path) -> Checkpoint:
         return _load_folder(path / CONFIG_FILE, path / WEIGHTS_FILE, str(path))
     if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
         return _load_folder(path.with_name(CONFIG_FILE), path, str(path))
-    values = read_checkpoint(path)
     source = f"{REPO}/{path.name}" if path.name in FILES.values() else None
-    return Checkpoint(values, str(path), window_of(path.name), pooled_factor(values), source=source)
+    return _load_file(path, str(path), window_of(path.name), source)
+
+
+def _load_file(path: Path, name: str, window: int | None, source: str | None) -> Checkpoint:
+    """Without a record; other methods than CLEAR are told in the file itself."""
+    values, method = read_checkpoint(path), method_in(path)
+    if method:
+        return Checkpoint(values, name, None, None, named(method), source=source)
+    return Checkpoint(values, name, window, pooled_factor(values), source=source)
 
 
 def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
     if repo == REPO:
         logger.warning("%s/%s: weights %s", repo, file, LICENCE)
-    values = read_checkpoint(fetch(repo, file, revision, token))
     name = f"{repo}/{file}"
-    return Checkpoint(values, name, window_of(file) if repo == REPO else None, pooled_factor(values), source=name)
+    return _load_file(
+        Path(fetch(repo, file, revision, token)), name, window_of(file) if repo == REPO else None, source=name
+    )
 
 
 def _load_hub_folder(repo: str, revision: str | None, token: str | bool | None) -> Checkpoint:

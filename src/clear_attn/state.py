@@ -94,9 +94,9 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
     for layer, attn in layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
-            # What the user set with set_attention_backend(), enable_parallelism() or set_ip_adapter_scale() belongs to
-            # the layer.
-            for name in ("_attention_backend", "_parallel_config", "scale"):
+            # What the user set with set_attention_backend(), enable_parallelism() or set_ip_adapter_scale().
+            ours = processor if isinstance(processor, AttnProcessor) else present
+            for name in getattr(ours, "of_the_layer", AttnProcessor.of_the_layer):
                 if (value := getattr(present, name, None)) is not None or hasattr(processor, name):
                     setattr(processor, name, value)
             attn.set_processor(stand_beside(processor, attn))

@@ -10,13 +10,14 @@ project all in one, have `<layer>.to_qkv_mlp_proj` and `<layer>.to_out` instead.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -144,6 +145,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not checkpoint:
         raise ValueError(f"{file} holds no tensors; give a file of distilled weights, or weights=None")
     return checkpoint
+
+
+# The entry in a file's own metadata that tells of another method than CLEAR.
+METHOD = "clear_method"
+
+
+def method_in(path: Path) -> dict[str, Any] | None:
+    """What a `.safetensors` file says of the method that it was distilled for; None where it says nothing."""
+    with safe_open(path, "pt") as opened:
+        text = (opened.metadata() or {}).get(METHOD)
+    return json.loads(text) if text else None
 
 
 def pooled_factor(checkpoint: Mapping[str, Tensor]) -> int:

@@ -27,6 +27,13 @@ def window_pairs(grid: Grid, window: int) -> int:
     return total
 
 
+class Place(NamedTuple):
+    """Of a layer: its number among those of its kind, and whether that has text."""
+
+    number: int
+    has_text: bool
+
+
 class OwnWindow(NamedTuple):
     """Layers with a window of their own.
 
@@ -62,7 +69,8 @@ class Cost:
             the other numbers.
         memory (`Memory`, *optional*): of the weights, of a forward pass, and of decoding.
         heads (`int`): into which inner_dim is divided.
-        method (`Method`, *optional*): what attends in place of CLEAR; window and down_factor are of no account then.
+        method (`Method`, *optional*): what attends in place of CLEAR; numbers of pairs are CLEAR's alone then.
+        method_places (`Place`s): the layers in which it does.
     """
 
     height: int
@@ -80,6 +88,7 @@ class Cost:
     memory: Memory | None = None
     heads: int = 1
     method: Method | None = None
+    method_places: tuple[Place, ...] = ()
 
     @property
     def image_tokens(self) -> int:
@@ -92,6 +101,8 @@ class Cost:
 
     @property
     def window_pairs(self) -> int:
+        if self.method:
+            raise ValueError(f"{self.method} has no window; look at own_layer_work()")
         return window_pairs((self.height, self.width), self.window)
 
     @property
@@ -115,20 +126,34 @@ class Cost:
 
     def layer_work(self, window: int | None, text_tokens: int) -> dict[str, int]:
         """FLOPs of one layer with this window (None: dense) and so much text, for one picture, by kind."""
-        grid, image = (self.height, self.width), self.image_tokens
-        pairs = {"text queries, all keys": text_tokens * (text_tokens + image)}
-        if window is None:
-            pairs |= {"image queries, text keys": image * text_tokens, "image queries, image keys": image**2}
-        elif self.method is None:
-            pairs |= {
-                "image queries, text keys": image * text_tokens,
-                "image queries, image keys": window_pairs(grid, window),
-                "image queries, pooled keys": self.pooled_pairs,
-            }
-        work = {kind: self.flops(number) for kind, number in pairs.items()}
-        if window is not None and self.method:
-            work |= self.method.work(grid, text_tokens, self.heads, self.inner_dim // self.heads)
-        return work
+        image = self.image_tokens
+        seen = image**2 if window is None else window_pairs((self.height, self.width), window)
+        pairs = {
+            "text queries, all keys": text_tokens * (text_tokens + image),
+            "image queries, text keys": image * text_tokens,
+            "image queries, image keys": seen,
+            "image queries, pooled keys": 0 if window is None else self.pooled_pairs,
+        }
+        return {kind: self.flops(number) for kind, number in pairs.items()}
+
+    def method_work(self) -> list[dict[str, int]]:
+        """FLOPs of each layer in which a method attends, for one picture, by kind."""
+        assert self.method
+        works = []
+        for number, has_text in self.method_places:
+            text = self.text_tokens if has_text else 0
+            of_text = {"text queries, all keys": self.flops(text * (text + self.image_tokens))}
+            grid, head_dim = (self.height, self.width), self.inner_dim // self.heads
+            works.append({**of_text, **self.method.work(grid, text, self.heads, head_dim, number)})
+        return works
+
+    def own_layer_work(self) -> dict[str, float]:
+        """FLOPs of a linearized layer with text, for one picture, by kind; where such layers differ, their mean."""
+        if self.method is None:
+            return dict(self.layer_work(self.window, self.text_tokens))
+        works = zip(self.method_places, self.method_work(), strict=True)
+        with_text = [work for place, work in works if place.has_text]
+        return {kind: sum(work[kind] for work in with_text) / len(with_text) for kind in (with_text or [{}])[0]}
 
     def _layers_flops(self, window: int | None, layers: int, layers_without_text: int) -> int:
         with_text, without = (sum(self.layer_work(window, text).values()) for text in (self.text_tokens, 0))
@@ -141,7 +166,11 @@ class Cost:
         for own in self.own_windows:
             total += self._layers_flops(*own)
             layers, without_text = layers - own.layers, without_text - own.layers_without_text
-        return self.batch * (total + self._layers_flops(self.window, layers, without_text))
+        if self.method:
+            total += sum(sum(work.values()) for work in self.method_work())
+        else:
+            total += self._layers_flops(self.window, layers, without_text)
+        return self.batch * total
 
     @property
     def dense_step_flops(self) -> int:
@@ -149,7 +178,7 @@ class Cost:
 
     @property
     def layer_gflops(self) -> float:
-        return sum(self.layer_work(self.window, self.text_tokens).values()) / 1e9
+        return sum(self.own_layer_work().values()) / 1e9
 
     @property
     def dense_layer_gflops(self) -> float:
@@ -181,6 +210,7 @@ class Cost:
         return {
             **inputs,
             **({"method": self.method.settings(), "window": None, "down_factor": None} if self.method else {}),
+            "method_places": len(self.method_places),
             "memory": self.memory.to_dict() if self.memory else None,
             **{name: getattr(self, name) for name in derived},
             "step_gflops": self.step_flops / 1e9,
@@ -190,11 +220,11 @@ class Cost:
     def _rows(self) -> list[tuple[str, str, str]]:
         digits = 1 if self.dense_layer_gflops > 10 else 3
 
-        def row(name: str, dense: int, own: int) -> tuple[str, str, str]:
+        def row(name: str, dense: float, own: float) -> tuple[str, str, str]:
             dense_cell, cell = (f"{flops / 1e9:,.{digits}f}" if flops else "-" for flops in (dense, own))
             return name, dense_cell, cell
 
-        dense, own = (self.layer_work(window, self.text_tokens) for window in (None, self.window))
+        dense, own = self.layer_work(None, self.text_tokens), self.own_layer_work()
         kinds = [
             *((kind, dense.get(kind, 0), own.get(kind, 0)) for kind in {**dense, **own}),
             ("a layer", sum(dense.values()), sum(own.values())),
@@ -225,6 +255,8 @@ class Cost:
 
     def _remarks(self) -> list[str]:
         remarks = ["Dense as before: the text queries, and all that is not attention."]
+        if self.method and self.method.quadratic:
+            remarks.append(f"Still growing with the square of the tokens: {self.method.quadratic}.")
         if not self.method:
             quadratic = [f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"]
             if self.pooled_tokens:

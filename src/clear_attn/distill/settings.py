@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.optimization import SchedulerType
 
 from clear_attn.config import ClearConfig
-from clear_attn.configure import config_for
+from clear_attn.configure import config_for, described
 from clear_attn.distill import buckets
 from clear_attn.methods import Method, parse
 
@@ -54,6 +54,7 @@ class Settings:
     revision: str | None = option(None, "Of the model on the Hub.")
     window: int | None = option(None, "Radius of CLEAR's window in tokens, by default 16.")
     down_factor: int | None = option(None, "Side of CLEAR's pooled cells in tokens, by default 1: none.")
+    # In Python also a `Method`.
     method: str | None = option(None, "A way to attend of clear_attn.methods, as Swin(side=8); by default CLEAR.")
     student: str = option("full", f"What is trained of the projections: one of {', '.join(STUDENTS)}.")
     rank: int = option(64, "Of the low-rank updates, with student=lora.")
@@ -89,8 +90,13 @@ class Settings:
     report_to: str = option("tensorboard", "A tracker that accelerate knows, as wandb; all; or none.")
     logging_dir: str = option("logs", "In output_dir.")
 
+    def __post_init__(self) -> None:
+        if isinstance(self.method, Method):
+            self.method = self.method.as_text()
+
     @property
     def config(self) -> ClearConfig | Method:
+        """Of CLEAR, or another method."""
         method = None if self.method is None else parse(self.method)
         return config_for(self.window, self.down_factor, method, None)
 
@@ -101,7 +107,9 @@ class Settings:
     def shared(self) -> dict[str, Any]:
         """What a run that continues another has to share with it."""
         free = FREE_ON_RESUMING if self.lr_scheduler in ENDLESS else FREE_ON_RESUMING - {"max_train_steps"}
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in free}
+        attention = {"window", "down_factor", "method"}  # which may be told in more ways than one
+        others = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in free | attention}
+        return {**others, "attention": described(self.config)}
 
     def check(self) -> None:
         """Raises ValueError where a value is out of range or two do not go together."""

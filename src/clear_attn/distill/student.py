@@ -101,7 +101,7 @@ class DistillProcessor(AttnProcessor):
         self.local = copy.deepcopy(stands_for).float()
         self.student = nn.ModuleDict({name.replace(".", "_"): module for name, module in student.items()})
         self._names = tuple(student)
-        self.window = stands_for.window
+        self.own_window = stands_for.own_window
 
     # diffusers reads from this signature what it may pass on, so the base's arguments are named again, all but the
     # padding: no family that has it can be distilled.

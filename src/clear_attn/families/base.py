@@ -45,6 +45,9 @@ class Family(abc.ABC):
         text_first: whether text comes before the image where they are joined.
         text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
+        only_attends: whether its layers do nothing but project, attend and project, so that other methods than CLEAR
+            may stand in.
+        trusts_fused: whether a layer with `fused_projections` has a fused projection that holds what its parts do.
         streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a CPU.
         keywords: the argument of a call that holds what is passed on to the attention layers.
     """
@@ -55,6 +58,8 @@ class Family(abc.ABC):
     text_first: bool
     text_tokens: int
     residuals: tuple[str, ...] = ()
+    only_attends: bool = False
+    trusts_fused: bool = True
     streams: int = 20
     keywords: str = "joint_attention_kwargs"
 

@@ -42,6 +42,7 @@ class ChromaProcessor(ClearAttnProcessor):
 
 
 class Chroma(Untold, Flux):
+    only_attends = False
     transformer_class = ChromaTransformer2DModel
     adapters = ()
 

@@ -22,6 +22,8 @@ class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
     `unload_ip_adapter` find it.
     """
 
+    of_the_layer = (*ClearAttnProcessor.of_the_layer, "scale")
+
     def __init__(self, stock: FluxIPAdapterAttnProcessor, down_factor: int, layer: str) -> None:
         ClearAttnProcessor.__init__(self, down_factor, layer)
         self.scale = stock.scale
@@ -71,6 +73,7 @@ class Flux(Family):
     adapters: tuple[type, ...] = (FluxIPAdapterAttnProcessor,)
     text_first = True
     text_tokens = 512
+    only_attends = True
     residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def stand_in(self, stock: Any, down_factor: int, layer: str) -> ClearAttnProcessor:

@@ -48,6 +48,7 @@ class Flux2(Flux):
     transformer_class = Flux2Transformer2DModel
     stock_processors = (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
     residuals = ()
+    only_attends = False
     streams = 24  # its feed-forward networks are gated
 
     def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:

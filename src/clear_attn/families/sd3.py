@@ -11,17 +11,6 @@ from torch import Tensor
 
 from clear_attn.families.base import Call, Family, InnerDoor
 from clear_attn.layout import TokenLayout, tile_order
-from clear_attn.processors import ClearAttnProcessor
-
-
-class PartsProcessor(ClearAttnProcessor):
-    """Never takes the fused projection: SD3's layers call themselves fused also after it has been given up.
-
-    The parts that it was made from stay, and hold the same values.
-    """
-
-    def takes_fused(self, attn: Any) -> bool:
-        return False
 
 
 class SD3(Family):
@@ -30,9 +19,9 @@ class SD3(Family):
     text_first = False
     text_tokens = 77 + 256  # CLIP's and T5's
     residuals = ("block_controlnet_hidden_states",)
-
-    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
-        return PartsProcessor(down_factor, layer)
+    only_attends = True
+    # SD3's layers call themselves fused also after that has been given up. The parts stay, and hold the same values.
+    trusts_fused = False
 
     def has_text(self, transformer: Any, layer: str) -> bool:
         return not layer.endswith(".attn2")

@@ -152,8 +152,8 @@ def _with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
     assert door
     if isinstance(door.config, Method):
         raise RuntimeError(
-            f"this pipeline is linearized with {door.config}, and highres draws with CLEAR; give it window= or "
-            "weights=, or call clear_attn.restore() first"
+            f"this pipeline is linearized with {door.config}, and highres draws with CLEAR; give it weights= of CLEAR "
+            "or None, or call clear_attn.restore() first"
         )
     weights = plan.weights if plan.weights != "auto" else mark["weights"] if mark else None
     return dataclasses.replace(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clear_attn.families import Family
 from clear_attn.linearize import find_transformer
-from clear_attn.processors import SHARPNESS, ClearAttnProcessor, project, project_out
+from clear_attn.processors import SHARPNESS, project, project_out
 from clear_attn.state import door_of, processors_of
 
 # FLUX.1's at 1024 x 1024 px: image tokens and text tokens.
@@ -102,7 +102,7 @@ class _DenseProcessor:
         self._attention_backend: AttentionBackendName | None = getattr(stock, "_attention_backend", None)
         self._parallel_config = getattr(stock, "_parallel_config", None)
         self.text_first = family.text_first
-        self.clear = family.new_processor(1, layer)
+        self.trusts_fused = family.trusts_fused
 
     def __call__(
         self,
@@ -113,8 +113,9 @@ class _DenseProcessor:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         clear_sharpness: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        fused = self.trusts_fused and bool(attn.fused_projections)
         query, key, value = project(
-            attn, hidden_states, encoder_hidden_states, image_rotary_emb, self.text_first, self.clear.takes_fused(attn)
+            attn, hidden_states, encoder_hidden_states, image_rotary_emb, self.text_first, fused
         )
         joint = dispatch_attention_fn(
             *(x.transpose(1, 2) for x in (query, key, value)),
@@ -134,7 +135,7 @@ def _check_processors(processors: dict[str, Any], family: Family) -> None:
     for layer, processor in processors.items():
         if type(processor) not in family.stock_processors:
             _check_takes_sharpness(layer, processor)
-        elif type(family.new_processor(1, layer)).__call__ is not ClearAttnProcessor.__call__:
+        elif not family.only_attends:
             raise RuntimeError(
                 f"{layer} has a {type(processor).__name__}, in whose place proportional attention has none for dense "
                 "attention; call clear_attn.linearize() first"

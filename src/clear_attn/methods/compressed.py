@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_attn.config import check_whole_number
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method, MethodProcessor
 from clear_attn.methods.picture import from_picture, to_picture
@@ -35,15 +34,17 @@ class KVCompression(Method):
         ValueError: factor is below 1.
     """
 
+    quadratic = "attention to the compressed keys"
+
     factor: int = 4
 
     def __post_init__(self) -> None:
-        check_whole_number("factor", self.factor, "it is the side of a cell in tokens, 2 and 4 are usual")
+        self._keep_whole("factor", "it is the side of a cell in tokens, 2 and 4 are usual")
 
     def processor(self, attn: Any, layer: str, number: int) -> KVCompressionAttnProcessor:
         return KVCompressionAttnProcessor(self, attn.inner_dim, layer)
 
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim
         cells = -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
         return {

@@ -17,8 +17,8 @@ from clear_attn.methods.base import Method, MethodProcessor
 from clear_attn.places import inverse_of, tile_order_of
 from clear_attn.tiles import TileGroup, Tiles
 
-# Larger groups are computed in parts of so many queries, so that memory stays linear in the tokens.
-QUERIES_AT_A_TIME = 256
+# Larger groups are computed in parts of so many queries, each with a list of all keys of its group.
+QUERIES_AT_A_TIME = 1024
 
 
 class Groups(NamedTuple):

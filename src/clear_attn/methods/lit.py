@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_attn.config import check_whole_number
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method, MethodProcessor
 from clear_attn.methods.picture import from_picture, to_picture
@@ -32,13 +31,16 @@ class LiT(Method):
         ValueError: a value is out of range.
     """
 
+    quadratic = None
+    takes_scale = False
+
     heads: int | None = 2
     kernel_size: int = 5
 
     def __post_init__(self) -> None:
         if self.heads is not None:
-            check_whole_number("heads", self.heads, "2 to 4 are usual, None keeps the layer's own")
-        check_whole_number("kernel_size", self.kernel_size, "it is the side of a convolution, 0 for none", least=0)
+            self._keep_whole("heads", "2 to 4 are usual, None keeps the layer's own")
+        self._keep_whole("kernel_size", "it is the side of a convolution, 0 for none", least=0)
         if self.kernel_size and self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, or 0 for no convolution, got {self.kernel_size}")
 
@@ -47,7 +49,7 @@ class LiT(Method):
             raise ValueError(f"heads={self.heads} does not divide the {attn.inner_dim} channels of {layer}")
         return LiTAttnProcessor(self, attn.inner_dim, layer)
 
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim
         width = inner // (self.heads or heads)
         return {

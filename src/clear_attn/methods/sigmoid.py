@@ -26,10 +26,12 @@ class Sigmoid(Method):
     of locality what dense attention has.
     """
 
+    quadratic = "attention to all keys"
+
     def processor(self, attn: Any, layer: str, number: int) -> SigmoidAttnProcessor:
         return SigmoidAttnProcessor(self, layer)
 
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim
         return {
             "image queries, text keys": 4 * image * text_tokens * inner,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from clear_attn.config import check_whole_number
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method
 from clear_attn.methods.groups import GroupedAttnProcessor, make_groups, pairs
@@ -28,20 +27,22 @@ class Strided(Method):
         ValueError: stride is below 1.
     """
 
+    quadratic = "attention to every n-th key, and the lists of these"
+
     stride: int = 4
 
     def __post_init__(self) -> None:
-        check_whole_number("stride", self.stride, "it is a distance in tokens, 1 sees every token")
+        self._keep_whole("stride", "it is a distance in tokens, 1 sees every token")
 
     def processor(self, attn: Any, layer: str, number: int) -> GroupedAttnProcessor:
         return GroupedAttnProcessor(self, layer=layer)
 
-    def prepare(self, layout: TokenLayout) -> None:
+    def prepare(self, layout: TokenLayout) -> Any:
         super().prepare(layout)
         y, x = raster(layout.grids[0])
-        layout.prepared = [make_groups(layout, y % self.stride * self.stride + x % self.stride)]
+        return [make_groups(layout, y % self.stride * self.stride + x % self.stride)]
 
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
         inner = heads * head_dim
         seen = pairs(*([len(range(first, n, self.stride)) for first in range(min(n, self.stride))] for n in grid))
         return {

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from clear_attn.config import check_whole_number
 from clear_attn.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method
 from clear_attn.methods.groups import GroupedAttnProcessor, make_groups, pairs
@@ -31,29 +30,30 @@ class Swin(Method):
         ValueError: side is below 1.
     """
 
+    quadratic = None
+
     side: int = 16
 
     def __post_init__(self) -> None:
-        check_whole_number("side", self.side, "it is the side of a window in tokens, 8 and 16 are usual")
+        self._keep_whole("side", "it is the side of a window in tokens, 8 and 16 are usual")
 
     def processor(self, attn: Any, layer: str, number: int) -> GroupedAttnProcessor:
         return GroupedAttnProcessor(self, number % 2, layer)
 
-    def prepare(self, layout: TokenLayout) -> None:
+    def prepare(self, layout: TokenLayout) -> Any:
         super().prepare(layout)
         y, x = raster(layout.grids[0])
         columns = layout.grids[0][1] + 1  # no fewer than there are, moved windows included
-        layout.prepared = [
+        return [
             make_groups(layout, self._window_of(y, moved) * columns + self._window_of(x, moved))
             for moved in (False, True)
         ]
 
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
         inner = heads * head_dim
-        plain, moved = (self.window_pairs(grid, moved) for moved in (False, True))
         return {
             "image queries, text keys": 4 * grid[0] * grid[1] * text_tokens * inner,
-            "image queries, keys of the window": 4 * (plain + moved) * inner // 2,
+            "image queries, keys of the window": 4 * self.window_pairs(grid, bool(number % 2)) * inner,
         }
 
     def window_pairs(self, grid: Grid, moved: bool) -> int:
