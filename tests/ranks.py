@@ -16,17 +16,20 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, QwenImagePipeline
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 import clear_attn as clear
+from clear_attn.bench import measure
 from clear_attn.highres import Stage
 from clear_attn.parallel.traffic import traffic
+from tests import pipelines as pipelines_of_tests
 from tests import tiny
 from tests.plain import run
 
 TIMEOUT = 12  # seconds
+CPU = torch.device("cpu")
 
 
 def split(transformer, window=3, factor=1, mesh=None, backend="auto"):
@@ -50,8 +53,8 @@ def check_equal(family, grids, window, factor, variant=None, backend="tiled", sc
 
 
 def equal():
-    height = 8 * dist.get_world_size() - 3  # as low as it may be
-    check_equal(tiny.FLUX, [(height, 11)], 3, 1, controlnet=True)
+    height = 8 * dist.get_world_size() - 3  # as many tile rows as ranks
+    check_equal(tiny.FLUX, [(height - 4, 11)], 3, 1, controlnet=True)  # of the last one, a single row of tokens
     check_equal(tiny.FLUX, [(height, 11)], 20, 1, batch=2)
     check_equal(tiny.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="dense")
     check_equal(tiny.FLUX, [(height + 30, 5)], 9, 5)  # shares of many tile rows, and not of the same number
@@ -70,6 +73,22 @@ def equal_in_all_families():
     check_equal(tiny.FLUX2, [(height, 7), (9, 5)], 6, 2)
     check_equal(tiny.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
     check_equal(tiny.CHROMA, [(height, 7)], 6, 2, batch=2)
+
+
+def equal_with_flex():
+    check_equal(tiny.FLUX, [(29, 11)], 3, 2, backend="flex")
+
+
+def memory_is_shared():
+    """What a rank holds at most is its share and its halo of what one process holds: all keys would be too much."""
+    transformer, ranks = tiny.flux_transformer(num_single_layers=1), dist.get_world_size()
+    call = tiny.flux_call(transformer, (64 * ranks, 16))
+    peaks = []
+    for verb in (functools.partial(clear.linearize, window=3, weights=None), clear.parallelize):
+        verb(transformer)
+        run(transformer, call)
+        peaks.append(measure.measure([measure.Subject("", lambda mark: run(transformer, call))], CPU, 1)[0].peak_bytes)
+    assert peaks[1] < 1.45 * peaks[0] / ranks
 
 
 def bytes_are_counted():
@@ -201,6 +220,29 @@ def _draw(pipe, **options):
     return pipe("a red circle", height=128, width=96, generator=generator, **options).images
 
 
+def decoding():
+    """Also by a video's autoencoder; all are told of a rank that comes to it in another step, and of a failure."""
+    pipe, rank = pipelines_of_tests.qwen(QwenImagePipeline), dist.get_rank()
+    call = {**pipelines_of_tests.qwen_text(), "height": 144, "width": 160, "output_type": "pt"}
+    clear.linearize(pipe, 3, weights=None)
+
+    def draw(steps):
+        return pipe(**call, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).images
+
+    one = draw(1)
+    clear.parallelize(pipe)
+    torch.testing.assert_close(draw(1), one, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="rank 0's decoding of the latents, rank 1's grids"):
+        draw(1 + rank)
+    full, told = torch.OutOfMemoryError("full"), "rank 0 failed at what it makes for all"
+    with (
+        mock.patch.object(pipe.vae.decoder.conv_in, "forward", side_effect=full),
+        pytest.raises(RuntimeError, match=told if rank else "^full"),
+    ):
+        draw(1)
+    assert torch.equal(draw(1), draw(1))
+
+
 def cascade():
     pipe = tiny.flux_pipeline()
     stage = Stage(steps=2, strength=0.5, low_resolution_guidance=1)
@@ -223,7 +265,7 @@ def _stopped_in_a_layer(name, stop):
     if dist.get_rank() == 1:
         transformer.transformer_blocks[1].register_forward_pre_hook(lambda *_: stop())
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"of 3 waited in vain for .*; ranks that do not answer: 1\. "):
+    with pytest.raises(RuntimeError, match=r"waited in vain for .*; ranks that do not answer: 1\. "):
         run(transformer, call)
     assert time.monotonic() - start < TIMEOUT + 3
     print(f"{name}: rank 1 was named", flush=True)
@@ -246,12 +288,15 @@ CHECKS = {
     for check in (
         equal,
         equal_in_all_families,
+        equal_with_flex,
+        memory_is_shared,
         bytes_are_counted,
         differing_calls,
         refusals,
         data_and_rows,
         compiled,
         pipelines,
+        decoding,
         cascade,
         a_rank_dies,
         a_rank_hangs,

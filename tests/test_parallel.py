@@ -16,7 +16,7 @@ from clear_attn import TokenLayout, demo
 from clear_attn.masks import dense_mask
 from clear_attn.parallel.share import TILE_ROW, Share, halo_from, tokens_of
 from clear_attn.parallel.traffic import traffic
-from tests import reference
+from tests import machine, reference
 
 
 @st.composite
@@ -120,15 +120,17 @@ CHECKS = {
     2: [
         "equal",
         "equal_in_all_families",
+        *(["equal_with_flex"] if "flex" in machine.BACKENDS else []),
         "bytes_are_counted",
         "differing_calls",
         "refusals",
         "compiled",
         "pipelines",
+        "decoding",
         "cascade",
     ],
     3: ["equal", "bytes_are_counted", "differing_calls"],
-    4: ["equal", "data_and_rows"],
+    4: ["equal", "data_and_rows", "memory_is_shared"],
 }
 # Each in processes of its own, which it leaves broken.
 STOPPED = ["a_rank_dies", "a_rank_hangs"]

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from clear_attn.backends import BACKENDS, check_backend, choose, choose_aloud, flex
+from clear_attn.backends import BACKENDS, check_backend, check_can_run, choose, choose_aloud
 from clear_attn.backends.softmax import softmax_attention
 from clear_attn.layout import TokenLayout
 
@@ -114,8 +114,7 @@ def clear_attention(
     if backend == "auto":
         # A compiled graph cannot log.
         backend = (choose if torch.compiler.is_compiling() else choose_aloud)(*properties).backend
-    elif backend == "flex" and (obstacle := flex.reason_against(*properties)):
-        raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
+    check_can_run(backend, *properties)
     output, lse = BACKENDS[backend].attend(query, all_key, all_value, layout, scale, return_lse)
     if layout.text_tokens:
         text, text_lse = _see_all(query[:, :, layout.text], key, value, scale, return_lse, text_attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
@@ -50,10 +50,15 @@ def check_parallelism(processors: Mapping[str, Any]) -> None:
 def check_hooks(layers: Mapping[str, Any]) -> None:
     """Raises RuntimeError for a hook on a layer's attention that would not do its work."""
     for layer, attn in layers.items():
-        for module in attn.modules():
-            for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
-                if type(hook) in _HOOKS:
-                    raise RuntimeError(
-                        f"{layer} has a {type(hook).__name__}, which {_HOOKS[type(hook)]} and does not go with CLEAR; "
-                        "take it off, or clear_attn.restore() the model"
-                    )
+        for hook in hooks_of_diffusers(attn):
+            if type(hook) in _HOOKS:
+                raise RuntimeError(
+                    f"{layer} has a {type(hook).__name__}, which {_HOOKS[type(hook)]} and does not go with CLEAR; "
+                    "take it off, or clear_attn.restore() the model"
+                )
+
+
+def hooks_of_diffusers(module: Any) -> Iterator[Any]:
+    """The hooks that diffusers has put on a module and on all inside it."""
+    for inner in module.modules():
+        yield from getattr(getattr(inner, "_diffusers_hook", None), "hooks", {}).values()

@@ -52,6 +52,12 @@ def check_backend(name: object) -> None:
         raise ValueError(f"unknown backend {name!r}; choose one of {['auto', *BACKENDS]}")
 
 
+def check_can_run(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> None:
+    """Raises RuntimeError where a backend cannot serve a call."""
+    if name == "flex" and (obstacle := flex.reason_against(device, dtype, head_dim, needs_grad)):
+        raise RuntimeError(f"backend='flex' cannot run: {obstacle}; use backend='auto' or 'tiled'")
+
+
 class Choice(NamedTuple):
     """A backend's name, and why it was chosen."""
 

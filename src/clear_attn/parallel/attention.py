@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clear_attn.backends import BACKENDS
+from clear_attn.backends import BACKENDS, check_can_run
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention
 from clear_attn.parallel.handles import recall
 from clear_attn.parallel.links import Links, Pending
@@ -82,6 +82,7 @@ def attend(
     scale: float,
 ) -> Tensor:
     """`[batch, tokens, heads, head_dim]`. What others wait for goes first; what comes from them is waited for last."""
+    check_can_run(backend, query.device, query.dtype, query.shape[-1], needs_grad=False)
     output = query.new_empty(query.transpose(1, 2).shape)
     image, text = (output.transpose(1, 2)[:, :, places] for places in (share.image, share.text))
     own = torch.stack([key[:, :, share.image], value[:, :, share.image]])

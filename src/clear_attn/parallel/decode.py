@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
+from clear_attn.parallel.inputs import check_same
 from clear_attn.parallel.links import Links
 
 logger = logging.getLogger(__name__)
@@ -38,15 +38,9 @@ class DecodeOnOneRank(ModelHook):
         decode = self.fn_ref.original_forward
         if not self.applies():
             return decode(sample, *args, **kwargs)
-        shape = torch.zeros(4, dtype=torch.int64, device="cpu")
-        if self.links.rank == 0:
-            decoded = decode(sample, *args, **kwargs).contiguous()
-            shape = torch.tensor(decoded.shape, device="cpu")
-        shape = self.links.compare(shape)[0]
-        if self.links.rank:
-            decoded = sample.new_empty(shape.tolist())
-        self.links.broadcast(decoded)
-        return decoded
+        # Also finds out ranks that do not come to the end in the same step.
+        check_same(self.links, {"the latents to decode": sample}, "decoding of the latents")
+        return self.links.broadcast(lambda: decode(sample, *args, **kwargs), sample.device)
 
 
 def decode_on_one_rank(vae: Any, links: Links, applies: Callable[[], bool]) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from clear_attn.conflicts import hooks_of_diffusers
 from clear_attn.families import Family
 from clear_attn.families.base import InnerDoor
 from clear_attn.families.qwen import join_positions
@@ -61,12 +62,12 @@ class Split:
                 "a transformer that is split over ranks gives no gradients; call it under torch.no_grad(), or "
                 "clear_attn.deparallelize() it to train"
             )
-        if isinstance(getattr(transformer, "_cache_config", None), FirstBlockCacheConfig):
+        if any(isinstance(hook, FBCHeadBlockHook) for hook in hooks_of_diffusers(transformer)):
             raise RuntimeError(
                 "FirstBlockCache skips steps by the values of a rank's own tokens, so ranks would part; call "
-                "disable_cache() on the transformer"
+                "disable_cache() on the transformer, or take off what apply_first_block_cache() put on"
             )
-        check_same(self.links, call, f"{layout.grids}, {settings}")
+        check_same(self.links, call, f"grids {layout.grids}, {settings}")
         share = share_for(layout, self.links.rank, self.links.ranks, self.attention)
         _share.set(share)
         return share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -50,7 +51,10 @@ def _check_text(links: Links, lines: list[str]) -> None:
         if theirs != said[0]:
             differing = [side for side in zip(said[0], theirs, strict=False) if side[0] != side[1]]
             first, other = differing[0] if differing else (f"{len(said[0])} inputs", f"{len(theirs)}")
-            raise ValueError(f"ranks were given different calls: rank 0's {first}, rank {rank}'s {other}; {REMEDY}")
+            names = links.names[0], links.names[rank]
+            raise ValueError(
+                f"ranks were given different calls: rank {names[0]}'s {first}, rank {names[1]}'s {other}; {REMEDY}"
+            )
 
 
 def _check_values(links: Links, tensors: list[tuple[str, Tensor]]) -> None:
@@ -62,7 +66,10 @@ def _check_values(links: Links, tensors: list[tuple[str, Tensor]]) -> None:
         tolerance = TOLERANCE * part[:, -1:].max() if tensor.numel() > FEW else 0.0
         for rank, differs in enumerate(~((part - part[0]).abs() <= tolerance).all(dim=1) & ~_same(part)):
             if differs:
-                raise ValueError(f"ranks were given different calls: {name} of rank {rank} is not rank 0's; {REMEDY}")
+                names = links.names[rank], links.names[0]
+                raise ValueError(
+                    f"ranks were given different calls: {name} of rank {names[0]} is not rank {names[1]}'s; {REMEDY}"
+                )
 
 
 def _same(part: Tensor) -> Tensor:
@@ -79,11 +86,15 @@ def _summary(tensor: Tensor) -> Tensor:
     if tensor.numel() <= FEW:
         return tensor.detach().flatten().to("cpu", torch.float64)
     rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
-    rng = torch.Generator("cpu").manual_seed(0)
-    left, right = (_signs(length, rng).to(rows.device) for length in rows.shape)
+    left, right = (_signs(length, seed, rows.device) for seed, length in enumerate(rows.shape))
     projected = (left * (rows @ right)).sum(dim=0)
     return torch.cat([projected, rows.norm()[None]]).to("cpu", torch.float64)
 
 
-def _signs(length: int, rng: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (length, PROJECTIONS), generator=rng, device="cpu").float() * 2 - 1
+@functools.lru_cache(maxsize=16)
+def _signs(length: int, seed: int, device: torch.device) -> Tensor:
+    """Drawn once, for that takes the host longer than all else here, and the calls of a picture are alike."""
+    rng = torch.Generator("cpu").manual_seed(seed)
+    with torch.inference_mode(False):
+        signs = torch.randint(0, 2, (length, PROJECTIONS), generator=rng, device="cpu").float() * 2 - 1
+        return signs.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,10 @@ LOOK = 0.5
 # At most how long the others are given to say that they are alive, when one did not answer.
 GRACE = datetime.timedelta(seconds=60)
 
+# What may be broadcast.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_DIMENSIONS = 6
+
 Value = TypeVar("Value")
 Pending = Callable[[], Value]
 
@@ -31,6 +36,7 @@ class Links:
 
     Attributes:
         rank, ranks (`int`): which one this is, of how many, in the group.
+        names: by rank in the group, its rank in the whole job, for errors.
         handle: see `clear_attn.parallel.handles`.
     """
 
@@ -42,9 +48,9 @@ class Links:
         self.grace = min(GRACE, timeout / 4)
         self.patience = timeout - self.grace
         # Small things that the host reads go past the devices.
-        members = dist.get_process_group_ranks(group)
-        self._control = dist.new_group(members, timeout, "gloo", use_local_synchronization=True)
-        self._roll = f"clear_attn/{'-'.join(map(str, members))}"
+        self.names = dist.get_process_group_ranks(group)
+        self._control = dist.new_group(self.names, timeout, "gloo", use_local_synchronization=True)
+        self._roll = f"clear_attn/{'-'.join(map(str, self.names))}"
         self._store = dist.distributed_c10d._get_default_store()
 
     def __deepcopy__(self, memo: object) -> Links:
@@ -81,13 +87,33 @@ class Links:
         """Starts to add up a tensor over all ranks, in place."""
         return self._start("text tokens", own.device, lambda: [dist.all_reduce(own, group=self.group, async_op=True)])
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """The first rank's values for all, in place."""
-        self._start(
+    def broadcast(self, make: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """What the first rank makes, for all; its shape and dtype go before it.
+
+        Raises:
+            RuntimeError: the first rank could not make it, which is told on all others.
+        """
+        header = torch.zeros(2 + MOST_DIMENSIONS, dtype=torch.int64, device="cpu")
+        tensor = torch.empty(0)
+        if self.rank == 0:
+            try:
+                tensor = make().contiguous()
+                header[: 2 + tensor.ndim] = torch.tensor([1 + DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape])
+            except Exception:
+                self.compare(header)  # so that nobody waits for it
+                raise
+        dtype, dimensions, *shape = self.compare(header)[0].tolist()
+        if not dtype:
+            raise RuntimeError(f"rank {self.names[0]} failed at what it makes for all; look at what it last wrote")
+        if self.rank:
+            tensor = torch.empty(shape[:dimensions], dtype=DTYPES[dtype - 1], device=device)
+        wait = self._start(
             "the decoded picture",
-            tensor.device,
+            device,
             lambda: [dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)],
-        )()
+        )
+        wait()
+        return tensor
 
     def compare(self, own: Tensor) -> Tensor:
         """All ranks' values of a small tensor on the CPU, `[ranks, ...]`."""
@@ -134,27 +160,27 @@ class Links:
         """Raises what went wrong between ranks as an error that names those that are gone."""
         try:
             yield
+        except torch.OutOfMemoryError:  # a RuntimeError, too, and no other rank's fault
+            raise
         except RuntimeError as error:
             gone = ", ".join(map(str, self._missing())) or "none, so look at the network between them"
             raise RuntimeError(
-                f"rank {self.rank} of {self.ranks} waited in vain for {what}; ranks that do not answer: {gone}. Look "
-                "at what they last wrote, and start all ranks again"
+                f"rank {self.names[self.rank]} waited in vain for {what}; ranks that do not answer: {gone}. Look at "
+                "what they last wrote, and start all ranks again"
             ) from error
 
     def _missing(self) -> list[int]:
-        """Which ranks of the group do not come to a roll call: all that wait come, when one has given up."""
-        missing = []
+        """The names of those that do not come to a roll call: all that wait come, when one has given up."""
+        silent, end = set(range(self.ranks)), time.monotonic() + self.grace.total_seconds()
         try:
             self._store.set(f"{self._roll}/alarm", "")
             self._store.set(f"{self._roll}/{self.rank}", "")
+            while silent and time.monotonic() < end:
+                time.sleep(LOOK / 10)
+                silent = {rank for rank in silent if not self._store.check([f"{self._roll}/{rank}"])}
         except RuntimeError:
-            return [0]  # where the store is
-        for rank in range(self.ranks):
-            try:
-                self._store.wait([f"{self._roll}/{rank}"], self.grace)
-            except RuntimeError:
-                missing.append(rank)
-        return missing
+            return [0]  # of the job, where the store is
+        return [self.names[rank] for rank in sorted(silent)]
 
 
 def _timeout_of(group: dist.ProcessGroup) -> datetime.timedelta:
