@@ -76,7 +76,7 @@ def equal_in_all_families():
 
 
 def equal_with_flex():
-    check_equal(tiny.FLUX, [(29, 11)], 3, 2, backend="flex")
+    check_equal(tiny.FLUX, [(32, 24)], 3, 2, backend="flex")  # compiles once
 
 
 def memory_is_shared():
@@ -170,7 +170,7 @@ def refusals():
     with pytest.raises(RuntimeError, match="FirstBlockCache skips steps"):
         run(transformer, call)
     transformer.disable_cache()
-    with pytest.raises(ValueError, match="2 ranks are too many for a picture of 5 x 9 tokens, which has 1 tile rows"):
+    with pytest.raises(ValueError, match="2 ranks are too many for a picture of 5 x 9 tokens, which has 1 tile row "):
         run(transformer, call)
     assert torch.equal(run(copy.deepcopy(clear.deparallelize(transformer)), call), run(transformer, call))
 
@@ -184,6 +184,9 @@ def data_and_rows():
     expected = run(transformer, call)
     clear.parallelize(transformer, mesh["rows"])
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+    first, second = mesh["rows"].mesh.tolist()  # of the whole job
+    with pytest.raises(ValueError, match=f"timestep.* of rank {second} is not rank {first}'s"):
+        run(transformer, {**call, "timestep": torch.tensor([700.0 + mesh["rows"].get_local_rank()])})
 
 
 def compiled():
@@ -256,6 +259,22 @@ def cascade():
         assert (ours - expected).abs().max() <= 1
 
 
+def too_many_ranks_for_a_stage():
+    """Said before anything is drawn."""
+    pipe, finished = clear.parallelize(clear.linearize(tiny.flux_pipeline(), 3, weights=None)), []
+    with pytest.raises(ValueError, match="the stage of 64 x 96 px: 2 ranks are too many for a picture of 8 x 12"):
+        clear.highres(
+            pipe,
+            "a red circle",
+            height=128,
+            width=192,
+            base=clear.Base(height=32, width=48, steps=1),
+            stages=[Stage(height=64, width=96), Stage()],
+            callback_on_stage_end=lambda *each: finished.append(each),
+        )
+    assert not finished
+
+
 def _stopped_in_a_layer(name, stop):
     """Rank 1 stops in the middle of a step; the others say so in time."""
     transformer = tiny.flux_transformer()
@@ -298,6 +317,7 @@ CHECKS = {
         pipelines,
         decoding,
         cascade,
+        too_many_ranks_for_a_stage,
         a_rank_dies,
         a_rank_hangs,
     )

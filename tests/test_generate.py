@@ -1,7 +1,13 @@
 """clear-attn generate."""
 
+import os
+import signal
+import socket
+import time
+
 import numpy as np
 import pytest
+import torch.distributed as dist
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import ExifTags, Image
 from typer.testing import CliRunner
@@ -106,6 +112,44 @@ def test_saves_what_was_finished(tmp_path, start, monkeypatch, error, code, word
     assert pixels(first).shape == (64, 80, 3)
     assert clear.HighresPlan.load(tmp_path / "out.json").seed == 3
     assert not (tmp_path / f"out.{ending}").exists()
+
+
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    """As the only rank."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("under_torchrun")
+def test_saves_what_was_finished_when_another_rank_failed(tmp_path, start, monkeypatch):
+    def step(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun then does
+        time.sleep(10)
+
+    save = command.HighresResult.save
+
+    def save_while_signals_come(*args):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        return save(*args)
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", step)
+    monkeypatch.setattr(command.HighresResult, "save", save_while_signals_come)
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start, "--device", "cpu")
+    assert result.exit_code == 130, result.output
+    assert f"Interrupted; saved {tmp_path / 'out-0-64x80.png'}\n" in result.output
+    assert pixels(tmp_path / "out-0-64x80.png").shape == (64, 80, 3)
 
 
 def test_stable_diffusion_3_from_a_folder(tmp_path):

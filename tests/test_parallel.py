@@ -128,6 +128,7 @@ CHECKS = {
         "pipelines",
         "decoding",
         "cascade",
+        "too_many_ranks_for_a_stage",
     ],
     3: ["equal", "bytes_are_counted", "differing_calls"],
     4: ["equal", "data_and_rows", "memory_is_shared"],

@@ -182,6 +182,7 @@ def _device_of_rank(device: str | None) -> torch.device:
 def _split(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """Splits a pipeline over the ranks; what is asked, with one seed for all."""
     launch.join()
+    launch.stop_as_by_ctrl_c()
     settings = {"weights": asked["weights"], "revision": asked.get("revision")}
     linearize(pipe, asked["window"], asked["down_factor"], **settings)
     parallelize(pipe)
@@ -280,5 +281,10 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
-    files = result.save(output) if result.images and launch.is_first() else []
+    if launch.launched():
+        launch.finish_what_is_begun()
+    if not launch.is_first():
+        typer.echo(reason, err=True)
+        return
+    files = result.save(output) if result.images else []
     typer.echo(f"{reason}; saved {', '.join(map(str, files)) or 'nothing'}", err=True)

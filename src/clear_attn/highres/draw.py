@@ -12,7 +12,7 @@ from PIL import Image
 
 from clear_attn.blocks import linearized
 from clear_attn.highres import cascade
-from clear_attn.highres.fits import check_fits
+from clear_attn.highres.fits import check_fits, check_ranks_have_rows
 from clear_attn.highres.plan import HighresPlan
 from clear_attn.highres.planning import make_plan
 from clear_attn.highres.result import HighresFailed, HighresInterrupted, HighresResult
@@ -85,6 +85,7 @@ def highres(
     plan = make_plan(pipe, prompt, (height, width), image, base, stages, seed, weights, revision, backend, options)
     if plan.base:
         restored_state(pipe)  # it is drawn with the original weights, which may have been given up
+    check_ranks_have_rows(pipe, plan)
     check_fits(pipe, plan)
     callbacks = {
         "callback_on_step_end": callback_on_step_end,

@@ -18,6 +18,7 @@ from clear_attn.highres.plan import HighresPlan
 from clear_attn.highres.stages import Base, Stage
 from clear_attn.linearize import find_transformer
 from clear_attn.memory import Bytes, Memory, gib, weight_bytes
+from clear_attn.parallel.share import check_ranks
 from clear_attn.state import door_of
 
 
@@ -51,6 +52,17 @@ def check_fits(pipe: Any, plan: HighresPlan) -> None:
                 f"{_remedy(pipe, device, work, total)}",
                 stacklevel=3,
             )
+
+
+def check_ranks_have_rows(pipe: Any, plan: HighresPlan) -> None:
+    """Raises ValueError where a stage has too few rows for the processes that a picture is split over."""
+    transformer, family = find_transformer(pipe)
+    token, ranks = family.latents_per_token(transformer) * pipe.vae_scale_factor, _ranks(pipe)
+    for stage in plan.stages if ranks > 1 else ():
+        try:
+            check_ranks((stage.size[0] // token, stage.size[1] // token), ranks)
+        except ValueError as error:
+            raise ValueError(f"the stage of {sizes.name(stage.size)}: {error}") from None
 
 
 def check_weights_fit(pipe: Any, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 import torch.distributed as dist
@@ -47,3 +48,14 @@ def own_device() -> torch.device:
         raise ValueError(f"there are {gpus} GPUs, and this is rank {rank} here; start torchrun --nproc_per_node {gpus}")
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)
+
+
+def stop_as_by_ctrl_c() -> None:
+    """Lets SIGTERM, by which torchrun ends the others when one rank fails, raise a KeyboardInterrupt."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def finish_what_is_begun() -> None:
+    """Lets no further signal interrupt a process that is ending: torchrun hands on the Ctrl-C that all have had."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

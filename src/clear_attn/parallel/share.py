@@ -15,7 +15,7 @@ from torch import Tensor
 from clear_attn.layout import Neighbourhood, TokenLayout, on_device, pooled_cells
 from clear_attn.masks import BlockLists
 from clear_attn.parallel.handles import remember
-from clear_attn.places import Axes, inverse_of, place
+from clear_attn.places import Axes, Grid, inverse_of, place
 from clear_attn.tiles import Tiles
 
 # Of tokens: ranks have whole ones, so that a rank's tiles are cut by its border no more than by the picture's.
@@ -24,14 +24,14 @@ TILE_ROW = 8
 Rows = list[slice]
 
 
-def check_ranks(layout: TokenLayout, ranks: int) -> None:
-    """Raises ValueError where there are more ranks than tile rows."""
-    height, width = layout.grids[0]
+def check_ranks(grid: Grid, ranks: int) -> None:
+    """Raises ValueError where there are more ranks than a picture has tile rows."""
+    height, width = grid
     tile_rows = -(-height // TILE_ROW)
     if ranks > tile_rows:
         raise ValueError(
-            f"{ranks} ranks are too many for a picture of {height} x {width} tokens, which has {tile_rows} tile rows "
-            f"of {TILE_ROW} tokens; use at most {tile_rows}, or draw a larger picture"
+            f"{ranks} ranks are too many for a picture of {height} x {width} tokens, which has {tile_rows} tile "
+            f"row{'s' * (tile_rows > 1)} of {TILE_ROW} tokens; use at most {tile_rows}, or draw a taller picture"
         )
 
 
@@ -157,7 +157,7 @@ class Share:
     def __init__(
         self, whole: TokenLayout, rank: int, ranks: int, attention: Callable[..., Tensor] | None = None
     ) -> None:
-        check_ranks(whole, ranks)
+        check_ranks(whole.grids[0], ranks)
         self.whole, self.rank, self.ranks, self.attention = whole, rank, ranks, attention
         self.config, self.device, self.grids = whole.config, whole.device, whole.grids
         self.window, self.down_factor = whole.window, whole.down_factor

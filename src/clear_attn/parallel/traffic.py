@@ -65,7 +65,7 @@ def traffic(
     Raises:
         ValueError: more ranks than tile rows.
     """
-    check_ranks(layout, ranks)
+    check_ranks(layout.grids[0], ranks)
     token = heads * head_dim * element * batch
     others = ranks - 1
     sent = sum(len(halo_from(layout, rank, peer, ranks)) for peer in range(ranks) if peer != rank)
