@@ -250,5 +250,8 @@ def test_bytes_between_ranks(tmp_path):
     assert least < four["seconds"]["Ethernet, 12.5 GB/s"] < least + 0.1
     result = CliRunner().invoke(app, ["bench", *options, "--ranks", "5"])
     assert "5 ranks are too many" in result.output
-    result = CliRunner().invoke(app, ["bench", *options, "--rest-seconds", "5"])
-    assert result.exit_code == 2
+    for extra in (["--rest-seconds", "5"], ["--plot", str(tmp_path / "out.png")]):
+        result = CliRunner().invoke(app, ["bench", *options, *extra])
+        assert result.exit_code == 2
+    result = CliRunner().invoke(app, ["bench", "--grid", "16x16", "--device", "cpu", "--rest-seconds", "5"])
+    assert "goes only with --ranks" in result.output

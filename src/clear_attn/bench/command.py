@@ -119,6 +119,9 @@ def bench(
         runs=runs or run.RUNS[where.type],
         most_dense_queries=dense_queries,
     )
+    _check_goes_with_ranks(
+        bool(ranks), {"--attention-seconds": attention_seconds, "--rest-seconds": rest_seconds}, {"--plot": plot_file}
+    )
     if ranks:
         _count_between_ranks(settings, ranks, attention_seconds, rest_seconds, json_file)
         return
@@ -166,6 +169,12 @@ def _count_between_ranks(
     if json_file:
         every = [row.to_dict() for rows in counted for row in rows]
         json_file.write_text(json.dumps(every, indent=1) + "\n")
+
+
+def _check_goes_with_ranks(ranks: bool, only_with: dict[str, object], only_without: dict[str, object]) -> None:
+    for option, value in (only_without if ranks else only_with).items():
+        if value is not None:
+            raise typer.BadParameter(f"goes {'not ' if ranks else 'only '}with --ranks", param_hint=option)
 
 
 def _check_plot(path: Path) -> None:

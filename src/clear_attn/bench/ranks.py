@@ -126,7 +126,9 @@ def cells(rows: Sequence[Scaling]) -> tuple[list[str], list[list[str]]]:
 
 
 def title(row: Scaling) -> str:
+    computed = "; seconds of a step are computed, not measured" if row.seconds else ""
     return (
         f"{row.height} x {row.width} tokens ({row.height * TOKEN} x {row.width * TOKEN} px), window {row.window}, "
         f"down_factor {row.down_factor}: MB that the busiest rank sends in a layer, and GB in a step of {LAYERS}"
+        f"{computed}"
     )
