@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeVar
 
 import torch
@@ -61,12 +62,12 @@ def parallelize(
         raise ValueError("only a linearized pipeline can be split over ranks; call clear_attn.linearize(pipe) before")
     if isinstance(door.config, Method):
         raise ValueError(f"only CLEAR is split over ranks, and this pipeline has {door.config}; draw on one")
-    links = Links(_group_of(mesh))
+    split = _split_over(_group_of(mesh))
     # NCCL wants all ranks in the first thing that a group does, and finds out here whether they are there.
-    links.add_up(torch.zeros((), device=transformer.device))()
-    set_door(transformer, door.with_spread(Split(links)))
+    split.links.add_up(torch.zeros((), device=transformer.device))()
+    set_door(transformer, door.with_spread(split))
     if vae := getattr(pipe, "vae", None):
-        decode_on_one_rank(vae, links, weakly(transformer, _is_split))
+        decode_on_one_rank(vae, split.links, weakly(transformer, _is_split))
     return pipe
 
 
@@ -87,6 +88,12 @@ def deparallelize(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
 def _is_split(transformer: Any) -> bool:
     door = door_of(transformer)
     return door is not None and door.spread is not None
+
+
+@functools.cache
+def _split_over(group: dist.ProcessGroup) -> Split:
+    """Once for each group, for it opens connections of its own, which last as long as the group."""
+    return Split(Links(group))
 
 
 def _group_of(mesh: object) -> dist.ProcessGroup:
