@@ -26,6 +26,7 @@ from clear_attn.highres import Stage
 from clear_attn.parallel.traffic import traffic
 from tests import pipelines as pipelines_of_tests
 from tests import tiny
+from tests.matrix.rows import ROWS
 from tests.plain import run
 
 TIMEOUT = 12  # seconds
@@ -217,6 +218,16 @@ def pipelines():
         assert torch.equal(draw(), one)
 
 
+def all_kinds_of_pipelines():
+    """Those of the compatibility matrix, with their adapters, references and residuals."""
+    for kind, row in ROWS.items():
+        pipe = row.pipeline()
+        clear.linearize(pipe, 4, 2, weights=None)
+        one = row.draw(pipe)
+        clear.parallelize(pipe)
+        torch.testing.assert_close(row.draw(pipe), one, atol=1e-5, rtol=0, msg=kind)
+
+
 def _draw(pipe, **options):
     generator = torch.Generator().manual_seed(5)
     options = {"num_inference_steps": 2, "max_sequence_length": 24, "output_type": "pt", **options}
@@ -315,6 +326,7 @@ CHECKS = {
         data_and_rows,
         compiled,
         pipelines,
+        all_kinds_of_pipelines,
         decoding,
         cascade,
         too_many_ranks_for_a_stage,

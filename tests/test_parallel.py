@@ -126,6 +126,7 @@ CHECKS = {
         "refusals",
         "compiled",
         "pipelines",
+        "all_kinds_of_pipelines",
         "decoding",
         "cascade",
         "too_many_ranks_for_a_stage",
