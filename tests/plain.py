@@ -56,9 +56,8 @@ def put_in_raster_order(transformer, grids, config, weight=None):
         weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
     text_first = family_of(transformer).text_first
     attention = ATTENTION.get(type(transformer).__name__, FLUX_ATTENTION if text_first else SD3_ATTENTION)
-    for name, stock in transformer.attn_processors.items():
-        layer = transformer.get_submodule(name.removesuffix(".processor"))
-        layer.set_processor(RasterProcessor(stock, grids, config, weight, text_first, *attention))
+    for layer in family_of(transformer).attention_layers(transformer).values():
+        layer.set_processor(RasterProcessor(layer.processor, grids, config, weight, text_first, *attention))
 
 
 def in_raster_order(transformer, grids, config):

@@ -122,7 +122,7 @@ def test_a_deep_copy_is_independent(family, transformer):
     expected = run(transformer, call)
     twin = copy.deepcopy(transformer)
     with torch.no_grad():
-        twin.transformer_blocks[0].attn.processor.spatial_weight.mul_(2)
+        next(iter(family_of(twin).attention_layers(twin).values())).processor.spatial_weight.mul_(2)
     assert not torch.allclose(run(twin, call), expected, atol=1e-5)
     assert torch.equal(run(transformer, call), expected)
     clear.restore(twin)
@@ -134,7 +134,7 @@ def test_a_deep_copy_is_independent(family, transformer):
 @pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transformer, use_reentrant, factor):
-    sizes = ((11, 20), (6, 11))
+    sizes = family.two_grids
     calls = [family.call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
     for call in calls:
         call["hidden_states"].requires_grad_()

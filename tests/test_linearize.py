@@ -11,7 +11,12 @@ from safetensors.torch import load_file, save, save_file
 
 import clear_attn as clear
 from clear_attn import state
+from clear_attn.families import family_of
 from clear_attn.weights import POOLED, replaced_parameters
+
+
+def layers_of(transformer):
+    return family_of(transformer).attention_layers(transformer)
 
 
 def photograph(transformer):
@@ -19,7 +24,7 @@ def photograph(transformer):
     return {
         "state": {name: value.clone() for name, value in transformer.state_dict().items()},
         "parameters": {name: id(parameter) for name, parameter in transformer.named_parameters()},
-        "processors": {name: id(processor) for name, processor in transformer.attn_processors.items()},
+        "processors": {name: id(attn.processor) for name, attn in layers_of(transformer).items()},
         "hooks": [list(hooks) for x in transformer.modules() for hooks in (x._forward_pre_hooks, x._forward_hooks)],
         "marks": [transformer._forward_pre_hooks_with_kwargs.copy(), transformer._forward_hooks_with_kwargs.copy()],
         "modules": [name for name, _ in transformer.named_modules()],
@@ -36,8 +41,7 @@ def assert_same(transformer, before):
 
 def checkpoint_for(transformer, factor=1, seed=3):
     rng = torch.Generator().manual_seed(seed)
-    layers = {name.removesuffix(".processor"): None for name in transformer.attn_processors}
-    layers = {name: transformer.get_submodule(name) for name in layers}
+    layers = layers_of(transformer)
     values = {name: torch.randn(x.shape, generator=rng) * 0.1 for name, x in replaced_parameters(layers).items()}
     if factor > 1:
         shape = (1, 1, 1, factor, 1, factor, 1)
@@ -132,7 +136,7 @@ def test_processors_take_dtype_and_attention_backend(transformer):
 def test_in_bfloat16(family, transformer):
     transformer.to(torch.bfloat16)
     call = {
-        name: value.bfloat16() if isinstance(value, torch.Tensor) else value
+        name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in family.call(transformer, (11, 20)).items()
     }
     expected = transformer(**call).sample

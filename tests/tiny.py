@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -67,6 +68,15 @@ SD3_CONFIG = {
     "pos_embed_max_size": 72,
     "dual_attention_layers": (0,),
     "qk_norm": "rms_norm",
+}
+DIT_CONFIG = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "num_embeds_ada_norm": 10,
 }
 
 
@@ -218,6 +228,26 @@ def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
     return call
 
 
+def dit_transformer(**changes):
+    """A random DiT of three blocks with learned variance, 2 heads of 16, that drops no labels in training."""
+    torch.manual_seed(1)
+    transformer = DiTTransformer2DModel(**{**DIT_CONFIG, **changes}).eval()
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0
+    return transformer
+
+
+def dit_call(transformer, grid, text=0, batch=1, seed=0, controlnet=False):
+    """Keywords of a forward call with random values; the picture is square, with the grid's first side."""
+    random, config = _random(seed), transformer.config
+    side = config.patch_size * grid[0]
+    return {
+        "hidden_states": random(batch, config.in_channels, side, side),
+        "timestep": torch.arange(batch) * 100 + 50,
+        "class_labels": torch.arange(batch) + 3,
+    }
+
+
 @functools.cache
 def small_sd3():
     """A random SD3.5 for 32 x 32 tokens and less, with the small FLUX's tokenizers; not to be changed."""
@@ -267,6 +297,7 @@ class Family(NamedTuple):
         call: makes the keywords of a forward call of it for grids, text, batch, seed, controlnet.
         layers: how many attention layers it has.
         most_grids: how many pictures a sequence may join.
+        two_grids: that calls may have.
     """
 
     transformer: Callable
@@ -274,6 +305,7 @@ class Family(NamedTuple):
     call: Callable
     layers: int
     most_grids: int
+    two_grids: tuple = ((11, 20), (6, 11))
 
 
 FLUX = Family(flux_transformer, [{"guidance": False}, {"guidance": True}], flux_call, layers=4, most_grids=2)
@@ -281,4 +313,12 @@ SD3 = Family(sd3_transformer, [{"dual": False}, {"dual": True}], sd3_call, layer
 FLUX2 = Family(flux2_transformer, [{"guidance": False}, {"guidance": True}], flux2_call, layers=4, most_grids=3)
 QWEN = Family(qwen_transformer, [{}, {"zero_cond_t": True}], qwen_call, layers=3, most_grids=3)
 CHROMA = Family(chroma_transformer, [{}], chroma_call, layers=4, most_grids=2)
+DIT = Family(
+    dit_transformer,
+    [{}, {"patch_size": 1, "out_channels": 4}],
+    dit_call,
+    layers=3,
+    most_grids=1,
+    two_grids=((11, 11), (6, 6)),
+)
 FAMILIES = {"flux": FLUX, "sd3": SD3}

@@ -119,6 +119,8 @@ class DoorIn:
 
     def config_of(self, call: dict[str, Any]) -> ClearConfig | Method | None:
         """Of a call with these arguments; None where it stays dense."""
+        if self.schedule.dense_above is None:
+            return self.config
         return None if self.schedule.is_dense(self.family.noise(call)) else self.config
 
     def _prepare(self, transformer: Any, layout: TokenLayout, backend: str) -> None:

@@ -79,7 +79,7 @@ def linearize(
 
     Args:
         pipe: a diffusers pipeline or transformer, FLUX.1, FLUX.2, Qwen-Image, Chroma, Stable Diffusion 3 or
-            3.5, or a variant of them.
+            3.5, DiT, or a variant of them.
         window (`int`, *optional*, defaults to what the weights were distilled for, else 16): radius in tokens of
             the disc of image keys that an image query sees. A token is 16 x 16 pixels.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
@@ -129,7 +129,7 @@ def linearize(
     check_backend(backend)
     _check_backend_can_run(backend)
     layers = family.attention_layers(transformer)
-    _check_schedule(schedule, layers, type(transformer).__name__)
+    _check_schedule(schedule, layers, family, type(transformer).__name__)
     check_in_memory(transformer, layers)
     stock = original_state(transformer, layers)
     check_processors(stock.processors, family)
@@ -240,11 +240,16 @@ def _warn_if_left_dense(transformer: Any) -> None:
         )
 
 
-def _check_schedule(schedule: Schedule | None, layers: Mapping[str, Any], model: str) -> None:
+def _check_schedule(schedule: Schedule | None, layers: Mapping[str, Any], family: Family, model: str) -> None:
     if schedule is None:
         return
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a clear_attn.Schedule, got {schedule!r} of type {type(schedule).__name__}")
+    if schedule.dense_above is not None and not family.tells_noise:
+        raise ValueError(
+            f"dense_above={schedule.dense_above} is a share of noise, which a call of a {model} does not tell; name "
+            "layers in dense_layers or windows, or leave the schedule out"
+        )
     schedule.check_layers(layers, model)
 
 

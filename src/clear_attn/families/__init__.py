@@ -7,6 +7,7 @@ from typing import Any
 from clear_attn.families.base import Call, Family
 from clear_attn.families.chroma import Chroma
 from clear_attn.families.controlnet import FluxControlNet, SD3ControlNet
+from clear_attn.families.dit import DiT
 from clear_attn.families.flux import Flux
 from clear_attn.families.flux2 import Flux2
 from clear_attn.families.qwen import QwenControlNet, QwenImage
@@ -18,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     Chroma(),
     QwenImage(),
     SD3(),
+    DiT(),
     FluxControlNet(),
     QwenControlNet(),
     SD3ControlNet(),

@@ -50,6 +50,7 @@ class Family(abc.ABC):
         trusts_fused: whether a layer with `fused_projections` has a fused projection that holds what its parts do.
         streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a CPU.
         keywords: the argument of a call that holds what is passed on to the attention layers.
+        tells_noise: whether a call's timestep tells the share of noise.
     """
 
     transformer_class: type
@@ -62,6 +63,7 @@ class Family(abc.ABC):
     trusts_fused: bool = True
     streams: int = 20
     keywords: str = "joint_attention_kwargs"
+    tells_noise: bool = True
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""
@@ -103,7 +105,10 @@ class Family(abc.ABC):
         return None
 
     def noise(self, kwargs: dict[str, Any]) -> Tensor:
-        """The share of noise in each picture of a call, 0 to 1, as its timestep tells: `[batch]` or one number."""
+        """The share of noise in each picture of a call, 0 to 1, as its timestep tells: `[batch]` or one number.
+
+        Raises ValueError where it does not.
+        """
         timestep: Tensor = kwargs["timestep"]
         return timestep
 

@@ -18,7 +18,7 @@ class SD3(Family):
     stock_processors = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
     text_first = False
     text_tokens = 77 + 256  # CLIP's and T5's
-    residuals = ("block_controlnet_hidden_states",)
+    residuals: tuple[str, ...] = ("block_controlnet_hidden_states",)
     only_attends = True
     # SD3's layers call themselves fused also after that has been given up. The parts stay, and hold the same values.
     trusts_fused = False

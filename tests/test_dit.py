@@ -1,0 +1,158 @@
+"""DiT: what all families do, and what it has of its own: classes in place of text, square pictures, a variance."""
+# ruff: noqa: F401  imported tests and fixtures
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import clear_attn as clear
+from clear_attn.distill.recipes import recipe_of
+from tests import tiny
+from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
+
+# What holds of every family, here of this one.
+from tests.test_families import (
+    SIZES,
+    test_a_deep_copy_is_independent,
+    test_a_window_that_covers_the_grid_is_the_stock_model,
+    test_gradients_under_checkpointing_with_two_sizes_in_flight,
+    test_positional_arguments_and_dataclass_output,
+    test_the_callers_keywords_are_left_alone,
+)
+from tests.test_linearize import (
+    assert_same,
+    checkpoint,
+    photograph,
+    test_again_with_other_settings_starts_from_the_original,
+    test_in_bfloat16,
+    test_other_hooks_stay,
+    test_restore_puts_back_replaced_weights,
+)
+from tests.test_saving import folder, test_there_and_back, trained
+
+
+@pytest.fixture
+def family():
+    return tiny.DIT
+
+
+@given(data=st.data())
+@settings(max_examples=10)
+def test_equals_the_rule_in_raster_order(data):
+    side = data.draw(st.sampled_from([1, 3, 8, 13, 17, 24]), "side")
+    window, factor = (data.draw(st.integers(1, SIZES[name]), name) for name in ("window", "factor"))
+    transformer = tiny.dit_transformer(**data.draw(st.sampled_from(tiny.DIT.variants)))
+    call = tiny.dit_call(transformer, (side, side), batch=data.draw(st.integers(1, 3), "batch"))
+    expected = run(in_raster_order(transformer, [(side, side)], clear.ClearConfig(window, factor)), call)
+    assert expected.shape[1] == transformer.config.out_channels
+    clear.linearize(
+        transformer, window, factor, weights=None, backend=data.draw(st.sampled_from(["tiled", "dense"]), "backend")
+    )
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
+def test_sizes_in_turn(transformer):
+    calls = {side: tiny.dit_call(transformer, (side, side)) for side in (5, 12)}
+    expected = {
+        side: run(in_raster_order(transformer, [(side, side)], clear.ClearConfig(4, 2)), call)
+        for side, call in calls.items()
+    }
+    clear.linearize(transformer, 4, 2, weights=None)
+    for side in (5, 12, 5):
+        torch.testing.assert_close(run(transformer, calls[side]), expected[side], atol=1e-5, rtol=0)
+
+
+def test_the_older_processor_comes_back(transformer):
+    for block in transformer.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor())
+    call, before = tiny.dit_call(transformer, (6, 6)), photograph(transformer)
+    stock = run(transformer, call)
+    clear.linearize(transformer, 9, weights=None)
+    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+    clear.restore(transformer)
+    assert_same(transformer, before)
+
+
+def test_a_pipeline(transformer):
+    torch.manual_seed(2)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+    )
+    transformer = tiny.dit_transformer(num_embeds_ada_norm=1000)  # DiTPipeline takes class 1000 for none
+    pipe = DiTPipeline(transformer, vae.eval(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        output = pipe(
+            [3, 7],
+            guidance_scale=3.0,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        )
+        return torch.as_tensor(output.images)
+
+    check_pipeline(pipe, [(8, 8)], draw)
+
+
+def test_pictures_that_are_not_square(transformer):
+    clear.linearize(transformer, 3, weights=None)
+    call = tiny.dit_call(transformer, (4, 4))
+    with pytest.raises(ValueError, match=r"must be square, got \[1, 4, 8, 4\]"):
+        run(transformer, {**call, "hidden_states": call["hidden_states"][..., :4]})
+    with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 4, 7, 7\]"):
+        run(transformer, {**call, "hidden_states": call["hidden_states"][..., :7, :7]})
+
+
+def test_a_schedule_by_layer_and_none_by_noise(transformer):
+    before = photograph(transformer)
+    with pytest.raises(ValueError, match=r"dense_above=0\.9 is a share of noise, which a call of a DiT"):
+        clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_above=0.9))
+    assert_same(transformer, before)
+    call = tiny.dit_call(transformer, (8, 8))
+    stock = run(transformer, call)
+    local = run(clear.linearize(transformer, 3, weights=None), call)
+    clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_layers=["transformer_blocks"]))
+    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+    assert (local - stock).abs().max() > 1e-3
+
+
+def test_what_it_is_refused_for(transformer):
+    with pytest.raises(TypeError, match="a DiTTransformer2DModel cannot be distilled"):
+        recipe_of(transformer)
+    with pytest.raises(ValueError, match="weights"):
+        clear.linearize(transformer)
+
+
+def test_proportional_attention(transformer):
+    call = tiny.dit_call(transformer, (6, 6))
+    stock = run(transformer, call)
+    with clear.proportional_attention(transformer):
+        sharpened = run(transformer, call)
+        assert (sharpened - stock).abs().max() > 1e-4
+    clear.linearize(transformer, 9, weights=None)
+    with clear.proportional_attention(transformer):
+        torch.testing.assert_close(run(transformer, call), sharpened, atol=1e-5, rtol=0)
+
+
+def test_compiled_blocks(transformer):
+    transformer._repeated_blocks = ["BasicTransformerBlock"]  # diffusers names none for DiT
+    check_compiled_blocks(transformer, tiny.dit_call(transformer, (9, 9)))
+
+
+def test_cost(transformer):
+    counted = clear.cost(transformer, 128, 128, window=3)
+    assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 8, 3, 0)
+    assert counted.dense_step_pairs == 3 * 64**2
+    seen = [
+        sum(y * y + x * x < 9 for y in range(-a, 8 - a) for x in range(-b, 8 - b)) for a in range(8) for b in range(8)
+    ]
+    assert counted.step_pairs == 3 * sum(seen)
