@@ -3,8 +3,8 @@
     python examples/lit_digits.py --output benchmarks/results/lit_digits.json --picture docs/lit-digits.png
 
 trains the teacher with softmax attention, and students for each of LiT's guidelines (arXiv 2501.12976): few heads, a
-convolution, what is inherited, what is distilled. All is seeded. Each run is kept when it is done, its numbers in
-the output and what it learned in the folder; called again, the script goes on with the next.
+convolution, what is inherited, what is distilled. All is seeded. Each run is kept in a folder when it is done; called
+again, the script goes on with the next.
 """
 
 import copy
@@ -19,6 +19,7 @@ import typer
 from diffusers import DiTTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import clear_attn as clear
 import digits
@@ -27,7 +28,8 @@ from digits import Digits, Judge, Noisy, Prediction
 
 SHARES = (1 / 10, 1 / 5, 1 / 3)  # of the teacher's steps, at which models are judged
 BEYOND = 4 / 3  # to which the teacher itself is trained on, for comparison
-TEACHER, SEED = "teacher", 0
+ABLATED = 1  # of these shares, at which the other students are judged
+REAL, TEACHER, SEED = "real", "teacher", 0
 
 
 class Student(NamedTuple):
@@ -88,39 +90,37 @@ def student_loss(kind: Student, teacher: DiTTransformer2DModel) -> Callable[[Pre
     return loss
 
 
-class Experiment:
-    """The runs, and where what they found is kept.
+class Kept:
+    """A folder with what each run found: its rows, some digits and, of the teacher, the model.
 
     Args:
-        output: the numbers, JSON.
-        folder: models and digits drawn, by run.
+        folder: made where there is none.
         settings: all that the numbers depend on.
 
     Raises:
-        ValueError: the output holds numbers of other settings.
+        ValueError: the folder holds runs of other settings.
     """
 
-    def __init__(self, output: Path, folder: Path, settings: dict[str, int]) -> None:
-        self.output, self.folder, self.settings = output, folder, settings
-        self.kept = json.loads(output.read_text()) if output.exists() else {"settings": settings, "rows": []}
-        if self.kept["settings"] != settings:
-            raise ValueError(
-                f"{output} holds numbers of other settings, {self.kept['settings']}, than {settings}; give these, or "
-                "another --output"
-            )
+    def __init__(self, folder: Path, settings: dict[str, int]) -> None:
+        self.folder, self.settings = folder, settings
         folder.mkdir(parents=True, exist_ok=True)
+        file = self.path("settings", ".json")
+        if file.exists() and json.loads(file.read_text()) != settings:
+            raise ValueError(
+                f"{folder} holds runs of other settings, {file.read_text()}; give these, or another --folder"
+            )
+        file.write_text(json.dumps(settings))
 
-    def is_done(self, name: str) -> bool:
-        return any(row["model"] == name for row in self.kept["rows"])
+    def path(self, name: str, suffix: str = "") -> Path:
+        return self.folder / (name.replace(" ", "-").replace(",", "") + suffix)
 
-    def keep(self, *rows: dict) -> None:
-        self.kept["rows"] += rows
-        self.output.write_text(json.dumps(self.kept, indent=1) + "\n")
-        for row in rows:
-            print(json.dumps(row), flush=True)
+    def rows(self, name: str) -> list[dict]:
+        """Of a run, none where it is not done."""
+        file = self.path(name, ".json")
+        return json.loads(file.read_text()) if file.exists() else []
 
-    def path(self, name: str) -> Path:
-        return self.folder / name.replace(" ", "-").replace(",", "")
+    def keep(self, name: str, rows: list[dict]) -> None:
+        self.path(name, ".json").write_text(json.dumps(rows))
 
 
 class Quality(NamedTuple):
@@ -143,7 +143,7 @@ class Quality(NamedTuple):
 
 
 def run(
-    experiment: Experiment,
+    kept: Kept,
     quality: Quality,
     seen: Digits,
     name: str,
@@ -152,24 +152,25 @@ def run(
     checkpoints: list[int],
     saved_at: int,
 ) -> None:
-    """Trains a model, judges it at its checkpoints, and keeps rows, and the digits and weights of one of them."""
+    """Trains a model, judges it at its checkpoints, and keeps the rows; at one also digits, of the teacher weights."""
     rows = []
     for step in digits.train(model, loss, seen, digits.scheduler(), checkpoints, SEED, name):
         found, drawn = quality.of_model(model)
         rows.append({"model": name, "steps": step, **found})
+        tqdm.write(json.dumps(rows[-1]))
         if step == saved_at:
-            save_file({"pictures": drawn.pictures[: digits.CLASSES]}, experiment.path(name).with_suffix(".safetensors"))
+            save_file({"pictures": drawn.pictures[: digits.CLASSES].clone()}, kept.path(name, ".safetensors"))
             if name == TEACHER:
-                model.save_pretrained(experiment.path(name))
-    experiment.keep(*rows)
+                model.save_pretrained(kept.path(name))
+    kept.keep(name, rows)
 
 
-def picture(experiment: Experiment, held_out: Digits, names: dict[str, str]) -> Image.Image:
+def picture(kept: Kept, held_out: Digits, names: dict[str, str]) -> Image.Image:
     """A row of real digits, and one of each of some runs."""
     order = [int((held_out.labels == digit).nonzero()[0]) for digit in range(digits.CLASSES)]
     rows = {"real, held out": held_out.pictures[order]}
     for label, name in names.items():
-        rows[label] = load_file(experiment.path(name).with_suffix(".safetensors"))["pictures"]
+        rows[label] = load_file(kept.path(name, ".safetensors"))["pictures"]
     return contact_sheet(
         {label: [_show(each) for each in pictures] for label, pictures in rows.items()},
         [str(digit) for digit in range(digits.CLASSES)],
@@ -182,9 +183,10 @@ def _show(digit: torch.Tensor) -> Image.Image:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the numbers go as JSON, and are read from.")],
-    folder: Annotated[Path, typer.Option(help="Where models and digits are kept.")] = Path("lit-digits"),
+    output: Annotated[Path, typer.Option(help="Where the numbers go as JSON.")],
+    folder: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("lit-digits"),
     picture_path: Annotated[Path | None, typer.Option("--picture", help="Where the picture goes.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Runs, by name; several calls may share them out.")] = None,
     steps: Annotated[int, typer.Option(help="Of the teacher's training.")] = 3000,
     count: Annotated[int, typer.Option(help="How many digits are drawn to judge a model.")] = 500,
     drawing_steps: Annotated[int, typer.Option(help="Of 1000, in which they are drawn.")] = 25,
@@ -198,27 +200,36 @@ def main(
         "digits_a_timestep": digits_a_timestep,
         "epochs": epochs,
     }
-    experiment = Experiment(output, folder, settings)
+    names = [TEACHER, *STUDENTS]
+    if unknown := set(only or ()) - set(names):
+        raise typer.BadParameter(f"no runs are named {sorted(unknown)}, but {names}")
+    kept = Kept(folder, settings)
     seen, held_out = digits.load()
     quality = Quality(digits.train_judge(seen, epochs), held_out, settings)
-    *few, third = (round(share * steps) for share in SHARES)
-    if not experiment.is_done("real"):
-        experiment.keep(
-            {"model": "real", "digits": "held out", "accuracy": round(quality.judge.accuracy(held_out), 4)},
-            {"model": "real", "digits": "trained with", **quality.of(seen)},
-        )
-    if not experiment.is_done(TEACHER):
-        checkpoints = [*few, third, steps, round(BEYOND * steps)]
-        run(experiment, quality, seen, TEACHER, digits.new_model(SEED), teacher_loss, checkpoints, steps)
-    teacher = DiTTransformer2DModel.from_pretrained(experiment.path(TEACHER)).requires_grad_(False)
-    for name, kind in STUDENTS.items():
-        if not experiment.is_done(name):
-            checkpoints = [*few, third] if name == LIT else few
-            student = make_student(teacher, kind)
-            run(experiment, quality, seen, name, student, student_loss(kind, teacher), checkpoints, checkpoints[-1])
+    kept.keep(
+        REAL,
+        [
+            {"model": REAL, "digits": "held out", "accuracy": round(quality.judge.accuracy(held_out), 4)},
+            {"model": REAL, "digits": "trained with", **quality.of(seen)},
+        ],
+    )
+    checkpoints = [round(share * steps) for share in SHARES]
+    for name in only or names:
+        if kept.rows(name):
+            continue
+        if name == TEACHER:
+            own = [*checkpoints, steps, round(BEYOND * steps)]
+            run(kept, quality, seen, name, digits.new_model(SEED), teacher_loss, own, steps)
+        else:
+            own = checkpoints if name == LIT else checkpoints[:ABLATED]
+            teacher = DiTTransformer2DModel.from_pretrained(kept.path(TEACHER)).requires_grad_(False)
+            student, loss = make_student(teacher, STUDENTS[name]), student_loss(STUDENTS[name], teacher)
+            run(kept, quality, seen, name, student, loss, own, own[-1])
+    rows = [row for name in (REAL, *names) for row in kept.rows(name)]
+    output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     if picture_path:
-        rows = {f"teacher, {steps} steps": TEACHER, f"LiT, {third} steps": LIT, "no convolution": "no convolution"}
-        picture(experiment, held_out, rows).save(picture_path)
+        shown = {f"teacher, {steps} steps": TEACHER, f"LiT, {checkpoints[-1]} steps": LIT}
+        picture(kept, held_out, shown).save(picture_path)
 
 
 if __name__ == "__main__":

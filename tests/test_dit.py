@@ -1,6 +1,9 @@
 """DiT: what all families do, and what it has of its own: classes in place of text, square pictures, a variance."""
 # ruff: noqa: F401  imported tests and fixtures
 
+import copy
+import math
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
@@ -76,7 +79,7 @@ def test_the_older_processor_comes_back(transformer):
     assert_same(transformer, before)
 
 
-def test_a_pipeline(transformer):
+def small_pipeline(transformer):
     torch.manual_seed(2)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",),
@@ -86,9 +89,13 @@ def test_a_pipeline(transformer):
         latent_channels=4,
         norm_num_groups=1,
     )
-    transformer = tiny.dit_transformer(num_embeds_ada_norm=1000)  # DiTPipeline takes class 1000 for none
     pipe = DiTPipeline(transformer, vae.eval(), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_pipeline():
+    pipe = small_pipeline(tiny.dit_transformer(num_embeds_ada_norm=1000))  # it takes class 1000 for none
 
     def draw():
         output = pipe(
@@ -130,6 +137,10 @@ def test_what_it_is_refused_for(transformer):
         recipe_of(transformer)
     with pytest.raises(ValueError, match="weights"):
         clear.linearize(transformer)
+    with pytest.raises(TypeError, match="a DiTTransformer2DModel cannot be split over ranks"):
+        clear.parallelize(clear.linearize(transformer, weights=None))
+    with pytest.raises(TypeError, match="highres does not know a DiTPipeline"):
+        clear.highres(small_pipeline(transformer), "a red circle", height=64, width=64)
 
 
 def test_proportional_attention(transformer):
@@ -148,11 +159,49 @@ def test_compiled_blocks(transformer):
     check_compiled_blocks(transformer, tiny.dit_call(transformer, (9, 9)))
 
 
+class LinearProcessor:
+    """LiT's attention in raster order: two heads, and the convolution."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        query, key, value = (
+            to(hidden_states).unflatten(2, (2, -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        scores = query.relu() @ key.relu().transpose(2, 3)
+        output = (scores / scores.sum(-1, keepdim=True) @ value).transpose(1, 2).flatten(2)
+        picture = value.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, 2 * [math.isqrt(value.shape[2])])
+        convolved = torch.nn.functional.conv2d(picture, self.kernel, padding=2, groups=len(self.kernel))
+        return attn.to_out[0](output + convolved.flatten(2).transpose(1, 2))
+
+
+def test_lit_comes_back_from_a_folder(transformer, tmp_path):
+    call, stock = tiny.dit_call(transformer, (11, 11), batch=2), copy.deepcopy(transformer)
+    before = run(transformer, call)
+    clear.linearize(transformer, method=clear.methods.LiT(), weights=None)
+    for block, plain in zip(transformer.transformer_blocks, stock.transformer_blocks, strict=True):
+        torch.nn.init.normal_(block.attn1.processor.convolution, std=0.3)
+        plain.attn1.set_processor(LinearProcessor(block.attn1.processor.convolution.detach()))
+    expected = run(stock, call)
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+    assert (expected - before).abs().max() > 1e-2
+    clear.save_pretrained(transformer, tmp_path)
+    clear.restore(transformer)
+    assert torch.equal(run(transformer, call), before)
+    clear.linearize(transformer, weights=tmp_path)
+    torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
+
+
 def test_cost(transformer):
     counted = clear.cost(transformer, 128, 128, window=3)
     assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 8, 3, 0)
-    assert counted.dense_step_pairs == 3 * 64**2
+    assert counted.dense_step_flops == 4 * 32 * 3 * 64**2
     seen = [
         sum(y * y + x * x < 9 for y in range(-a, 8 - a) for x in range(-b, 8 - b)) for a in range(8) for b in range(8)
     ]
-    assert counted.step_pairs == 3 * sum(seen)
+    assert counted.step_flops == 4 * 32 * 3 * sum(seen)
+    clear.linearize(transformer, method=clear.methods.LiT(), weights=None)
+    width = 32 // 2
+    expected = 3 * 2 * 64 * 32 * (width + width + 5**2)
+    assert clear.cost(transformer, 128, 128).step_flops == expected
