@@ -28,8 +28,9 @@ from digits import Digits, Judge, Noisy, Prediction
 
 SHARES = (1 / 10, 1 / 5, 1 / 3)  # of the teacher's steps, at which models are judged
 BEYOND = 4 / 3  # to which the teacher itself is trained on, for comparison
-ABLATED = 1  # of these shares, at which the other students are judged
+ABLATED = 2  # of these shares, at which the other students are judged
 REAL, TEACHER, SEED = "real", "teacher", 0
+SCHEDULE = digits.scheduler()
 
 
 class Student(NamedTuple):
@@ -40,6 +41,7 @@ class Student(NamedTuple):
         kernel_size: of its convolution, 0 for none.
         inherits: from the teacher: "all", "all but attention" or "nothing".
         noise, variance: the weights of the teacher's predictions in its loss, beside the loss of the data.
+        seed: of what it does not inherit, and of its training.
     """
 
     heads: int = 2
@@ -47,6 +49,7 @@ class Student(NamedTuple):
     inherits: str = "all but attention"
     noise: float = 1.0
     variance: float = 1.0
+    seed: int = SEED + 1
 
 
 LIT = "LiT"
@@ -59,14 +62,15 @@ STUDENTS = {
     "no variance distilled": Student(variance=0),
     "1 head": Student(heads=1),
     "4 heads, as the teacher": Student(heads=4),
+    "LiT, another seed": Student(seed=SEED + 11),
 }
 
 
 def make_student(teacher: DiTTransformer2DModel, kind: Student) -> DiTTransformer2DModel:
     """Linear attention in place of the teacher's, untrained; the teacher stays as it is."""
-    student = digits.new_model(SEED + 1) if kind.inherits == "nothing" else copy.deepcopy(teacher)
+    student = digits.new_model(kind.seed) if kind.inherits == "nothing" else copy.deepcopy(teacher)
     if kind.inherits == "all but attention":
-        torch.manual_seed(SEED + 1)
+        torch.manual_seed(kind.seed)
         for block in student.transformer_blocks:
             for projection in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.attn1.to_out[0]):
                 projection.reset_parameters()
@@ -75,7 +79,7 @@ def make_student(teacher: DiTTransformer2DModel, kind: Student) -> DiTTransforme
 
 def teacher_loss(prediction: Prediction, noisy: Noisy) -> torch.Tensor:
     """Of the data alone: the noise's error, and the bound for the variance (arXiv 2102.09672, equation 16)."""
-    return digits.noise_error(prediction, noisy) + digits.bound(prediction, noisy, digits.scheduler())
+    return digits.noise_error(prediction, noisy) + digits.bound(prediction, noisy, SCHEDULE)
 
 
 def student_loss(kind: Student, teacher: DiTTransformer2DModel) -> Callable[[Prediction, Noisy], torch.Tensor]:
@@ -151,10 +155,11 @@ def run(
     loss: Callable[[Prediction, Noisy], torch.Tensor],
     checkpoints: list[int],
     saved_at: int,
+    seed: int,
 ) -> None:
     """Trains a model, judges it at its checkpoints, and keeps the rows; at one also digits, of the teacher weights."""
     rows = []
-    for step in digits.train(model, loss, seen, digits.scheduler(), checkpoints, SEED, name):
+    for step in digits.train(model, loss, seen, SCHEDULE, checkpoints, seed, name):
         found, drawn = quality.of_model(model)
         rows.append({"model": name, "steps": step, **found})
         tqdm.write(json.dumps(rows[-1]))
@@ -219,12 +224,13 @@ def main(
             continue
         if name == TEACHER:
             own = [*checkpoints, steps, round(BEYOND * steps)]
-            run(kept, quality, seen, name, digits.new_model(SEED), teacher_loss, own, steps)
+            run(kept, quality, seen, name, digits.new_model(SEED), teacher_loss, own, steps, SEED)
         else:
             own = checkpoints if name == LIT else checkpoints[:ABLATED]
             teacher = DiTTransformer2DModel.from_pretrained(kept.path(TEACHER)).requires_grad_(False)
-            student, loss = make_student(teacher, STUDENTS[name]), student_loss(STUDENTS[name], teacher)
-            run(kept, quality, seen, name, student, loss, own, own[-1])
+            kind = STUDENTS[name]
+            student, loss = make_student(teacher, kind), student_loss(kind, teacher)
+            run(kept, quality, seen, name, student, loss, own, own[-1], kind.seed)
     rows = [row for name in (REAL, *names) for row in kept.rows(name)]
     output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     if picture_path:

@@ -166,6 +166,7 @@ def test_a_run_is_kept_and_goes_on(lit_digits, digits, tmp_path, monkeypatch):
         ("LiT", 2),
         ("LiT", 4),
         ("nothing inherited", 1),
+        ("nothing inherited", 2),
     ]
     assert sheet.exists()
     # A run that was lost is made again, and comes out as it did.
