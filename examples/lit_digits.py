@@ -9,6 +9,7 @@ again, the script goes on with the next.
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -114,7 +115,7 @@ class Kept:
             raise ValueError(
                 f"{folder} holds runs of other settings, {file.read_text()}; give these, or another --folder"
             )
-        file.write_text(json.dumps(settings))
+        _write(file, settings)
 
     def path(self, name: str, suffix: str = "") -> Path:
         return self.folder / (name.replace(" ", "-").replace(",", "") + suffix)
@@ -125,7 +126,14 @@ class Kept:
         return json.loads(file.read_text()) if file.exists() else []
 
     def keep(self, name: str, rows: list[dict]) -> None:
-        self.path(name, ".json").write_text(json.dumps(rows))
+        _write(self.path(name, ".json"), rows)
+
+
+def _write(file: Path, value: object) -> None:
+    """Whole or not at all, for others may be reading."""
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    part.write_text(json.dumps(value))
+    part.replace(file)
 
 
 class Quality(NamedTuple):
