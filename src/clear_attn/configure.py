@@ -101,8 +101,8 @@ def check_stands_in(method: Method, family: Family, stock: Mapping[str, Any]) ->
         if not family.only_attends or isinstance(processor, family.adapters):
             raise TypeError(
                 f"{type(method).__name__} cannot stand in for the {type(processor).__name__} of {layer}, which does "
-                "more than attend; other methods than CLEAR are for FLUX.1, Stable Diffusion 3 and 3.5, without "
-                "IP-Adapters"
+                "more than attend; other methods than CLEAR are for FLUX.1, Stable Diffusion 3 and 3.5 and DiT, "
+                "without IP-Adapters"
             )
 
 

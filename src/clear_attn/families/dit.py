@@ -10,7 +10,6 @@ from torch import Tensor
 
 from clear_attn.families.base import Call
 from clear_attn.families.sd3 import SD3
-from clear_attn.processors import ClearAttnProcessor
 
 
 class DiT(SD3):
@@ -23,9 +22,6 @@ class DiT(SD3):
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         return {name: module for name, module in transformer.named_modules() if isinstance(module, Attention)}
-
-    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
-        return ClearAttnProcessor(down_factor, layer)
 
     def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         call = super().read(transformer, kwargs)
