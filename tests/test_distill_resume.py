@@ -175,7 +175,9 @@ class TestRefusals:
 
     def test_other_settings_on_resuming(self, settings):
         train(settings)
-        with pytest.raises(ValueError, match="was made with window=2, not window=3; continue it with the same"):
+        with pytest.raises(
+            ValueError, match="made with attention='window=2, down_factor=2', not attention='window=3, down_"
+        ):
             train(change(settings, window=3, resume_from_checkpoint="latest"))
 
     def test_no_such_checkpoint(self, settings):
