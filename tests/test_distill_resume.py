@@ -175,7 +175,7 @@ class TestRefusals:
 
     def test_other_settings_on_resuming(self, settings):
         train(settings)
-        with pytest.raises(
+        with pytest.raises(ValueError, match="made with attention='window=2, down_factor=2', not attention='window=3, "):
             ValueError, match="made with attention='window=2, down_factor=2', not attention='window=3, down_"
         ):
             train(change(settings, window=3, resume_from_checkpoint="latest"))
