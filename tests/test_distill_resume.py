@@ -175,9 +175,8 @@ class TestRefusals:
 
     def test_other_settings_on_resuming(self, settings):
         train(settings)
-        with pytest.raises(ValueError, match="made with attention='window=2, down_factor=2', not attention='window=3, "):
-            ValueError, match="made with attention='window=2, down_factor=2', not attention='window=3, down_"
-        ):
+        said = "made with attention='window=2, down_factor=2', not attention='window=3, down_factor=2'"
+        with pytest.raises(ValueError, match=said):
             train(change(settings, window=3, resume_from_checkpoint="latest"))
 
     def test_no_such_checkpoint(self, settings):
