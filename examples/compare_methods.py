@@ -48,6 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "CLEAR, window 8": {"window": 8},
 }
 SHOWN = 6
+# Where labels of points that lie together go, in points of print.
+LABELS = {"KV compression": (7, 9), "strided": (9, -2), "Swin": (-32, 3), "CLEAR, window 2": (7, -9)}
 TIMES = 5
 
 
@@ -120,7 +122,8 @@ def plot(rows: list[dict[str, Any]], teacher: dict[str, Any]) -> Figure:
     for row in rows:
         ours = row["method"].startswith("CLEAR")
         axes.scatter(row["mflops"], row["error"], color="#24508f" if ours else "#e2572b", zorder=2)
-        axes.annotate(row["method"], (row["mflops"], row["error"]), (6, 4), textcoords="offset points", fontsize=9)
+        place = LABELS.get(row["method"], (7, 4))
+        axes.annotate(row["method"], (row["mflops"], row["error"]), place, textcoords="offset points", fontsize=9)
     axes.axvline(teacher["mflops"], color="grey", linewidth=1, linestyle=":")
     axes.text(teacher["mflops"], axes.get_ylim()[1], "dense ", ha="right", va="top", fontsize=9, color="grey")
     axes.set(xlabel="MFLOPs of attention in a layer", ylabel="error against the teacher", yscale="log")
