@@ -25,12 +25,12 @@ from rich import print
 from rich.table import Table
 
 import clear_attn as clear
-from clear_attn.distill.memory import counted
 from clear_attn.distill.optimizers import make_optimizer
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.step import Batch, Weights, distillation_losses
 from clear_attn.distill.student import add_student
+from clear_attn.distill.training_memory import counted
 
 STEPS = 3
 PIXELS_PER_LATENT = 8

@@ -19,7 +19,7 @@ from PIL import Image
 
 from clear_attn import demo
 from clear_attn.demo.scenes import held_out_scenes, read
-from clear_attn.pictures import contact_sheet
+from clear_attn.utils.image_sheets import contact_sheet
 
 
 def moved(tokens: int, dtype: torch.dtype) -> Any:

@@ -30,7 +30,7 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.demo.scenes import held_out_scenes, training_scenes
 from clear_attn.distill import Settings, train
-from clear_attn.pictures import contact_sheet
+from clear_attn.utils.image_sheets import contact_sheet
 from distill_small_flux import PICTURES, pictures, squared_error
 from evaluate_small_flux import count_right
 

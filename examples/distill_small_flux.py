@@ -27,7 +27,7 @@ from clear_attn import demo
 from clear_attn.demo.scenes import held_out_scenes, training_scenes
 from clear_attn.distill import Settings, train
 from clear_attn.distill.files import put
-from clear_attn.pictures import contact_sheet
+from clear_attn.utils.image_sheets import contact_sheet
 from evaluate_small_flux import count_right, draw
 
 VARIANTS = ((2, 1), (4, 1), (8, 1), (2, 4))  # window, down_factor

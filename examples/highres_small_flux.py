@@ -27,7 +27,7 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.demo.scenes import Scene, held_out_scenes, read
-from clear_attn.pictures import contact_sheet
+from clear_attn.utils.image_sheets import contact_sheet
 
 PUBLISHED = clear.Stage()
 FOR_THE_SMALL_FLUX = clear.Stage(strength=0.4, ntk_factor=1, proportional=False, low_resolution_guidance=1)

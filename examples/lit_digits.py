@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import clear_attn as clear
 import digits
-from clear_attn.pictures import CELL, contact_sheet
+from clear_attn.utils.image_sheets import CELL, contact_sheet
 from digits import Digits, Judge, Noisy, Prediction
 
 SHARES = (1 / 10, 1 / 5, 1 / 3)  # of the teacher's steps, at which models are judged

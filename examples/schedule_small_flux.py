@@ -20,7 +20,7 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.demo.scenes import held_out_scenes
-from clear_attn.pictures import contact_sheet
+from clear_attn.utils.image_sheets import contact_sheet
 from evaluate_small_flux import count_right, draw
 
 STEPS = 28  # the pipeline's default

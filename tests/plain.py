@@ -8,7 +8,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch.utils._pytree import tree_leaves
 
 import clear_attn as clear
-from clear_attn.families import family_of
+from clear_attn.models import family_of
 from tests import reference
 
 # What each family's stock processor calls, and whether heads come before tokens there.

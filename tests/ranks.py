@@ -21,9 +21,9 @@ from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 import clear_attn as clear
-from clear_attn.bench import measure
-from clear_attn.highres import Stage
-from clear_attn.parallel.traffic import traffic
+from clear_attn.cascade import Stage
+from clear_attn.parallel.communication_volume import traffic
+from clear_attn.tools.bench import measure
 from tests import pipelines as pipelines_of_tests
 from tests import tiny
 from tests.matrix.rows import ROWS

@@ -2,7 +2,7 @@
 
 import torch
 
-from clear_attn.config import ClearConfig
+from clear_attn.utils.validation import ClearConfig
 
 
 def coordinates(grids):

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear_attn import backends
-from clear_attn.attention import clear_attention, pool
-from clear_attn.backends import BACKENDS, choose, choose_aloud, dense, flex, tiled
-from clear_attn.config import ClearConfig
-from clear_attn.layout import TokenLayout
+from clear_attn.backends import BACKENDS, choose, choose_aloud, flex, tiled
+from clear_attn.backends import reference as dense
+from clear_attn.backends.attention import clear_attention, pool
+from clear_attn.core.layout import TokenLayout
+from clear_attn.utils.validation import ClearConfig
 from tests import machine, reference
 
 

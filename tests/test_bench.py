@@ -11,11 +11,13 @@ from torch.nn.attention.flex_attention import create_block_mask
 from typer.testing import CliRunner
 
 from clear_attn.backends import BACKENDS, flex
-from clear_attn.bench import measure, model, raster, run
-from clear_attn.bench.measure import Subject
-from clear_attn.cli import app
-from clear_attn.config import ClearConfig
-from clear_attn.work import Cost
+from clear_attn.profiling.cost_report import Cost
+from clear_attn.tools.bench import measure, raster
+from clear_attn.tools.bench import model_level as model
+from clear_attn.tools.bench import runner as run
+from clear_attn.tools.bench.measure import Subject
+from clear_attn.tools.cli import app
+from clear_attn.utils.validation import ClearConfig
 from tests import machine, reference
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clear_attn as clear
-from clear_attn.masks import dense_mask
-from clear_attn.work import window_pairs
+from clear_attn.core.window_mask import dense_mask
+from clear_attn.profiling.cost_report import window_pairs
 from tests import tiny
 
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cli import app
 from clear_attn.demo.scenes import PLACES, SHAPES, Scene, all_scenes, draw, held_out_scenes, read, training_scenes
+from clear_attn.tools.cli import app
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from clear_attn.distill import checkpoint, config_file, train
 from clear_attn.distill.optimizers import prepare_plugins
-from clear_attn.distill.run import RUN
+from clear_attn.distill.trainer import RUN
 from tests.training import change, fill, small_settings
 
 PROCESSES = 2

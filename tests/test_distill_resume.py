@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from clear_attn.distill import checkpoint, train
-from clear_attn.distill import run as run_module
-from clear_attn.sources import WEIGHTS_FILE
+from clear_attn.distill import trainer as run_module
+from clear_attn.weights.sources import WEIGHTS_FILE
 from tests.training import change, fill, small_settings, weights_of
 
 

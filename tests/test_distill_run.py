@@ -13,17 +13,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.distill import Settings, checkpoint, train, training
-from clear_attn.distill import run as run_module
+from clear_attn.distill import Settings, checkpoint, train
+from clear_attn.distill import trainer as run_module
+from clear_attn.distill import training_run as training
 from clear_attn.distill.cache import Cache
 from clear_attn.distill.data import from_folder
 from clear_attn.distill.losses import interpolate
 from clear_attn.distill.recipes import FluxRecipe
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.student import STUDENT, student_values
-from clear_attn.distill.validate import Validation
-from clear_attn.pictures import contact_sheet
-from clear_attn.sources import WEIGHTS_FILE
+from clear_attn.distill.validation import Validation
+from clear_attn.utils.image_sheets import contact_sheet
+from clear_attn.weights.sources import WEIGHTS_FILE
 from tests.plain import run
 from tests.training import change, fill, small_settings, weights_of
 

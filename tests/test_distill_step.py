@@ -24,7 +24,7 @@ from clear_attn.distill.student import (
     student_parameters,
     student_values,
 )
-from clear_attn.weights import POOLED, replaced_parameters
+from clear_attn.weights.parameters import POOLED, replaced_parameters
 from tests import tiny
 from tests.plain import run
 

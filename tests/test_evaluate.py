@@ -29,15 +29,16 @@ from typer.testing import CliRunner
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cli import app
-from clear_attn.evaluate import Evaluation, at_hand, evaluate
-from clear_attn.evaluate.catalogue import Judges, enough_for_fid, make_metrics
-from clear_attn.evaluate.draw import Drawn, read_all
-from clear_attn.evaluate.embeddings import Clip, Dino
-from clear_attn.evaluate.metrics import Batch, Frechet, Lpips, Mean, psnr, ssim
-from clear_attn.evaluate.report import seconds_of
-from clear_attn.pictures import CELL, contact_sheet
-from clear_attn.prompts import read_prompts
+from clear_attn.tools.cli import app
+from clear_attn.tools.evaluate import Evaluation, evaluate
+from clear_attn.tools.evaluate.embeddings import Clip, Dino
+from clear_attn.tools.evaluate.metric_registry import Judges, enough_for_fid, make_metrics
+from clear_attn.tools.evaluate.metrics import Batch, Frechet, Lpips, Mean, psnr, ssim
+from clear_attn.tools.evaluate.report import seconds_of
+from clear_attn.tools.evaluate.student_images import Drawn, read_all
+from clear_attn.utils import optional_dependencies as at_hand
+from clear_attn.utils.image_sheets import CELL, contact_sheet
+from clear_attn.utils.prompts import read_prompts
 from tests import tiny
 
 PROMPTS = ["a red circle on a blue ground, in the middle", "a white cross", "a green square on a black ground"]

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clear_attn as clear
-from clear_attn import attention
-from clear_attn.backends import dense, flex, tiled
-from clear_attn.doors import layout_for
-from clear_attn.families import family_of, flux
-from clear_attn.layout import tile_order
+from clear_attn.backends import attention, flex, tiled
+from clear_attn.backends import reference as dense
+from clear_attn.core.layout import tile_order
+from clear_attn.models import family_of, flux
+from clear_attn.patching.hooks import layout_for
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
 

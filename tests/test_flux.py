@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import clear_attn as clear
-from clear_attn.doors import layout_for
-from clear_attn.families import flux
+from clear_attn.models import flux
+from clear_attn.patching.hooks import layout_for
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
 
@@ -120,7 +120,7 @@ class TestIds:
 
 @pytest.mark.parametrize("name", ["native", "_native_math", "flex"])
 def test_the_users_attention_backend_serves_text_queries(transformer, name, monkeypatch):
-    from clear_attn import processors
+    from clear_attn.models import processors
 
     clear.linearize(transformer, 4, weights=None)
     expected = run(transformer, tiny.FLUX.call(transformer, (9, 9)))

@@ -9,7 +9,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn.distill.recipes import recipe_of
-from clear_attn.families.flux2 import ParallelProcessor
+from clear_attn.models.flux2 import ParallelProcessor
 from tests import machine, pipelines, tiny
 from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cli import app
-from clear_attn.highres import command
-from clear_attn.highres.planning import describe
+from clear_attn.cascade.planning import describe
+from clear_attn.tools import generate_command as command
+from clear_attn.tools.cli import app
 from tests import tiny
 
 FEW_STEPS = (

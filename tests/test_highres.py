@@ -11,10 +11,11 @@ from diffusers.callbacks import PipelineCallback
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn import demo, state
-from clear_attn.blocks import restored
+from clear_attn import demo
+from clear_attn.cascade import stage_runner as cascade
 from clear_attn.demo.scenes import held_out_scenes, read
-from clear_attn.highres import cascade
+from clear_attn.patching import state
+from clear_attn.patching.context_managers import restored
 from tests import tiny
 from tests.highres import BASE, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 from tests.test_life import by_group

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 import clear_attn as clear
-from clear_attn.highres.proportional import sharpness
+from clear_attn.cascade.attention_scale import sharpness
 from tests import tiny
 from tests.plain import FLUX_ATTENTION, SD3_ATTENTION, run
 from tests.test_linearize import assert_same, photograph
@@ -96,7 +96,10 @@ class TestProportionalAttention:
             seen.append(scale)
             return clear.clear_attention(*args, scale=scale, **kwargs)
 
-        with mock.patch("clear_attn.processors.clear_attention", attention), clear.proportional_attention(transformer):
+        with (
+            mock.patch("clear_attn.models.processors.clear_attention", attention),
+            clear.proportional_attention(transformer),
+        ):
             run(transformer, family.call(transformer, GRID))
         assert seen == pytest.approx([math.sqrt(math.log(10 * (108 + 7), 4608) / 16)] * family.layers)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import clear_attn as clear
-from clear_attn.highres import fits
-from clear_attn.memory import GIB, Bytes, weight_bytes
+from clear_attn.cascade import memory_check as fits
+from clear_attn.profiling.memory import GIB, Bytes, weight_bytes
 from tests.highres import STAGE, assert_as_it_was, draw, everything
 
 

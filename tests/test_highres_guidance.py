@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from clear_attn.highres.guidance import _packed, _unpacked, guide, guided, low_frequencies, weight_at
+from clear_attn.cascade.guidance import _packed, _unpacked, guide, guided, low_frequencies, weight_at
 
 
 @pytest.mark.parametrize(("height", "width", "level"), [(8, 12, 1), (8, 12, 2), (7, 10, 2), (3, 5, 3)])

@@ -14,9 +14,10 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.highres import cascade, sizes
-from clear_attn.highres.planning import describe, make_plan
-from clear_attn.highres.result import HighresResult
+from clear_attn.cascade import sizes
+from clear_attn.cascade import stage_runner as cascade
+from clear_attn.cascade.planning import describe, make_plan
+from clear_attn.cascade.result import HighresResult
 from tests import tiny
 from tests.highres import BASE, FAST, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clear_attn.attention import pool
-from clear_attn.config import ClearConfig
-from clear_attn.layout import TokenLayout
+from clear_attn.backends.attention import pool
+from clear_attn.core.layout import TokenLayout
+from clear_attn.utils.validation import ClearConfig
 from tests import reference
 
 GRIDS = st.lists(st.tuples(st.integers(1, 37), st.integers(1, 37)), min_size=1, max_size=3)

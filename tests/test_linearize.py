@@ -10,9 +10,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save, save_file
 
 import clear_attn as clear
-from clear_attn import state
-from clear_attn.families import family_of
-from clear_attn.weights import POOLED, replaced_parameters
+from clear_attn.models import family_of
+from clear_attn.patching import state
+from clear_attn.weights.parameters import POOLED, replaced_parameters
 
 
 def layers_of(transformer):

@@ -2,9 +2,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clear_attn.config import ClearConfig
-from clear_attn.layout import TokenLayout
-from clear_attn.masks import BLOCK, Points, block_lists, dense_mask, visible
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.window_mask import BLOCK, Points, block_lists, dense_mask, visible
+from clear_attn.utils.validation import ClearConfig
 
 
 def test_visible_is_strict():

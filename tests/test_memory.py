@@ -7,8 +7,8 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.testing._internal.two_tensor import TwoTensor
 
 import clear_attn as clear
-from clear_attn.bench.measure import Subject, _peak_bytes
-from clear_attn.memory import weight_bytes
+from clear_attn.profiling.memory import weight_bytes
+from clear_attn.tools.bench.measure import Subject, _peak_bytes
 from tests import tiny
 
 

@@ -13,8 +13,8 @@ from diffusers import FluxPipeline
 import clear_attn as clear
 from clear_attn import methods
 from clear_attn.distill.student import add_student, student_values
-from clear_attn.families import family_of
-from clear_attn.saving import save_values
+from clear_attn.models import family_of
+from clear_attn.patching.saving import save_values
 from tests import plain, tiny
 from tests.rules import RULES, softmax
 from tests.test_linearize import assert_same, photograph

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clear_attn import methods
-from clear_attn.layout import TokenLayout
+from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import groups
 from clear_attn.methods import sigmoid as sigmoid_of
 from tests.rules import RULES

@@ -13,9 +13,9 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import TokenLayout, demo
-from clear_attn.masks import dense_mask
-from clear_attn.parallel.share import TILE_ROW, Share, halo_from, tokens_of
-from clear_attn.parallel.traffic import traffic
+from clear_attn.core.window_mask import dense_mask
+from clear_attn.parallel.communication_volume import traffic
+from clear_attn.parallel.shard import TILE_ROW, Share, halo_from, tokens_of
 from tests import machine, reference
 
 

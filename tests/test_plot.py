@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import clear_attn as clear
-from clear_attn.masks import dense_mask
-from clear_attn.plot import _kinds
+from clear_attn.core.window_mask import dense_mask
+from clear_attn.profiling.window_plot import _kinds
 
 
 @pytest.mark.parametrize("factor", [1, 4])

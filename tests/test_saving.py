@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import clear_attn as clear
-from clear_attn import saving
+from clear_attn.patching import saving
 from tests import tiny
 from tests.plain import run
 from tests.test_linearize import assert_same, checkpoint_for, photograph

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 import clear_attn as clear
-from clear_attn.layout import tile_order
+from clear_attn.core.layout import tile_order
 from tests import tiny
 from tests.plain import run
 

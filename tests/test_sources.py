@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 import clear_attn as clear
-from clear_attn import published
+from clear_attn.weights import published
 from tests import hub, tiny
 from tests.test_linearize import assert_same, checkpoint_for, photograph
 

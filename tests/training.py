@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from clear_attn import demo
 from clear_attn.demo.scenes import draw, training_scenes
 from clear_attn.distill import Settings
-from clear_attn.sources import WEIGHTS_FILE
+from clear_attn.weights.sources import WEIGHTS_FILE
 
 
 def fill(folder, count=5, sizes=((64, 64),)):

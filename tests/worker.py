@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
-from clear_attn.distill import Settings, train, training
+from clear_attn.distill import Settings, train
+from clear_attn.distill import training_run as training
 
 
 def tell(**state):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import clear_attn as clear
-from clear_attn.weights import POOLED, copy_values
+from clear_attn.weights.parameters import POOLED, copy_values
 from tests.matrix.columns import BEFORE, COLUMNS
 from tests.matrix.deeds import Cell, nothing
 from tests.matrix.page import PAGE, notes, sections, tables

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clear_attn.backends import dense, flex, tiled
-from clear_attn.layout import Neighbourhood
+from clear_attn.backends import flex, tiled
+from clear_attn.backends import reference as dense
+from clear_attn.core.layout import Neighbourhood
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.utils._triton import has_triton
 
 from clear_attn.backends import tiled
-from clear_attn.layout import Neighbourhood
-from clear_attn.masks import BLOCK, BlockLists, Points, visible
+from clear_attn.core.layout import Neighbourhood
+from clear_attn.core.window_mask import BLOCK, BlockLists, Points, visible
 
 # Positions in a table on the CPU: pictures up to 11,000 pixels square.
 TABLE_LENGTH = 2**19

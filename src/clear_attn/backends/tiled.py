@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention, softmax_attention_backward
-from clear_attn.tiles import Tiles
+from clear_attn.core.tiles import Tiles
 
 # How much of the keys one step may gather: on a CPU what its caches hold, elsewhere a fraction of a model's memory.
 GATHERED_ELEMENTS_ON_CPU = 2**20

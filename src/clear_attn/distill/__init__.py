@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clear_attn.distill.settings import Settings
-from clear_attn.distill.training import train
+from clear_attn.distill.training_run import train
 
 __all__ = ["Settings", "config_file", "train"]
 

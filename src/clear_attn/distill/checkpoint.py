@@ -12,8 +12,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clear_attn.record import CONFIG_FILE
-from clear_attn.sources import WEIGHTS_FILE
+from clear_attn.weights.metadata import CONFIG_FILE
+from clear_attn.weights.sources import WEIGHTS_FILE
 
 PREFIX = "checkpoint-"
 SETTINGS = "settings.json"

@@ -12,15 +12,16 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from clear_attn.distill import cache, generate
+from clear_attn.distill import cache
+from clear_attn.distill import drawn_data as generate
 from clear_attn.distill.cache import Cache, Origin
 from clear_attn.distill.data import Example, from_dataset, from_folder
-from clear_attn.distill.generate import Drawing
+from clear_attn.distill.drawn_data import Drawing
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
-from clear_attn.linearize import find_transformer
-from clear_attn.prompts import read_prompts
-from clear_attn.record import mark_of
+from clear_attn.patching.linearization import find_transformer
+from clear_attn.utils.prompts import read_prompts
+from clear_attn.weights.metadata import mark_of
 
 # Of mixed precision, by accelerate's name.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,10 +7,10 @@ from typing import Any
 
 from diffusers.optimization import SchedulerType
 
-from clear_attn.config import ClearConfig
-from clear_attn.configure import config_for, described
 from clear_attn.distill import buckets
 from clear_attn.methods import Method, parse
+from clear_attn.patching.resolve import config_for, described
+from clear_attn.utils.validation import ClearConfig
 
 OPTIMIZERS = ("prodigy", "adamw", "adamw8bit")
 STUDENTS = ("full", "lora")

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_attn.config import Config
+from clear_attn.core.layout import TokenLayout
 from clear_attn.distill.sharding import whole
-from clear_attn.layout import TokenLayout
-from clear_attn.linearize import find_transformer
-from clear_attn.processors import AttnProcessor, project, project_out
-from clear_attn.state import door_of
-from clear_attn.weights import own_parameters, projections
+from clear_attn.models.processors import AttnProcessor, project, project_out
+from clear_attn.patching.linearization import find_transformer
+from clear_attn.patching.state import door_of
+from clear_attn.utils.validation import Config
+from clear_attn.weights.parameters import own_parameters, projections
 
 # The keywords by which a call says who computes, and where attention's outputs go, by layer.
 ROLE, OUTPUTS = "clear_role", "clear_outputs"

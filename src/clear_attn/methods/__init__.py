@@ -2,7 +2,7 @@
 
 from clear_attn.methods.agent import Agent
 from clear_attn.methods.base import Method, MethodProcessor, as_text, named, parse
-from clear_attn.methods.compressed import KVCompression
+from clear_attn.methods.kv_compression import KVCompression
 from clear_attn.methods.lit import LiT
 from clear_attn.methods.sigmoid import Sigmoid
 from clear_attn.methods.strided import Strided

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from clear_attn.config import Config, check_whole_number
-from clear_attn.layout import Grid, TokenLayout
-from clear_attn.padding import Padding
-from clear_attn.processors import AttnProcessor
+from clear_attn.core.layout import Grid, TokenLayout
+from clear_attn.models.padding import Padding
+from clear_attn.models.processors import AttnProcessor
+from clear_attn.utils.validation import Config, check_whole_number
 
 # By the name that files know them by.
 _METHODS: dict[str, type[Any]] = {}

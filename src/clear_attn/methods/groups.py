@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from clear_attn.backends import tiled
-from clear_attn.layout import TokenLayout
+from clear_attn.core.coordinates import inverse_of, tile_order_of
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.tiles import TileGroup, Tiles
 from clear_attn.methods.base import Method, MethodProcessor
-from clear_attn.places import inverse_of, tile_order_of
-from clear_attn.tiles import TileGroup, Tiles
 
 # Larger groups are computed in parts of so many queries, each with a list of all keys of its group.
 QUERIES_AT_A_TIME = 1024

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_attn.layout import Grid, TokenLayout
+from clear_attn.core.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method, MethodProcessor
-from clear_attn.methods.picture import from_picture, to_picture
+from clear_attn.methods.image_grid import from_picture, to_picture
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from clear_attn.layout import Grid, TokenLayout
+from clear_attn.core.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method, MethodProcessor
 
 # How many scores are held at a time.

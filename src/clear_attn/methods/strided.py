@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from clear_attn.layout import Grid, TokenLayout
+from clear_attn.core.coordinates import raster
+from clear_attn.core.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method
 from clear_attn.methods.groups import GroupedAttnProcessor, make_groups, pairs
-from clear_attn.places import raster
 
 
 @dataclass(frozen=True)

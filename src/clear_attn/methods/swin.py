@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from clear_attn.layout import Grid, TokenLayout
+from clear_attn.core.coordinates import raster
+from clear_attn.core.layout import Grid, TokenLayout
 from clear_attn.methods.base import Method
 from clear_attn.methods.groups import GroupedAttnProcessor, make_groups, pairs
-from clear_attn.places import raster
 
 
 @dataclass(frozen=True)

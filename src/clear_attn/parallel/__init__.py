@@ -1,5 +1,5 @@
 """One picture on many ranks of torch.distributed, with the same result as on one."""
 
-from clear_attn.parallel.parallelize import deparallelize, parallelize
+from clear_attn.parallel.parallelization import deparallelize, parallelize
 
 __all__ = ["deparallelize", "parallelize"]

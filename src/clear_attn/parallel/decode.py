@@ -10,8 +10,8 @@ from typing import Any
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
-from clear_attn.parallel.inputs import check_same
-from clear_attn.parallel.links import Links
+from clear_attn.parallel.communicator import Links
+from clear_attn.parallel.consistency import check_same
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,20 @@
+"""Pictures larger than a model was trained on: a cascade of stages, and what keeps each of them right."""
+
+from clear_attn.cascade.attention_scale import proportional_attention
+from clear_attn.cascade.large_images import highres
+from clear_attn.cascade.plan import HighresPlan
+from clear_attn.cascade.result import HighresFailed, HighresInterrupted, HighresResult
+from clear_attn.cascade.rope import ntk_scaling
+from clear_attn.cascade.stages import Base, Stage
+
+__all__ = [
+    "Base",
+    "HighresFailed",
+    "HighresInterrupted",
+    "HighresPlan",
+    "HighresResult",
+    "Stage",
+    "highres",
+    "ntk_scaling",
+    "proportional_attention",
+]

@@ -1,0 +1,62 @@
+"""What `clear-attn demo` does: the same captions and seeds, dense, linearized and distilled, in one picture."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import clear_attn as clear
+from clear_attn import demo
+from clear_attn.utils.image_sheets import contact_sheet, draw_window
+from clear_attn.utils.validation import ClearConfig
+from clear_attn.weights.metadata import CONFIG_FILE, read_record
+
+
+def compare(captions: Sequence[str], config: ClearConfig, seed: int, output: Path) -> str:
+    """Draws the captions in each way there is, saves one labelled picture, and returns what to tell the user."""
+    pipe = demo.pipeline()
+    pipe.set_progress_bar_config(leave=False)
+
+    def local(weights: Path | None) -> Any:
+        return clear.linearized(pipe, config.window, config.down_factor, weights=weights)
+
+    pooled = f"\npooled {config.down_factor} x {config.down_factor}" if config.down_factor > 1 else ""
+    label = f"CLEAR, window {config.window}{pooled}"
+    ways = {"dense attention": contextlib.nullcontext(), f"{label}\n(training-free)": local(None)}
+    trained = read_record(demo.distilled() / CONFIG_FILE).config
+    fits = trained == config
+    if fits:
+        ways[f"{label}\n(distilled)"] = local(demo.distilled())
+    rows, seconds = {}, {}
+    for name, way in ways.items():
+        with way:
+            started = time.perf_counter()
+            rows[name] = pipe(
+                list(captions), max_sequence_length=demo.TEXT_TOKENS, generator=torch.Generator().manual_seed(seed)
+            ).images
+            seconds[name] = time.perf_counter() - started
+    cost = clear.cost(
+        pipe,
+        demo.SIZE,
+        demo.SIZE,
+        window=config.window,
+        down_factor=config.down_factor,
+        text_tokens=demo.TEXT_TOKENS,
+        batch=len(captions),
+    )
+    last = rows[name]
+    last[0] = draw_window(last[0], config.window, demo.SIZE // cost.width)
+    contact_sheet(rows, captions).save(output)
+    times = ", ".join(f"{name.replace(chr(10), ' ')} {each:.1f} s" for name, each in seconds.items())
+    told = f"{cost}\n\nDrawn in: {times}. At 16 x 16 tokens there is little to save; the larger the picture, the more."
+    if not fits:
+        told += (
+            f"\n\nThe distilled weights in the box are for --window {trained.window} --down-factor "
+            f"{trained.down_factor}, so they are not shown."
+        )
+    return told

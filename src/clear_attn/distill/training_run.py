@@ -1,0 +1,104 @@
+"""From a model's name and pictures to distilled weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
+from tqdm.auto import tqdm
+
+from clear_attn.distill import checkpoint, prepare
+from clear_attn.distill.optimizers import check_optimizer
+from clear_attn.distill.settings import Settings
+from clear_attn.distill.trainer import Run, shared
+from clear_attn.distill.validation import Validation
+from clear_attn.patching.saving import check_folder, save_values
+
+
+def train(settings: Settings) -> Path:
+    """Distils a model and saves the result as `clear_attn.save_pretrained` does.
+
+    Args:
+        settings (`Settings`): of the run.
+
+    Returns:
+        The folder of the result, `settings.output_dir`.
+
+    Raises:
+        ValueError: settings out of range; pictures without captions; a cache or a checkpoint of something else.
+        TypeError: a model that cannot be linearized or distilled.
+        FileExistsError: the folder holds another run, or checkpoints later than that to continue.
+        FileNotFoundError: there is no such checkpoint, or no such file of prompts.
+        NotADirectoryError: a folder is a file.
+        ImportError: what the settings name needs a library that is not installed.
+        FloatingPointError: a loss, gradient or weight was not finite; nothing has been overwritten then.
+    """
+    settings.check()
+    folder = check_folder(settings.output_dir)
+    resumed = checkpoint.find(folder, settings.resume_from_checkpoint)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        mixed_precision=_precision(settings),
+        log_with=_tracker(settings.report_to),
+        project_config=ProjectConfiguration(settings.output_dir, str(folder / settings.logging_dir)),
+    )
+    check_optimizer(settings, accelerator)
+    if resumed:
+        checkpoint.check_settings(resumed, shared(settings, accelerator))
+    pictures = prepare.examples(settings)
+    pipe = prepare.load(settings, accelerator)
+    data = prepare.data(settings, accelerator, pipe, pictures)
+    validation = Validation(settings, accelerator, pipe)
+    prepare.drop_text_encoders(pipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(settings, accelerator, pipe, data)
+    if resumed:
+        run.restore(resumed)
+    accelerator.init_trackers("distill", config=_loggable(shared(settings, accelerator)))
+    _go(run, settings, accelerator, validation)
+    values = run.result()
+    if accelerator.is_main_process:
+        save_values(pipe, settings.config, values, folder)
+    accelerator.end_training()
+    return folder
+
+
+def _go(run: Run, settings: Settings, accelerator: Accelerator, validation: Validation) -> None:
+    last = settings.max_train_steps
+    hidden = not accelerator.is_local_main_process
+    with tqdm(initial=run.step, total=last, desc="distilling", disable=hidden) as progress:
+        for values in run.steps():
+            progress.update()
+            progress.set_postfix(loss=f"{values['total']:.4f}")
+            accelerator.log(values, step=run.step)
+            if run.step % settings.checkpointing_steps == 0 or run.step == last:
+                run.save()
+            if run.step % settings.validation_steps == 0 or run.step == last:
+                with run.averaged(), run.autocast():
+                    validation.draw(run.step)
+
+
+def _precision(settings: Settings) -> str | None:
+    """What accelerate is to be told: on a GPU bf16, unless it was told already, or the run is."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    usual = "bf16" if torch.cuda.is_available() and not told else None
+    return settings.mixed_precision or usual
+
+
+def _tracker(name: str) -> str | None:
+    """The tracker to report to; accelerate would leave out one that is not installed without a word."""
+    if name in ("none", "all") or name in [tracker.value for tracker in get_available_trackers()]:
+        return None if name == "none" else name
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    if name not in known:
+        raise ValueError(f"report_to must be one of {', '.join(known)}, all, none; got {name!r}")
+    raise ImportError(f"report_to={name!r} needs {name}: pip install {name}, or give report_to='none'")
+
+
+def _loggable(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}

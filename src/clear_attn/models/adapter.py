@@ -1,0 +1,136 @@
+"""What a family of transformers has to tell: where its attention is, and how a call goes in and comes out."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clear_attn.core.layout import Grid, TokenLayout
+from clear_attn.models.padding import Padding
+from clear_attn.models.processors import ClearAttnProcessor
+
+
+class Call(NamedTuple):
+    """What the door reads from one call of a transformer."""
+
+    grids: tuple[Grid, ...]
+    text_tokens: int
+    device: torch.device
+
+
+class InnerDoor(NamedTuple):
+    """A hook inside a transformer: on a module's output, or before it runs, with its keywords."""
+
+    module: nn.Module
+    hook: Callable[..., Any]
+    before: bool = False
+
+    def stands(self) -> bool:
+        """Whether the hook is in place."""
+        hooks = self.module._forward_pre_hooks if self.before else self.module._forward_hooks
+        return any(hook is self.hook for hook in hooks.values())
+
+
+class Family(abc.ABC):
+    """One family. Stateless: what differs from call to call travels in the call's keywords.
+
+    Attributes:
+        transformer_class: its transformers in diffusers.
+        stock_processors: those that CLEAR's processor can stand in for.
+        adapters: those of adapters, whose work beside attention `stand_in` keeps up.
+        text_first: whether text comes before the image where they are joined.
+        text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
+        residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
+        only_attends: whether its layers do nothing but project, attend and project, so that other methods than CLEAR
+            may stand in.
+        trusts_fused: whether a layer with `fused_projections` has a fused projection that holds what its parts do.
+        streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a CPU.
+        keywords: the argument of a call that holds what is passed on to the attention layers.
+        tells_noise: whether a call's timestep tells the share of noise.
+    """
+
+    transformer_class: type
+    stock_processors: tuple[type, ...]
+    adapters: tuple[type, ...] = ()
+    text_first: bool
+    text_tokens: int
+    residuals: tuple[str, ...] = ()
+    only_attends: bool = False
+    trusts_fused: bool = True
+    streams: int = 20
+    keywords: str = "joint_attention_kwargs"
+    tells_noise: bool = True
+
+    def attention_layers(self, transformer: Any) -> dict[str, Any]:
+        """The attention modules by name, those whose processors are replaced."""
+        return {
+            key.removesuffix(".processor"): transformer.get_submodule(key.removesuffix(".processor"))
+            for key in transformer.attn_processors
+        }
+
+    def has_text(self, transformer: Any, layer: str) -> bool:
+        """Whether text takes part in the attention of the layer of this name."""
+        return True
+
+    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
+        """The processor for a layer."""
+        return ClearAttnProcessor(down_factor, layer)
+
+    def stand_in(self, stock: Any, down_factor: int, layer: str) -> ClearAttnProcessor:
+        """The processor for a layer that has one of the stock processors or adapters."""
+        return self.new_processor(down_factor, layer)
+
+    @abc.abstractmethod
+    def latents_per_token(self, transformer: Any) -> int:
+        """The side of a token in pixels of the latent picture."""
+
+    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+        """What has to be changed inside, where the transformer's entrance does not reach."""
+        return []
+
+    def announce(self, own: dict[str, Any] | None) -> None:
+        """Tells the layers of a call's own keywords, where the transformer does not; None when the call is over."""
+        return
+
+    @abc.abstractmethod
+    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        """Reads the grids and the text length from a call's keywords; raises ValueError where they do not fit."""
+
+    def padding(self, kwargs: dict[str, Any], layout: TokenLayout) -> Padding | None:
+        """What a call says of padding in its text; raises ValueError where that does not fit."""
+        return None
+
+    def noise(self, kwargs: dict[str, Any]) -> Tensor:
+        """The share of noise in each picture of a call, 0 to 1, as its timestep tells: `[batch]` or one number.
+
+        Raises ValueError where it does not.
+        """
+        timestep: Tensor = kwargs["timestep"]
+        return timestep
+
+    def check_residuals(self, kwargs: dict[str, Any], tokens: int) -> None:
+        """Raises ValueError where a ControlNet's residuals are not for so many image tokens."""
+        for name in self.residuals:
+            for residual in kwargs.get(name) or ():
+                if residual.shape[1] != tokens:
+                    raise ValueError(
+                        f"{name} must have a residual for each of {tokens} image tokens, got {residual.shape[1]}; "
+                        "give the ControlNet the picture's own height and width"
+                    )
+
+    def enter_residuals(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """The keywords with a ControlNet's residuals in tile order."""
+        given = [name for name in self.residuals if kwargs.get(name) is not None]
+        return {**kwargs, **{name: [residual[:, layout.order] for residual in kwargs[name]] for name in given}}
+
+    @abc.abstractmethod
+    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """The keywords with the image tokens, and all that runs beside them, in tile order."""
+
+    @abc.abstractmethod
+    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        """A tensor of the transformer's output in raster order."""

@@ -1,0 +1,40 @@
+"""DiT in diffusers: SD3's doors, a class in place of text, square pictures, and a variance beside the noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+from clear_attn.models.adapter import Call
+from clear_attn.models.sd3 import SD3
+
+
+class DiT(SD3):
+    transformer_class = DiTTransformer2DModel
+    stock_processors = (AttnProcessor2_0, AttnProcessor)
+    text_tokens = 0
+    residuals = ()
+    keywords = "cross_attention_kwargs"
+    tells_noise = False
+
+    def attention_layers(self, transformer: Any) -> dict[str, Any]:
+        return {name: module for name, module in transformer.named_modules() if isinstance(module, Attention)}
+
+    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        call = super().read(transformer, kwargs)
+        height, width = call.grids[0]
+        if height != width:
+            raise ValueError(
+                f"hidden_states must be square, got {list(kwargs['hidden_states'].shape)}; diffusers' DiT puts its "
+                "tokens together to a square whatever came in"
+            )
+        return call
+
+    def noise(self, kwargs: dict[str, Any]) -> Tensor:
+        raise ValueError(
+            "a DiT's timestep is a place in its scheduler's betas, which a call does not tell, and no share of noise; "
+            "give a schedule without dense_above"
+        )

@@ -1,0 +1,151 @@
+"""FLUX.1 in diffusers: text first, positions in `img_ids`, a reference picture as a second segment (Kontext)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from torch import Tensor
+
+from clear_attn.core.layout import Grid, TokenLayout
+from clear_attn.models.adapter import Call, Family
+from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.tensor_cache import ReadOnce
+
+
+class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
+    """CLEAR's attention, and beside it each image token's attention to an IP-Adapter's few tokens.
+
+    It has the stock processor's own projections, and is one of its kind to diffusers: `set_ip_adapter_scale` and
+    `unload_ip_adapter` find it.
+    """
+
+    of_the_layer = (*ClearAttnProcessor.of_the_layer, "scale")
+
+    def __init__(self, stock: FluxIPAdapterAttnProcessor, down_factor: int, layer: str) -> None:
+        ClearAttnProcessor.__init__(self, down_factor, layer)
+        self.scale = stock.scale
+        self.to_k_ip, self.to_v_ip = stock.to_k_ip, stock.to_v_ip
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        clear_layout: TokenLayout | None = None,
+        clear_backend: str = "auto",
+        clear_sharpness: float = 1.0,
+        ip_hidden_states: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        image, text = ClearAttnProcessor.__call__(
+            self,
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            image_rotary_emb,
+            clear_layout,
+            clear_backend,
+            clear_sharpness,
+        )
+        # Once more, for here it is taken without its position.
+        query = attn.to_qkv(hidden_states).chunk(3, dim=-1)[0] if self.takes_fused(attn) else attn.to_q(hidden_states)
+        query = attn.norm_q(query.unflatten(-1, (attn.heads, -1))).transpose(1, 2)
+        adapted = torch.zeros_like(image)
+        for tokens, scale, to_key, to_value in zip(
+            ip_hidden_states or (), self.scale, self.to_k_ip, self.to_v_ip, strict=True
+        ):
+            # Several pictures may stand apart in a dimension of their own.
+            parts = (to(tokens).reshape(len(image), -1, *query.shape[1::2]) for to in (to_key, to_value))
+            key, value = (part.transpose(1, 2) for part in parts)
+            seen = self._text_attention(query, key, value, query.shape[-1] ** -0.5)
+            adapted = adapted + scale * seen.transpose(1, 2).flatten(2, 3)
+        return image, text, adapted
+
+
+class Flux(Family):
+    transformer_class = FluxTransformer2DModel
+    stock_processors: tuple[type, ...] = (FluxAttnProcessor,)
+    adapters: tuple[type, ...] = (FluxIPAdapterAttnProcessor,)
+    text_first = True
+    text_tokens = 512
+    only_attends = True
+    residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+    def stand_in(self, stock: Any, down_factor: int, layer: str) -> ClearAttnProcessor:
+        if isinstance(stock, self.adapters):
+            return IPAdapterProcessor(stock, down_factor, layer)
+        return self.new_processor(down_factor, layer)
+
+    def latents_per_token(self, transformer: Any) -> int:
+        return 2  # the pipelines pack them so
+
+    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        if kwargs.get("img_ids") is None:
+            raise ValueError("img_ids must tell where the image tokens stand, got None; pass them as the pipeline does")
+        grids = _read_ids(kwargs["img_ids"]).grids
+        tokens = sum(height * width for height, width in grids)
+        if hidden_states.shape[1] != tokens:
+            raise ValueError(
+                f"img_ids place {tokens} image tokens, hidden_states has {hidden_states.shape[1]}; give "
+                "each image token its row in img_ids"
+            )
+        self.check_residuals(kwargs, tokens)
+        return Call(grids, text.shape[1], hidden_states.device)
+
+    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        ids = kwargs["img_ids"]
+        exact = _read_ids(ids).exact
+        ids = (ids[0] if ids.ndim == 3 else ids) if exact is None else exact
+        return {
+            **self.enter_residuals(kwargs, layout),
+            "hidden_states": kwargs["hidden_states"][:, layout.order],
+            "img_ids": ids[layout.order],
+        }
+
+    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        return sample[:, layout.inverse]
+
+
+class _Positions(NamedTuple):
+    """What `img_ids` say: the grids, and the same ids in float32 where theirs is too coarse for integers."""
+
+    grids: tuple[Grid, ...]
+    exact: Tensor | None
+
+
+def _parse_ids(ids: Tensor) -> _Positions:
+    if ids.ndim not in (2, 3) or ids.shape[-1] < 3 or ids.numel() == 0:
+        raise ValueError(
+            f"img_ids must be [image tokens, 3 or more], the picture's number, row, column, got {list(ids.shape)}; "
+            "pass them as diffusers' pipeline does"
+        )
+    values = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float32)
+    _, lengths = torch.unique_consecutive(values[:, 0], return_counts=True)
+    grids, regular = [], []
+    for part in values.split(lengths.tolist()):
+        # The first row's number is nobody else's, also where bfloat16 makes others collide.
+        width = int((part[:, 1] == part[0, 1]).sum())
+        height = len(part) // width
+        rows, columns = part[::width, 1], part[:width, 2]
+        others = part[:1, 3:].expand(len(part), -1)
+        if not (torch.equal(part[:, 1:3], torch.cartesian_prod(rows, columns)) and torch.equal(part[:, 3:], others)):
+            raise ValueError(
+                f"img_ids must number the tokens of each picture row by row; {len(part)} of them with the first "
+                f"number {part[0, 0].item():g} are no grid of {width} columns; pass them as diffusers' pipeline does"
+            )
+        grids.append((height, width))
+        counted = torch.cartesian_prod(*(torch.arange(len(line), device="cpu") + line[0] for line in (rows, columns)))
+        regular.append(torch.cat([part[:, :1], counted, others], dim=1))
+    exact = torch.cat(regular)
+    # Counted anew only where that is what the coarser numbers stand for; positions of another kind are left alone.
+    counts = ids.dtype in (torch.bfloat16, torch.float16) and torch.equal(exact.to(ids.dtype).float(), values)
+    return _Positions(tuple(grids), exact.to(ids.device) if counts else None)
+
+
+_read_ids = ReadOnce(_parse_ids)

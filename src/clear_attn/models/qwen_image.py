@@ -1,0 +1,146 @@
+"""Qwen-Image in diffusers: grids in `img_shapes`, complex rotary embedding, text that may be padded.
+
+Further pictures in a sequence, references (Edit) or layers (Layered), are segments of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from torch import Tensor
+
+from clear_attn.core.layout import Grid, TokenLayout, tile_order
+from clear_attn.models.adapter import Call, Family, InnerDoor
+from clear_attn.models.padding import UNSEEN, Padding, check_mask, padding_of
+from clear_attn.models.processors import ClearAttnProcessor
+
+# A picture's frames, rows and columns.
+Shape = tuple[int, int, int]
+
+
+class QwenProcessor(ClearAttnProcessor):
+    """Takes the keyword by which Qwen-Image's layers are told of a mask; the door has made it a `Padding`."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        clear_layout: TokenLayout | None = None,
+        clear_backend: str = "auto",
+        clear_sharpness: float = 1.0,
+        clear_padding: Padding | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return super().__call__(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            image_rotary_emb,
+            clear_layout,
+            clear_backend,
+            clear_sharpness,
+            clear_padding,
+        )
+
+
+class QwenImage(Family):
+    transformer_class = QwenImageTransformer2DModel
+    stock_processors = (QwenDoubleStreamAttnProcessor2_0,)
+    text_first = True
+    text_tokens = 512  # the most that its pipelines take; they do not pad
+    residuals: tuple[str, ...] = ("controlnet_block_samples",)
+    keywords = "attention_kwargs"
+
+    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
+        return QwenProcessor(down_factor, layer)
+
+    def latents_per_token(self, transformer: Any) -> int:
+        return int(transformer.config.patch_size)
+
+    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+        return [InnerDoor(transformer.pos_embed, join_positions)]
+
+    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        grids = _grids(_shapes(kwargs.get("img_shapes")))
+        tokens = sum(height * width for height, width in grids)
+        if hidden_states.shape[1] != tokens:
+            raise ValueError(
+                f"img_shapes place {tokens} image tokens, hidden_states has {hidden_states.shape[1]}; give the shape "
+                "in tokens of each picture in the sequence"
+            )
+        self.check_residuals(kwargs, tokens)
+        return Call(grids, text.shape[1], hidden_states.device)
+
+    def padding(self, kwargs: dict[str, Any], layout: TokenLayout) -> Padding | None:
+        mask, text = kwargs.get("encoder_hidden_states_mask"), kwargs["encoder_hidden_states"]
+        if mask is None:
+            return None
+        check_mask("encoder_hidden_states_mask", mask, tuple(text.shape[:2]))
+        unseen = torch.where(mask.bool(), 0.0, UNSEEN)
+        return padding_of(layout, torch.ones_like(unseen), unseen)
+
+    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        return {
+            **self.enter_residuals(kwargs, layout),
+            "hidden_states": kwargs["hidden_states"][:, layout.order],
+            "encoder_hidden_states_mask": None,
+        }
+
+    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        return sample[:, layout.inverse]
+
+
+class QwenControlNet(QwenImage):
+    """Of Qwen-Image; unlike other ControlNets, it passes on the keywords of a call to its layers."""
+
+    transformer_class = QwenImageControlNetModel
+    residuals = ()
+    keywords = "joint_attention_kwargs"
+
+    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        return {**super().enter(kwargs, layout), "controlnet_cond": kwargs["controlnet_cond"][:, layout.order]}
+
+
+def _shapes(img_shapes: Any) -> Sequence[Shape]:
+    """Of one sequence's pictures; a batch brings a list of them for each, or a shape for each."""
+    if not img_shapes:
+        raise ValueError(
+            f"img_shapes must tell the pictures' frames, rows and columns in tokens, got {img_shapes}; pass them as "
+            "QwenImagePipeline does"
+        )
+    if any(shapes != img_shapes[0] for shapes in img_shapes):
+        raise ValueError(
+            f"img_shapes must be the same for the whole batch, got {img_shapes}; draw pictures of different size in "
+            "calls of their own"
+        )
+    return img_shapes[0] if isinstance(img_shapes[0], list) else [img_shapes[0]]
+
+
+def _grids(shapes: Sequence[Shape]) -> tuple[Grid, ...]:
+    return tuple((height, width) for frames, height, width in shapes for _ in range(frames))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def join_positions(embedding: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A forward hook: FLUX's form of a rotary embedding, (cos, sin) of text and image joined, for the complex one.
+
+    The image's part in tile order.
+    """
+    image, text = output
+    grids = _grids(_shapes(args[0]))
+    starts = itertools.accumulate(map(math.prod, grids), initial=0)
+    order = torch.cat([start + tile_order(grid, image.device) for start, grid in zip(starts, grids, strict=False)])
+    angles = torch.cat([text, image[order]])
+    cos, sin = (part.repeat_interleave(2, dim=-1) for part in (angles.real, angles.imag))
+    return cos, sin

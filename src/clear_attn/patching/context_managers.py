@@ -1,0 +1,109 @@
+"""The verbs of the library for the length of a `with` block."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from clear_attn.methods import Method
+from clear_attn.methods.schedule import Schedule
+from clear_attn.patching.linearization import PipelineOrTransformer, find_transformer, linearize, restore
+from clear_attn.patching.state import apply, capture, door_of, original_state
+
+
+@contextlib.contextmanager
+def linearized(
+    pipe: PipelineOrTransformer,
+    window: int | None = None,
+    down_factor: int | None = None,
+    *,
+    method: Method | None = None,
+    schedule: Schedule | None = None,
+    weights: str | os.PathLike[str] | None = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    backend: str = "auto",
+) -> Iterator[PipelineOrTransformer]:
+    """`linearize` for the length of a `with` block; then the state before, whatever it was.
+
+    Arguments and errors are those of `linearize`.
+    """
+    back = _way_back(pipe)
+    linearize(
+        pipe,
+        window,
+        down_factor,
+        method=method,
+        schedule=schedule,
+        weights=weights,
+        revision=revision,
+        token=token,
+        backend=backend,
+    )
+    try:
+        yield pipe
+    finally:
+        back()
+
+
+@contextlib.contextmanager
+def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
+    """`restore` for the length of a `with` block; then the state before, whatever it was.
+
+    Errors are those of `restore`.
+    """
+    back = _way_back(pipe)
+    transformer, _ = find_transformer(pipe)
+    tables = _hooks_in(transformer)
+    before, dense = [dict(table) for table in tables], [dict[int, Any]() for _ in tables]
+    try:
+        restore(pipe)
+        dense = [dict(table) for table in tables]
+        yield pipe
+    finally:
+        inside = [dict(table) for table in tables]
+        try:
+            back()
+        finally:
+            # The doors would stand behind the hooks of others. What others took off or put on inside stays so.
+            for table, *states in zip(tables, before, dense, inside, strict=True) if door_of(transformer) else ():
+                _replace_hooks(table, *states)
+
+
+def _replace_hooks(
+    table: dict[int, Any], before: dict[int, Any], dense: dict[int, Any], inside: dict[int, Any]
+) -> None:
+    """A table of hooks as before, but for what came and went between it was dense and now."""
+    stay = {key: hook for key, hook in before.items() if key in inside or key not in dense}
+    new = {key: hook for key, hook in inside.items() if key not in dense}
+    table.clear()
+    table.update({**stay, **new})
+
+
+def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
+    """The tables in which torch keeps a model's hooks."""
+    names = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+    return [getattr(module, name) for module in transformer.modules() for name in names]
+
+
+def _way_back(pipe: Any) -> Callable[[], None]:
+    """What puts the present state back in place of any other that the verbs of this library lead to."""
+    transformer, family = find_transformer(pipe)
+    layers = family.attention_layers(transformer)
+    door = door_of(transformer)
+    before = capture(transformer, layers, door.original.values if door else ())
+
+    def back() -> None:
+        stock = original_state(transformer, layers)
+        wanted = before._replace(values={**stock.values, **before.values}) if before.door else stock
+        try:
+            apply(transformer, layers, wanted)
+        except BaseException:
+            apply(transformer, layers, wanted)
+            raise
+
+    return back

@@ -1,0 +1,175 @@
+"""Distilled weights, written: to a folder, and to the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clear_attn.methods import Method
+from clear_attn.methods.schedule import Schedule
+from clear_attn.patching.linearization import find_transformer
+from clear_attn.patching.state import door_of, processors_of
+from clear_attn.utils.validation import ClearConfig
+from clear_attn.weights.metadata import CONFIG_FILE, Record, mark_of
+from clear_attn.weights.parameters import (
+    DTYPES,
+    METHOD,
+    check_in_memory,
+    check_replaceable,
+    own_parameters,
+    replaced_parameters,
+)
+from clear_attn.weights.published import BASE, LICENCE, base_model_of, is_published
+from clear_attn.weights.sources import WEIGHTS_FILE
+
+CARD_FILE = "README.md"
+
+
+def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
+    """Saves what distillation trains of a linearized pipeline, and what it takes to use it, nothing else.
+
+    Writes `clear_weights.safetensors` (the projections that distilled weights replace, and the pooled weights, in
+    the model's own dtype), `clear_config.json` and a model card. They appear when all are written; until then an
+    earlier save in the same directory stays as it was. A README.md that is there is left alone.
+
+    Args:
+        pipe: a linearized pipeline or transformer.
+        directory: where to; made where there is none.
+
+    Raises:
+        TypeError: not a supported pipeline.
+        RuntimeError: it is not linearized, or no longer in whole; its parameters are on the meta device, stored in
+            eight bits, or mixed with a fused LoRA.
+        NotADirectoryError: ``directory`` is a file.
+    """
+    transformer, family = find_transformer(pipe)
+    door = door_of(transformer)
+    if door is None:
+        raise RuntimeError("this pipeline is not linearized, so there is nothing to save; call clear_attn.linearize()")
+    folder = check_folder(directory)
+    layers = family.attention_layers(transformer)
+    door.check(transformer)
+    check_in_memory(transformer, layers)
+    check_replaceable(layers)
+    values = {name: parameter.detach() for name, parameter in replaced_parameters(layers).items()}
+    coarse = next((value.dtype for value in values.values() if value.dtype not in DTYPES), None)
+    if coarse:
+        raise RuntimeError(
+            f"this model's weights are stored in {coarse} by layerwise casting, and would be saved so; save before "
+            "enable_layerwise_casting()"
+        )
+    values |= {name: own.detach() for name, own in own_parameters(processors_of(layers)).items()}
+    save_values(pipe, door.config, values, folder, door.schedule)
+
+
+def check_folder(directory: str | os.PathLike[str]) -> Path:
+    """Raises NotADirectoryError where a folder is a file."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{str(directory)!r} is a file; give a directory to save to")
+    return folder
+
+
+def save_values(
+    pipe: Any,
+    config: ClearConfig | Method,
+    values: Mapping[str, Tensor],
+    folder: Path,
+    schedule: Schedule = Schedule(),  # noqa: B008, for it is frozen
+) -> None:
+    """Writes distilled weights, by their names in a checkpoint, as `save_pretrained` does."""
+    transformer, _ = find_transformer(pipe)
+    values = {name: value.to("cpu").contiguous() for name, value in values.items()}
+    mark = mark_of(transformer)
+    source = mark["source"] if mark else None
+    record = Record(config, type(transformer).__name__, base_model_of(pipe, transformer), source, schedule)
+    folder.mkdir(parents=True, exist_ok=True)
+    # On the same disk, so that what takes time or room can fail only before the first file is put in place.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        # A file may be parted from its record.
+        told = {METHOD: json.dumps(config.settings())} if isinstance(config, Method) else {}
+        save_file(values, Path(unfinished, WEIGHTS_FILE), metadata={"format": "pt", **told})
+        Path(unfinished, CARD_FILE).write_text(_card(record), encoding="utf-8")
+        Path(unfinished, CONFIG_FILE).write_text(record.to_json(), encoding="utf-8")
+        # Never an old record beside new weights.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        # A card that is there may be the user's own.
+        card = [] if (folder / CARD_FILE).exists() else [CARD_FILE]
+        for name in (WEIGHTS_FILE, *card, CONFIG_FILE):
+            Path(unfinished, name).chmod(0o644)
+            Path(unfinished, name).replace(folder / name)
+
+
+def push_to_hub(
+    pipe: Any,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload CLEAR weights",
+) -> str:
+    """Uploads what `save_pretrained` writes.
+
+    Args:
+        pipe: a linearized pipeline or transformer.
+        repo_id (`str`): `owner/repo`; made where there is none.
+        private (`bool`, *optional*): whether a new repository is private; by default as the owner's settings say.
+        token (`str` or `bool`, *optional*): of the Hub, with the right to write; by default that of `hf auth login`.
+        commit_message (`str`): of the upload.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        As `save_pretrained`, and huggingface_hub's own errors.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        save_pretrained(pipe, directory)
+        repo = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
+        commit = huggingface_hub.upload_folder(
+            repo_id=repo.repo_id, folder_path=directory, token=token, commit_message=commit_message
+        )
+    return str(commit.commit_url)
+
+
+def _purpose(config: ClearConfig | Method, model: str) -> str:
+    if isinstance(config, Method):
+        return f"with which {model} attends by `{config}` of clear_attn.methods in place of softmax attention."
+    pooled = f", and means over cells of {config.down_factor} x {config.down_factor} tokens"
+    return f"""that make the image attention of {model} local: an image token sees the text
+and the image tokens at a distance below {config.window} tokens{pooled if config.down_factor > 1 else ""}.
+The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112))."""
+
+
+def _card(record: Record) -> str:
+    name = type(record.config).__name__ if isinstance(record.config, Method) else "CLEAR"
+    head = ["library_name: clear_attn", "tags:", f"- {name.lower()}", "- text-to-image"]
+    model, licence = "a " + record.architecture, ""
+    if record.base_model:
+        head += [f"base_model: {record.base_model}"]
+        model = f"[{record.base_model}](https://huggingface.co/{record.base_model})"
+    if record.base_model == BASE or is_published(record.source):
+        head += ["license: other", "license_name: flux-1-dev-non-commercial-license"]
+        licence = f"\nThe weights are {LICENCE}.\n"
+    return f"""---
+{chr(10).join(head)}
+---
+
+# {name} weights for {model}
+
+Projections of query, key, value and output {_purpose(record.config, model)}
+{licence}
+```python
+import clear_attn as clear
+
+clear.linearize(pipe, weights="this repository's id, or a folder with its files")
+```
+"""

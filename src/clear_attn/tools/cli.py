@@ -1,0 +1,136 @@
+"""The command `clear-attn`."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clear_attn.tools.bench.bench_command import bench
+from clear_attn.tools.evaluate.evaluate_command import evaluate
+from clear_attn.tools.generate_command import generate
+from clear_attn.tools.options import check_picture_file
+
+app = typer.Typer(
+    name="clear-attn",
+    help="Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DEMO_CAPTIONS = (
+    "a red circle on a blue ground, at the top left",
+    "a yellow triangle on a red ground, at the top right",
+    "a black triangle on a white ground, in the middle",
+    "a black cross on a yellow ground, at the bottom left",
+)
+
+
+class Model(StrEnum):
+    """Architectures whose costs can be told without their weights."""
+
+    flux = "flux"
+    sd3_medium = "sd3-medium"
+    sd35_medium = "sd3.5-medium"
+    sd35_large = "sd3.5-large"
+    flux2 = "flux2"
+    qwen_image = "qwen-image"
+    chroma = "chroma"
+
+
+app.command()(bench)
+app.command("eval")(evaluate)
+app.command()(generate)
+
+
+@app.callback()
+def main() -> None:
+    pass
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; may be repeated.", show_default="four captions")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 8,
+    down_factor: Annotated[int, typer.Option(min=1, help="Side of pooled cells in tokens; 1 for none.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("clear-attn-demo.png"),
+) -> None:
+    """Draw captions with the small FLUX in the box: dense, linearized, and with its distilled weights."""
+    check_picture_file(output, "--output")
+    # Only here, for torch and diffusers take seconds to import.
+    from clear_attn.demo import comparison as draw
+    from clear_attn.utils.validation import ClearConfig
+
+    report = draw.compare(prompt or list(DEMO_CAPTIONS), ClearConfig(window, down_factor), seed, output)
+    typer.echo(f"{report}\n\nSaved {output}")
+
+
+@app.command()
+def cost(
+    height: Annotated[int, typer.Option(help="Height of the picture in pixels.")],
+    width: Annotated[int, typer.Option(help="Width of the picture in pixels.")],
+    window: Annotated[int | None, typer.Option(help="Radius of the window in tokens.", show_default="16")] = None,
+    down_factor: Annotated[
+        int | None, typer.Option(help="Side of pooled cells in tokens; 1 for none.", show_default="1")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Another way to attend, as Swin(side=8).", show_default="CLEAR")
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Length of the text sequence.", show_default="512 for flux, 333 for sd3")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pictures in one forward pass.")] = 1,
+    model: Annotated[Model, typer.Option(help="The architecture.")] = Model.flux,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count the work of attention, dense and linearized."""
+    from clear_attn.methods import parse
+    from clear_attn.profiling.attention_cost import cost as count
+
+    try:
+        counted = count(
+            _without_weights(model).bfloat16(),
+            height,
+            width,
+            window=window,
+            down_factor=down_factor,
+            method=None if method is None else parse(method),
+            text_tokens=text_tokens,
+            batch=batch,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else str(counted))
+
+
+def _without_weights(model: Model) -> Any:
+    """A transformer of an architecture on the meta device, at its published size."""
+    import diffusers
+    import torch
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    sd3_medium = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+    sd35_large = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+    with torch.device("meta"):
+        match model:
+            case Model.flux:
+                return FluxTransformer2DModel(guidance_embeds=True)
+            case Model.sd3_medium:
+                return SD3Transformer2DModel(**sd3_medium)
+            case Model.sd35_medium:
+                return SD3Transformer2DModel(**sd3_medium, dual_attention_layers=tuple(range(13)))
+            case Model.sd35_large:
+                return SD3Transformer2DModel(**sd35_large)
+            case Model.flux2:
+                return diffusers.Flux2Transformer2DModel()
+            case Model.qwen_image:
+                return diffusers.QwenImageTransformer2DModel()
+            case Model.chroma:
+                return diffusers.ChromaTransformer2DModel()
