@@ -17,7 +17,7 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.methods.schedule import Schedule, noise_after
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.parallel import deparallelize
-from clear_attn.parallel import parallelization as parallelize
+from clear_attn.parallel import parallelize
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.linearization import is_linearized, linearize, restore
 from clear_attn.patching.saving import push_to_hub, save_pretrained

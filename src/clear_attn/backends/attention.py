@@ -1,153 +1,147 @@
-"""CLEAR's attention on query, key and value: text queries see all, image queries their window and what all see."""
+"""CLEAR's attention on query, key and value: text queries attend to all tokens, image queries to their window."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clear_attn.backends import BACKENDS, check_backend, check_can_run, choose, choose_aloud
+from clear_attn.backends.selection import BACKENDS, select_backend, validate_backend, validate_call
 from clear_attn.backends.softmax import softmax_attention
-from clear_attn.core.layout import TokenLayout
+from clear_attn.core.plan import WindowPlan
 
-DenseAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+# From query, key, value, scale and a bias that broadcasts to the scores.
+DenseAttention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
 
-def pool(image: Tensor, layout: TokenLayout, spatial_weight: Tensor) -> Tensor:
-    """Weighted sums of image keys or values over the cells of a layout.
+def pool(image: Tensor, plan: Any, spatial_weight: Tensor) -> Tensor:
+    """Return weighted sums of image keys or values over the cells of a plan.
 
     A cell that the grid cuts sums over the tokens it has and is scaled by f^2 / (tokens it has).
 
     Args:
         image: `[batch, heads, image tokens, head_dim]` in tile order.
-        layout: with a down_factor f above 1.
+        plan: with a down_factor f above 1.
         spatial_weight: the learned weight of each place in a cell, f^2 elements in raster order.
 
     Returns:
         `[batch, heads, pooled tokens, head_dim]`.
     """
     # An offloaded weight may wait elsewhere.
-    weight = layout.pool_weight * spatial_weight.flatten().to(layout.pool_weight.device)
-    cells = image.index_select(2, layout.pool_index.flatten()).unflatten(2, layout.pool_index.shape)
+    weight = plan.pool_weight * spatial_weight.flatten().to(plan.pool_weight.device)
+    cells = image.index_select(2, plan.pool_index.flatten()).unflatten(2, plan.pool_index.shape)
     return torch.einsum("bhcnd,cn->bhcd", cells, weight.to(image.dtype))
 
 
-@overload
 def clear_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: TokenLayout,
-    *,
-    pooled: tuple[Tensor, Tensor] | None = ...,
-    backend: str = ...,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-    text_attention: DenseAttention | None = ...,
-) -> Tensor: ...
-
-
-@overload
-def clear_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout,
-    *,
-    pooled: tuple[Tensor, Tensor] | None = ...,
-    backend: str = ...,
-    scale: float | None = ...,
-    return_lse: Literal[True],
-    text_attention: DenseAttention | None = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
-def clear_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TokenLayout,
+    plan: WindowPlan,
     *,
     pooled: tuple[Tensor, Tensor] | None = None,
+    key_bias: Tensor | None = None,
+    text_bias: Tensor | None = None,
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
     text_attention: DenseAttention | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention as in CLEAR (arXiv 2412.16112).
+) -> Any:
+    """Return attention as in CLEAR (arXiv 2412.16112).
 
     Args:
-        query, key, value: `[batch, heads, tokens, head_dim]`, the text tokens and the image tokens joined as the
-            layout says, the image tokens in tile order; any floating point, of which `flex` takes float32,
-            bfloat16 and float16.
-        layout (`TokenLayout`): where the tokens stand.
-        pooled (*optional*): pooled keys and values as `pool` makes them, needed where the layout's down_factor
-            is above 1.
-        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"dense"`, or what fits the call best.
+        query: `[batch, heads, tokens, head_dim]`, text and image tokens joined as the plan's layout says, the image
+            tokens in tile order; any floating point, of which `flex` takes float32, bfloat16 and float16.
+        key, value: as the query, with as many heads or a divisor of them (grouped-query attention).
+        plan: of `clear_attn.methods.Clear` on a `TokenLayout`.
+        pooled (*optional*): pooled keys and values as `pool` makes them; needed if the plan's down_factor is above 1.
+        key_bias (*optional*): `[batch, keys]`, added to the scaled scores of each key, pooled keys last.
+        text_bias (*optional*): added to the scores of text queries instead; broadcasts to `[batch, heads, text tokens,
+            tokens]`.
+        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"reference"`, or what fits the call best.
         scale (`float`, *optional*, defaults to head_dim^-0.5): factor of the scores.
         return_lse (`bool`, defaults to `False`): also return the log-sum-exp of each query's scaled scores.
-        text_attention (*optional*): computes the plain attention of queries that see all, those of text and, in a
-            dense layout, all of them, from query, key, value and scale; by default torch's
-            `scaled_dot_product_attention`. Not used with `return_lse`.
+        text_attention (*optional*): computes the dense attention of text queries from query, key, value, scale and
+            bias; by default torch's `scaled_dot_product_attention`. Not used with `return_lse`.
 
     Returns:
         The output, shaped and ordered as the query; with `return_lse` also `[batch, heads, tokens]`, float32 at least.
 
     Raises:
-        ValueError: unknown backend; shapes or pooled keys that do not fit the layout or each other; `"dense"` on a
+        ValueError: unknown backend; shapes or pooled keys that do not fit the plan or each other; `"reference"` on a
             long sequence.
         RuntimeError: `"flex"` where it cannot run, or on a CPU with gradients.
+
+    Example:
+        >>> from clear_attn import TokenLayout, methods
+        >>> plan = methods.Clear(window=4).plan(TokenLayout([(16, 24)], text_tokens=7))
+        >>> query, key, value = torch.randn(3, 1, 2, 391, 16).unbind()
+        >>> clear_attention(query, key, value, plan).shape
+        torch.Size([1, 2, 391, 16])
     """
-    _check_shapes(query, key, value, layout, pooled)
-    check_backend(backend)
+    _validate_shapes(query, key, value, plan, pooled, key_bias)
+    validate_backend(backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if layout.config is None:
-        output, lse = _see_all(query, key, value, scale, return_lse, text_attention)
-        return output if lse is None else (output, lse)
     all_key, all_value = key, value
     if pooled is not None:
         all_key, all_value = (torch.cat(parts, dim=2) for parts in zip((key, value), pooled, strict=True))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, all_key, all_value))
     properties = query.device, query.dtype, query.shape[-1], needs_grad
     if backend == "auto":
-        # A compiled graph cannot log.
-        backend = (choose if torch.compiler.is_compiling() else choose_aloud)(*properties).backend
-    check_can_run(backend, *properties)
-    output, lse = BACKENDS[backend].attend(query, all_key, all_value, layout, scale, return_lse)
-    if layout.text_tokens:
-        text, text_lse = _see_all(query[:, :, layout.text], key, value, scale, return_lse, text_attention)
-        output[:, :, layout.text] = text
+        backend = select_backend(*properties).backend
+    validate_call(backend, *properties)
+    output, lse = BACKENDS[backend].attend(query, all_key, all_value, plan, key_bias, scale, return_lse)
+    if plan.text_tokens:
+        if text_bias is None and key_bias is not None:
+            text_bias = key_bias[:, None, None, : plan.tokens]
+        text, text_lse = _attend_text(query[:, :, plan.text], key, value, scale, return_lse, text_bias, text_attention)
+        output[:, :, plan.text] = text
         if lse is not None and text_lse is not None:
-            lse[:, :, layout.text] = text_lse
+            lse[:, :, plan.text] = text_lse
     return output if lse is None else (output, lse)
 
 
-def _see_all(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, return_lse: bool, attention: DenseAttention | None
+def _attend_text(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    return_lse: bool,
+    bias: Tensor | None,
+    attention: DenseAttention | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of queries that see every token: those of text, and all in a dense layout."""
     if attention is None or return_lse:
-        return softmax_attention(query, key, value, None, scale, return_lse)
-    return attention(query, key, value, scale), None
+        return softmax_attention(query, key, value, None, scale, return_lse, bias)
+    return attention(query, key, value, scale, bias), None
 
 
-def _check_shapes(
-    query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, pooled: tuple[Tensor, Tensor] | None
+def _validate_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: WindowPlan,
+    pooled: tuple[Tensor, Tensor] | None,
+    key_bias: Tensor | None,
 ) -> None:
-    tokens = layout.text_tokens + layout.image_tokens
+    tokens, image_tokens = plan.tokens, plan.tokens - plan.text_tokens
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4 or x.shape[2] != tokens or x.shape != query.shape:
+        other = x.ndim != 4 or x.shape[2] != tokens or x.shape != (*query.shape[:1], x.shape[1], *query.shape[2:])
+        if other or (name == "value" and x.shape != key.shape):
             raise ValueError(
                 f"{name} must be [batch, heads, {tokens}, head_dim], shaped as the query, for a layout of "
-                f"{layout.text_tokens} text tokens and {layout.image_tokens} image tokens, got {list(x.shape)}; join "
+                f"{plan.text_tokens} text tokens and {image_tokens} image tokens, got {list(x.shape)}; join "
                 "text and image tokens, or make a TokenLayout for these lengths"
             )
-    expected = [(*query.shape[:2], layout.pooled_tokens, query.shape[3])] * 2 if layout.pooled_tokens else []
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"key has {key.shape[1]} heads, which do not divide the query's {query.shape[1]}")
+    expected = [(*key.shape[:2], plan.pooled_tokens, key.shape[3])] * 2 if plan.pooled_tokens else []
     given = [tuple(x.shape) for x in pooled or ()]
     if given != expected:
         raise ValueError(
-            f"pooled must be {f'two tensors of shape {list(expected[0])}' if expected else 'None'} for a layout of "
-            f"down_factor {layout.down_factor}, got shapes {given}; make them with clear_attn.backends.attention.pool"
+            f"pooled must be {f'two tensors of shape {list(expected[0])}' if expected else 'None'} for a plan of "
+            f"down_factor {plan.down_factor}, got shapes {given}; make them with clear_attn.backends.attention.pool"
         )
+    if key_bias is not None and tuple(key_bias.shape) != (len(query), plan.key_tokens):
+        raise ValueError(f"key_bias must be [batch, keys], {[len(query), plan.key_tokens]}, got {list(key_bias.shape)}")

@@ -1,4 +1,4 @@
-"""FlexAttention over the layout's block lists: the default on CUDA where no gradient is asked for.
+"""FlexAttention over a plan's block indices: the default on CUDA where no gradient is asked for.
 
 On a CPU, FlexAttention gives silently wrong results as a part of a larger compiled graph, for views that the
 graph made (seen in torch 2.13). There it therefore stands behind a custom operator, compiled by itself, which an
@@ -20,17 +20,20 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.utils._triton import has_triton
 
 from clear_attn.backends import tiled
-from clear_attn.core.layout import Neighbourhood
-from clear_attn.core.window_mask import BLOCK, BlockLists, Points, visible
+from clear_attn.backends.softmax import expand_heads
+from clear_attn.core.region import AttentionRegion
+from clear_attn.core.window_mask import BLOCK, BlockIndices, Coordinates, in_window
 
 # Positions in a table on the CPU: pictures up to 11,000 pixels square.
 TABLE_LENGTH = 2**19
 MOST_COMPILATIONS = 64
+# Kernels for GPUs want head_dim in multiples of this.
+BIAS_DIMS = 8
 # What the A100 has (163 KiB to a block), rounded; RTX cards have 99 or less.
 LEAST_SHARED_MEMORY = 160 * 1024
 
 
-def reason_against(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
     """Why FlexAttention cannot serve a call here, or None where it can."""
     if device.type == "cpu" and needs_grad:
         return "FlexAttention has no gradients on a CPU"
@@ -38,11 +41,11 @@ def reason_against(device: torch.device, dtype: torch.dtype, head_dim: int, need
         return f"FlexAttention takes no {dtype}"
     if device.type == "cuda" and head_dim < 16:
         return f"FlexAttention takes no head_dim below 16 on CUDA, got {head_dim}"
-    return reason_against_device(device)
+    return unsupported_device(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def reason_against_device(device: torch.device) -> str | None:
+def unsupported_device(device: torch.device) -> str | None:
     """Why FlexAttention cannot serve a device of this machine, or None where it can."""
     return _look_for_tools(device)
 
@@ -65,7 +68,7 @@ def _look_for_tools(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def reason_for_doubt(device: torch.device) -> str | None:
+def untested_reason(device: torch.device) -> str | None:
     """Why a device that FlexAttention may serve is not one to rely on, or None where it is."""
     if device.type != "cuda":
         return None
@@ -105,44 +108,47 @@ def attend_blocks(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lists: BlockLists,
-    seen: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    lists: BlockIndices,
+    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     scale: float,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """FlexAttention over block lists; `seen` is what it calls a mask_mod."""
+    """FlexAttention over block lists; by a rule."""
     blocks = BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=BLOCK,
-        mask_mod=seen,
+        mask_mod=mask_mod,
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
     )
     wanted = AuxRequest(lse=True) if return_lse else None
-    result = _run_compiled(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted)
+    grouped = query.shape[1] != key.shape[1]
+    result = _run_compiled(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted, enable_gqa=grouped)
     return (result[0], result[1].lse) if return_lse else (result, None)
 
 
-def _rule(query_y: Tensor, query_x: Tensor, key_y: Tensor, key_x: Tensor, reach: Tensor) -> Callable[..., Tensor]:
-    def seen(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-        return visible(
-            Points(query_y[query_index], query_x[query_index]),
-            Points(key_y[key_index], key_x[key_index]),
-            reach[key_index],
+def _mask_mod(
+    query_y: Tensor, query_x: Tensor, key_y: Tensor, key_x: Tensor, radius_sq: Tensor
+) -> Callable[..., Tensor]:
+    def mask_mod(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        return in_window(
+            Coordinates(query_y[query_index], query_x[query_index]),
+            Coordinates(key_y[key_index], key_x[key_index]),
+            radius_sq[key_index],
         )
 
-    return seen
+    return mask_mod
 
 
 @torch.library.custom_op("clear_attn::flex_on_cpu", mutates_args=())
 def _flex_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], places: list[Tensor], scale: float
 ) -> Tensor:
-    seen = _rule(*(of_constant_length(place) for place in places))
+    mask_mod = _mask_mod(*(of_constant_length(place) for place in places))
     tokens = query.shape[2]
     query, key, value = _whole_block(query), _whole_block(key), _whole_block(value)
     with torch.no_grad():
-        output, _ = attend_blocks(query, key, value, BlockLists(*lists), seen, scale)
+        output, _ = attend_blocks(query, key, value, BlockIndices(*lists), mask_mod, scale)
     return output[:, :, :tokens].contiguous()
 
 
@@ -150,7 +156,7 @@ def _whole_block(x: Tensor) -> Tensor:
     """A contiguous copy, filled up with zeros to at least one block of tokens.
 
     Contiguous, for every other order of memory would be another compilation. One block, for with fewer tokens
-    torch 2.13 computes on a CPU with wrong keys. To the rule, a key that is filled in has no reach.
+    torch 2.13 computes on a CPU with wrong keys. To the rule, a key that is filled in has no radius_sq.
     """
     batch, heads, tokens, head_dim = x.shape
     copy = x.new_zeros(batch, heads, max(tokens, BLOCK), head_dim)
@@ -175,28 +181,65 @@ def _(query, key, value, lists, places, scale):  # type: ignore[no-untyped-def]
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Neighbourhood, scale: float, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region: AttentionRegion,
+    key_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`.
 
     On a CPU, where FlexAttention keeps the log-sum-exp to itself, that comes from the tiled backend, at its cost.
     """
     if query.device.type != "cpu":
-        return attend_directly(query, key, value, layout, scale, return_lse)
-    image = query[:, :, layout.image]
-    output = _flex_on_cpu(image, key, value, list(layout.block_lists), _places(layout), scale)
-    lse = tiled.attend(query, key, value, layout, scale, True)[1] if return_lse else None
-    return layout.among_tokens(output), lse
+        return attend_directly(query, key, value, region, key_bias, scale, return_lse)
+    lse = tiled.attend(query, key, value, region, key_bias, scale, True)[1] if return_lse else None
+    image, key, value = append_bias_dims(query[:, :, region.image], *expand_heads(query, key, value), key_bias, scale)
+    output = _flex_on_cpu(image, key, value, list(region.block_indices), _rule_tensors(region), scale)
+    return region.expand_to_sequence(output[..., : query.shape[-1]]), lse
 
 
 def attend_directly(
-    query: Tensor, key: Tensor, value: Tensor, layout: Neighbourhood, scale: float, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region: AttentionRegion,
+    key_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Without the precautions that a CPU needs."""
-    image, seen = query[:, :, layout.image], _rule(*_places(layout))
-    output, lse = attend_blocks(image, key, value, layout.block_lists, seen, scale, return_lse)
-    return layout.among_tokens(output), None if lse is None else layout.among_tokens(lse)
+    """Call FlexAttention without the precautions that a CPU needs."""
+    image, key, value = append_bias_dims(query[:, :, region.image], key, value, key_bias, scale)
+    mask_mod = _mask_mod(*_rule_tensors(region))
+    output, lse = attend_blocks(image, key, value, region.block_indices, mask_mod, scale, return_lse)
+    output = region.expand_to_sequence(output[..., : query.shape[-1]])
+    return output, None if lse is None else region.expand_to_sequence(lse)
 
 
-def _places(layout: Neighbourhood) -> list[Tensor]:
-    return [*layout.query, *layout.key, layout.reach]
+def append_bias_dims(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value with dimensions appended by which the scores include a bias per key.
+
+    A bias per key is what a dot product of one more dimension adds, so the kernel needs neither a mask nor a score_mod.
+
+    Args:
+        query, key, value: `[batch, heads, tokens, head_dim]`.
+        key_bias: `[batch, keys]`, or None: then they come back as they are.
+        scale: by which the scores will be multiplied.
+    """
+    if key_bias is None:
+        return query, key, value
+    wanted = key_bias.float() / scale
+    # In two numbers, for one of half precision would round it.
+    high = wanted.to(key.dtype)
+    parts = torch.stack([high, (wanted - high.float()).to(key.dtype)], dim=-1)
+    of_key = torch.nn.functional.pad(parts, (0, BIAS_DIMS - 2))[:, None].expand(-1, key.shape[1], -1, -1)
+    ones = query.new_ones(*query.shape[:3], BIAS_DIMS)
+    return torch.cat([query, ones], -1), torch.cat([key, of_key], -1), torch.nn.functional.pad(value, (0, BIAS_DIMS))
+
+
+def _rule_tensors(region: AttentionRegion) -> list[Tensor]:
+    return [*region.query, *region.key, region.radius_sq]

@@ -5,22 +5,29 @@ from __future__ import annotations
 from torch import Tensor
 
 from clear_attn.backends.softmax import softmax_attention
-from clear_attn.core.layout import Neighbourhood
-from clear_attn.core.window_mask import dense_mask
+from clear_attn.core.region import AttentionRegion
+from clear_attn.core.window_mask import window_mask
 
 # The mask takes 70 MB then, and the scores, which are held where the log-sum-exp is asked for, 280 MB a head.
 MAX_IMAGE_TOKENS = 8192
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Neighbourhood, scale: float, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region: AttentionRegion,
+    key_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`."""
-    if layout.image_tokens > MAX_IMAGE_TOKENS:
+    if region.image_tokens > MAX_IMAGE_TOKENS:
         raise ValueError(
-            f"backend='dense' holds a mask of all pairs and takes at most {MAX_IMAGE_TOKENS} image tokens, got "
-            f"{layout.image_tokens}; use backend='auto', 'tiled' or 'flex'"
+            f"backend='reference' holds a mask of all pairs and takes at most {MAX_IMAGE_TOKENS} image tokens, got "
+            f"{region.image_tokens}; use backend='auto', 'tiled' or 'flex'"
         )
-    mask = dense_mask(layout.query, layout.key, layout.reach)
-    output, lse = softmax_attention(query[:, :, layout.image], key, value, mask, scale, return_lse)
-    return layout.among_tokens(output), None if lse is None else layout.among_tokens(lse)
+    mask = window_mask(region.query, region.key, region.radius_sq)
+    bias = None if key_bias is None else key_bias[:, None, None]
+    output, lse = softmax_attention(query[:, :, region.image], key, value, mask, scale, return_lse, bias)
+    return region.expand_to_sequence(output), None if lse is None else region.expand_to_sequence(lse)

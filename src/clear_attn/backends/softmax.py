@@ -12,32 +12,58 @@ def has_lse_kernel(query: Tensor) -> bool:
     return query.device.type == "cpu"
 
 
+def expand_heads(query: Tensor, *others: Tensor) -> list[Tensor]:
+    """Return keys or values with as many heads as the query: each is repeated for its group of query heads."""
+    return [
+        x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in others
+    ]
+
+
+def to_bias(mask: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return a score bias with -inf where a bool mask is False; both broadcast."""
+    zeros = torch.zeros_like(mask, dtype=dtype) if bias is None else bias.to(dtype)
+    return torch.where(mask, zeros, float("-inf"))
+
+
 def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of all queries to all keys that the mask allows.
+    """Return softmax attention of all queries to all keys that the mask allows.
 
     Args:
-        query, key, value: `[batch, heads, tokens, head_dim]`.
-        mask: bool, broadcast to `[batch, heads, queries, keys]`; every query must see a key.
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, key heads, keys, head_dim]`; key heads divide heads (grouped-query attention).
+        mask: bool, broadcast to `[batch, heads, queries, keys]`; every query must attend to a key.
         scale: factor of the scores.
         return_lse: whether the second result is the log-sum-exp of the scaled scores, `[batch, heads, queries]`,
             float32 at least, or None. With it, the scores of all pairs are held in memory, but for a call without
             gradients where `has_lse_kernel`.
+        bias: added to the scaled scores; broadcasts as the mask.
     """
+    key, value = expand_heads(query, key, value)
     if not return_lse:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
+        added = mask
+        if bias is not None:
+            added = bias.to(query.dtype) if mask is None else to_bias(mask, bias, query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale), None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     # Of no queries, the kernel divides by zero.
     if has_lse_kernel(query) and not needs_grad and query.numel() and query.dtype == key.dtype == value.dtype:
-        bias = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        bias = bias if mask is None else to_bias(mask, bias, query.dtype)
+        bias = None if bias is None else bias.to(query.dtype)
         # Unlike what is public, the kernel does not look at the strides within a head.
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=bias, scale=scale
         )
     with torch.autocast(query.device.type, enabled=False):  # which would round the scores
-        scores = _scores(query, key, mask, scale)
+        scores = _scores(query, key, mask, scale, bias)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse[..., None])
         return (weights @ value.to(weights.dtype)).to(query.dtype), lse
@@ -58,25 +84,35 @@ def softmax_attention_backward(
     value: Tensor,
     mask: Tensor | None,
     scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to query, key and value; the scores of all pairs are held.
+    """Return the gradients with respect to query, key and value; the scores of all pairs are held.
 
     As in fused kernels, scores and softmax are float32 at least, and the other products in the query's dtype.
     """
     with torch.autocast(query.device.type, enabled=False):  # a backward pass may be called under it
         dtype = query.dtype
         output_gradient, key, value = (x.to(dtype) for x in (output_gradient, key, value))
-        weights = torch.softmax(_scores(query, key, mask, scale), dim=-1)
+        groups = key.shape[1]
+        key, value = expand_heads(query, key, value)
+        weights = torch.softmax(_scores(query, key, mask, scale, bias), dim=-1)
         value_gradient = weights.to(dtype).transpose(-1, -2) @ output_gradient
         weight_gradient = (output_gradient @ value.transpose(-1, -2)).to(weights.dtype)
         mean = (weights * weight_gradient).sum(dim=-1, keepdim=True)
         if lse_gradient is not None:  # the log-sum-exp's gradient by the scores is the weights
             mean = mean - lse_gradient[..., None]
         score_gradient = (weights * (weight_gradient - mean) * scale).to(dtype)
-        return score_gradient @ key, score_gradient.transpose(-1, -2) @ query, value_gradient
+        key_gradient = score_gradient.transpose(-1, -2) @ query
+        return score_gradient @ key, _sum_groups(key_gradient, groups), _sum_groups(value_gradient, groups)
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _sum_groups(gradient: Tensor, heads: int) -> Tensor:
+    """Return the sum over the query heads that share a key head."""
+    return gradient if gradient.shape[1] == heads else gradient.unflatten(1, (heads, -1)).sum(dim=2)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * scale
+    scores = scores if bias is None else scores + bias
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))

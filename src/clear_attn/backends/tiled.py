@@ -24,8 +24,8 @@ QUERIES_AT_A_TIME = 4096
 MAX_SCORES = 2**26
 
 
-class Tiled(Protocol):
-    """What is read of a layout: the tiles, and where the image tokens are among queries and keys."""
+class TiledPlan(Protocol):
+    """What is read of a plan: the tiles, and where the image tokens are among queries and keys."""
 
     @property
     def tiles(self) -> Tiles: ...
@@ -35,20 +35,33 @@ class Tiled(Protocol):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Tiled, scale: float, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TiledPlan,
+    key_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`. Linear in the image tokens in time and in memory."""
     if torch.is_autocast_enabled(query.device.type) and not return_lse:  # as torch's own attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
-    output, lse = _tiled(query, key, value, list(layout.tiles), layout.image.start, scale, return_lse)
+    output, lse = _tiled(query, key, value, list(plan.tiles), plan.image.start, key_bias, scale, return_lse)
     # The operator itself gives no view, so that the caller may write its own rows where gradients are recorded.
     return output.transpose(1, 2), lse if return_lse else None
 
 
 @torch.library.custom_op("clear_attn::tiled", mutates_args=())
 def _tiled(
-    query: Tensor, key: Tensor, value: Tensor, tiles: list[Tensor], start: int, scale: float, return_lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: list[Tensor],
+    start: int,
+    key_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     # What all image queries see, text and pooled keys, needs no gathering where results can be merged.
     image, shared = _split(key, tiles, start)
@@ -59,22 +72,29 @@ def _tiled(
     own_lse = lse[:, :, image] if needs_lse else lse
     for queries, keys, mask in _steps(tiles, shared[:0] if merged else shared, start, query, needs_lse):
         part, part_lse = softmax_attention(
-            _gather(rows[0], queries), _gather(rows[1], keys), _gather(rows[2], keys), mask, scale, needs_lse
+            _gather(rows[0], queries),
+            _gather(rows[1], keys),
+            _gather(rows[2], keys),
+            mask,
+            scale,
+            needs_lse,
+            _gather_bias(key_bias, keys),
         )
         output[:, image][:, queries.flatten()] = _scatter(part, queries)
         if part_lse is not None:
             own_lse[:, :, queries.flatten()] = _scatter(part_lse[..., None], queries)[..., 0].transpose(1, 2)
     if merged:
         shared_key, shared_value = key[:, :, shared], value[:, :, shared]
+        shared_bias = None if key_bias is None else key_bias[:, None, None, shared]
         for first in range(image.start, image.stop, QUERIES_AT_A_TIME):
             span = slice(first, min(first + QUERIES_AT_A_TIME, image.stop))
-            other = softmax_attention(query[:, :, span], shared_key, shared_value, None, scale, True)
+            other = softmax_attention(query[:, :, span], shared_key, shared_value, None, scale, True, shared_bias)
             merge_(output.transpose(1, 2)[:, :, span], lse[:, :, span], *other)
     return output, lse if return_lse else lse.new_empty(0)
 
 
 @_tiled.register_fake
-def _(query, key, value, tiles, start, scale, return_lse):  # type: ignore[no-untyped-def]
+def _(query, key, value, tiles, start, key_bias, scale, return_lse):  # type: ignore[no-untyped-def]
     return _new_results(query, return_lse)
 
 
@@ -87,6 +107,7 @@ def _tiled_backward(
     value: Tensor,
     tiles: list[Tensor],
     start: int,
+    key_bias: Tensor | None,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +130,7 @@ def _tiled_backward(
             value_part,
             mask,
             scale,
+            _gather_bias(key_bias, keys),
         )
         for room, part, index in zip(rooms, inner, places, strict=True):
             _add(room.transpose(1, 2), part, index, 0 if index is queries else len(shared))
@@ -122,14 +144,14 @@ def _(output_gradient, lse_gradient, query, key, value, *rest):  # type: ignore[
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, tiles, *ctx.rest = inputs
-    ctx.save_for_backward(query, key, value, *tiles)
+    query, key, value, tiles, ctx.start, key_bias, *ctx.rest = inputs
+    ctx.save_for_backward(query, key, value, key_bias, *tiles)
 
 
 def _backward(ctx, output_gradient, lse_gradient):  # type: ignore[no-untyped-def]
-    query, key, value, *tiles = ctx.saved_tensors
-    gradients = _tiled_backward(output_gradient, lse_gradient, query, key, value, tiles, *ctx.rest)
-    return *gradients, [None] * len(tiles), None, None, None
+    query, key, value, key_bias, *tiles = ctx.saved_tensors
+    gradients = _tiled_backward(output_gradient, lse_gradient, query, key, value, tiles, ctx.start, key_bias, *ctx.rest)
+    return *gradients, [None] * len(tiles), None, None, None, None
 
 
 _tiled.register_autograd(_backward, setup_context=_setup_context)
@@ -175,6 +197,13 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     """`[batch, tokens, heads, d]` at `[tiles, n]` as `[batch * tiles, heads, n, d]`."""
     picked = x.index_select(1, index.flatten()).unflatten(1, index.shape)
     return picked.flatten(0, 1).transpose(1, 2)
+
+
+def _gather_bias(key_bias: Tensor | None, index: Tensor) -> Tensor | None:
+    """`[batch, keys]` at `[tiles, n]` as `[batch * tiles, 1, 1, n]`."""
+    if key_bias is None:
+        return None
+    return key_bias.index_select(1, index.flatten()).unflatten(1, index.shape).flatten(0, 1)[:, None, None]
 
 
 def _scatter(x: Tensor, index: Tensor) -> Tensor:

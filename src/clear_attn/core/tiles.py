@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear_attn.core.coordinates import Axes, Placed
-from clear_attn.core.window_mask import Points, dense_mask
+from clear_attn.core.coordinates import Segment, TokenSet
+from clear_attn.core.window_mask import Coordinates, window_mask
 
 
 def tile_side(window: float, device: torch.device) -> int:
@@ -91,7 +91,7 @@ def _spans(query: np.ndarray, keys: Sequence[np.ndarray], window: float, side: i
     return alike.values()
 
 
-def _raster_indices(segment: Axes, rows: Sequence[slice], columns: Sequence[slice]) -> np.ndarray:
+def _raster_indices(segment: Segment, rows: Sequence[slice], columns: Sequence[slice]) -> np.ndarray:
     """Raster indices `[rows x columns, tokens]` of equally large boxes, one for each pair of a row and a column."""
 
     def lines(spans: Sequence[slice]) -> np.ndarray:
@@ -102,7 +102,7 @@ def _raster_indices(segment: Axes, rows: Sequence[slice], columns: Sequence[slic
     return boxes.reshape(len(rows) * len(columns), -1)
 
 
-def find_tiles(queries: Placed, keys: Placed, window: float, device: torch.device) -> Tiles:
+def build_tiles(queries: TokenSet, keys: TokenSet, window: float, device: torch.device) -> Tiles:
     """Cuts all segments of the queries into tiles.
 
     Args:
@@ -111,26 +111,26 @@ def find_tiles(queries: Placed, keys: Placed, window: float, device: torch.devic
         window: radius in tokens of the first grid.
         device: where the tensors are.
     """
-    reach = torch.tensor(float(window) ** 2, device="cpu")
+    radius_sq = torch.tensor(float(window) ** 2, device="cpu")
     side = tile_side(window, device)
     groups = []
-    for segment in queries.axes:
-        all_rows = _spans(segment.y, [other.y for other in keys.axes], window, side)
-        all_columns = _spans(segment.x, [other.x for other in keys.axes], window, side)
+    for segment in queries.segments:
+        all_rows = _spans(segment.y, [other.y for other in keys.segments], window, side)
+        all_columns = _spans(segment.x, [other.x for other in keys.segments], window, side)
         for rows, columns in itertools.product(all_rows, all_columns):
             query = queries.rank[
                 _raster_indices(segment, [span.queries for span in rows], [span.queries for span in columns])
             ]
             boxes = [
                 _raster_indices(other, [span.keys[i] for span in rows], [span.keys[i] for span in columns])
-                for i, other in enumerate(keys.axes)
+                for i, other in enumerate(keys.segments)
             ]
             key = keys.rank[np.concatenate(boxes, axis=1)]
             first_query, first_key = (
-                Points(*(torch.from_numpy(axis[index[0]]) for axis in (placed.y, placed.x)))
-                for placed, index in ((queries, query), (keys, key))
+                Coordinates(*(torch.from_numpy(axis[index[0]]) for axis in (tokens.y, tokens.x)))
+                for tokens, index in ((queries, query), (keys, key))
             )
-            mask = dense_mask(first_query, first_key, reach)
+            mask = window_mask(first_query, first_key, radius_sq)
             seen = mask.any(dim=0)
             parts = torch.from_numpy(query), torch.from_numpy(key[:, seen.numpy()]), mask[:, seen]
             groups.append(TileGroup(*(part.to(device) for part in parts)))

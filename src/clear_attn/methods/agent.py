@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.methods.base import Method, MethodProcessor
-from clear_attn.methods.image_grid import from_picture, to_picture
+from clear_attn.backends.softmax import softmax_attention
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.plan import GridPlan
+from clear_attn.methods.image_grid import from_channels, to_channels
+from clear_attn.methods.method import ImageMethod, Options, leading_text_bias
 
 
 @dataclass(frozen=True)
-class Agent(Method):
+class Agent(ImageMethod):
     """Agents, means of the image queries over cells of tokens, attend to the image; a query sees text and the agents.
 
     To a query an agent is a key, and what it gathered a value. The paper's depth-wise convolution and biases are left
@@ -39,12 +43,13 @@ class Agent(Method):
     factor: int = 4
 
     def __post_init__(self) -> None:
-        self._keep_whole("factor", "it is the side of a cell in tokens, 2 and 4 are usual")
+        self._validate_whole("factor", "it is the side of a cell in tokens, 2 and 4 are usual")
 
-    def processor(self, attn: Any, layer: str, number: int) -> AgentAttnProcessor:
-        return AgentAttnProcessor(self, layer)
+    def plan(self, layout: TokenLayout) -> GridPlan:
+        self.validate_layout(layout)
+        return GridPlan(layout)
 
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
+    def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim
         agents = -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
         return {
@@ -54,18 +59,12 @@ class Agent(Method):
             "image queries, agents": 4 * image * agents * inner,
         }
 
-
-class AgentAttnProcessor(MethodProcessor):
-    """Agent attention for one layer."""
-
-    method: Agent
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float) -> Tensor:
-        factor = self.method.factor
-        means = F.avg_pool2d(to_picture(query, layout), factor, ceil_mode=True, count_include_pad=False)
-        agents = from_picture(means, query.shape[1])
-        gathered = F.scaled_dot_product_attention(
-            agents, key[:, :, layout.image], value[:, :, layout.image], scale=scale
-        )
-        key, value = (torch.cat([x[:, :, layout.text], own], dim=2) for x, own in ((key, agents), (value, gathered)))
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    def attend_image(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
+    ) -> Tensor:
+        means = F.avg_pool2d(to_channels(query, plan), self.factor, ceil_mode=True, count_include_pad=False)
+        agents = from_channels(means, query.shape[1])
+        scale = options.scale
+        gathered = F.scaled_dot_product_attention(agents, key[:, :, plan.image], value[:, :, plan.image], scale=scale)
+        key, value = (torch.cat([x[:, :, plan.text], own], dim=2) for x, own in ((key, agents), (value, gathered)))
+        return softmax_attention(query, key, value, None, scale, False, leading_text_bias(key.shape[2], options))[0]

@@ -1,18 +1,18 @@
-"""Image tokens as a picture with channels, as convolutions and pooling take it."""
+"""Image tokens as an image with channels, as convolutions and pooling take it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from clear_attn.core.layout import TokenLayout
+from clear_attn.core.plan import GridPlan
 
 
-def to_picture(image: Tensor, layout: TokenLayout) -> Tensor:
-    """`[batch, heads x head_dim, height, width]` of image tokens `[batch, heads, tokens, head_dim]` in tile order."""
-    return image.index_select(2, layout.inverse).transpose(2, 3).flatten(1, 2).unflatten(2, layout.grids[0])
+def to_channels(image: Tensor, plan: GridPlan) -> Tensor:
+    """Return `[batch, heads x head_dim, height, width]` of tokens `[batch, heads, tokens, head_dim]` in tile order."""
+    return image.index_select(2, plan.inverse_permutation).transpose(2, 3).flatten(1, 2).unflatten(2, plan.grid)
 
 
-def from_picture(picture: Tensor, heads: int) -> Tensor:
-    """The reverse, in raster order."""
+def from_channels(image: Tensor, heads: int) -> Tensor:
+    """Return `[batch, heads, tokens, head_dim]` in raster order."""
     # Fused attention takes no other strides within a head.
-    return picture.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3).contiguous()
+    return image.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3).contiguous()

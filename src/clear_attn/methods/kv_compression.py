@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.methods.base import Method, MethodProcessor
-from clear_attn.methods.image_grid import from_picture, to_picture
+from clear_attn.backends.softmax import softmax_attention
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.plan import GridPlan
+from clear_attn.methods.image_grid import from_channels, to_channels
+from clear_attn.methods.method import ImageMethod, Layer, Options, leading_text_bias
 
 
 @dataclass(frozen=True)
-class KVCompression(Method):
+class KVCompression(ImageMethod):
     """A query sees text, and a key and a value for each cell of tokens: weighted sums over the cell.
 
     Unlike in PixArt-Sigma, keys and values have weights of their own, and neither bias nor norm follows, so that the
@@ -39,12 +43,21 @@ class KVCompression(Method):
     factor: int = 4
 
     def __post_init__(self) -> None:
-        self._keep_whole("factor", "it is the side of a cell in tokens, 2 and 4 are usual")
+        self._validate_whole("factor", "it is the side of a cell in tokens, 2 and 4 are usual")
 
-    def processor(self, attn: Any, layer: str, number: int) -> KVCompressionAttnProcessor:
-        return KVCompressionAttnProcessor(self, attn.inner_dim, layer)
+    def plan(self, layout: TokenLayout) -> GridPlan:
+        self.validate_layout(layout)
+        return GridPlan(layout)
 
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
+    def parameters_for(self, layer: Layer) -> dict[str, Tensor]:
+        """Return `key_kernel` and `value_kernel`, `[channels, 1, factor, factor]`, which start as plain means.
+
+        Keys are compressed as the layer's queries meet them, after norm and rotary embedding.
+        """
+        shape, mean = (layer.channels, 1, self.factor, self.factor), 1 / self.factor**2
+        return {name: torch.full(shape, mean) for name in ("key_kernel", "value_kernel")}
+
+    def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim
         cells = -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
         return {
@@ -53,47 +66,32 @@ class KVCompression(Method):
             "image queries, compressed keys": 4 * image * cells * inner,
         }
 
-
-class KVCompressionAttnProcessor(MethodProcessor):
-    """KV compression for one layer.
-
-    Its parameters `key_kernel` and `value_kernel`, `[channels, 1, factor, factor]`, start as plain means. Keys are
-    compressed as the layer's queries meet them, after norm and rotary embedding.
-
-    Args:
-        method: the settings.
-        channels: heads x head_dim of the layer.
-        layer: its name, for errors.
-    """
-
-    method: KVCompression
-
-    def __init__(self, method: KVCompression, channels: int, layer: str = "") -> None:
-        super().__init__(method, layer)
-        shape, mean = (channels, 1, method.factor, method.factor), 1 / method.factor**2
-        self.key_kernel = nn.Parameter(torch.full(shape, mean))
-        self.value_kernel = nn.Parameter(torch.full(shape, mean))
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float) -> Tensor:
+    def attend_image(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
+    ) -> Tensor:
         key, value = (
-            torch.cat([x[:, :, layout.text], compress(x[:, :, layout.image], layout, kernel)], dim=2)
-            for x, kernel in ((key, self.key_kernel), (value, self.value_kernel))
+            torch.cat([x[:, :, plan.text], compress(x[:, :, plan.image], plan, kernel)], dim=2)
+            for x, kernel in zip((key, value), parameters, strict=True)
         )
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return softmax_attention(
+            query, key, value, None, options.scale, False, leading_text_bias(key.shape[2], options)
+        )[0]
 
 
-def compress(image: Tensor, layout: TokenLayout, kernel: Tensor) -> Tensor:
+def compress(image: Tensor, plan: GridPlan, kernel: Tensor) -> Tensor:
     """Weighted sums over cells, `[batch, heads, cells, head_dim]`.
 
     Args:
         image: `[batch, heads, tokens, head_dim]` in tile order.
-        layout: of one grid.
+        plan: of the image's grid.
         kernel: the weights in a cell, `[heads x head_dim, 1, factor, factor]`.
     """
-    factor, (height, width) = kernel.shape[-1], layout.grids[0]
+    factor, (height, width) = kernel.shape[-1], plan.grid
     rest = (0, -width % factor, 0, -height % factor)
-    picture = to_picture(image, layout)
-    sums = F.conv2d(F.pad(picture, rest), kernel.to(picture.device, picture.dtype), stride=factor, groups=len(kernel))
-    inside = F.pad(torch.ones(1, height, width, device=picture.device), rest)
+    channels = to_channels(image, plan)
+    sums = F.conv2d(
+        F.pad(channels, rest), kernel.to(channels.device, channels.dtype), stride=factor, groups=len(kernel)
+    )
+    inside = F.pad(torch.ones(1, height, width, device=channels.device), rest)
     tokens = F.avg_pool2d(inside, factor, divisor_override=1)
-    return from_picture(sums / tokens * factor**2, image.shape[1]).to(image.dtype)
+    return from_channels(sums / tokens * factor**2, image.shape[1]).to(image.dtype)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.methods.base import Method, MethodProcessor
-from clear_attn.methods.image_grid import from_picture, to_picture
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.plan import GridPlan
+from clear_attn.methods.image_grid import from_channels, to_channels
+from clear_attn.methods.method import ImageMethod, Layer, Options
 
 
 @dataclass(frozen=True)
-class LiT(Method):
+class LiT(ImageMethod):
     """Linear attention: `relu(q) (relu(k)^T v) / (relu(q) sum relu(k))`, and a convolution of the image's values.
 
     Its work grows with the tokens. Of what keeps a pre-trained model alive it has locality by the convolution alone;
@@ -32,24 +35,31 @@ class LiT(Method):
     """
 
     quadratic = None
-    takes_scale = False
+    uses_scale = False
+    supports_bias = False
 
     heads: int | None = 2
     kernel_size: int = 5
 
     def __post_init__(self) -> None:
         if self.heads is not None:
-            self._keep_whole("heads", "2 to 4 are usual, None keeps the layer's own")
-        self._keep_whole("kernel_size", "it is the side of a convolution, 0 for none", least=0)
+            self._validate_whole("heads", "2 to 4 are usual, None keeps the layer's own")
+        self._validate_whole("kernel_size", "it is the side of a convolution, 0 for none", least=0)
         if self.kernel_size and self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, or 0 for no convolution, got {self.kernel_size}")
 
-    def processor(self, attn: Any, layer: str, number: int) -> LiTAttnProcessor:
-        if self.heads and attn.inner_dim % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide the {attn.inner_dim} channels of {layer}")
-        return LiTAttnProcessor(self, attn.inner_dim, layer)
+    def plan(self, layout: TokenLayout) -> GridPlan:
+        self.validate_layout(layout)
+        return GridPlan(layout)
 
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
+    def parameters_for(self, layer: Layer) -> dict[str, Tensor]:
+        """Return `convolution`, `[channels, 1, kernel_size, kernel_size]`, which starts as zeros: at first none."""
+        if self.heads and layer.channels % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide the {layer.channels} channels of {layer.name}")
+        side = self.kernel_size
+        return {"convolution": torch.zeros(layer.channels, 1, side, side)} if side else {}
+
+    def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim
         width = inner // (self.heads or heads)
         return {
@@ -58,36 +68,18 @@ class LiT(Method):
             "convolution of values": 2 * image * self.kernel_size**2 * inner,
         }
 
-
-class LiTAttnProcessor(MethodProcessor):
-    """LiT's attention for one layer.
-
-    Its parameter `convolution`, `[channels, 1, kernel_size, kernel_size]`, starts as zeros: at first there is none.
-
-    Args:
-        method: the settings.
-        channels: heads x head_dim of the layer.
-        layer: its name, for errors.
-    """
-
-    method: LiT
-    convolution: nn.Parameter
-
-    def __init__(self, method: LiT, channels: int, layer: str = "") -> None:
-        super().__init__(method, layer)
-        side = method.kernel_size
-        self.register_parameter("convolution", nn.Parameter(torch.zeros(channels, 1, side, side)) if side else None)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, scale: float) -> Tensor:
+    def attend_image(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
+    ) -> Tensor:
         heads = query.shape[1]
-        output = linear_attention(*(_regroup(x, self.method.heads or heads) for x in (query, key, value)))
+        output = linear_attention(*(_regroup(x, self.heads or heads) for x in (query, key, value)))
         output = _regroup(output, heads)
-        if self.convolution is None:
+        if not parameters:
             return output
-        picture = to_picture(value[:, :, layout.image], layout)
-        kernel = self.convolution.to(picture.device, picture.dtype)
-        convolved = F.conv2d(picture, kernel, padding="same", groups=len(kernel))
-        return output + from_picture(convolved, heads).index_select(2, layout.order)
+        channels = to_channels(value[:, :, plan.image], plan)
+        kernel = parameters[0].to(channels.device, channels.dtype)
+        convolved = F.conv2d(channels, kernel, padding="same", groups=len(kernel))
+        return output + from_channels(convolved, heads).index_select(2, plan.permutation)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from clear_attn.core.coordinates import raster
-from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.methods.base import Method
-from clear_attn.methods.groups import GroupedAttnProcessor, make_groups, pairs
+import numpy as np
+
+from clear_attn.core.coordinates import Grid, raster_coordinates
+from clear_attn.methods.groups import GroupedMethod, pairs
 
 
 @dataclass(frozen=True)
-class Strided(Method):
-    """A query sees text and the tokens that are a multiple of the stride away from it, in both directions.
+class Strided(GroupedMethod):
+    """An image query attends to text and to the tokens a multiple of the stride away from it, in both directions.
 
     Its work grows with the square of the tokens, 1 / stride^2 of dense attention's. Of what keeps a pre-trained model
-    alive it has the same formulation, high rank and intact features; it has no locality, for of the neighbours of a
-    query it sees none.
+    alive it has the same formulation, high rank and intact features; it has no locality: a query attends to none of its
+    neighbors.
 
     Args:
         stride (`int`, defaults to 4): in tokens; 1 is dense attention.
@@ -32,20 +31,16 @@ class Strided(Method):
     stride: int = 4
 
     def __post_init__(self) -> None:
-        self._keep_whole("stride", "it is a distance in tokens, 1 sees every token")
+        self._validate_whole("stride", "it is a distance in tokens, 1 attends to every token")
 
-    def processor(self, attn: Any, layer: str, number: int) -> GroupedAttnProcessor:
-        return GroupedAttnProcessor(self, layer=layer)
+    def labels(self, grid: Grid) -> np.ndarray:
+        y, x = raster_coordinates(grid)
+        return y % self.stride * self.stride + x % self.stride
 
-    def prepare(self, layout: TokenLayout) -> Any:
-        super().prepare(layout)
-        y, x = raster(layout.grids[0])
-        return [make_groups(layout, y % self.stride * self.stride + x % self.stride)]
-
-    def work(self, grid: Grid, text_tokens: int, heads: int, head_dim: int, number: int) -> dict[str, int]:
+    def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
         inner = heads * head_dim
-        seen = pairs(*([len(range(first, n, self.stride)) for first in range(min(n, self.stride))] for n in grid))
+        attended = pairs(*([len(range(first, n, self.stride)) for first in range(min(n, self.stride))] for n in grid))
         return {
             "image queries, text keys": 4 * grid[0] * grid[1] * text_tokens * inner,
-            "image queries, every n-th key": 4 * seen * inner,
+            "image queries, every n-th key": 4 * attended * inner,
         }

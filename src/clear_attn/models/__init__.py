@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clear_attn.models.adapter import Call, Family
+from clear_attn.models.adapter import Call, ModelAdapter
 from clear_attn.models.chroma import Chroma
 from clear_attn.models.controlnet import FluxControlNet, SD3ControlNet
 from clear_attn.models.dit import DiT
@@ -13,7 +13,7 @@ from clear_attn.models.flux2 import Flux2
 from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3
 
-FAMILIES: tuple[Family, ...] = (
+ADAPTERS: tuple[ModelAdapter, ...] = (
     Flux(),
     Flux2(),
     Chroma(),
@@ -26,9 +26,9 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_of(transformer: Any) -> Family | None:
+def adapter_for(transformer: Any) -> ModelAdapter | None:
     """The family that a transformer belongs to, or None."""
-    return next((family for family in FAMILIES if isinstance(transformer, family.transformer_class)), None)
+    return next((family for family in ADAPTERS if isinstance(transformer, family.transformer_class)), None)
 
 
-__all__ = ["FAMILIES", "Call", "Family", "family_of"]
+__all__ = ["ADAPTERS", "Call", "ModelAdapter", "adapter_for"]

@@ -1,136 +1,176 @@
-"""What a family of transformers has to tell: where its attention is, and how a call goes in and comes out."""
+"""What is known of one class of transformers: its calls, its layers, and how attention projects in them."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.models.padding import Padding
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.layout import TokenLayout
+from clear_attn.methods import Layer, Method
+from clear_attn.models.context import ClearContext
+from clear_attn.models.processors import ClearAttnProcessor, Inputs, project, project_out
 
 
 class Call(NamedTuple):
-    """What the door reads from one call of a transformer."""
+    """The tokens of one call of a transformer."""
 
     grids: tuple[Grid, ...]
     text_tokens: int
     device: torch.device
 
 
-class InnerDoor(NamedTuple):
+class InnerHook(NamedTuple):
     """A hook inside a transformer: on a module's output, or before it runs, with its keywords."""
 
     module: nn.Module
     hook: Callable[..., Any]
     before: bool = False
 
-    def stands(self) -> bool:
-        """Whether the hook is in place."""
+    def installed(self) -> bool:
+        """Return whether the hook is in place."""
         hooks = self.module._forward_pre_hooks if self.before else self.module._forward_hooks
         return any(hook is self.hook for hook in hooks.values())
 
 
-class Family(abc.ABC):
-    """One family. Stateless: what differs from call to call travels in the call's keywords.
+class ModelAdapter(abc.ABC):
+    """One class of transformers. Stateless: what differs from call to call travels in the call's context.
 
     Attributes:
         transformer_class: its transformers in diffusers.
-        stock_processors: those that CLEAR's processor can stand in for.
-        adapters: those of adapters, whose work beside attention `stand_in` keeps up.
+        accepts: the attention processors that the library's can replace.
+        ip_adapter_processors: those of IP-Adapters, whose work beside attention the library's keeps up.
         text_first: whether text comes before the image where they are joined.
-        text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
+        default_text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
-        only_attends: whether its layers do nothing but project, attend and project, so that other methods than CLEAR
-            may stand in.
-        trusts_fused: whether a layer with `fused_projections` has a fused projection that holds what its parts do.
-        streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a CPU.
+        fused_qkv_reliable: whether a layer with `fused_projections` has a fused projection that holds what its parts
+            do.
+        activation_factor: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a
+            CPU.
         keywords: the argument of a call that holds what is passed on to the attention layers.
-        tells_noise: whether a call's timestep tells the share of noise.
+        timestep_is_sigma: whether a call's timestep gives sigma.
+        takes_scale: whether its dense layers can have their scores scaled, see `proportional_attention`.
     """
 
     transformer_class: type
-    stock_processors: tuple[type, ...]
-    adapters: tuple[type, ...] = ()
+    accepts: tuple[type, ...]
+    ip_adapter_processors: tuple[type, ...] = ()
     text_first: bool
-    text_tokens: int
+    default_text_tokens: int
     residuals: tuple[str, ...] = ()
-    only_attends: bool = False
-    trusts_fused: bool = True
-    streams: int = 20
+    fused_qkv_reliable: bool = True
+    activation_factor: int = 20
     keywords: str = "joint_attention_kwargs"
-    tells_noise: bool = True
+    timestep_is_sigma: bool = True
+    takes_scale: bool = False
+
+    # Layers
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
-        """The attention modules by name, those whose processors are replaced."""
+        """Return the attention modules whose processors are replaced, by name."""
         return {
             key.removesuffix(".processor"): transformer.get_submodule(key.removesuffix(".processor"))
             for key in transformer.attn_processors
         }
 
     def has_text(self, transformer: Any, layer: str) -> bool:
-        """Whether text takes part in the attention of the layer of this name."""
+        """Return whether text takes part in the attention of the layer of this name."""
         return True
 
-    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
-        """The processor for a layer."""
-        return ClearAttnProcessor(down_factor, layer)
+    def describe_layers(self, transformer: Any) -> dict[str, Layer]:
+        """Return what methods know of each attention layer, by name."""
+        count = {True: itertools.count(), False: itertools.count()}
+        described = {}
+        for name, attn in self.attention_layers(transformer).items():
+            has_text = self.has_text(transformer, name)
+            head_dim = attn.inner_dim // attn.heads
+            described[name] = Layer(name, next(count[has_text]), has_text, attn.heads, attn.heads, head_dim)
+        return described
 
-    def stand_in(self, stock: Any, down_factor: int, layer: str) -> ClearAttnProcessor:
-        """The processor for a layer that has one of the stock processors or adapters."""
-        return self.new_processor(down_factor, layer)
+    def make_processor(self, original: Any, method: Method, layer: Layer, group: int) -> ClearAttnProcessor:
+        """Return the processor that replaces the one a layer has."""
+        return self.processor_class(layer.name)(self, method, layer, group)
+
+    def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
+        """Return the processor class with the signature by which the layer of this name calls it."""
+        return ClearAttnProcessor
+
+    def project(self, attn: Any, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Return query, key and value `[batch, heads, tokens, head_dim]`, and what `project_out` needs besides."""
+        return *project(attn, inputs, self.text_first, self.takes_fused(attn)), None  # type: ignore[return-value]
+
+    def project_out(self, attn: Any, joint: Tensor, inputs: Inputs, rest: Any) -> Any:
+        """Return what a layer gives for the output of its attention, `[batch, tokens, heads x head_dim]`."""
+        return project_out(attn, joint, inputs, self.text_first)
+
+    def takes_fused(self, attn: Any) -> bool:
+        """Return whether query, key and value of a layer come from one fused projection."""
+        return self.fused_qkv_reliable and bool(attn.fused_projections)
+
+    # Calls
 
     @abc.abstractmethod
     def latents_per_token(self, transformer: Any) -> int:
-        """The side of a token in pixels of the latent picture."""
+        """Return the side of a token in pixels of the latent image."""
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
-        """What has to be changed inside, where the transformer's entrance does not reach."""
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
+        """Return what has to be changed inside, where the transformer's entry does not reach."""
         return []
 
-    def announce(self, own: dict[str, Any] | None) -> None:
-        """Tells the layers of a call's own keywords, where the transformer does not; None when the call is over."""
+    def publish(self, context: ClearContext | None) -> None:
+        """Make a context readable where the transformer does not pass it on; None when the call is over."""
         return
 
     @abc.abstractmethod
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
-        """Reads the grids and the text length from a call's keywords; raises ValueError where they do not fit."""
+    def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
+        """Return the grids and the text length of a call.
 
-    def padding(self, kwargs: dict[str, Any], layout: TokenLayout) -> Padding | None:
-        """What a call says of padding in its text; raises ValueError where that does not fit."""
-        return None
+        Raises:
+            ValueError: its keywords do not fit each other.
+        """
 
-    def noise(self, kwargs: dict[str, Any]) -> Tensor:
-        """The share of noise in each picture of a call, 0 to 1, as its timestep tells: `[batch]` or one number.
+    def text_bias(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the bias of padded text keys and the weight of text queries, see `clear_attn.methods.Options`.
 
-        Raises ValueError where it does not.
+        Raises:
+            ValueError: a mask that does not fit the text.
+        """
+        return None, None
+
+    def sigma(self, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the share of noise in each image of a call, 0 to 1, `[batch]` or one number.
+
+        Raises:
+            ValueError: the timestep does not give it.
         """
         timestep: Tensor = kwargs["timestep"]
         return timestep
 
-    def check_residuals(self, kwargs: dict[str, Any], tokens: int) -> None:
-        """Raises ValueError where a ControlNet's residuals are not for so many image tokens."""
+    def check_residuals(self, kwargs: Mapping[str, Any], tokens: int) -> None:
+        """Raise ValueError for residuals of a ControlNet that do not have this many image tokens."""
         for name in self.residuals:
             for residual in kwargs.get(name) or ():
                 if residual.shape[1] != tokens:
                     raise ValueError(
                         f"{name} must have a residual for each of {tokens} image tokens, got {residual.shape[1]}; "
-                        "give the ControlNet the picture's own height and width"
+                        "give the ControlNet the image's own height and width"
                     )
 
-    def enter_residuals(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """The keywords with a ControlNet's residuals in tile order."""
+    def permute_residuals(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """Return the keywords with a ControlNet's residuals in tile order."""
         given = [name for name in self.residuals if kwargs.get(name) is not None]
-        return {**kwargs, **{name: [residual[:, layout.order] for residual in kwargs[name]] for name in given}}
+        permuted = {name: [residual[:, layout.permutation] for residual in kwargs[name]] for name in given}
+        return {**kwargs, **permuted}
 
     @abc.abstractmethod
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """The keywords with the image tokens, and all that runs beside them, in tile order."""
+    def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        """Return the keywords with the image tokens, and every tensor that has a row for each, in tile order."""
 
     @abc.abstractmethod
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        """A tensor of the transformer's output in raster order."""
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        """Return a tensor of the transformer's output in raster order."""

@@ -6,6 +6,7 @@ embedding, so the layout goes with that.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,16 +14,17 @@ from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Call, InnerDoor
-from clear_attn.models.context_variable import Untold, announced
+from clear_attn.models.adapter import Call, InnerHook
+from clear_attn.models.context import ClearContext
+from clear_attn.models.context_variable import Publishes, published
 from clear_attn.models.flux import Flux
-from clear_attn.models.padding import UNSEEN, Padding, check_mask, padding_of
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.padding import HIDDEN, check_mask
+from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.models.tensor_cache import ReadOnce
 
 
 class ChromaProcessor(ClearAttnProcessor):
-    """Is told of the call by the rotary embedding: (cos, sin, keywords)."""
+    """Gets the context with the rotary embedding: (cos, sin, context)."""
 
     def __call__(
         self,
@@ -31,29 +33,26 @@ class ChromaProcessor(ClearAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Any, ...] | None = None,
-        clear_layout: TokenLayout | None = None,
-        clear_backend: str = "auto",
-        clear_sharpness: float = 1.0,
-        clear_padding: Padding | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        cos, sin, own = image_rotary_emb or (None, None, {})
-        rotary = None if cos is None or sin is None else (cos, sin)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary, **own)
+        clear_context: ClearContext | None = None,
+    ) -> Any:
+        *rotary, context = image_rotary_emb or (None,)
+        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, tuple(rotary) or None)
+        return self.run(attn, inputs, context)
 
 
-class Chroma(Untold, Flux):
-    only_attends = False
+class Chroma(Publishes, Flux):
+    takes_scale = False
     transformer_class = ChromaTransformer2DModel
-    adapters = ()
+    ip_adapter_processors = ()
 
-    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
-        return ChromaProcessor(down_factor, layer)
+    def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
+        return ChromaProcessor
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
-        return [InnerDoor(transformer.pos_embed, tell_with_positions)]
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
+        return [InnerHook(transformer.pos_embed, tell_with_positions)]
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
-        call = super().read(transformer, kwargs)
+    def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
+        call = super().parse_call(transformer, kwargs)
         mask, image_tokens = kwargs.get("attention_mask"), kwargs["hidden_states"].shape[1]
         if mask is not None:
             check_mask("attention_mask", mask, (len(kwargs["hidden_states"]), call.text_tokens + image_tokens))
@@ -64,29 +63,28 @@ class Chroma(Untold, Flux):
                 )
         return call
 
-    def padding(self, kwargs: dict[str, Any], layout: TokenLayout) -> Padding | None:
-        """Chroma's layers multiply a query's and a key's mask, and torch's attention adds numbers to the scores.
+    def text_bias(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the bias of padded text keys and the weight of text queries.
 
-        So the pipelines' mask of 1 and 0 adds 1 where both are 1: beside what a query sees of the image, the text has
-        query x (key - 1).
+        Chroma's layers multiply a query's and a key's mask, and torch's attention adds numbers to the scores. So the
+        pipelines' mask of 1 and 0 adds 1 where both are 1: relative to the image, text has query x (key - 1).
         """
         mask = kwargs.get("attention_mask")
         if mask is None:
-            return None
-        text = mask[:, layout.text]
+            return None, None
+        text = mask[:, : kwargs["encoder_hidden_states"].shape[1]]
         if mask.dtype == torch.bool:
-            unseen = torch.where(text, 0.0, UNSEEN)
-            return padding_of(layout, torch.ones_like(unseen), unseen)
-        return padding_of(layout, text, text - 1)
+            return torch.where(text, 0.0, HIDDEN), None
+        return text - 1, text
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        return {**super().enter(kwargs, layout), "attention_mask": None}
+    def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        return {**super().permute_inputs(kwargs, layout), "attention_mask": None}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def tell_with_positions(embedding: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
     """A forward hook."""
-    return *output, announced() or {}
+    return *output, published()
 
 
 def _count_ones_at_the_end(mask: Tensor) -> int:

@@ -1,20 +1,22 @@
-"""Models that keep a call's keywords from their layers: those wait in a context variable while the call runs."""
+"""Models that do not pass attention keywords to their layers: the context waits in a variable while a call runs."""
 
 from __future__ import annotations
 
 import contextvars
-from typing import Any
 
-_own_keywords: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("clear_attn", default=None)
+from clear_attn.models.context import ClearContext
 
-
-class Untold:
-    """What such families share; goes before the family."""
-
-    def announce(self, own: dict[str, Any] | None) -> None:
-        _own_keywords.set(own)
+_context: contextvars.ContextVar[ClearContext | None] = contextvars.ContextVar("clear_attn", default=None)
 
 
-def announced() -> dict[str, Any] | None:
-    """The keywords of the call that runs, or None."""
-    return _own_keywords.get()
+class Publishes:
+    """What adapters of such models share; a base before the adapter."""
+
+    def publish(self, context: ClearContext | None) -> None:
+        """Make a context readable by `published`, or none."""
+        _context.set(context)
+
+
+def published() -> ClearContext | None:
+    """Return the context of the call that runs, or None."""
+    return _context.get()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,25 +10,27 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from torch import Tensor
 
-from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.models.adapter import Call, Family
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.layout import TokenLayout
+from clear_attn.methods import Layer, Method
+from clear_attn.models.adapter import Call, ModelAdapter
+from clear_attn.models.context import ClearContext
+from clear_attn.models.dense_attention import dense_attention
+from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.models.tensor_cache import ReadOnce
 
 
 class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
-    """CLEAR's attention, and beside it each image token's attention to an IP-Adapter's few tokens.
+    """Adds each image token's attention to the few tokens of an IP-Adapter.
 
-    It has the stock processor's own projections, and is one of its kind to diffusers: `set_ip_adapter_scale` and
-    `unload_ip_adapter` find it.
+    It has the original processor's own projections, and is one of its kind to diffusers: `set_ip_adapter_scale` and
+    `unload_ip_adapter` find it by its class.
     """
 
-    of_the_layer = (*ClearAttnProcessor.of_the_layer, "scale")
+    layer_settings = (*ClearAttnProcessor.layer_settings, "scale")
 
-    def __init__(self, stock: FluxIPAdapterAttnProcessor, down_factor: int, layer: str) -> None:
-        ClearAttnProcessor.__init__(self, down_factor, layer)
-        self.scale = stock.scale
-        self.to_k_ip, self.to_v_ip = stock.to_k_ip, stock.to_v_ip
+    def __init__(self, *args: Any) -> None:
+        ClearAttnProcessor.__init__(self, *args)
 
     def __call__(  # type: ignore[override]
         self,
@@ -36,55 +39,48 @@ class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        clear_layout: TokenLayout | None = None,
-        clear_backend: str = "auto",
-        clear_sharpness: float = 1.0,
+        clear_context: ClearContext | None = None,
         ip_hidden_states: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        image, text = ClearAttnProcessor.__call__(
-            self,
-            attn,
-            hidden_states,
-            encoder_hidden_states,
-            attention_mask,
-            image_rotary_emb,
-            clear_layout,
-            clear_backend,
-            clear_sharpness,
-        )
-        # Once more, for here it is taken without its position.
-        query = attn.to_qkv(hidden_states).chunk(3, dim=-1)[0] if self.takes_fused(attn) else attn.to_q(hidden_states)
+        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        image, text = self.run(attn, inputs, clear_context)
+        # Projected again: here the query is taken without its position.
+        fused = self.adapter.takes_fused(attn)
+        query = attn.to_qkv(hidden_states).chunk(3, dim=-1)[0] if fused else attn.to_q(hidden_states)
         query = attn.norm_q(query.unflatten(-1, (attn.heads, -1))).transpose(1, 2)
-        adapted = torch.zeros_like(image)
+        dense, adapted = dense_attention(self._attention_backend), torch.zeros_like(image)
         for tokens, scale, to_key, to_value in zip(
             ip_hidden_states or (), self.scale, self.to_k_ip, self.to_v_ip, strict=True
         ):
-            # Several pictures may stand apart in a dimension of their own.
+            # Several images may be apart in a dimension of their own.
             parts = (to(tokens).reshape(len(image), -1, *query.shape[1::2]) for to in (to_key, to_value))
             key, value = (part.transpose(1, 2) for part in parts)
-            seen = self._text_attention(query, key, value, query.shape[-1] ** -0.5)
-            adapted = adapted + scale * seen.transpose(1, 2).flatten(2, 3)
+            attended = dense(query, key, value, query.shape[-1] ** -0.5, None)
+            adapted = adapted + scale * attended.transpose(1, 2).flatten(2, 3)
         return image, text, adapted
 
 
-class Flux(Family):
+class Flux(ModelAdapter):
     transformer_class = FluxTransformer2DModel
-    stock_processors: tuple[type, ...] = (FluxAttnProcessor,)
-    adapters: tuple[type, ...] = (FluxIPAdapterAttnProcessor,)
+    accepts: tuple[type, ...] = (FluxAttnProcessor,)
+    ip_adapter_processors: tuple[type, ...] = (FluxIPAdapterAttnProcessor,)
     text_first = True
-    text_tokens = 512
-    only_attends = True
+    default_text_tokens = 512
+    takes_scale = True
     residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
 
-    def stand_in(self, stock: Any, down_factor: int, layer: str) -> ClearAttnProcessor:
-        if isinstance(stock, self.adapters):
-            return IPAdapterProcessor(stock, down_factor, layer)
-        return self.new_processor(down_factor, layer)
+    def make_processor(self, original: Any, method: Method, layer: Layer, group: int) -> ClearAttnProcessor:
+        if not isinstance(original, self.ip_adapter_processors):
+            return super().make_processor(original, method, layer, group)
+        processor = IPAdapterProcessor(self, method, layer, group)
+        processor.scale = original.scale
+        processor.to_k_ip, processor.to_v_ip = original.to_k_ip, original.to_v_ip
+        return processor
 
     def latents_per_token(self, transformer: Any) -> int:
         return 2  # the pipelines pack them so
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         if kwargs.get("img_ids") is None:
             raise ValueError("img_ids must tell where the image tokens stand, got None; pass them as the pipeline does")
@@ -98,18 +94,18 @@ class Flux(Family):
         self.check_residuals(kwargs, tokens)
         return Call(grids, text.shape[1], hidden_states.device)
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         ids = kwargs["img_ids"]
         exact = _read_ids(ids).exact
         ids = (ids[0] if ids.ndim == 3 else ids) if exact is None else exact
         return {
-            **self.enter_residuals(kwargs, layout),
-            "hidden_states": kwargs["hidden_states"][:, layout.order],
-            "img_ids": ids[layout.order],
+            **self.permute_residuals(kwargs, layout),
+            "hidden_states": kwargs["hidden_states"][:, layout.permutation],
+            "img_ids": ids[layout.permutation],
         }
 
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        return sample[:, layout.inverse]
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        return sample[:, layout.inverse_permutation]
 
 
 class _Positions(NamedTuple):

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import Flux2Transformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from torch import Tensor, cat
 
-from clear_attn.core.layout import TokenLayout
 from clear_attn.models.adapter import Call
+from clear_attn.models.context import ClearContext
 from clear_attn.models.flux import Flux
-from clear_attn.models.processors import ClearAttnProcessor, split_heads
+from clear_attn.models.processors import ClearAttnProcessor, Inputs, normalize, rotate, split_heads
 
 
 class ParallelProcessor(ClearAttnProcessor):
-    """For a layer whose one projection makes query, key, value and the feed-forward network's input.
-
-    And whose other one takes the output of both.
-    """
+    """For a layer whose one projection makes query, key, value and the feed-forward network's input."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -27,39 +24,42 @@ class ParallelProcessor(ClearAttnProcessor):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        clear_layout: TokenLayout | None = None,
-        clear_backend: str = "auto",
-        clear_sharpness: float = 1.0,
-    ) -> Tensor:
-        layout = self.layout_for(attention_mask, clear_layout, hidden_states, None)
-        *parts, feed_forward = attn.to_qkv_mlp_proj(hidden_states).split(
-            [*3 * [attn.inner_dim], attn.mlp_hidden_dim * attn.mlp_mult_factor], dim=-1
-        )
-        query, key, value = split_heads(attn, parts, ("norm_q", "norm_k"))
-        if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        joint = self.attend(query, key, value, layout, clear_backend, clear_sharpness)
-        output: Tensor = attn.to_out(cat([joint, attn.mlp_act_fn(feed_forward)], dim=-1))
-        return output
+        clear_context: ClearContext | None = None,
+    ) -> Any:
+        return self.run(attn, Inputs(hidden_states, None, attention_mask, image_rotary_emb), clear_context)
 
 
 class Flux2(Flux):
     transformer_class = Flux2Transformer2DModel
-    stock_processors = (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
+    accepts = (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
     residuals = ()
-    only_attends = False
-    streams = 24  # its feed-forward networks are gated
+    ip_adapter_processors = ()
+    takes_scale = False
+    activation_factor = 24  # its feed-forward networks are gated
 
-    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
-        kind = ParallelProcessor if layer.startswith("single_") else ClearAttnProcessor
-        return kind(down_factor, layer)
+    def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
+        return ParallelProcessor if layer.startswith("single_") else ClearAttnProcessor
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def project(self, attn: Any, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Any]:
+        if not hasattr(attn, "to_qkv_mlp_proj"):
+            return super().project(attn, inputs)
+        *parts, feed_forward = attn.to_qkv_mlp_proj(inputs.hidden_states).split(
+            [*3 * [attn.inner_dim], attn.mlp_hidden_dim * attn.mlp_mult_factor], dim=-1
+        )
+        query, key, value = (split_heads(part, attn.inner_dim // attn.heads) for part in parts)
+        query, key = rotate(*normalize(attn, query, key, ("norm_q", "norm_k")), inputs.image_rotary_emb)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), feed_forward
+
+    def project_out(self, attn: Any, joint: Tensor, inputs: Inputs, rest: Any) -> Any:
+        if rest is None:
+            return super().project_out(attn, joint, inputs, rest)
+        return attn.to_out(cat([joint, attn.mlp_act_fn(rest)], dim=-1))
+
+    def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         if kwargs.get("kv_cache_mode") is not None:
             raise ValueError(
                 f"kv_cache_mode={kwargs['kv_cache_mode']!r} keeps the keys of reference pictures from step to step, "
                 "which a linearized model does not; use Flux2KleinPipeline in place of Flux2KleinKVPipeline, or "
                 "clear_attn.restore() the model"
             )
-        return super().read(transformer, kwargs)
+        return super().parse_call(transformer, kwargs)

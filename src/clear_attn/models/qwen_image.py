@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,19 @@ from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor
 
-from clear_attn.core.layout import Grid, TokenLayout, tile_order
-from clear_attn.models.adapter import Call, Family, InnerDoor
-from clear_attn.models.padding import UNSEEN, Padding, check_mask, padding_of
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.layout import TokenLayout, grid_permutation
+from clear_attn.models.adapter import Call, InnerHook, ModelAdapter
+from clear_attn.models.context import ClearContext
+from clear_attn.models.padding import HIDDEN, check_mask
+from clear_attn.models.processors import ClearAttnProcessor, Inputs
 
 # A picture's frames, rows and columns.
 Shape = tuple[int, int, int]
 
 
 class QwenProcessor(ClearAttnProcessor):
-    """Takes the keyword by which Qwen-Image's layers are told of a mask; the door has made it a `Padding`."""
+    """Takes the keyword by which Qwen-Image's layers get a mask; the entry hook has made it a bias of the scores."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -35,42 +37,30 @@ class QwenProcessor(ClearAttnProcessor):
         encoder_hidden_states_mask: None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        clear_layout: TokenLayout | None = None,
-        clear_backend: str = "auto",
-        clear_sharpness: float = 1.0,
-        clear_padding: Padding | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return super().__call__(
-            attn,
-            hidden_states,
-            encoder_hidden_states,
-            attention_mask,
-            image_rotary_emb,
-            clear_layout,
-            clear_backend,
-            clear_sharpness,
-            clear_padding,
-        )
+        clear_context: ClearContext | None = None,
+    ) -> Any:
+        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return self.run(attn, inputs, clear_context)
 
 
-class QwenImage(Family):
+class QwenImage(ModelAdapter):
     transformer_class = QwenImageTransformer2DModel
-    stock_processors = (QwenDoubleStreamAttnProcessor2_0,)
+    accepts = (QwenDoubleStreamAttnProcessor2_0,)
     text_first = True
-    text_tokens = 512  # the most that its pipelines take; they do not pad
+    default_text_tokens = 512  # the most that its pipelines take; they do not pad
     residuals: tuple[str, ...] = ("controlnet_block_samples",)
     keywords = "attention_kwargs"
 
-    def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
-        return QwenProcessor(down_factor, layer)
+    def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
+        return QwenProcessor
 
     def latents_per_token(self, transformer: Any) -> int:
         return int(transformer.config.patch_size)
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
-        return [InnerDoor(transformer.pos_embed, join_positions)]
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
+        return [InnerHook(transformer.pos_embed, join_positions)]
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         grids = _grids(_shapes(kwargs.get("img_shapes")))
         tokens = sum(height * width for height, width in grids)
@@ -82,23 +72,22 @@ class QwenImage(Family):
         self.check_residuals(kwargs, tokens)
         return Call(grids, text.shape[1], hidden_states.device)
 
-    def padding(self, kwargs: dict[str, Any], layout: TokenLayout) -> Padding | None:
+    def text_bias(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         mask, text = kwargs.get("encoder_hidden_states_mask"), kwargs["encoder_hidden_states"]
         if mask is None:
-            return None
+            return None, None
         check_mask("encoder_hidden_states_mask", mask, tuple(text.shape[:2]))
-        unseen = torch.where(mask.bool(), 0.0, UNSEEN)
-        return padding_of(layout, torch.ones_like(unseen), unseen)
+        return torch.where(mask.bool(), 0.0, HIDDEN), None
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return {
-            **self.enter_residuals(kwargs, layout),
-            "hidden_states": kwargs["hidden_states"][:, layout.order],
+            **self.permute_residuals(kwargs, layout),
+            "hidden_states": kwargs["hidden_states"][:, layout.permutation],
             "encoder_hidden_states_mask": None,
         }
 
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        return sample[:, layout.inverse]
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+        return sample[:, layout.inverse_permutation]
 
 
 class QwenControlNet(QwenImage):
@@ -108,8 +97,11 @@ class QwenControlNet(QwenImage):
     residuals = ()
     keywords = "joint_attention_kwargs"
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        return {**super().enter(kwargs, layout), "controlnet_cond": kwargs["controlnet_cond"][:, layout.order]}
+    def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        return {
+            **super().permute_inputs(kwargs, layout),
+            "controlnet_cond": kwargs["controlnet_cond"][:, layout.permutation],
+        }
 
 
 def _shapes(img_shapes: Any) -> Sequence[Shape]:
@@ -140,7 +132,9 @@ def join_positions(embedding: Any, args: tuple[Any, ...], output: tuple[Tensor, 
     image, text = output
     grids = _grids(_shapes(args[0]))
     starts = itertools.accumulate(map(math.prod, grids), initial=0)
-    order = torch.cat([start + tile_order(grid, image.device) for start, grid in zip(starts, grids, strict=False)])
+    order = torch.cat(
+        [start + grid_permutation(grid, image.device) for start, grid in zip(starts, grids, strict=False)]
+    )
     angles = torch.cat([text, image[order]])
     cos, sin = (part.repeat_interleave(2, dim=-1) for part in (angles.real, angles.imag))
     return cos, sin

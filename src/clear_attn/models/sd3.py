@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,19 +10,19 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor
 
-from clear_attn.core.layout import TokenLayout, tile_order
-from clear_attn.models.adapter import Call, Family, InnerDoor
+from clear_attn.core.layout import TokenLayout, grid_permutation
+from clear_attn.models.adapter import Call, InnerHook, ModelAdapter
 
 
-class SD3(Family):
+class SD3(ModelAdapter):
     transformer_class = SD3Transformer2DModel
-    stock_processors = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
+    accepts = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
     text_first = False
-    text_tokens = 77 + 256  # CLIP's and T5's
+    default_text_tokens = 77 + 256  # CLIP's and T5's
     residuals: tuple[str, ...] = ("block_controlnet_hidden_states",)
-    only_attends = True
+    takes_scale = True
     # SD3's layers call themselves fused also after that has been given up. The parts stay, and hold the same values.
-    trusts_fused = False
+    fused_qkv_reliable = False
 
     def has_text(self, transformer: Any, layer: str) -> bool:
         return not layer.endswith(".attn2")
@@ -29,10 +30,10 @@ class SD3(Family):
     def latents_per_token(self, transformer: Any) -> int:
         return int(transformer.config.patch_size)
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
-        return [InnerDoor(transformer.pos_embed, into_tile_order)]
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
+        return [InnerHook(transformer.pos_embed, into_tile_order)]
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs.get("encoder_hidden_states")
         side = self.latents_per_token(transformer)
         height, width = hidden_states.shape[-2:]
@@ -45,16 +46,16 @@ class SD3(Family):
         self.check_residuals(kwargs, grid[0] * grid[1])
         return Call((grid,), 0 if text is None else text.shape[1], hidden_states.device)
 
-    def noise(self, kwargs: dict[str, Any]) -> Tensor:
-        return super().noise(kwargs) / 1000  # of the timesteps it was trained with
+    def sigma(self, kwargs: Mapping[str, Any]) -> Tensor:
+        return super().sigma(kwargs) / 1000  # of the timesteps it was trained with
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        return self.enter_residuals(kwargs, layout)
+    def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        return self.permute_residuals(kwargs, layout)
 
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         (rows, columns), (height, width) = layout.grids[0], sample.shape[-2:]
         patches = sample.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
-        tokens = patches.transpose(3, 4).flatten(2, 3)[:, :, layout.inverse]
+        tokens = patches.transpose(3, 4).flatten(2, 3)[:, :, layout.inverse_permutation]
         return tokens.unflatten(2, (rows, columns)).transpose(3, 4).reshape(sample.shape)
 
 
@@ -62,4 +63,4 @@ class SD3(Family):
 def into_tile_order(patch_embedding: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A forward hook. Only behind the positions' embedding, which counts rows and columns, may the order change."""
     height, width = (length // patch_embedding.patch_size for length in args[0].shape[-2:])
-    return output[:, tile_order((height, width), output.device)]
+    return output[:, grid_permutation((height, width), output.device)]

@@ -1,13 +1,12 @@
-"""The hooks at a linearized transformer's entrance and exit, which put image tokens into tile order and back.
+"""The hooks at a linearized transformer's entry and exit, which put image tokens into tile order and back.
 
-Nothing is left on the model: the layout travels in the call's own keywords for the attention layers, so that two calls
-of different size, a recomputation for gradients or a deep copy each see their own.
+Nothing is left on the model: the context travels in the call's own keywords for the attention layers, so that two calls
+of different size, a recomputation for gradients or a deep copy each have their own.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,150 +14,147 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from clear_attn.backends import BACKENDS, choose_aloud
-from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.methods import Method
+from clear_attn.backends.selection import select_backend
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.plan import Plan
+from clear_attn.methods import Layer, Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.models import Family
-from clear_attn.models.adapter import InnerDoor
+from clear_attn.models import ModelAdapter
+from clear_attn.models.adapter import InnerHook
 from clear_attn.models.conflicts import check_hooks
-from clear_attn.models.processors import BACKEND, LAYOUT, PADDING, AttnProcessor
-from clear_attn.utils.validation import ClearConfig
+from clear_attn.models.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
+from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.patching.plan_cache import PlanCache
 
 if TYPE_CHECKING:
     from clear_attn.patching.state import State
 
 
-@functools.lru_cache(maxsize=8)
-def layout_for(
-    grids: tuple[Grid, ...],
-    text_tokens: int,
-    config: ClearConfig | Method | None,
-    text_first: bool,
-    device: torch.device,
-) -> TokenLayout:
-    """The layout, made once for all calls that agree in the arguments."""
-    return TokenLayout(grids, text_tokens, config, text_first=text_first, device=device)
-
-
-class Spread(Protocol):
-    """Splits the calls of a transformer over processes.
+class Sharder(Protocol):
+    """Splits the calls of a transformer over ranks.
 
     Attributes:
-        ranks: how many processes.
+        ranks: the number of processes.
     """
 
     ranks: int
 
-    def share(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Any:
-        """The layout of this process's part, which has what a `TokenLayout` has; settings must be those of all."""
+    def shard(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Any:
+        """Return this rank's part of a layout, after a check that all ranks got the same call and settings."""
 
-    def inner_doors(self, family: Family, transformer: Any) -> list[InnerDoor]:
-        """Hooks inside the transformer, behind those of its family."""
+    def plan(self, method: Method, shard: Any) -> Plan:
+        """Return the plan of a method on a part of a layout."""
+
+    def inner_hooks(self, adapter: ModelAdapter, transformer: Any) -> list[InnerHook]:
+        """Return hooks inside the transformer, after those of its adapter."""
 
 
-class DoorIn:
+class EntryHook:
     """A forward pre-hook with keywords. Pre-hooks that were there before see raster order, later ones tile order.
 
     Args:
-        family: what kind of transformer it stands at.
-        config: the window and down_factor of its calls, or another method.
-        schedule: which of them, and which layers, differ.
+        adapter: of the transformer.
+        method: of its layers.
+        schedule: which calls and layers differ.
+        layers: of the transformer, by name.
         backend: of its calls, or "auto".
         original: the transformer's state before, for `restore`.
-        given_up: whether the values that were replaced have not been kept.
-        spread: splits its calls; None where this process computes all.
+        originals_discarded: whether the values that were replaced have not been kept.
+        sharder: splits its calls; None if this process computes all.
     """
 
     def __init__(
         self,
-        family: Family,
-        config: ClearConfig | Method,
+        adapter: ModelAdapter,
+        method: Method,
         schedule: Schedule,
+        layers: dict[str, Layer],
         backend: str,
         original: State,
-        given_up: bool,
-        spread: Spread | None = None,
+        originals_discarded: bool,
+        sharder: Sharder | None = None,
     ) -> None:
-        self.family = family
-        self.config = config
-        self.schedule = schedule
-        self.backend = backend
-        self.original = original
-        self.given_up = given_up
-        self.spread = spread
+        self.adapter, self.method, self.schedule, self.backend = adapter, method, schedule, backend
+        self.original, self.originals_discarded, self.sharder = original, originals_discarded, sharder
+        self.representatives, self.groups = schedule.group(method, layers.values())
+        self.cache = PlanCache()
 
-    def with_spread(self, spread: Spread | None) -> DoorIn:
-        door = copy.copy(self)
-        door.spread = spread
-        return door
+    def with_sharder(self, sharder: Sharder | None) -> EntryHook:
+        """Return a copy that splits calls in another way."""
+        hook = copy.copy(self)
+        hook.sharder, hook.cache = sharder, PlanCache()
+        return hook
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
-        """The hooks inside the transformer."""
-        spread = self.spread.inner_doors(self.family, transformer) if self.spread else []
-        return [*self.family.inner_doors(transformer), *spread]
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
+        """Return the hooks inside the transformer."""
+        sharder = self.sharder.inner_hooks(self.adapter, transformer) if self.sharder else []
+        return [*self.adapter.inner_hooks(transformer), *sharder]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        self.check(transformer)
+        self.adapter.publish(None)  # what a call that failed may have left
+        self.validate_installed(transformer)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
-        grids, text_tokens, device = self.family.read(transformer, call)
-        layout = layout_for(grids, text_tokens, self.config_of(call), self.family.text_first, device)
-        backend = self._choose_backend(transformer, call, layout)
-        if self.spread:
-            settings = f"{self.config}, {self.schedule}, backend {backend}"
-            layout = self.spread.share(transformer, call, layout, settings)
-        self._prepare(transformer, layout, backend)
-        entered = self.family.enter(call, layout)
-        own: dict[str, Any] = {LAYOUT: layout, BACKEND: backend}
-        if (padding := self.family.padding(call, layout)) is not None:
-            own[PADDING] = padding
-        self.family.announce(own)
-        entered[self.family.keywords] = {**(call.get(self.family.keywords) or {}), **own}
-        return (), entered
+        parsed = self.adapter.parse_call(transformer, call)
+        layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
+        backend = self._select_backend(transformer, call, parsed.device)
+        if self.sharder:
+            settings = f"{self.method}, {self.schedule}, backend {backend}"
+            layout = self.sharder.shard(transformer, call, layout, settings)
+        passed_on = dict(call.get(self.adapter.keywords) or {})
+        text_bias, text_query_weight = self.adapter.text_bias(call)
+        context = ClearContext(
+            self._plan_groups(self.methods_of(call), layout, backend),
+            layout,
+            backend=backend,
+            scale_multiplier=passed_on.pop(SCALE_MULTIPLIER, 1.0),
+            text_bias=text_bias,
+            text_query_weight=text_query_weight,
+            role=passed_on.pop(ROLE, None),
+            record=passed_on.pop(RECORDER, None),
+        )
+        permuted = self.adapter.permute_inputs(call, layout)
+        permuted[self.adapter.keywords] = {**passed_on, CONTEXT: context}
+        self.adapter.publish(context)
+        return (), permuted
 
-    def config_of(self, call: dict[str, Any]) -> ClearConfig | Method | None:
-        """Of a call with these arguments; None where it stays dense."""
-        if self.schedule.dense_above is None:
-            return self.config
-        return None if self.schedule.is_dense(self.family.noise(call)) else self.config
+    def methods_of(self, call: dict[str, Any]) -> list[Method]:
+        """Return the method of each group in a call with these arguments."""
+        sigma = self.schedule.sigma_of(self.adapter.sigma(call)) if self.schedule.depends_on_sigma else None
+        return [self.schedule.method_for(self.method, layer, sigma) for layer in self.representatives]
 
-    def _prepare(self, transformer: Any, layout: TokenLayout, backend: str) -> None:
-        """Makes what the layers will need of a layout, for compiled ones cannot."""
-        layers = self.original.processors
-        alone = not all(self.family.has_text(transformer, layer) for layer in layers)
-        for window in (None, *self.schedule.own_windows(layers)):
-            own = layout.within(window)
-            for each in (own, own.without_text) if alone else (own,):
-                if isinstance(each.config, Method):
-                    if each.prepared is None:
-                        each.prepared = each.config.prepare(each)
-                elif each.config is not None:
-                    BACKENDS[backend].prepare(each)
+    def _plan_groups(self, methods: list[Method], layout: Any, backend: str) -> list[Group]:
+        groups = []
+        for method, layer in zip(methods, self.representatives, strict=True):
+            own = layout if layer.has_text else layout.without_text
+            plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
+            plan.prepare(backend)
+            groups.append(Group(method, plan))
+        return groups
 
-    def _choose_backend(self, transformer: Any, call: dict[str, Any], layout: TokenLayout) -> str:
-        """Once for all layers of a call, so that a recomputation for gradients does as the first computation did."""
-        if self.backend != "auto" or isinstance(self.config, Method):  # which has no backends
+    def _select_backend(self, transformer: Any, call: dict[str, Any], device: torch.device) -> str:
+        """Select once for all layers of a call, so that a recomputation for gradients does as the first one did."""
+        if self.backend != "auto" or not self.method.uses_backends:
             return self.backend
         tensors = itertools.chain(tree_leaves(call), transformer.parameters())
         needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
-        dtype, head_dim = call["hidden_states"].dtype, transformer.config.attention_head_dim
-        return choose_aloud(layout.device, dtype, head_dim, needs_grad).backend
+        dtype, head_dim = call["hidden_states"].dtype, self.representatives[0].head_dim
+        return select_backend(device, dtype, head_dim, needs_grad).backend
 
-    def check(self, transformer: Any) -> None:
-        """Raises RuntimeError where something that linearizing put in place is no longer there, or cannot work."""
-        for layer in self.original.processors:
+    def validate_installed(self, transformer: Any) -> None:
+        """Raise RuntimeError if something that linearizing put in place is no longer there, or cannot work."""
+        for layer, group in self.groups.items():
             processor = transformer.get_submodule(layer).processor
-            stands = isinstance(processor, AttnProcessor) and processor.fits(self.config)
-            if not stands or processor.own_window != self.schedule.window_of(layer):
+            own = isinstance(processor, ClearAttnProcessor)
+            if not own or processor.method != self.method or processor.group != group:
                 raise RuntimeError(
                     f"the attention processor of {layer} was replaced by a {type(processor).__name__} after "
                     "clear_attn.linearize() (an IP-Adapter that comes or goes does that, or fusing SD3's "
                     "projections); call clear_attn.linearize() again after the change, or clear_attn.restore()"
                 )
-        check_hooks(self.family.attention_layers(transformer))
-        for inner in self.inner_doors(transformer):
-            if not inner.stands():
+        check_hooks(self.adapter.attention_layers(transformer))
+        for inner in self.inner_hooks(transformer):
+            if not inner.installed():
                 raise RuntimeError(
                     f"a {type(inner.module).__name__} of this {type(transformer).__name__} was replaced after "
                     "clear_attn.linearize() (a pipeline does that to SD3.5's ControlNets); call clear_attn.linearize() "
@@ -166,14 +162,14 @@ class DoorIn:
                 )
 
 
-class DoorOut:
-    """A forward hook with keywords, the counterpart of `DoorIn`. It stands first, so that others see raster order."""
+class ExitHook:
+    """A forward hook with keywords, the counterpart of `EntryHook`. It is the first, so that others see raster order."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.adapter = adapter
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        layout = kwargs[self.family.keywords][LAYOUT]
-        self.family.announce(None)
-        return tree_map_only(torch.Tensor, lambda tensor: self.family.leave(tensor, layout), output)
+        layout = kwargs[self.adapter.keywords][CONTEXT].layout
+        self.adapter.publish(None)
+        return tree_map_only(torch.Tensor, lambda tensor: self.adapter.unpermute_output(tensor, layout), output)

@@ -1,4 +1,4 @@
-"""What linearizing changes in a transformer, taken down and put in place as one value."""
+"""What linearizing changes in a transformer, as one value that is captured and applied."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
-from clear_attn.models.processors import AttnProcessor
-from clear_attn.patching.hooks import DoorIn, DoorOut
-from clear_attn.weights.metadata import MARK, mark_of
+from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.patching.hooks import EntryHook, ExitHook
+from clear_attn.weights.metadata import CONFIG_ENTRY, metadata_of
 from clear_attn.weights.parameters import (
     DTYPES,
     check_in_memory,
@@ -25,24 +25,24 @@ Processor = TypeVar("Processor")
 
 
 class State(NamedTuple):
-    """The door of a transformer, its processors, and the values of those parameters that are at stake.
+    """The hook of a transformer, its processors, and the values of the parameters that are replaced.
 
     Attributes:
-        door: the entrance hook, or None where there is none.
+        hook: the entrance hook, or None where there is none.
         processors: by layer.
         values: by name in a checkpoint, on the CPU.
-        mark: the entry in the transformer's config, or None where there is none.
+        metadata: the entry in the transformer's config, or None where there is none.
     """
 
-    door: DoorIn | None
+    hook: EntryHook | None
     processors: dict[str, Any]
     values: dict[str, Tensor]
-    mark: dict[str, Any] | None
+    metadata: dict[str, Any] | None
 
 
-def door_of(transformer: Any) -> DoorIn | None:
-    """The door that `linearize` put in, or None."""
-    return next((hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, DoorIn)), None)
+def entry_hook_of(transformer: Any) -> EntryHook | None:
+    """The hook that `linearize` put in, or None."""
+    return next((hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, EntryHook)), None)
 
 
 def processors_of(layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -
         check_in_memory(transformer, layers)
     parameters = replaced_parameters(layers)
     values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
-    return State(door_of(transformer), processors_of(layers), values, mark_of(transformer))
+    return State(entry_hook_of(transformer), processors_of(layers), values, metadata_of(transformer))
 
 
 def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
@@ -68,24 +68,24 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
     Raises:
         RuntimeError: the original weights were given up.
     """
-    door, processors = door_of(transformer), processors_of(layers)
-    if door is None:
-        return State(None, processors, {}, mark_of(transformer))
-    if door.given_up:
+    hook, processors = entry_hook_of(transformer), processors_of(layers)
+    if hook is None:
+        return State(None, processors, {}, metadata_of(transformer))
+    if hook.originals_discarded:
         raise RuntimeError(
-            "the original weights of this pipeline were given up by linearize(..., keep_original=False); load the "
-            "pipeline anew"
+            "the original weights of this pipeline were discarded by linearize(..., keep_original=False); load the "
+            "pipeline again"
         )
     for layer, processor in processors.items():
-        if isinstance(processor, AttnProcessor):
-            processors[layer] = door.original.processors[layer]
-    return State(None, processors, door.original.values, door.original.mark)
+        if isinstance(processor, ClearAttnProcessor):
+            processors[layer] = hook.original.processors[layer]
+    return State(None, processors, hook.original.values, hook.original.metadata)
 
 
 def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
     """Puts a state in place of the present one. Interrupted, it can be called again.
 
-    The door comes first and goes last, so that one stands as long as anything behind it is not the original.
+    Install the hook first and remove it last, so that a partial state is always detectable.
 
     Raises:
         RuntimeError: values cannot be copied in; nothing has been changed then.
@@ -93,63 +93,63 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
     if state.values:
         check_in_memory(transformer, layers)
         check_replaceable(layers)
-    _free_kept_processors(transformer)  # by the door that knows what they stand for, while it is there
-    if state.door:
-        set_door(transformer, state.door)
+    _free_kept_processors(transformer)  # while the hook that knows their originals is there
+    if state.hook:
+        install_hooks(transformer, state.hook)
     copy_values(state.values, layers)
     for layer, attn in layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
             # What the user set with set_attention_backend(), enable_parallelism() or set_ip_adapter_scale().
-            ours = processor if isinstance(processor, AttnProcessor) else present
-            for name in getattr(ours, "of_the_layer", AttnProcessor.of_the_layer):
+            ours = processor if isinstance(processor, ClearAttnProcessor) else present
+            for name in getattr(ours, "layer_settings", ClearAttnProcessor.layer_settings):
                 if (value := getattr(present, name, None)) is not None or hasattr(processor, name):
                     setattr(processor, name, value)
-            attn.set_processor(stand_beside(processor, attn))
-    _set_mark(transformer, state.mark)
-    if not state.door:
-        _remove_doors(transformer)
+            attn.set_processor(match_device_and_dtype(processor, attn))
+    _set_metadata(transformer, state.metadata)
+    if not state.hook:
+        _remove_hooks_of_ours(transformer)
 
 
 def _free_kept_processors(transformer: Any) -> None:
     """Takes the library's processors out of what SD3 keeps of its processors while its projections are fused."""
-    door, kept = door_of(transformer), getattr(transformer, "original_attn_processors", None) or {}
+    hook, kept = entry_hook_of(transformer), getattr(transformer, "original_attn_processors", None) or {}
     for key, processor in kept.items():
-        if door and isinstance(processor, AttnProcessor):
-            kept[key] = door.original.processors[key.removesuffix(".processor")]
+        if hook and isinstance(processor, ClearAttnProcessor):
+            kept[key] = hook.original.processors[key.removesuffix(".processor")]
 
 
-def stand_beside(processor: Processor, attn: Any) -> Processor:
+def match_device_and_dtype(processor: Processor, attn: Any) -> Processor:
     """Puts a processor's own parameters where the layer's are, and in their dtype."""
-    if isinstance(processor, AttnProcessor):
+    if isinstance(processor, ClearAttnProcessor):
         reference = next(attn.parameters())
         for weight in processor.parameters(recurse=False):
             weight.data = weight.data.to(reference.device, reference.dtype if reference.dtype in DTYPES else None)
     return processor
 
 
-def _set_mark(transformer: Any, mark: dict[str, Any] | None) -> None:
-    others = {name: value for name, value in transformer.config.items() if name != MARK}
+def _set_metadata(transformer: Any, metadata: dict[str, Any] | None) -> None:
+    others = {name: value for name, value in transformer.config.items() if name != CONFIG_ENTRY}
     # diffusers offers a way to add to a config, and none to take away.
-    transformer._internal_dict = FrozenDict({**others, **({MARK: mark} if mark else {})})
+    transformer._internal_dict = FrozenDict({**others, **({CONFIG_ENTRY: metadata} if metadata else {})})
 
 
-def set_door(transformer: Any, door: DoorIn) -> None:
+def install_hooks(transformer: Any, hook: EntryHook) -> None:
     """In the old one's place where there is one, so that the order among others' hooks stays."""
-    present = [key for key, hook in transformer._forward_pre_hooks.items() if isinstance(hook, DoorIn)]
+    present = [key for key, each in transformer._forward_pre_hooks.items() if isinstance(each, EntryHook)]
     # The entrance first: by it the others are found, should one fail to be put in.
     if present:
-        wanted = [(inner.module, inner.hook) for inner in door.inner_doors(transformer)]
-        for inner in transformer._forward_pre_hooks[present[0]].inner_doors(transformer):
+        wanted = [(inner.module, inner.hook) for inner in hook.inner_hooks(transformer)]
+        for inner in transformer._forward_pre_hooks[present[0]].inner_hooks(transformer):
             if (inner.module, inner.hook) not in wanted:
                 _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
-        transformer._forward_pre_hooks[present[0]] = door
+        transformer._forward_pre_hooks[present[0]] = hook
     else:
-        transformer.register_forward_pre_hook(door, with_kwargs=True)
-    if not any(isinstance(hook, DoorOut) for hook in transformer._forward_hooks.values()):
-        transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
-    for inner in door.inner_doors(transformer):
-        if inner.stands():
+        transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    if not any(isinstance(each, ExitHook) for each in transformer._forward_hooks.values()):
+        transformer.register_forward_hook(ExitHook(hook.adapter), with_kwargs=True, prepend=True)
+    for inner in hook.inner_hooks(transformer):
+        if inner.installed():
             continue
         if inner.before:
             inner.module.register_forward_pre_hook(inner.hook, with_kwargs=True)
@@ -157,12 +157,12 @@ def set_door(transformer: Any, door: DoorIn) -> None:
             inner.module.register_forward_hook(inner.hook)
 
 
-def _remove_doors(transformer: Any) -> None:
+def _remove_hooks_of_ours(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
-    door = door_of(transformer)
-    for inner in door.inner_doors(transformer) if door else ():
+    hook = entry_hook_of(transformer)
+    for inner in hook.inner_hooks(transformer) if hook else ():
         _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
-    _remove_hooks(transformer, lambda hook: isinstance(hook, (DoorIn, DoorOut)))
+    _remove_hooks(transformer, lambda each: isinstance(each, (EntryHook, ExitHook)))
 
 
 def _remove_hooks(module: Any, unwanted: Callable[[Any], bool]) -> None:

@@ -16,7 +16,7 @@ from clear_attn.cascade.memory_check import check_weights_fit
 from clear_attn.cascade.planning import describe, fingerprint
 from clear_attn.cascade.result import save_plan, save_with_plan, stage_file
 from clear_attn.parallel import launch
-from clear_attn.parallel import parallelization as parallelize
+from clear_attn.parallel import parallelize
 from clear_attn.patching.linearization import linearize
 from clear_attn.tools.options import DTYPES, DType, check_picture_file, device_of
 

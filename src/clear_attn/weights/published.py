@@ -7,14 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-# https://huggingface.co/Huage001/CLEAR, by (window, down_factor).
+from clear_attn.methods import Clear, Method
+
+# https://huggingface.co/Huage001/CLEAR, by method.
 REPO = "Huage001/CLEAR"
-FILES = {
-    (32, 1): "clear_local_32.safetensors",
-    (16, 1): "clear_local_16.safetensors",
-    (8, 1): "clear_local_8.safetensors",
-    (16, 4): "clear_local_16_down_4.safetensors",
-    (8, 4): "clear_local_8_down_4.safetensors",
+FILES: dict[Clear, str] = {
+    Clear(32, 1): "clear_local_32.safetensors",
+    Clear(16, 1): "clear_local_16.safetensors",
+    Clear(8, 1): "clear_local_8.safetensors",
+    Clear(16, 4): "clear_local_16_down_4.safetensors",
+    Clear(8, 4): "clear_local_8_down_4.safetensors",
 }
 BASE = "black-forest-labs/FLUX.1-dev"
 SERVED = (BASE, "black-forest-labs/FLUX.1-schnell")
@@ -33,24 +35,34 @@ ARCHITECTURE = {
 }
 
 
-def published_file(window: int, down_factor: int) -> str:
-    """The published file for a pair of settings.
+def check_published(method: Method) -> None:
+    """Raise ValueError for methods for which nothing is published."""
+    if method.pooled_factor is None:
+        raise ValueError(
+            f"no weights are published for {method}, only for CLEAR; give weights= a folder or a Hub id of some that "
+            "were distilled for it, or None for the model's own"
+        )
+
+
+def published_file(method: Method) -> str:
+    """Return the published file for a method.
 
     Raises:
         ValueError: there is none; the message lists those there are.
     """
-    if (window, down_factor) not in FILES:
-        pairs = ", ".join(f"({window}, {down_factor})" for window, down_factor in sorted(FILES))
+    check_published(method)
+    if (found := FILES.get(method)) is None:
+        pairs = ", ".join(f"({each.window}, {each.down_factor})" for each in sorted(FILES, key=lambda each: (each.window, each.down_factor)))
         raise ValueError(
-            f"no weights are published for window={window}, down_factor={down_factor}; there are some for "
+            f"no weights are published for {method.as_arguments()}; there are some for "
             f"(window, down_factor) = {pairs}; or give weights=None to keep the model's own (training-free)"
         )
-    return FILES[window, down_factor]
+    return found
 
 
-def window_of(file: str) -> int | None:
-    """The window of a published file, or None where none has this name."""
-    return next((window for (window, _), name in FILES.items() if name == file), None)
+def published_method(file: str) -> Clear | None:
+    """Return the method of a published file, or None for a file of another name."""
+    return next((method for method, name in FILES.items() if name == file), None)
 
 
 def name_of(pipe: Any, transformer: Any) -> str:
@@ -99,7 +111,7 @@ def check_served(pipe: Any, transformer: Any) -> str | None:
         raise ValueError(
             f"weights='auto' takes the weights published for {BASE}, and this is "
             f"{'FLUX.1 Kontext' if kontext else f'a {kind} with {listed}'}; name a checkpoint "
-            f"(weights='{REPO}/{FILES[16, 1]}' is the published one for window 16) or give weights=None to keep the "
+            f"(weights='{REPO}/{FILES[Clear(16)]}' is the published one for window 16) or give weights=None to keep the "
             "model's own (training-free)"
         )
     known = name in SERVED if _is_hub_id(name) else Path(name).name in {Path(served).name for served in SERVED}

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from clear_attn.methods import Method, named
+from clear_attn.methods import Method
+from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
-from clear_attn.utils.validation import ClearConfig
 from clear_attn.weights.hub import fetch
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
 from clear_attn.weights.parameters import method_in, pooled_factor, read_checkpoint
-from clear_attn.weights.published import BASE, FILES, LICENCE, REPO, check_served, published_file, window_of
+from clear_attn.weights.published import BASE, FILES, LICENCE, REPO, check_published, check_served, published_file, published_method
 
 WEIGHTS_FILE = "clear_weights.safetensors"
 HUB_FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/(.+\.safetensors))?")
@@ -30,33 +30,27 @@ class Checkpoint(NamedTuple):
     Attributes:
         values: tensors by name.
         name: where they came from, as a user would give it.
-        window, down_factor: what they were distilled for; a window of None is unknown, or of another method.
-        method: what they were distilled for, where that is not CLEAR.
+        method: what they were distilled for; None where nothing says.
+        down_factor: side of the pooled cells that their shapes show; 1 for none.
         architecture: the class of transformer they are for, where that is known.
-        source: where they first came from, which `name` may be a copy of.
+        source: where they first came from, of which `name` may be a copy.
         schedule: what they were saved with.
     """
 
     values: dict[str, Tensor]
     name: str
-    window: int | None
-    down_factor: int | None
-    method: Method | None = None
+    method: Method | None
+    down_factor: int = 1
     architecture: str | None = None
     source: str | None = None
     schedule: Schedule = Schedule()
-
-    @property
-    def unknown(self) -> bool:
-        """Whether nothing tells what they were distilled for, but whether keys were pooled."""
-        return self.window is None and self.method is None and self.down_factor == 1
 
 
 def load(
     weights: str | os.PathLike[str],
     pipe: Any,
     transformer: Any,
-    wanted: ClearConfig | Method,
+    wanted: Method,
     revision: str | None,
     token: str | bool | None,
 ) -> Checkpoint:
@@ -81,17 +75,16 @@ def load(
         return _load_local(path)
     repo, file = on_hub.groups()
     if file is None and repo == REPO:
-        config = _of_clear(wanted)
-        file = published_file(config.window, config.down_factor)
+        file = published_file(wanted)
     return _load_hub_folder(repo, revision, token) if file is None else _load_hub_file(repo, file, revision, token)
 
 
 def _load_auto(
-    pipe: Any, transformer: Any, wanted: ClearConfig | Method, revision: str | None, token: str | bool | None
+    pipe: Any, transformer: Any, wanted: Method, revision: str | None, token: str | bool | None
 ) -> Checkpoint:
-    config = _of_clear(wanted)
+    check_published(wanted)
     fine_tune = check_served(pipe, transformer)
-    file = published_file(config.window, config.down_factor)
+    file = published_file(wanted)
     if fine_tune:
         logger.warning(
             "%s is not %s by name: the published weights replace its own to_q, to_k, to_v and to_out.0 in every "
@@ -105,31 +98,22 @@ def _load_auto(
     return _load_hub_file(REPO, file, revision, token)
 
 
-def _of_clear(wanted: ClearConfig | Method) -> ClearConfig:
-    """Raises ValueError for other methods, for which nothing is published."""
-    if isinstance(wanted, Method):
-        raise ValueError(
-            f"no weights are published for {wanted}, only for CLEAR; give weights= a folder or a Hub id of some that "
-            "were distilled for it, or None for the model's own"
-        )
-    return wanted
-
-
 def _load_local(path: Path) -> Checkpoint:
     if path.is_dir():
         return _load_folder(path / CONFIG_FILE, path / WEIGHTS_FILE, str(path))
     if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
         return _load_folder(path.with_name(CONFIG_FILE), path, str(path))
     source = f"{REPO}/{path.name}" if path.name in FILES.values() else None
-    return _load_file(path, str(path), window_of(path.name), source)
+    return _load_file(path, str(path), published_method(path.name), source)
 
 
-def _load_file(path: Path, name: str, window: int | None, source: str | None) -> Checkpoint:
-    """Without a record; other methods than CLEAR are told in the file itself."""
-    values, method = read_checkpoint(path), method_in(path)
-    if method:
-        return Checkpoint(values, name, None, None, named(method), source=source)
-    return Checkpoint(values, name, window, pooled_factor(values), source=source)
+def _load_file(path: Path, name: str, published: Method | None, source: str | None) -> Checkpoint:
+    """Read a file without a record; methods other than CLEAR are named in the file itself."""
+    values, recorded = read_checkpoint(path), method_in(path)
+    factor = pooled_factor(values)
+    if recorded:
+        return Checkpoint(values, name, method_from_dict(recorded), factor, source=source)
+    return Checkpoint(values, name, published and published.with_settings(None, factor), factor, source=source)
 
 
 def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
@@ -137,7 +121,7 @@ def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool
         logger.warning("%s/%s: weights %s", repo, file, LICENCE)
     name = f"{repo}/{file}"
     return _load_file(
-        Path(fetch(repo, file, revision, token)), name, window_of(file) if repo == REPO else None, source=name
+        Path(fetch(repo, file, revision, token)), name, published_method(file) if repo == REPO else None, source=name
     )
 
 
@@ -154,13 +138,10 @@ def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint
         )
     record = read_record(config_file)
     values = read_checkpoint(weights_file)
-    config, about = record.config, (record.architecture, record.source, record.schedule)
-    if isinstance(config, Method):
-        return Checkpoint(values, name, None, None, config, *about)
     factor = pooled_factor(values)
-    if factor != config.down_factor:
+    if record.method.pooled_factor not in (None, factor):
         raise ValueError(
-            f"{config_file} says down_factor={config.down_factor}, and the weights beside it were distilled for "
-            f"{factor}; save or fetch both again"
+            f"{config_file} says {record.method.as_arguments()}, and the weights next to it were distilled for "
+            f"down_factor={factor}; save or fetch both again"
         )
-    return Checkpoint(values, name, config.window, factor, None, *about)
+    return Checkpoint(values, name, record.method, factor, record.architecture, record.source, record.schedule)

@@ -1,0 +1,125 @@
+"""A method on a layout: the index tensors that are made once per layout and shared by all layers and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from clear_attn.core.coordinates import Grid, invert_permutation, raster_coordinates, to_tensor
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.region import AttentionRegion
+
+
+class Layout(Protocol):
+    """What a plan reads of the tokens of a call: a `TokenLayout`, or the part of it that one rank has."""
+
+    @property
+    def text_tokens(self) -> int: ...
+
+    @property
+    def image_tokens(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def text(self) -> slice: ...
+
+    @property
+    def image(self) -> slice: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Plan:
+    """Where text and image are in a layout, for a method that needs no more.
+
+    Args:
+        layout: of the call.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.text_tokens, self.image_tokens, self.tokens = layout.text_tokens, layout.image_tokens, layout.tokens
+        self.text, self.image, self.device = layout.text, layout.image, layout.device
+
+    def prepare(self, backend: str) -> None:
+        """Build what a backend needs; compiled layers cannot."""
+
+
+class GridPlan(Plan):
+    """Of a method that computes on the image as a picture with channels.
+
+    Attributes:
+        grid: (height, width) in tokens.
+        permutation, inverse_permutation: as in `TokenLayout`.
+    """
+
+    def __init__(self, layout: TokenLayout) -> None:
+        super().__init__(layout)
+        (self.grid,) = layout.grids
+        self.permutation, self.inverse_permutation = layout.permutation, layout.inverse_permutation
+
+
+class WindowPlan(AttentionRegion, Plan):
+    """CLEAR on a layout: the window, and the cells of the pooled keys, which come last among the keys.
+
+    Args:
+        layout: of the call.
+        window: radius in tokens of the first grid.
+        down_factor: side in tokens of the pooled cells; 1 for none.
+
+    Attributes:
+        pooled_tokens (`int`): the number of pooled keys.
+        pool_index, pool_weight: int64 and float32 `[pooled tokens, down_factor^2]`: positions among the image tokens
+            in tile order of each cell's tokens, and their weights without the learned part.
+    """
+
+    def __init__(self, layout: TokenLayout, window: float, down_factor: int = 1) -> None:
+        Plan.__init__(self, layout)
+        self.window, self.down_factor = window, down_factor
+        cells, weights = pooled_cells(layout.grids, down_factor)
+        rank = invert_permutation(layout.token_set.raster)
+        with torch.inference_mode(False):
+            self.pool_index = to_tensor(rank[cells], layout.device)
+            self.pool_weight = to_tensor(weights, layout.device)
+        self.pooled_tokens = len(cells)
+        before = layout.image.start
+        super().__init__(
+            queries=layout.token_set,
+            keys=layout.token_set,
+            before=before,
+            after=layout.text_tokens - before + self.pooled_tokens,
+            tokens=layout.tokens,
+            image=layout.image,
+            window=window,
+            device=layout.device,
+        )
+
+
+def _cells_of(grid: Grid, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    height, width = grid if factor > 1 else (0, 0)  # cells of one token are the tokens themselves
+    corner_y, corner_x = raster_coordinates((-(-height // factor), -(-width // factor)))
+    inner_y, inner_x = raster_coordinates((factor, factor))
+    y, x = corner_y[:, None] * factor + inner_y, corner_x[:, None] * factor + inner_x
+    inside = (y < height) & (x < width)
+    weight = inside * (factor**2 / inside.sum(axis=1, keepdims=True))
+    return np.where(inside, y * width + x, 0), weight.astype(np.float32)
+
+
+def pooled_cells(grids: Sequence[Grid], factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the raster indices `[cells, factor^2]` of the tokens of each cell, and the weight of each.
+
+    The weight is 0 where the grid's border cuts a token off, and factor^2 / (tokens of the cell) elsewhere, so that a
+    cut cell still is a weighted mean.
+    """
+    parts, start = [], 0
+    for grid in grids:
+        index, weight = _cells_of(grid, factor)
+        parts.append((start + index, weight))
+        start += grid[0] * grid[1]
+    cells, weights = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return cells, weights

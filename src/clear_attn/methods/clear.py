@@ -1,0 +1,144 @@
+"""CLEAR (arXiv 2412.16112): a disc of neighbors, and optionally pooled keys of the whole image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clear_attn.backends.attention import clear_attention, pool
+from clear_attn.backends.selection import BACKENDS
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.plan import WindowPlan
+from clear_attn.methods.method import Layer, Method, Options, key_bias, proportional_scale, text_query_bias
+
+# The parameter of layers that pool, as in the published checkpoints.
+SPATIAL_WEIGHT = "spatial_weight"
+
+
+@dataclass(frozen=True)
+class Clear(Method):
+    """An image query attends to text and to the image keys with dy^2 + dx^2 < window^2.
+
+    Args:
+        window (`int`, defaults to 16): radius r in tokens. One token is 16 x 16 pixels.
+        down_factor (`int`, defaults to 1): side f of cells in tokens, to whose weighted mean keys and values every
+            image query attends as well; 1 for none. A layer then learns `spatial_weight`, `(1, 1, 1, f, 1, f, 1)`.
+
+    Raises:
+        TypeError: a value is not a whole number.
+        ValueError: a value is below 1.
+
+    Example:
+        >>> Clear(window=8).plan(TokenLayout([(16, 24)], text_tokens=7)).key_tokens
+        391
+    """
+
+    uses_backends = True
+    supports_segments = True
+
+    window: int = 16
+    down_factor: int = 1
+
+    def __post_init__(self) -> None:
+        self._validate_whole("window", "it is a radius in tokens, 8, 16 and 32 are usual")
+        self._validate_whole("down_factor", "it is the side of a pooled cell in tokens, 1 is none")
+
+    @property
+    def quadratic(self) -> str | None:  # type: ignore[override]
+        return "attention to the pooled keys" if self.down_factor > 1 else None
+
+    def with_window(self, window: int) -> Clear:
+        return Clear(window, self.down_factor)
+
+    def with_settings(self, window: int | None, down_factor: int | None) -> Clear:
+        return Clear(
+            self.window if window is None else window, self.down_factor if down_factor is None else down_factor
+        )
+
+    @property
+    def pooled_factor(self) -> int:
+        return self.down_factor
+
+    def as_arguments(self) -> str:
+        return f"window={self.window}, down_factor={self.down_factor}"
+
+    def plan(self, layout: TokenLayout) -> ClearPlan:
+        return ClearPlan(layout, self.window, self.down_factor)
+
+    def parameters_for(self, layer: Layer) -> dict[str, Tensor]:
+        f = self.down_factor
+        return {SPATIAL_WEIGHT: torch.full((1, 1, 1, f, 1, f, 1), 1 / f**2)} if f > 1 else {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
+    ) -> Tensor:
+        pooled = None
+        if self.down_factor > 1:
+            (weight,) = parameters
+            pooled = pool(key[:, :, plan.image], plan, weight), pool(value[:, :, plan.image], plan, weight)
+        output: Tensor = plan.attend(query, key, value, pooled, options)
+        return output
+
+    def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+        image, f = grid[0] * grid[1], self.down_factor
+        cells = -(-grid[0] // f) * -(-grid[1] // f) if f > 1 else 0
+        pairs = {
+            "image queries, text keys": image * text_tokens,
+            "image queries, image keys": window_pairs(grid, self.window),
+            "image queries, pooled keys": image * cells,
+        }
+        return {kind: 4 * number * heads * head_dim for kind, number in pairs.items()}
+
+    def halo(self) -> float:
+        return self.window
+
+    def scale_multiplier(self, tokens: int) -> float:
+        """Return the published multiplier, which counts tokens ten times with pooled keys."""
+        return proportional_scale(tokens * (10 if self.down_factor > 1 else 1))
+
+
+class ClearPlan(WindowPlan):
+    """A plan whose attention is computed on one process."""
+
+    def prepare(self, backend: str) -> None:
+        """Build what a backend needs; compiled layers cannot."""
+        BACKENDS[backend].prepare(self)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pooled: tuple[Tensor, Tensor] | None, options: Options
+    ) -> Tensor:
+        """Return the attention of all queries, `[batch, heads, tokens, head_dim]`."""
+        bias = key_bias(self, options)
+        output: Tensor = clear_attention(
+            query,
+            key,
+            value,
+            self,
+            pooled=pooled,
+            key_bias=bias if bias is None else F.pad(bias, (0, self.pooled_tokens)),
+            text_bias=text_query_bias(self, options),
+            backend=options.backend,
+            scale=options.scale,
+            text_attention=options.dense,
+        )
+        return output
+
+
+def window_pairs(grid: Grid, window: int) -> int:
+    """Return the number of (query, key) pairs with dy^2 + dx^2 < window^2, the disc clipped at the border.
+
+    Each offset (dy, dx) of the disc occurs (height - |dy|) (width - |dx|) times.
+    """
+    height, width = grid
+    total = 0
+    for dy in range(-min(window, height) + 1, min(window, height)):
+        most = min(math.isqrt(window**2 - dy**2 - 1), width - 1)  # the largest |dx| with dy^2 + dx^2 < window^2
+        total += (height - abs(dy)) * (width * (2 * most + 1) - most * (most + 1))
+    return total

@@ -1,0 +1,59 @@
+"""Methods as JSON and as text."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from clear_attn.methods.method import REGISTRY, Method, known_methods
+
+
+def method_from_dict(record: Mapping[str, Any]) -> Method:
+    """Return the method that `Method.to_dict` wrote.
+
+    Raises:
+        ValueError: no method of that name has been defined, or it takes other settings.
+    """
+    name, fields = record["name"], record["settings"]
+    if name not in REGISTRY:
+        raise ValueError(
+            f"no method of attention is named {name!r}, but {', '.join(known_methods())}; import the file that "
+            "defines it"
+        )
+    method = REGISTRY[name]
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    try:
+        return method(**fields)
+    except TypeError as error:
+        own = ", ".join(field.name for field in dataclasses.fields(method)) or "none"  # type: ignore[arg-type]
+        raise ValueError(f"{name} does not take these settings ({error}); it has: {own}") from error
+
+
+def record_as_text(record: Mapping[str, Any]) -> str:
+    """Return what `Method.to_dict` wrote in one line, as `Swin(side=8)`; the method need not be known."""
+    fields = ", ".join(f"{key}={value!r}" for key, value in record["settings"].items())
+    return f"{record['name']}({fields})"
+
+
+def parse(text: str) -> Method:
+    """Return the method that a text names, with settings where it has them, as `"Swin(side=8)"`.
+
+    Raises:
+        ValueError: it does not read so; no method of that name, or several; settings that it does not take.
+    """
+    try:
+        call: Any = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        name = ast.unparse(call.func)
+        fields = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+        if call.args or None in fields:
+            raise ValueError
+    except (SyntaxError, ValueError, AttributeError):
+        raise ValueError(f"method={text!r} is no name with settings in brackets; write it as 'Swin(side=8)'") from None
+    fitting = [known for known in REGISTRY if known == name or known.endswith(f".{name}")]
+    if name in fitting or len(fitting) == 1:
+        name = name if name in fitting else fitting[0]
+    elif fitting:
+        raise ValueError(f"method={text!r} may be any of {', '.join(fitting)}; write its whole name")
+    return method_from_dict({"name": name, "settings": fields})

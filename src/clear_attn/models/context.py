@@ -1,0 +1,92 @@
+"""What one call of a linearized transformer carries to its attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from clear_attn.core.plan import Plan
+from clear_attn.methods import Method, Options
+from clear_attn.models.dense_attention import dense_attention
+
+# The keyword by which it reaches processors, where the model passes attention keywords on.
+CONTEXT = "clear_context"
+# Keywords that others add to a call, which the entry hook takes into the context.
+SCALE_MULTIPLIER, ROLE, RECORDER = "clear_scale_multiplier", "clear_role", "clear_recorder"
+
+
+class Group(NamedTuple):
+    """What the layers of one group do in a call."""
+
+    method: Method
+    plan: Plan
+
+
+class ClearContext:
+    """The settings and index tensors of one call.
+
+    A plain class: wrappers such as FSDP2 and accelerate rebuild, cast or move dataclasses, tuples, mappings and
+    whatever has `.to`.
+
+    Args:
+        groups: by the number that a processor holds.
+        layout: the `TokenLayout` of the call, or the part of it that this rank has.
+        backend: of `clear_attn.backends`, or "auto".
+        scale_multiplier: multiplies head_dim^-0.5.
+        text_bias, text_query_weight: see `clear_attn.methods.Options`.
+        role: whether the teacher or the student computes, in distillation.
+        record: takes a layer's name and attention output, in distillation.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        layout: Any = None,
+        *,
+        backend: str = "auto",
+        scale_multiplier: float = 1.0,
+        text_bias: Tensor | None = None,
+        text_query_weight: Tensor | None = None,
+        role: str | None = None,
+        record: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        self.groups, self.layout = list(groups), layout
+        self.backend, self.scale_multiplier = backend, scale_multiplier
+        self.text_bias, self.text_query_weight = text_bias, text_query_weight
+        self.role, self.record = role, record
+
+    def attend(
+        self,
+        group: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        parameters: Sequence[Tensor],
+        attention_backend: str | None = None,
+    ) -> Tensor:
+        """Return the attention of a layer, `[batch, tokens, heads x head_dim]`.
+
+        Args:
+            group: the layer's.
+            query: `[batch, heads, tokens, head_dim]`, text and image joined, the image in tile order.
+            key, value: likewise, with as many heads or a divisor of them.
+            parameters: of the layer.
+            attention_backend: of diffusers, for dense attention.
+        """
+        method, plan = self.groups[group]
+        options = Options(
+            scale=self.scale_multiplier * query.shape[-1] ** -0.5,
+            backend=self.backend,
+            dense=dense_attention(attention_backend),
+            text_bias=self.text_bias if plan.text_tokens else None,
+            text_query_weight=self.text_query_weight if plan.text_tokens else None,
+        )
+        return method.attend(query, key, value, plan, parameters, options).transpose(1, 2).flatten(2, 3)
+
+    def attend_densely(self, query: Tensor, key: Tensor, value: Tensor, attention_backend: str | None = None) -> Tensor:
+        """Return dense attention of all tokens, as `attend`."""
+        scale = self.scale_multiplier * query.shape[-1] ** -0.5
+        output: Any = dense_attention(attention_backend)(query, key, value, scale, None)
+        return output.transpose(1, 2).flatten(2, 3)

@@ -1,0 +1,33 @@
+"""Dense attention with the kernels that a user chose by diffusers' `set_attention_backend`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from torch import Tensor
+
+from clear_attn.backends.attention import DenseAttention
+
+
+def dense_attention(backend: Any = None) -> DenseAttention:
+    """Return the dense attention of a backend of diffusers; by default the active one.
+
+    It takes query, key and value `[batch, heads, tokens, head_dim]`, a scale, and a bias of the scores or None.
+    """
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+        name = backend or _AttentionBackendRegistry.get_active_backend()[0]
+        # diffusers calls FlexAttention uncompiled, which would hold all scores in memory.
+        if name == AttentionBackendName.FLEX:
+            name = AttentionBackendName.NATIVE
+        output: Tensor = dispatch_attention_fn(
+            *(x.transpose(1, 2) for x in (query, key, value)),
+            attn_mask=bias if bias is None else bias.to(query.dtype),
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            backend=name,
+        )
+        return output.transpose(1, 2)
+
+    return attend
