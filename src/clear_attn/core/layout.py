@@ -15,6 +15,7 @@ from clear_attn.core.coordinates import Grid as Grid
 from clear_attn.core.coordinates import Placed, axes_of, inverse_of, place, raster, tile_order_of
 from clear_attn.core.tiles import Tiles, find_tiles
 from clear_attn.core.window_mask import BlockLists, Points, block_lists
+from clear_attn.utils._torch import maybe_mark_dynamic
 from clear_attn.utils.validation import ClearConfig, Config, check_whole_number
 
 
@@ -113,7 +114,7 @@ class Neighbourhood:
         for tensor in lists:
             for dim, length in enumerate(tensor.shape):
                 if length > 1:  # or a compiled block would be compiled anew for each dimension that it sees change
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+                    maybe_mark_dynamic(tensor, dim)
         return lists
 
     @functools.cached_property

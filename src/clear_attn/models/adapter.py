@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clear_attn.core.layout import Grid, TokenLayout
 from clear_attn.models.padding import Padding
 from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.utils._torch import forward_hooks, forward_pre_hooks
 
 
 class Call(NamedTuple):
@@ -31,7 +32,7 @@ class InnerDoor(NamedTuple):
 
     def stands(self) -> bool:
         """Whether the hook is in place."""
-        hooks = self.module._forward_pre_hooks if self.before else self.module._forward_hooks
+        hooks = forward_pre_hooks(self.module) if self.before else forward_hooks(self.module)
         return any(hook is self.hook for hook in hooks.values())
 
 

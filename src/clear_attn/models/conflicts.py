@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
-from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceHook
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 
 from clear_attn.models import Family
+from clear_attn.models._diffusers import hooks_in, parallel_config_of, skips_attention, smooths_queries
 
 # Hooks that diffusers' guiders and caches put on attention layers and projections, and what they take for granted.
 _HOOKS = {
-    SmoothedEnergyGuidanceHook: "smooths queries as if they stood row by row (smoothed energy guidance)",
-    AttentionProcessorSkipHook: "skips attention, or its scores, inside a layer (perturbed attention guidance does)",
+    smooths_queries: "smooths queries as if they stood row by row (smoothed energy guidance)",
+    skips_attention: "skips attention, or its scores, inside a layer (perturbed attention guidance does)",
 }
 
 
@@ -40,7 +39,7 @@ def check_processors(processors: Mapping[str, Any], family: Family) -> None:
 def check_parallelism(processors: Mapping[str, Any]) -> None:
     """Raises RuntimeError under diffusers' context parallelism."""
     for layer, processor in processors.items():
-        if getattr(processor, "_parallel_config", None) is not None:
+        if parallel_config_of(processor) is not None:
             raise RuntimeError(
                 f"{layer} runs under diffusers' context parallelism, which splits the sequence without regard to "
                 "windows; linearize a pipeline without it"
@@ -50,15 +49,10 @@ def check_parallelism(processors: Mapping[str, Any]) -> None:
 def check_hooks(layers: Mapping[str, Any]) -> None:
     """Raises RuntimeError for a hook on a layer's attention that would not do its work."""
     for layer, attn in layers.items():
-        for hook in hooks_of_diffusers(attn):
-            if type(hook) in _HOOKS:
+        for hook in hooks_in(attn):
+            effect = next((effect for matches, effect in _HOOKS.items() if matches(hook)), None)
+            if effect:
                 raise RuntimeError(
-                    f"{layer} has a {type(hook).__name__}, which {_HOOKS[type(hook)]} and does not go with CLEAR; "
-                    "take it off, or clear_attn.restore() the model"
+                    f"{layer} has a {type(hook).__name__}, which {effect} and does not go with CLEAR; take it off, or "
+                    "clear_attn.restore() the model"
                 )
-
-
-def hooks_of_diffusers(module: Any) -> Iterator[Any]:
-    """The hooks that diffusers has put on a module and on all inside it."""
-    for inner in module.modules():
-        yield from getattr(getattr(inner, "_diffusers_hook", None), "hooks", {}).values()

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from clear_attn.backends.attention import clear_attention, pool
 from clear_attn.core.layout import TokenLayout
+from clear_attn.models._diffusers import active_attention_backend
 from clear_attn.models.padding import Padding, widen
 from clear_attn.utils.validation import ClearConfig, Config
 
@@ -142,7 +143,7 @@ class AttnProcessor(nn.Module, abc.ABC):
         return layout
 
     def _text_attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        backend = self._attention_backend or active_attention_backend()
         # diffusers calls FlexAttention uncompiled, which would hold all scores in memory.
         if backend == AttentionBackendName.FLEX:
             backend = AttentionBackendName.NATIVE

@@ -13,7 +13,6 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from clear_attn.backends import BACKENDS, choose_aloud
 from clear_attn.core.layout import Grid, TokenLayout
@@ -23,6 +22,7 @@ from clear_attn.models import Family
 from clear_attn.models.adapter import InnerDoor
 from clear_attn.models.conflicts import check_hooks
 from clear_attn.models.processors import BACKEND, LAYOUT, PADDING, AttnProcessor
+from clear_attn.utils._torch import leaves_of, map_tensors
 from clear_attn.utils.validation import ClearConfig
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class DoorIn:
         """Once for all layers of a call, so that a recomputation for gradients does as the first computation did."""
         if self.backend != "auto" or isinstance(self.config, Method):  # which has no backends
             return self.backend
-        tensors = itertools.chain(tree_leaves(call), transformer.parameters())
+        tensors = itertools.chain(leaves_of(call), transformer.parameters())
         needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
         dtype, head_dim = call["hidden_states"].dtype, transformer.config.attention_head_dim
         return choose_aloud(layout.device, dtype, head_dim, needs_grad).backend
@@ -176,4 +176,4 @@ class DoorOut:
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout = kwargs[self.family.keywords][LAYOUT]
         self.family.announce(None)
-        return tree_map_only(torch.Tensor, lambda tensor: self.family.leave(tensor, layout), output)
+        return map_tensors(lambda tensor: self.family.leave(tensor, layout), output)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
+from clear_attn.models._diffusers import replace_config
 from clear_attn.models.processors import AttnProcessor
 from clear_attn.patching.hooks import DoorIn, DoorOut
+from clear_attn.utils._torch import forward_hooks, forward_pre_hooks, remove_forward_hooks
 from clear_attn.weights.metadata import MARK, mark_of
 from clear_attn.weights.parameters import (
     DTYPES,
@@ -42,7 +43,7 @@ class State(NamedTuple):
 
 def door_of(transformer: Any) -> DoorIn | None:
     """The door that `linearize` put in, or None."""
-    return next((hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, DoorIn)), None)
+    return next((hook for hook in forward_pre_hooks(transformer).values() if isinstance(hook, DoorIn)), None)
 
 
 def processors_of(layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,23 +131,22 @@ def stand_beside(processor: Processor, attn: Any) -> Processor:
 
 def _set_mark(transformer: Any, mark: dict[str, Any] | None) -> None:
     others = {name: value for name, value in transformer.config.items() if name != MARK}
-    # diffusers offers a way to add to a config, and none to take away.
-    transformer._internal_dict = FrozenDict({**others, **({MARK: mark} if mark else {})})
+    replace_config(transformer, {**others, **({MARK: mark} if mark else {})})
 
 
 def set_door(transformer: Any, door: DoorIn) -> None:
     """In the old one's place where there is one, so that the order among others' hooks stays."""
-    present = [key for key, hook in transformer._forward_pre_hooks.items() if isinstance(hook, DoorIn)]
+    present = [key for key, hook in forward_pre_hooks(transformer).items() if isinstance(hook, DoorIn)]
     # The entrance first: by it the others are found, should one fail to be put in.
     if present:
         wanted = [(inner.module, inner.hook) for inner in door.inner_doors(transformer)]
-        for inner in transformer._forward_pre_hooks[present[0]].inner_doors(transformer):
+        for inner in forward_pre_hooks(transformer)[present[0]].inner_doors(transformer):
             if (inner.module, inner.hook) not in wanted:
-                _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
-        transformer._forward_pre_hooks[present[0]] = door
+                remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
+        forward_pre_hooks(transformer)[present[0]] = door
     else:
         transformer.register_forward_pre_hook(door, with_kwargs=True)
-    if not any(isinstance(hook, DoorOut) for hook in transformer._forward_hooks.values()):
+    if not any(isinstance(hook, DoorOut) for hook in forward_hooks(transformer).values()):
         transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
     for inner in door.inner_doors(transformer):
         if inner.stands():
@@ -161,16 +161,5 @@ def _remove_doors(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
     door = door_of(transformer)
     for inner in door.inner_doors(transformer) if door else ():
-        _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
-    _remove_hooks(transformer, lambda hook: isinstance(hook, (DoorIn, DoorOut)))
-
-
-def _remove_hooks(module: Any, unwanted: Callable[[Any], bool]) -> None:
-    # The entrance last, as it came first.
-    for hooks, marks in (
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
-            marks.pop(key, None)
-            del hooks[key]
+        remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
+    remove_forward_hooks(transformer, lambda hook: isinstance(hook, (DoorIn, DoorOut)))
