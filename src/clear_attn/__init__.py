@@ -1,35 +1,35 @@
-"""Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112)."""
+"""Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112).
 
-from clear_attn import methods
-from clear_attn.backends.attention import clear_attention
-from clear_attn.cascade import (
-    Base,
-    HighresFailed,
-    HighresInterrupted,
-    HighresPlan,
-    HighresResult,
-    Stage,
-    highres,
-    ntk_scaling,
-    proportional_attention,
-)
-from clear_attn.core.layout import TokenLayout
-from clear_attn.methods.schedule import Schedule, noise_after
-from clear_attn.models.processors import ClearAttnProcessor
-from clear_attn.parallel import deparallelize
-from clear_attn.parallel import parallelize
-from clear_attn.patching.context_managers import linearized
-from clear_attn.patching.linearization import is_linearized, linearize, restore
-from clear_attn.patching.saving import push_to_hub, save_pretrained
-from clear_attn.profiling.attention_cost import cost
-from clear_attn.profiling.cost_report import Cost
-from clear_attn.profiling.window_plot import plot_window
-from clear_attn.utils.validation import ClearConfig
+Public names are imported when first used, so that `import clear_attn` costs nothing.
+"""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clear_attn import methods
+    from clear_attn.backends.attention import clear_attention
+    from clear_attn.cascade.attention_scale import proportional_attention
+    from clear_attn.cascade.large_images import highres
+    from clear_attn.cascade.plan import HighresPlan
+    from clear_attn.cascade.result import HighresFailed, HighresInterrupted, HighresResult
+    from clear_attn.cascade.rope import ntk_scaling
+    from clear_attn.cascade.stages import Base, Stage
+    from clear_attn.core.layout import TokenLayout
+    from clear_attn.methods.schedule import Schedule, sigma_after_step
+    from clear_attn.models.processors import ClearAttnProcessor
+    from clear_attn.parallel.parallelization import deparallelize, parallelize
+    from clear_attn.patching.context_managers import linearized
+    from clear_attn.patching.linearization import is_linearized, linearize, restore
+    from clear_attn.patching.saving import push_to_hub, save_pretrained
+    from clear_attn.profiling.attention_cost import cost
+    from clear_attn.profiling.cost_report import Cost
+    from clear_attn.profiling.window_plot import plot_window
 
 __all__ = [
     "Base",
     "ClearAttnProcessor",
-    "ClearConfig",
     "Cost",
     "HighresFailed",
     "HighresInterrupted",
@@ -46,7 +46,7 @@ __all__ = [
     "linearize",
     "linearized",
     "methods",
-    "noise_after",
+    "sigma_after_step",
     "ntk_scaling",
     "parallelize",
     "plot_window",
@@ -55,3 +55,50 @@ __all__ = [
     "restore",
     "save_pretrained",
 ]
+
+# Where each public name is defined; `methods` is a package itself.
+_MODULES = {
+    "Base": "cascade.stages",
+    "ClearAttnProcessor": "models.processors",
+    "Cost": "profiling.cost_report",
+    "HighresFailed": "cascade.result",
+    "HighresInterrupted": "cascade.result",
+    "HighresPlan": "cascade.plan",
+    "HighresResult": "cascade.result",
+    "Schedule": "methods.schedule",
+    "Stage": "cascade.stages",
+    "TokenLayout": "core.layout",
+    "clear_attention": "backends.attention",
+    "cost": "profiling.attention_cost",
+    "deparallelize": "parallel.parallelization",
+    "highres": "cascade.large_images",
+    "is_linearized": "patching.linearization",
+    "linearize": "patching.linearization",
+    "linearized": "patching.context_managers",
+    "sigma_after_step": "methods.schedule",
+    "ntk_scaling": "cascade.rope",
+    "parallelize": "parallel.parallelization",
+    "plot_window": "profiling.window_plot",
+    "proportional_attention": "cascade.attention_scale",
+    "push_to_hub": "patching.saving",
+    "restore": "patching.linearization",
+    "save_pretrained": "patching.saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name == "__version__":
+        value: Any = importlib.metadata.version("clear-attn")
+    elif name == "methods":
+        value = importlib.import_module("clear_attn.methods")
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(f"clear_attn.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from torch.utils._triton import has_triton
 
 from clear_attn.backends import tiled
 from clear_attn.backends.softmax import expand_heads
 from clear_attn.core.region import AttentionRegion
 from clear_attn.core.window_mask import BLOCK, BlockIndices, Coordinates, in_window
+from clear_attn.utils._torch import has_triton, mark_static, recompile_limit
+
 
 # Positions in a table on the CPU: pictures up to 11,000 pixels square.
 TABLE_LENGTH = 2**19
@@ -100,7 +101,7 @@ def _run_compiled(*args: Any, **kwargs: Any) -> Any:
         return flex_attention(*args, **kwargs)
     # Models differ in dtype, head_dim and scale, and tiny pictures in being a single block: a few more variants than
     # torch's default of 8 allows for.
-    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
+    with recompile_limit(MOST_COMPILATIONS):
         return _compiled_flex()(*args, **kwargs)
 
 
@@ -171,7 +172,7 @@ def of_constant_length(place: Tensor) -> Tensor:
     which then does not compile.
     """
     filled = torch.nn.functional.pad(place, (0, -len(place) % TABLE_LENGTH))
-    torch._dynamo.mark_static(filled)
+    mark_static(filled)
     return filled
 
 

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clear_attn.utils._torch import cpu_flash_attention, has_cpu_flash_attention
+
 
 def has_lse_kernel(query: Tensor) -> bool:
     """Whether the log-sum-exp comes from a kernel of torch, at no cost: on a CPU; those for GPUs are not tried."""
-    return query.device.type == "cpu"
+    return query.device.type == "cpu" and has_cpu_flash_attention()
 
 
 def expand_heads(query: Tensor, *others: Tensor) -> list[Tensor]:
@@ -59,9 +61,7 @@ def softmax_attention(
         bias = None if bias is None else bias.to(query.dtype)
         # Unlike what is public, the kernel does not look at the strides within a head.
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, attn_mask=bias, scale=scale
-        )
+        return cpu_flash_attention(query, key, value, bias, scale)
     with torch.autocast(query.device.type, enabled=False):  # which would round the scores
         scores = _scores(query, key, mask, scale, bias)
         lse = torch.logsumexp(scores, dim=-1)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from clear_attn.models import Family
+from clear_attn.models._diffusers import attention_backend_of, parallel_config_of
 from clear_attn.models.processors import SHARPNESS, project, project_out
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import door_of, processors_of
@@ -99,8 +100,8 @@ class _DenseProcessor:
     """Stands in for diffusers' own processors of FLUX and SD3, which take no scale."""
 
     def __init__(self, stock: Any, family: Family, layer: str) -> None:
-        self._attention_backend: AttentionBackendName | None = getattr(stock, "_attention_backend", None)
-        self._parallel_config = getattr(stock, "_parallel_config", None)
+        self._attention_backend = attention_backend_of(stock)
+        self._parallel_config = parallel_config_of(stock)
         self.text_first = family.text_first
         self.trusts_fused = family.trusts_fused
 

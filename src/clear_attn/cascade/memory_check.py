@@ -15,6 +15,7 @@ from clear_attn.cascade import sizes
 from clear_attn.cascade.pipelines import kind_of
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.stages import Base, Stage
+from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel.shard import check_ranks
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import door_of
@@ -28,7 +29,7 @@ def check_fits(pipe: Any, plan: HighresPlan) -> None:
     Raises:
         ValueError: even the least that some image needs is more than the device has.
     """
-    device = torch.device(pipe._execution_device)
+    device = execution_device_of(pipe)
     total, free = room(device)
     held = weights_on(pipe, device)
     free = min(free, total - held)

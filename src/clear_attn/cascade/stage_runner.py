@@ -18,6 +18,7 @@ from clear_attn.cascade.pipelines import kind_of, static_schedule, tiled_vae
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.rope import ntk_scaling
 from clear_attn.cascade.stages import Base, Stage
+from clear_attn.models._diffusers import execution_device_of, progress_bar_config_of, reset_interrupt
 from clear_attn.patching.context_managers import restored
 
 
@@ -44,7 +45,7 @@ def draw(
     Raises:
         Interrupted: by a callback, or another thread.
     """
-    pipe._interrupt = False
+    reset_interrupt(pipe)
     if plan.base:
         with restored(pipe):
             image = _draw_base(pipe, plan, plan.base, callbacks)
@@ -100,9 +101,7 @@ def _run(
     callbacks: dict[str, Any],
 ) -> Image.Image:
     title = f"stage {number} of {len(plan.stages)}" if number else "base image"
-    runner.set_progress_bar_config(
-        **{"desc": f"{title}, {sizes.name(size)}", **getattr(pipe, "_progress_bar_config", {})}
-    )
+    runner.set_progress_bar_config(**{"desc": f"{title}, {sizes.name(size)}", **progress_bar_config_of(pipe)})
     arguments = {**settings, **plan.options, **_heeding(pipe, **callbacks)}
     try:
         return runner(plan.prompt, height=size[0], width=size[1], **arguments).images[0]
@@ -144,7 +143,7 @@ def _encode(runner: Any, image: Image.Image, size: sizes.Size, generator: torch.
     """The latents of an image enlarged to a size, as image-to-image pipelines make them, `[1, channels, h, w]`."""
     vae = runner.vae
     enlarged = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    pixels = runner.image_processor.preprocess(enlarged).to(runner._execution_device, vae.dtype)
+    pixels = runner.image_processor.preprocess(enlarged).to(execution_device_of(runner), vae.dtype)
     encoded = vae.encode(pixels)
     latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
     return (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import torch
-import torch._dynamo
+from clear_attn.utils._torch import maybe_mark_dynamic
 from torch import Tensor
 
 from clear_attn.core.coordinates import TokenSet, to_tensor
@@ -72,7 +72,7 @@ class AttentionRegion:
         for tensor in indices:
             for dim, length in enumerate(tensor.shape):
                 if length > 1:  # else a compiled block would be recompiled for each dimension that changes
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+                    maybe_mark_dynamic(tensor, dim)
         return indices
 
     @functools.cached_property

@@ -15,6 +15,7 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
 from clear_attn.models.context import ClearContext
 from clear_attn.models.processors import ClearAttnProcessor, Inputs, project, project_out
+from clear_attn.utils._torch import forward_hooks, forward_pre_hooks
 
 
 class Call(NamedTuple):
@@ -34,7 +35,7 @@ class InnerHook(NamedTuple):
 
     def installed(self) -> bool:
         """Return whether the hook is in place."""
-        hooks = self.module._forward_pre_hooks if self.before else self.module._forward_hooks
+        hooks = forward_pre_hooks(self.module) if self.before else forward_hooks(self.module)
         return any(hook is self.hook for hook in hooks.values())
 
 

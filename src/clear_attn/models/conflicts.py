@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
-from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceHook
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 
-from clear_attn.models import ModelAdapter
+from clear_attn.models.adapter import ModelAdapter
+from clear_attn.models._diffusers import hooks_in, parallel_config_of, skips_attention, smooths_queries
 
 # Hooks that diffusers' guiders and caches put on attention layers and projections, and what they take for granted.
 _HOOKS = {
-    SmoothedEnergyGuidanceHook: "smooths queries as if they stood row by row (smoothed energy guidance)",
-    AttentionProcessorSkipHook: "skips attention, or its scores, inside a layer (perturbed attention guidance does)",
+    smooths_queries: "smooths queries as if they stood row by row (smoothed energy guidance)",
+    skips_attention: "skips attention, or its scores, inside a layer (perturbed attention guidance does)",
 }
 
 
@@ -27,10 +26,10 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
-def check_processors(processors: Mapping[str, Any], family: ModelAdapter) -> None:
+def check_processors(processors: Mapping[str, Any], adapter: ModelAdapter) -> None:
     """Raises RuntimeError for a processor that CLEAR's cannot stand in for."""
     for layer, processor in processors.items():
-        if type(processor) not in (*family.accepts, *family.ip_adapter_processors):
+        if type(processor) not in (*adapter.accepts, *adapter.ip_adapter_processors):
             raise RuntimeError(
                 f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
                 "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline anew, then linearize"
@@ -40,7 +39,7 @@ def check_processors(processors: Mapping[str, Any], family: ModelAdapter) -> Non
 def check_parallelism(processors: Mapping[str, Any]) -> None:
     """Raises RuntimeError under diffusers' context parallelism."""
     for layer, processor in processors.items():
-        if getattr(processor, "_parallel_config", None) is not None:
+        if parallel_config_of(processor) is not None:
             raise RuntimeError(
                 f"{layer} runs under diffusers' context parallelism, which splits the sequence without regard to "
                 "windows; linearize a pipeline without it"
@@ -50,15 +49,10 @@ def check_parallelism(processors: Mapping[str, Any]) -> None:
 def check_hooks(layers: Mapping[str, Any]) -> None:
     """Raises RuntimeError for a hook on a layer's attention that would not do its work."""
     for layer, attn in layers.items():
-        for hook in hooks_of_diffusers(attn):
-            if type(hook) in _HOOKS:
+        for hook in hooks_in(attn):
+            effect = next((effect for matches, effect in _HOOKS.items() if matches(hook)), None)
+            if effect:
                 raise RuntimeError(
-                    f"{layer} has a {type(hook).__name__}, which {_HOOKS[type(hook)]} and does not go with CLEAR; "
-                    "take it off, or clear_attn.restore() the model"
+                    f"{layer} has a {type(hook).__name__}, which {effect} and does not go with CLEAR; take it off, or "
+                    "clear_attn.restore() the model"
                 )
-
-
-def hooks_of_diffusers(module: Any) -> Iterator[Any]:
-    """The hooks that diffusers has put on a module and on all inside it."""
-    for inner in module.modules():
-        yield from getattr(getattr(inner, "_diffusers_hook", None), "hooks", {}).values()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
 from clear_attn.backends.attention import DenseAttention
+from clear_attn.models._diffusers import active_attention_backend
 
 
 def dense_attention(backend: Any = None) -> DenseAttention:
@@ -17,7 +18,7 @@ def dense_attention(backend: Any = None) -> DenseAttention:
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-        name = backend or _AttentionBackendRegistry.get_active_backend()[0]
+        name = backend or active_attention_backend()
         # diffusers calls FlexAttention uncompiled, which would hold all scores in memory.
         if name == AttentionBackendName.FLEX:
             name = AttentionBackendName.NATIVE

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from clear_attn.utils._torch import version_of
+
 Said = TypeVar("Said")
 
 
@@ -24,14 +26,14 @@ class ReadOnce(Generic[Said]):
 
     def __init__(self, read: Callable[[Tensor], Said]) -> None:
         self.read = read
-        self.recent: deque[tuple[weakref.ref[Tensor], int, Said]] = deque(maxlen=16)
+        self.recent: deque[tuple[weakref.ref[Tensor], object, Said]] = deque(maxlen=16)
 
     def __call__(self, tensor: Tensor) -> Said:
         if tensor.is_inference():
             return self.read(tensor)
         for reference, version, said in tuple(self.recent):
-            if reference() is tensor and version == tensor._version:
+            if reference() is tensor and version == version_of(tensor):
                 return said
         said = self.read(tensor)
-        self.recent.append((weakref.ref(tensor), tensor._version, said))
+        self.recent.append((weakref.ref(tensor), version_of(tensor), said))
         return said

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clear_attn.parallel.handles import remember
+from clear_attn.utils._torch import default_store, timeout_of
 
 # Seconds, of those waiting, between two looks whether a rank has raised the alarm.
 LOOK = 0.5
@@ -44,14 +45,14 @@ class Links:
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.handle = remember(self)
-        timeout = _timeout_of(group)
+        timeout = timeout_of(group)
         self.grace = min(GRACE, timeout / 4)
         self.patience = timeout - self.grace
         # Small things that the host reads go past the devices.
         self.names = dist.get_process_group_ranks(group)
         self._control = dist.new_group(self.names, timeout, "gloo", use_local_synchronization=True)
         self._roll = f"clear_attn/{'-'.join(map(str, self.names))}"
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store = default_store()
 
     def __deepcopy__(self, memo: object) -> Links:
         return self  # a process has one place in a group
@@ -181,8 +182,3 @@ class Links:
         except RuntimeError:
             return [0]  # of the job, where the store is
         return [self.names[rank] for rank in sorted(silent)]
-
-
-def _timeout_of(group: dist.ProcessGroup) -> datetime.timedelta:
-    timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
-    return timeout

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
 
 from clear_attn.parallel.communicator import Links
+from clear_attn.utils._torch import named_leaves_of
 
 # Tensors of so many values at most are compared value by value, others by projections on random signs.
 FEW = 64
@@ -30,7 +30,7 @@ def check_same(links: Links, call: dict[str, Any], settings: str) -> None:
         call: keywords, tensors among them.
         settings: what else must be the same.
     """
-    leaves = [("".join(map(str, path)), leaf) for path, leaf in tree_flatten_with_path(call)[0]]
+    leaves = named_leaves_of(call)
     tensors = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
     others = [(name, leaf) for name, leaf in leaves if isinstance(leaf, (str, int, float, bool))]
     shapes = [f"{name} is {list(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors]

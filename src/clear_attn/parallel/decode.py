@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
+from clear_attn.models._diffusers import remove_hook
 from clear_attn.parallel.communicator import Links
 from clear_attn.parallel.consistency import check_same
 
@@ -50,8 +51,7 @@ def decode_on_one_rank(vae: Any, links: Links, applies: Callable[[], bool]) -> N
 
 
 def decode_everywhere(vae: Any) -> None:
-    if hasattr(vae.decoder, "_diffusers_hook"):
-        vae.decoder._diffusers_hook.remove_hook(NAME, recurse=False)
+    remove_hook(vae.decoder, NAME)
 
 
 def weakly(transformer: Any, is_split: Callable[[Any], bool]) -> Callable[[], bool]:

@@ -8,20 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from clear_attn.core.layout import TokenLayout
 from clear_attn.models import Family
+from clear_attn.models._diffusers import hooks_in, is_first_block_cache
 from clear_attn.models.adapter import InnerDoor
-from clear_attn.models.conflicts import hooks_of_diffusers
 from clear_attn.models.qwen_image import join_positions
 from clear_attn.models.sd3 import into_tile_order
 from clear_attn.parallel.communicator import Links
 from clear_attn.parallel.consistency import check_same
 from clear_attn.parallel.shard import Share
 from clear_attn.parallel.sharded_attention import ParallelAttention
+from clear_attn.utils._torch import leaves_of
 
 # The share of the call that runs, for the hooks inside the transformer.
 _share: contextvars.ContextVar[Share | None] = contextvars.ContextVar("clear_attn_share", default=None)
@@ -56,13 +55,13 @@ class Split:
             RuntimeError: gradients are asked for; FirstBlockCache is on; a rank does not answer.
             ValueError: ranks were given different calls; more ranks than tile rows.
         """
-        tensors = [*tree_leaves(call), *transformer.parameters()]
+        tensors = [*leaves_of(call), *transformer.parameters()]
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
             raise RuntimeError(
                 "a transformer that is split over ranks gives no gradients; call it under torch.no_grad(), or "
                 "clear_attn.deparallelize() it to train"
             )
-        if any(isinstance(hook, FBCHeadBlockHook) for hook in hooks_of_diffusers(transformer)):
+        if any(is_first_block_cache(hook) for hook in hooks_in(transformer)):
             raise RuntimeError(
                 "FirstBlockCache skips steps by the values of a rank's own tokens, so ranks would part; call "
                 "disable_cache() on the transformer, or take off what apply_first_block_cache() put on"

@@ -13,6 +13,7 @@ from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import PipelineOrTransformer, find_transformer, linearize, restore
 from clear_attn.patching.state import apply, capture, door_of, original_state
+from clear_attn.utils._torch import hook_tables
 
 
 @contextlib.contextmanager
@@ -86,8 +87,7 @@ def _replace_hooks(
 
 def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
     """The tables in which torch keeps a model's hooks."""
-    names = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
-    return [getattr(module, name) for module in transformer.modules() for name in names]
+    return [table for module in transformer.modules() for table in hook_tables(module)]
 
 
 def _way_back(pipe: Any) -> Callable[[], None]:

@@ -12,8 +12,6 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
-
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan
@@ -25,6 +23,7 @@ from clear_attn.models.conflicts import check_hooks
 from clear_attn.models.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.patching.plan_cache import PlanCache
+from clear_attn.utils._torch import leaves_of, map_tensors
 
 if TYPE_CHECKING:
     from clear_attn.patching.state import State
@@ -136,7 +135,7 @@ class EntryHook:
         """Select once for all layers of a call, so that a recomputation for gradients does as the first one did."""
         if self.backend != "auto" or not self.method.uses_backends:
             return self.backend
-        tensors = itertools.chain(tree_leaves(call), transformer.parameters())
+        tensors = itertools.chain(leaves_of(call), transformer.parameters())
         needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
         dtype, head_dim = call["hidden_states"].dtype, self.representatives[0].head_dim
         return select_backend(device, dtype, head_dim, needs_grad).backend
@@ -172,4 +171,4 @@ class ExitHook:
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout = kwargs[self.adapter.keywords][CONTEXT].layout
         self.adapter.publish(None)
-        return tree_map_only(torch.Tensor, lambda tensor: self.adapter.unpermute_output(tensor, layout), output)
+        return map_tensors(lambda tensor: self.adapter.unpermute_output(tensor, layout), output)

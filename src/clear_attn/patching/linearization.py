@@ -27,6 +27,7 @@ from clear_attn.patching.resolve import (
     numbers_of,
 )
 from clear_attn.patching.state import State, apply, capture, door_of, original_state, processors_of, stand_beside
+from clear_attn.utils._torch import unwrap_compiled
 from clear_attn.utils.validation import ClearConfig
 from clear_attn.weights.metadata import make_mark, mark_of, schedule_of_mark
 from clear_attn.weights.parameters import (
@@ -47,8 +48,7 @@ def find_transformer(pipe: Any) -> tuple[Any, Family]:
     Raises:
         TypeError: neither is supported.
     """
-    candidate = getattr(pipe, "transformer", pipe)
-    transformer = getattr(candidate, "_orig_mod", candidate)  # what torch.compile wraps
+    transformer = unwrap_compiled(getattr(pipe, "transformer", pipe))
     family = family_of(transformer)
     if family is None:
         supported = ", ".join(family.transformer_class.__name__ for family in FAMILIES)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
+from clear_attn.models._diffusers import replace_config
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.patching.hooks import EntryHook, ExitHook
+from clear_attn.utils._torch import forward_hooks, forward_pre_hooks, remove_forward_hooks
 from clear_attn.weights.metadata import CONFIG_ENTRY, metadata_of
 from clear_attn.weights.parameters import (
     DTYPES,
@@ -42,7 +43,7 @@ class State(NamedTuple):
 
 def entry_hook_of(transformer: Any) -> EntryHook | None:
     """The hook that `linearize` put in, or None."""
-    return next((hook for hook in transformer._forward_pre_hooks.values() if isinstance(hook, EntryHook)), None)
+    return next((hook for hook in forward_pre_hooks(transformer).values() if isinstance(hook, EntryHook)), None)
 
 
 def processors_of(layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,23 +131,22 @@ def match_device_and_dtype(processor: Processor, attn: Any) -> Processor:
 
 def _set_metadata(transformer: Any, metadata: dict[str, Any] | None) -> None:
     others = {name: value for name, value in transformer.config.items() if name != CONFIG_ENTRY}
-    # diffusers offers a way to add to a config, and none to take away.
-    transformer._internal_dict = FrozenDict({**others, **({CONFIG_ENTRY: metadata} if metadata else {})})
+    replace_config(transformer, {**others, **({CONFIG_ENTRY: metadata} if metadata else {})})
 
 
 def install_hooks(transformer: Any, hook: EntryHook) -> None:
     """In the old one's place where there is one, so that the order among others' hooks stays."""
-    present = [key for key, each in transformer._forward_pre_hooks.items() if isinstance(each, EntryHook)]
+    present = [key for key, each in forward_pre_hooks(transformer).items() if isinstance(each, EntryHook)]
     # The entrance first: by it the others are found, should one fail to be put in.
     if present:
         wanted = [(inner.module, inner.hook) for inner in hook.inner_hooks(transformer)]
-        for inner in transformer._forward_pre_hooks[present[0]].inner_hooks(transformer):
+        for inner in forward_pre_hooks(transformer)[present[0]].inner_hooks(transformer):
             if (inner.module, inner.hook) not in wanted:
-                _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
-        transformer._forward_pre_hooks[present[0]] = hook
+                remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
+        forward_pre_hooks(transformer)[present[0]] = hook
     else:
         transformer.register_forward_pre_hook(hook, with_kwargs=True)
-    if not any(isinstance(each, ExitHook) for each in transformer._forward_hooks.values()):
+    if not any(isinstance(each, ExitHook) for each in forward_hooks(transformer).values()):
         transformer.register_forward_hook(ExitHook(hook.adapter), with_kwargs=True, prepend=True)
     for inner in hook.inner_hooks(transformer):
         if inner.installed():
@@ -161,16 +161,5 @@ def _remove_hooks_of_ours(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
     hook = entry_hook_of(transformer)
     for inner in hook.inner_hooks(transformer) if hook else ():
-        _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
-    _remove_hooks(transformer, lambda each: isinstance(each, (EntryHook, ExitHook)))
-
-
-def _remove_hooks(module: Any, unwanted: Callable[[Any], bool]) -> None:
-    # The entrance last, as it came first.
-    for hooks, marks in (
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
-            marks.pop(key, None)
-            del hooks[key]
+        remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
+    remove_forward_hooks(transformer, lambda each: isinstance(each, (EntryHook, ExitHook)))

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from clear_attn.utils._torch import inner_tensors_of
 
 GIB = 2**30
 
@@ -106,10 +107,8 @@ def weight_bytes(model: nn.Module, device: torch.device | str | None = None) -> 
 
 def _stored(tensor: Tensor) -> list[Tensor]:
     """What a tensor is made of: itself, or, as in quantized models, others that stand for it."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _stored(getattr(tensor, name))]
+    inner = inner_tensors_of(tensor)
+    return [tensor] if inner is None else [part for each in inner for part in _stored(each)]
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:

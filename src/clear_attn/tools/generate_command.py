@@ -15,8 +15,8 @@ from clear_attn.cascade import Base, HighresFailed, HighresInterrupted, HighresP
 from clear_attn.cascade.memory_check import check_weights_fit
 from clear_attn.cascade.planning import describe, fingerprint
 from clear_attn.cascade.result import save_plan, save_with_plan, stage_file
-from clear_attn.parallel import launch
-from clear_attn.parallel import parallelize
+from clear_attn.models._diffusers import execution_device_of
+from clear_attn.parallel import launch, parallelize
 from clear_attn.patching.linearization import linearize
 from clear_attn.tools.options import DTYPES, DType, check_picture_file, device_of
 
@@ -188,7 +188,7 @@ def _split(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
     linearize(pipe, asked["window"], asked["down_factor"], **settings)
     parallelize(pipe)
     if asked["seed"] is None:
-        seed = torch.randint(2**31, (), device=pipe._execution_device)
+        seed = torch.randint(2**31, (), device=execution_device_of(pipe))
         dist.broadcast(seed, src=0)
         asked = {**asked, "seed": int(seed)}
     if not launch.is_first():

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clear_attn.models._diffusers import hooks_in
+
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -56,13 +58,12 @@ def replaced_parameters(layers: Mapping[str, Any]) -> dict[str, nn.Parameter]:
 
 def check_in_memory(transformer: Any, layers: Mapping[str, Any]) -> None:
     """Raises RuntimeError where parameters that could be replaced are not in memory."""
-    for module in transformer.modules():
-        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
-            if getattr(getattr(hook, "group", None), "offload_to_disk_path", None):
-                raise RuntimeError(
-                    f"the transformer's parameters are offloaded to {hook.group.offload_to_disk_path}; linearize the "
-                    "pipeline first, then call enable_group_offload()"
-                )
+    for hook in hooks_in(transformer):
+        if getattr(getattr(hook, "group", None), "offload_to_disk_path", None):
+            raise RuntimeError(
+                f"the transformer's parameters are offloaded to {hook.group.offload_to_disk_path}; linearize the "
+                "pipeline first, then call enable_group_offload()"
+            )
     absent = [name for name, parameter in replaced_parameters(layers).items() if parameter.is_meta]
     if absent:
         raise RuntimeError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clear_attn.methods import Clear, Method
+from clear_attn.models._diffusers import name_or_path_of
 
 # https://huggingface.co/Huage001/CLEAR, by method.
 REPO = "Huage001/CLEAR"
@@ -68,8 +69,8 @@ def published_method(file: str) -> Clear | None:
 def name_of(pipe: Any, transformer: Any) -> str:
     """The Hub id, or else the folder, that a transformer or its pipeline was loaded from; "" where neither says."""
     configs = (getattr(part, "config", {}) for part in (transformer, pipe))
-    paths = (str(config.get("_name_or_path") or "") for config in configs)
-    return _hub_id(next((path for path in paths if path), "").removesuffix("/transformer"))
+    paths = map(name_or_path_of, configs)
+    return _hub_id(next(filter(None, paths), "").removesuffix("/transformer"))
 
 
 def _hub_id(path: str) -> str:

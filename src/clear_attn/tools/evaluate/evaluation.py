@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from clear_attn.methods.schedule import Schedule
+from clear_attn.models._diffusers import execution_device_of
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.tools.evaluate.folder import filled_at_the_end
@@ -108,7 +109,7 @@ def evaluate(
             mark = mark_of(transformer) or {}
             student = draw(pipe, prompts, drawing, pictures / STUDENT)
         teacher = draw(pipe, prompts, drawing, pictures / TEACHER)
-        _compare(made, teacher, student, prompts, batch_size, pipe._execution_device)
+        _compare(made, teacher, student, prompts, batch_size, execution_device_of(pipe))
         evaluation = Evaluation(
             settings={
                 "model": name_of(pipe, transformer),
@@ -118,7 +119,7 @@ def evaluate(
                 "backend": backend,
                 **drawing._asdict(),
                 "dtype": str(transformer.dtype).removeprefix("torch."),
-                "device": _device_name(pipe._execution_device),
+                "device": _device_name(execution_device_of(pipe)),
                 "clip": clip,
                 "dino": dino,
             },
