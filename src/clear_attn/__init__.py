@@ -4,7 +4,7 @@ from clear_attn import methods
 from clear_attn.backends.attention import clear_attention
 from clear_attn.cascade import (
     Base,
-    HighresFailed,
+    HighresError,
     HighresInterrupted,
     HighresPlan,
     HighresResult,
@@ -31,7 +31,7 @@ __all__ = [
     "ClearAttnProcessor",
     "ClearConfig",
     "Cost",
-    "HighresFailed",
+    "HighresError",
     "HighresInterrupted",
     "HighresPlan",
     "HighresResult",

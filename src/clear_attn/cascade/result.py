@@ -98,7 +98,7 @@ class HighresInterrupted(KeyboardInterrupt):
         self.result = result
 
 
-class HighresFailed(RuntimeError):  # noqa: N818, as the one above
+class HighresError(RuntimeError):
     """An error while `highres` drew, which is this one's `__cause__`; the pipeline is as it was.
 
     Attributes:
