@@ -26,7 +26,7 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.demo.scenes import held_out_scenes, training_scenes
 from clear_attn.distill import Settings, train
-from clear_attn.distill.files import put
+from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
 from evaluate_small_flux import count_right, draw
 
@@ -76,13 +76,9 @@ def pictures(file: Path, pipe: FluxPipeline, captions: int) -> np.ndarray:
     """The held-out captions as a pipeline draws them, uint8 `[captions, SIZE, SIZE, 3]`; kept in a file."""
     if not file.exists():
         drawn = np.stack(draw(pipe, held_out_scenes()[:captions], demo.TEXT_TOKENS, batch=25))
-        put(file, lambda path: _save(path, drawn))
+        with atomic_file(file) as unfinished, unfinished.open("wb") as opened:  # numpy would add an ending to a name
+            np.save(opened, drawn)
     return np.load(file)
-
-
-def _save(file: Path, drawn: np.ndarray) -> None:
-    with file.open("wb") as opened:  # numpy would add an ending to the name
-        np.save(opened, drawn)
 
 
 def squared_error(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -10,7 +10,6 @@ shares the students out over several calls.
 
 import copy
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 import clear_attn as clear
 import digits
+from clear_attn.utils.atomic import atomic_text
 from clear_attn.utils.image_sheets import CELL, contact_sheet
 from digits import Digits, Judge, Noisy, Prediction
 
@@ -116,7 +116,7 @@ class Kept:
             raise ValueError(
                 f"{folder} holds runs of other settings, {file.read_text()}; give these, or another --folder"
             )
-        _write(file, settings)
+        atomic_text(file, json.dumps(settings))  # others may be reading
 
     def path(self, name: str, suffix: str = "") -> Path:
         return self.folder / (name.replace(" ", "-").replace(",", "") + suffix)
@@ -127,14 +127,7 @@ class Kept:
         return json.loads(file.read_text()) if file.exists() else []
 
     def keep(self, name: str, rows: list[dict]) -> None:
-        _write(self.path(name, ".json"), rows)
-
-
-def _write(file: Path, value: object) -> None:
-    """Whole or not at all, for others may be reading."""
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(value))
-    part.replace(file)
+        atomic_text(self.path(name, ".json"), json.dumps(rows))
 
 
 class Quality(NamedTuple):

@@ -72,6 +72,24 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
     assert checkpoint.read(folder / "checkpoint-2", run_module.RUN)["step"] == 2
 
 
+def test_a_checkpoint_of_format_1():
+    """Of a LoRA student with pooled weights, after one step of AdamW."""
+    folder = Path(__file__).parent / "data" / "format_1" / "checkpoint-1"
+    state = checkpoint.read(folder, run_module.RUN)
+    assert list(state) == ["step", "student", "average", "schedule"]
+    assert (state["step"], state["average"], state["schedule"]["last_epoch"]) == (1, {}, 1)
+    optimizer = checkpoint.read(folder, "optimizer-0")["optimizer"]
+    # An optimizer tells its parameters apart by whole numbers.
+    assert list(optimizer["state"]) == list(range(len(state["student"])))
+    for moments, parameter in zip(optimizer["state"].values(), state["student"].values(), strict=True):
+        assert moments["step"] == 1
+        assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape
+    settings = json.loads((folder / checkpoint.SETTINGS).read_text())
+    checkpoint.check_settings(folder, settings)
+    with pytest.raises(ValueError, match="the checkpoint was made with"):
+        checkpoint.check_settings(folder, {**settings, "student": "other"})
+
+
 def test_old_checkpoints_go(settings):
     settings = change(settings, checkpointing_steps=1, checkpoints_total_limit=2)
     train(settings)

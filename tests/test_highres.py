@@ -186,7 +186,7 @@ class TestAfterwards:
             return tensors
 
         words = "^ZeroDivisionError: of nothing; 1 of 2 images are finished, in this error's result$"
-        with pytest.raises(clear.HighresFailed, match=words) as caught:
+        with pytest.raises(clear.HighresError, match=words) as caught:
             draw(pipe, callback_on_step_end=fail)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert [image.size for image in caught.value.result.images] == [(64, 64)]

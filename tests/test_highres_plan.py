@@ -2,9 +2,11 @@
 
 import contextlib
 import itertools
+import json
 import random
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,13 +86,25 @@ class TestPlan:
         result.save(tmp_path / "out.jpg")
         assert clear.HighresPlan.load(tmp_path / "out.json") == result.plan
 
+    def test_format_1(self):
+        plan = clear.HighresPlan.load(Path(__file__).parent / "data" / "format_1" / "plan.json")
+        assert plan.base == clear.Base(64, 64, steps=2, guidance=3.5)
+        assert plan.stages == (clear.Stage(128, 128, strength=0.5, steps=4, ntk_factor=10.0),)
+        assert (plan.window, plan.down_factor, plan.weights, plan.seed) == (4, 1, None, 5)
+        assert plan.schedule == clear.Schedule(dense_above=0.95)
+        assert plan.options == {"max_sequence_length": 24}
+        assert plan.model["name"] == "small_flux"
+        assert json.loads(plan.to_json())["format"] == 2
+        assert clear.HighresPlan.from_json(plan.to_json()) == plan
+
     @pytest.mark.parametrize(
         ("text", "words"),
         [
             ("{}", "no plan of a high-resolution picture: 'format'"),
             ("[", "no plan"),
-            ('{"format": 2}', "its format was written by clear_attn another version"),
+            ('{"format": 3}', "its format was written by clear_attn another version"),
             ('{"format": 1, "base": null, "stages": [], "colour": "red"}', "unexpected keyword argument 'colour'"),
+            ('{"format": 2, "base": null, "stages": [], "colour": "red"}', "unexpected keyword argument 'colour'"),
         ],
     )
     def test_refuses_other_files(self, text, words, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -140,6 +141,23 @@ def test_an_interrupted_save_leaves_the_last_one(trained, folder, monkeypatch, e
     with pytest.raises((KeyboardInterrupt, OSError)):
         clear.save_pretrained(trained, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_an_old_record_never_lies_with_new_weights(trained, folder, monkeypatch):
+    def replace(file, target, real=Path.replace):
+        if target.name == "clear_config.json":
+            raise KeyboardInterrupt
+        return real(file, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with torch.no_grad():
+        trained.transformer_blocks[0].attn.to_q.weight.add_(1)
+    expected = trained.transformer_blocks[0].attn.to_q.weight
+    with pytest.raises(KeyboardInterrupt):
+        clear.save_pretrained(trained, folder)
+    assert {file.name for file in folder.iterdir()} == {"README.md", "clear_weights.safetensors"}
+    saved = load_file(folder / "clear_weights.safetensors")
+    assert torch.equal(saved["transformer_blocks.0.attn.to_q.weight"], expected)
 
 
 def test_push_to_hub(trained, monkeypatch):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from clear_attn.cascade.attention_scale import proportional_attention
     from clear_attn.cascade.large_images import highres
     from clear_attn.cascade.plan import HighresPlan
-    from clear_attn.cascade.result import HighresFailed, HighresInterrupted, HighresResult
+    from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
     from clear_attn.cascade.rope import ntk_scaling
     from clear_attn.cascade.stages import Base, Stage
     from clear_attn.core.layout import TokenLayout
@@ -31,7 +31,7 @@ __all__ = [
     "Base",
     "ClearAttnProcessor",
     "Cost",
-    "HighresFailed",
+    "HighresError",
     "HighresInterrupted",
     "HighresPlan",
     "HighresResult",
@@ -61,7 +61,7 @@ _MODULES = {
     "Base": "cascade.stages",
     "ClearAttnProcessor": "models.processors",
     "Cost": "profiling.cost_report",
-    "HighresFailed": "cascade.result",
+    "HighresError": "cascade.result",
     "HighresInterrupted": "cascade.result",
     "HighresPlan": "cascade.plan",
     "HighresResult": "cascade.result",

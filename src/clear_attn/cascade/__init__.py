@@ -3,13 +3,13 @@
 from clear_attn.cascade.attention_scale import proportional_attention
 from clear_attn.cascade.large_images import highres
 from clear_attn.cascade.plan import HighresPlan
-from clear_attn.cascade.result import HighresFailed, HighresInterrupted, HighresResult
+from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.rope import ntk_scaling
 from clear_attn.cascade.stages import Base, Stage
 
 __all__ = [
     "Base",
-    "HighresFailed",
+    "HighresError",
     "HighresInterrupted",
     "HighresPlan",
     "HighresResult",

@@ -24,8 +24,8 @@ TRAINED_TOKENS = 64 * 64 + 512
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
 
-def sharpness(tokens: int, down_factor: int = 1) -> float:
-    """By what the scale of the scores, head_dim^-0.5, is multiplied: sqrt(log(n) / log(4608)).
+def scale_multiplier(tokens: int, down_factor: int = 1) -> float:
+    """Return the multiplier of the scores' scale, head_dim^-0.5: sqrt(log(n) / log(4608)).
 
     From CLEAR's published high-resolution run: n is the number of text and image tokens, and ten times that with
     pooled keys. It keeps the entropy of attention about as it was at 64 x 64 + 512 tokens (arXiv 2306.08645).
@@ -39,7 +39,7 @@ def sharpness(tokens: int, down_factor: int = 1) -> float:
 
 @contextlib.contextmanager
 def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
-    """Proportional attention for the length of a `with` block, as `sharpness` says for each call, alike in all layers.
+    """Multiply the scale of the scores in all layers by `scale_multiplier` for the length of a `with` block.
 
     Args:
         pipe: a supported pipeline or transformer, linearized or not; no ControlNet.
@@ -62,7 +62,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
         if type(before[layer]) in family.stock_processors:
             attn.set_processor(_DenseProcessor(before[layer], family, layer))
     # First, so that it reads what the caller gave.
-    handle = transformer.register_forward_pre_hook(_Sharpen(family), with_kwargs=True, prepend=True)
+    handle = transformer.register_forward_pre_hook(_ScaleHook(family), with_kwargs=True, prepend=True)
     try:
         yield pipe
     finally:
@@ -72,7 +72,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
                 attn.set_processor(before[layer])
 
 
-class _Sharpen:
+class _ScaleHook:
     """A forward pre-hook with keywords: tells the layers of a call by what to multiply their scale."""
 
     def __init__(self, family: Family) -> None:
@@ -81,13 +81,13 @@ class _Sharpen:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         for layer, processor in processors_of(self.family.attention_layers(transformer)).items():
-            _check_takes_sharpness(layer, processor)
+            _check_takes_scale(layer, processor)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
         grids, text_tokens, _ = self.family.read(transformer, call)
         door = door_of(transformer)
         config = door.config_of(call) if door else None
         tokens = text_tokens + sum(height * width for height, width in grids)
-        own = {SHARPNESS: sharpness(tokens, config.down_factor if config else 1)}
+        own = {SHARPNESS: scale_multiplier(tokens, config.down_factor if config else 1)}
         return (), {**call, self.family.keywords: {**(call.get(self.family.keywords) or {}), **own}}
 
 
@@ -135,7 +135,7 @@ class _DenseProcessor:
 def _check_processors(processors: dict[str, Any], family: Family) -> None:
     for layer, processor in processors.items():
         if type(processor) not in family.stock_processors:
-            _check_takes_sharpness(layer, processor)
+            _check_takes_scale(layer, processor)
         elif not family.only_attends:
             raise RuntimeError(
                 f"{layer} has a {type(processor).__name__}, in whose place proportional attention has none for dense "
@@ -143,7 +143,7 @@ def _check_processors(processors: dict[str, Any], family: Family) -> None:
             )
 
 
-def _check_takes_sharpness(layer: str, processor: Any) -> None:
+def _check_takes_scale(layer: str, processor: Any) -> None:
     if SHARPNESS not in inspect.signature(type(processor).__call__).parameters:
         raise RuntimeError(
             f"{layer} has a {type(processor).__name__}, whose scores proportional attention cannot scale; put one of "

@@ -14,7 +14,7 @@ from clear_attn.cascade import stage_runner as cascade
 from clear_attn.cascade.memory_check import check_fits, check_ranks_have_rows
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.planning import make_plan
-from clear_attn.cascade.result import HighresFailed, HighresInterrupted, HighresResult
+from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
@@ -79,7 +79,7 @@ def highres(
         ValueError: sizes, aspect ratios or settings that do not fit each other or the model; sizes that memory cannot
             hold; another backend than that of a pipeline that is drawn as it is.
         HighresInterrupted: Ctrl-C; its `result` has what was finished. It is a KeyboardInterrupt.
-        HighresFailed: any error while drawing, which is its `__cause__`; its `result` has what was finished.
+        HighresError: any error while drawing, which is its `__cause__`; its `result` has what was finished.
         And all that `linearize` raises, and with a base image `restore`.
     """
     plan = make_plan(pipe, prompt, (height, width), image, base, stages, seed, weights, revision, backend, options)
@@ -111,7 +111,7 @@ def highres(
     except Exception as error:
         if result is None:
             raise
-        raise HighresFailed(result, error) from error
+        raise HighresError(result, error) from error
     return result
 
 

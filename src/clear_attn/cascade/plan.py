@@ -15,7 +15,8 @@ from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.weights.sources import HUB_FILE
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 # The name of a PNG file's text entry.
 PNG_ENTRY = "clear_attn"
 
@@ -75,14 +76,14 @@ class HighresPlan:
 
     @classmethod
     def from_json(cls, text: str, where: str = "this text") -> HighresPlan:
-        """Reads what `to_json` wrote.
+        """Reads what `to_json` wrote, also in format 1.
 
         Raises:
             ValueError: it is something else, or of another format.
         """
         try:
             values = json.loads(text)
-            if values.pop("format") != FORMAT:
+            if values.pop("format") not in READABLE:
                 version = values.get("made_with", {}).get("clear_attn", "another version")
                 raise ValueError(f"its format was written by clear_attn {version}; draw it with that version")
             base, schedule = values.pop("base"), values.pop("schedule", None)

@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan
+from clear_attn.utils.atomic import atomic_file, atomic_text
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,16 @@ def stage_file(file: Path, number: int, image: Image.Image) -> Path:
 
 def save_plan(plan: HighresPlan, file: Path) -> None:
     """Beside a picture, in a file of the same name that ends in .json."""
-    file.with_suffix(".json").write_text(plan.to_json(), encoding="utf-8")
+    atomic_text(file.with_suffix(".json"), plan.to_json())
 
 
 def save_with_plan(image: Image.Image, file: Path, plan: HighresPlan) -> None:
+    options = {}
     if file.suffix.lower() == ".png":
-        text = PngInfo()
-        text.add_itxt(PNG_ENTRY, plan.without_places().to_json())
-        image.save(file, pnginfo=text)
-    else:
-        image.save(file)
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt(PNG_ENTRY, plan.without_places().to_json())
+    with atomic_file(file) as unfinished:
+        image.save(unfinished, **options)
 
 
 class HighresInterrupted(KeyboardInterrupt):
@@ -97,7 +98,7 @@ class HighresInterrupted(KeyboardInterrupt):
         self.result = result
 
 
-class HighresFailed(RuntimeError):  # noqa: N818, as the one above
+class HighresError(RuntimeError):
     """An error while `highres` drew, which is this one's `__cause__`; the pipeline is as it was.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -17,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clear_attn.distill.buckets import fit
-from clear_attn.distill.data import Example
-from clear_attn.distill.files import put, same_origin
+from clear_attn.distill.data import Example, check_same_origin
 from clear_attn.distill.recipes import Recipe
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.step import Batch
+from clear_attn.utils.atomic import atomic_file, atomic_text
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +65,9 @@ def begin(folder: Path, origin: Origin, count: int) -> None:
             raise ValueError(
                 f"{file} is of format {index.get('format')!r}, this version reads {FORMAT}; give another folder"
             )
-        same_origin(index["origin"], origin, f"the cache in {folder} was made")
+        check_same_origin(index["origin"], origin, f"the cache in {folder} was made")
     index = {"format": FORMAT, "origin": origin._asdict(), "examples": count, "shards": -(-count // SHARD)}
-    put(file, lambda path: path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8"))
+    atomic_text(file, json.dumps(index, indent=1) + "\n")
 
 
 def missing(folder: Path, examples: Sequence[Example]) -> list[int]:
@@ -135,7 +134,8 @@ def build(
             tensors |= {f"{len(sizes)}.{name}": tensor for name, tensor in encoded.items()}
             sizes.append(list(encoded["mean"].shape[1:]))
         about = {"sizes": json.dumps(sizes), "broken": json.dumps(broken[of_shard:]), "stamps": stamps}
-        put(shard_file(folder, number), functools.partial(save_file, tensors, metadata=about))
+        with atomic_file(shard_file(folder, number)) as unfinished:
+            save_file(tensors, unfinished, metadata=about)
 
 
 def _check_broken(broken: Sequence[str], count: int, folder: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clear_attn.utils.atomic import atomic_directory, unfinished_directory
 from clear_attn.weights.metadata import CONFIG_FILE
 from clear_attn.weights.sources import WEIGHTS_FILE
 
 PREFIX = "checkpoint-"
 SETTINGS = "settings.json"
-UNFINISHED = ".unfinished-checkpoint-"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -46,28 +46,22 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 @contextlib.contextmanager
 def writing(folder: Path, step: int, limit: int | None) -> Iterator[Path]:
-    """A folder to write a step's checkpoint into, which takes its place beside the earlier ones when all is written.
+    """Yield a directory that becomes a step's checkpoint when all is written; then delete all but the last `limit`.
 
-    Then all but the last `limit` are deleted. An error deletes what was written, and the earlier ones stay.
+    An error deletes what was written, and the earlier checkpoints stay.
     """
-    for left in folder.glob(f"{UNFINISHED}*"):  # by a run that was killed
+    for left in folder.glob(unfinished(folder, "*").name):  # by a run that was killed
         shutil.rmtree(left)
-    target = folder / f"{PREFIX}{step}"
-    unfinished(folder, step).mkdir()
-    try:
-        yield unfinished(folder, step)
-    except BaseException:
-        shutil.rmtree(unfinished(folder, step))
-        raise
-    unfinished(folder, step).replace(target)
+    with atomic_directory(folder / f"{PREFIX}{step}") as written:
+        yield written
     for old in all_of(folder)[: -limit if limit else 0]:
         # Under another name first: half a checkpoint must not be taken for one.
-        shutil.rmtree(old.replace(unfinished(folder, f"old-{old.name.removeprefix(PREFIX)}")))
+        shutil.rmtree(old.replace(unfinished_directory(old)))
 
 
 def unfinished(folder: Path, step: int | str) -> Path:
-    """Where a step's checkpoint is written."""
-    return folder / f"{UNFINISHED}{step}"
+    """Return where a step's checkpoint is written."""
+    return unfinished_directory(folder / f"{PREFIX}{step}")
 
 
 def write(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:

@@ -178,3 +178,12 @@ def from_dataset(rows: Any, image_column: str, caption_column: str) -> list[Exam
         return str(rows._fingerprint)
 
     return [Example(f"row {number}", prompt, opener(number), stamp) for number, prompt in enumerate(prompts)]
+
+
+def check_same_origin(theirs: Mapping[str, Any], ours: NamedTuple, what: str) -> None:
+    """Raise ValueError where a folder's content is of something else; `what` begins the message."""
+    for name, value in ours._asdict().items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{what} for {name} {theirs.get(name)!r}, not {value!r}; give another folder, or delete this one"
+            )

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clear_attn.distill.data import METADATA, Example, listed_in, on_disk
-from clear_attn.distill.files import put, same_origin
+from clear_attn.distill.data import METADATA, Example, check_same_origin, listed_in, on_disk
 from clear_attn.distill.seeds import hash_of
+from clear_attn.utils.atomic import atomic_file, atomic_text
 
 INDEX = "generated.json"
 
@@ -68,7 +68,8 @@ def begin(folder: Path, wanted: Sequence[Example], drawing: Drawing) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / INDEX
     if index.is_file():
-        same_origin(json.loads(index.read_text(encoding="utf-8")), drawing, f"the pictures in {folder} were drawn")
+        before = json.loads(index.read_text(encoding="utf-8"))
+        check_same_origin(before, drawing, f"the pictures in {folder} were drawn")
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else already; give an empty folder to draw pictures in")
     captions = listed_in(folder / METADATA) if (folder / METADATA).is_file() else {}
@@ -81,8 +82,8 @@ def begin(folder: Path, wanted: Sequence[Example], drawing: Drawing) -> None:
     # Those of an earlier, longer run stay.
     captions |= {each.name: each.prompt for each in wanted}
     lines = [json.dumps({"file_name": name, "prompt": prompt}) + "\n" for name, prompt in captions.items()]
-    put(index, lambda path: path.write_text(json.dumps(drawing._asdict(), indent=1) + "\n", encoding="utf-8"))
-    put(folder / METADATA, lambda path: path.write_text("".join(lines), encoding="utf-8"))
+    atomic_text(index, json.dumps(drawing._asdict(), indent=1) + "\n")
+    atomic_text(folder / METADATA, "".join(lines))
 
 
 def draw(
@@ -113,4 +114,5 @@ def draw(
             **drawing.arguments(),
         )
         for number, image in zip(batch, drawn.images, strict=True):
-            put(folder / wanted[number].name, image.save)
+            with atomic_file(folder / wanted[number].name) as unfinished:
+                image.save(unfinished)

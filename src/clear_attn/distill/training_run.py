@@ -17,7 +17,8 @@ from clear_attn.distill.optimizers import check_optimizer
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.trainer import Run, shared
 from clear_attn.distill.validation import Validation
-from clear_attn.patching.saving import check_folder, save_values
+from clear_attn.patching.saving import save_values
+from clear_attn.utils.atomic import check_folder
 
 
 def train(settings: Settings) -> Path:

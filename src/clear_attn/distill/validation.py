@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from clear_attn.distill.files import put
 from clear_attn.distill.prepare import drawing_of
 from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.student import STUDENT, TEACHER, keywords
 from clear_attn.patching.linearization import find_transformer
+from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
 
 FOLDER = "validation"
@@ -54,7 +54,8 @@ class Validation:
             return
         folder = Path(self.settings.output_dir, FOLDER)
         folder.mkdir(exist_ok=True)
-        put(folder / f"step-{step}.png", sheet.save)
+        with atomic_file(folder / f"step-{step}.png") as unfinished:
+            sheet.save(unfinished)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")

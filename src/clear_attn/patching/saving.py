@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -17,6 +18,7 @@ from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import door_of, processors_of
+from clear_attn.utils.atomic import atomic_file, check_folder
 from clear_attn.utils.validation import ClearConfig
 from clear_attn.weights.metadata import CONFIG_FILE, Record, mark_of
 from clear_attn.weights.parameters import (
@@ -70,14 +72,6 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
     save_values(pipe, door.config, values, folder, door.schedule)
 
 
-def check_folder(directory: str | os.PathLike[str]) -> Path:
-    """Raises NotADirectoryError where a folder is a file."""
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{str(directory)!r} is a file; give a directory to save to")
-    return folder
-
-
 def save_values(
     pipe: Any,
     config: ClearConfig | Method,
@@ -92,20 +86,17 @@ def save_values(
     source = mark["source"] if mark else None
     record = Record(config, type(transformer).__name__, base_model_of(pipe, transformer), source, schedule)
     folder.mkdir(parents=True, exist_ok=True)
-    # On the same disk, so that what takes time or room can fail only before the first file is put in place.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+    # An existing card may be the user's own.
+    card = {} if (folder / CARD_FILE).exists() else {CARD_FILE: _card(record)}
+    # The files take their places in reverse: the weights first, and the record last.
+    with contextlib.ExitStack() as files:
+        for name, text in {CONFIG_FILE: record.to_json(), **card}.items():
+            files.enter_context(atomic_file(folder / name)).write_text(text, encoding="utf-8")
         # A file may be parted from its record.
         told = {METHOD: json.dumps(config.settings())} if isinstance(config, Method) else {}
-        save_file(values, Path(unfinished, WEIGHTS_FILE), metadata={"format": "pt", **told})
-        Path(unfinished, CARD_FILE).write_text(_card(record), encoding="utf-8")
-        Path(unfinished, CONFIG_FILE).write_text(record.to_json(), encoding="utf-8")
-        # Never an old record beside new weights.
+        save_file(values, files.enter_context(atomic_file(folder / WEIGHTS_FILE)), metadata={"format": "pt", **told})
+        # Never an old record with new weights.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
-        # A card that is there may be the user's own.
-        card = [] if (folder / CARD_FILE).exists() else [CARD_FILE]
-        for name in (WEIGHTS_FILE, *card, CONFIG_FILE):
-            Path(unfinished, name).chmod(0o644)
-            Path(unfinished, name).replace(folder / name)
 
 
 def push_to_hub(

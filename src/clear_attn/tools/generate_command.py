@@ -11,7 +11,7 @@ import torch.distributed as dist
 import typer
 from PIL import Image, ImageOps
 
-from clear_attn.cascade import Base, HighresFailed, HighresInterrupted, HighresPlan, HighresResult, Stage, highres
+from clear_attn.cascade import Base, HighresError, HighresInterrupted, HighresPlan, HighresResult, Stage, highres
 from clear_attn.cascade.memory_check import check_weights_fit
 from clear_attn.cascade.planning import describe, fingerprint
 from clear_attn.cascade.result import save_plan, save_with_plan, stage_file
@@ -155,7 +155,7 @@ def generate(
     except HighresInterrupted as stop:
         _save_finished("Interrupted", stop.result, output)
         raise typer.Exit(130) from None
-    except HighresFailed as failure:
+    except HighresError as failure:
         cause = failure.__cause__
         _save_finished(f"{type(cause).__name__}: {cause}", failure.result, output)
         if _is_out_of_memory(cause):

@@ -10,9 +10,9 @@ import typer
 from diffusers import DiffusionPipeline
 
 from clear_attn.tools.evaluate import evaluation as run
-from clear_attn.tools.evaluate.folder import check_new
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, METRICS, check_names
 from clear_attn.tools.options import DTYPES, DType, device_of
+from clear_attn.utils.atomic import check_empty
 from clear_attn.utils.prompts import read_prompts
 
 OF_PIPELINE = "the pipeline's"
@@ -66,7 +66,7 @@ def evaluate(
     where = device_of(device)
     try:
         texts = read_prompts(prompts)[:max_prompts]
-        check_new(output_dir)
+        check_empty(output_dir)
         check_names(metric)
         pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype or DTYPES[where.type])).to(where)
         pipe.set_progress_bar_config(leave=False)

@@ -17,11 +17,11 @@ from clear_attn.methods.schedule import Schedule
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.linearization import find_transformer
-from clear_attn.tools.evaluate.folder import filled_at_the_end
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Judges, make_metrics
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, seconds_of, sheet
 from clear_attn.tools.evaluate.student_images import Drawing, Drawn, draw, read_all
+from clear_attn.utils.atomic import atomic_contents
 from clear_attn.utils.validation import check_whole_number
 from clear_attn.weights.metadata import config_of, mark_of, settings_of
 from clear_attn.weights.published import name_of
@@ -102,7 +102,7 @@ def evaluate(
     if num_inference_steps is not None:
         check_whole_number("num_inference_steps", num_inference_steps, "it is the number of denoising steps")
     made, missing = make_metrics(metrics, Judges(prompts, clip, dino, download))
-    with filled_at_the_end(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as passing:
+    with atomic_contents(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as passing:
         pictures = folder if save_pictures else Path(passing)
         # The student first, for linearizing checks all that can be checked of its weights.
         with linearized(pipe, window, down_factor, schedule=schedule, weights=weights, backend=backend):

@@ -1,0 +1,97 @@
+"""Atomic writes: a file or directory appears under its name when it is complete, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+UNFINISHED = ".unfinished-"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file next to ``path`` that replaces it at the end; delete it after an error.
+
+    The temporary name ends in that of ``path``, for writers that choose a format by it. Of several files in one
+    `contextlib.ExitStack` the last one takes its place first, when all are written.
+    """
+    # A name of its own, since two processes may write the same file.
+    unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(4)}-{path.name}")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        yield unfinished
+        # safetensors leaves its files readable by their owner alone.
+        unfinished.chmod(mode)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def unfinished_directory(path: Path) -> Path:
+    """Return where `atomic_directory` writes, which other processes of a run must know too."""
+    return path.with_name(UNFINISHED + path.name)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a new directory next to ``path`` that is renamed to it at the end; delete it after an error."""
+    unfinished = unfinished_directory(path)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_contents(folder: Path) -> Iterator[Path]:
+    """Yield a directory inside ``folder`` whose entries move up into it at the end; delete it after an error.
+
+    Unlike `atomic_directory` it fills a folder that exists, such as a mount point or the current one.
+
+    Raises:
+        NotADirectoryError, FileExistsError: as `check_empty`.
+        PermissionError: nothing can be written there.
+    """
+    check_empty(folder)
+    existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
+            yield Path(unfinished)
+            for item in Path(unfinished).iterdir():
+                item.replace(folder / item.name)
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def check_folder(directory: str | os.PathLike[str]) -> Path:
+    """Raise NotADirectoryError where a folder to write to is a file."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{str(directory)!r} is a file; give a directory to save to")
+    return folder
+
+
+def check_empty(folder: Path) -> None:
+    """Raise NotADirectoryError where a folder is a file, FileExistsError where it holds something."""
+    check_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something already; give a new or an empty folder")

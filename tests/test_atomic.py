@@ -1,0 +1,124 @@
+"""Files and directories that are written as a whole or not at all."""
+
+import contextlib
+import stat
+
+import pytest
+
+from clear_attn.utils.atomic import atomic_contents, atomic_directory, atomic_file, check_folder
+
+ERRORS = [OSError(28, "No space left on device"), KeyboardInterrupt()]
+
+
+def content_of(folder):
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def fail_halfway(file, error):
+    file.write_text("half")
+    raise error
+
+
+@pytest.fixture(params=ERRORS, ids=lambda error: type(error).__name__)
+def error(request):
+    return request.param
+
+
+class TestFile:
+    def test_target_stays_until_the_end(self, tmp_path):
+        (tmp_path / "a.txt").write_text("old")
+        with atomic_file(tmp_path / "a.txt") as unfinished:
+            unfinished.write_text("new")
+            assert (tmp_path / "a.txt").read_text() == "old"
+            assert (unfinished.parent, unfinished.suffix) == (tmp_path, ".txt")
+        assert content_of(tmp_path) == {"a.txt": "new"}
+
+    @pytest.mark.parametrize("before", [{}, {"a.txt": "old"}])
+    def test_error(self, tmp_path, error, before):
+        for name, text in before.items():
+            (tmp_path / name).write_text(text)
+        with pytest.raises(type(error)), atomic_file(tmp_path / "a.txt") as unfinished:
+            fail_halfway(unfinished, error)
+        assert content_of(tmp_path) == before
+
+    def test_permissions_are_those_of_any_file(self, tmp_path):
+        """Also for a writer that makes its own private file, as safetensors does."""
+        (tmp_path / "normal").touch()
+        with atomic_file(tmp_path / "a.txt") as unfinished:
+            unfinished.write_text("new")
+            unfinished.chmod(0o600)
+        modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("normal", "a.txt")]
+        assert modes[0] == modes[1] != 0o600
+
+    def test_two_writers_of_one_file(self, tmp_path):
+        with atomic_file(tmp_path / "a.txt") as first, atomic_file(tmp_path / "a.txt") as second:
+            assert first != second
+            first.write_text("first")
+            second.write_text("second")
+        assert content_of(tmp_path) == {"a.txt": "first"}
+
+    def test_several_files_take_their_places_in_reverse(self, tmp_path):
+        """The first one is still the old one where a later one cannot be put in place."""
+        (tmp_path / "record").write_text("old")
+        (tmp_path / "weights").mkdir()
+        files = contextlib.ExitStack()
+        for name in ("record", "weights"):
+            files.enter_context(atomic_file(tmp_path / name)).write_text("new")
+        with pytest.raises(IsADirectoryError):
+            files.close()
+        assert content_of(tmp_path) == {"record": "old"}
+
+
+class TestDirectory:
+    def test_appears_at_the_end(self, tmp_path):
+        with atomic_directory(tmp_path / "run") as unfinished:
+            (unfinished / "a.txt").write_text("new")
+            assert not (tmp_path / "run").exists()
+        assert content_of(tmp_path) == {"run/a.txt": "new"}
+
+    def test_error(self, tmp_path, error):
+        with pytest.raises(type(error)), atomic_directory(tmp_path / "run") as unfinished:
+            fail_halfway(unfinished / "a.txt", error)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_existing_content_stays(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "a.txt").write_text("old")
+        with pytest.raises(OSError, match="not empty"), atomic_directory(tmp_path / "run") as unfinished:
+            (unfinished / "a.txt").write_text("new")
+        assert content_of(tmp_path) == {"run/a.txt": "old"}
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+class TestContents:
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_appear_at_the_end(self, tmp_path, exists):
+        folder = tmp_path / "deep" / "out"
+        if exists:
+            folder.mkdir(parents=True)
+        with atomic_contents(folder) as unfinished:
+            (unfinished / "part").mkdir()
+            (unfinished / "part" / "a.txt").write_text("new")
+            (unfinished / "b.txt").write_text("new")
+            assert list(folder.iterdir()) == [unfinished]
+        assert content_of(folder) == {"part/a.txt": "new", "b.txt": "new"}
+        assert len(list(folder.iterdir())) == 2
+
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_error(self, tmp_path, error, exists):
+        folder = tmp_path / "out"
+        if exists:
+            folder.mkdir()
+        with pytest.raises(type(error)), atomic_contents(folder) as unfinished:
+            fail_halfway(unfinished / "a.txt", error)
+        assert folder.exists() == exists
+        assert list(tmp_path.rglob("*")) == ([folder] if exists else [])
+
+    def test_refuses_what_is_not_free(self, tmp_path):
+        (tmp_path / "a.txt").write_text("mine")
+        with pytest.raises(FileExistsError, match="holds something already"), atomic_contents(tmp_path):
+            pass
+        for check in (check_folder, lambda path: atomic_contents(path).__enter__()):
+            with pytest.raises(NotADirectoryError, match="is a file; give a directory"):
+                check(tmp_path / "a.txt")
+        assert content_of(tmp_path) == {"a.txt": "mine"}
