@@ -46,7 +46,6 @@ __all__ = [
     "linearize",
     "linearized",
     "methods",
-    "sigma_after_step",
     "ntk_scaling",
     "parallelize",
     "plot_window",
@@ -54,6 +53,7 @@ __all__ = [
     "push_to_hub",
     "restore",
     "save_pretrained",
+    "sigma_after_step",
 ]
 
 # Where each public name is defined; `methods` is a package itself.

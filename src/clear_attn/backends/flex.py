@@ -24,7 +24,6 @@ from clear_attn.core.region import AttentionRegion
 from clear_attn.core.window_mask import BLOCK, BlockIndices, Coordinates, in_window
 from clear_attn.utils._torch import has_triton, mark_static, recompile_limit
 
-
 # Positions in a table on the CPU: pictures up to 11,000 pixels square.
 TABLE_LENGTH = 2**19
 MOST_COMPILATIONS = 64
@@ -197,7 +196,8 @@ def attend(
     if query.device.type != "cpu":
         return attend_directly(query, key, value, region, key_bias, scale, return_lse)
     lse = tiled.attend(query, key, value, region, key_bias, scale, True)[1] if return_lse else None
-    image, key, value = append_bias_dims(query[:, :, region.image], *expand_heads(query, key, value), key_bias, scale)
+    key, value = expand_heads(query, key, value)
+    image, key, value = append_bias_dims(query[:, :, region.image], key, value, key_bias, scale)
     output = _flex_on_cpu(image, key, value, list(region.block_indices), _rule_tensors(region), scale)
     return region.expand_to_sequence(output[..., : query.shape[-1]]), lse
 

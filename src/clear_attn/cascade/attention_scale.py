@@ -1,68 +1,52 @@
-"""Proportional attention: scores sharpened where there are more tokens than a model was trained on."""
+"""Proportional attention: scores are scaled up where there are more tokens than a model was trained on."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from clear_attn.models import Family
+from clear_attn.methods.method import proportional_scale
+from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import attention_backend_of, parallel_config_of
-from clear_attn.models.processors import SHARPNESS, project, project_out
+from clear_attn.models.context import SCALE_MULTIPLIER
+from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.patching.linearization import find_transformer
-from clear_attn.patching.state import door_of, processors_of
-
-# FLUX.1's at 1024 x 1024 px: image tokens and text tokens.
-TRAINED_TOKENS = 64 * 64 + 512
+from clear_attn.patching.state import entry_hook_of, processors_of
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
 
-def scale_multiplier(tokens: int, down_factor: int = 1) -> float:
-    """Return the multiplier of the scores' scale, head_dim^-0.5: sqrt(log(n) / log(4608)).
-
-    From CLEAR's published high-resolution run: n is the number of text and image tokens, and ten times that with
-    pooled keys. It keeps the entropy of attention about as it was at 64 x 64 + 512 tokens (arXiv 2306.08645).
-
-    Args:
-        tokens: text and image tokens, at least 1.
-        down_factor: side of the pooled cells; 1 for none.
-    """
-    return math.sqrt(math.log(tokens * (10 if down_factor > 1 else 1)) / math.log(TRAINED_TOKENS))
-
-
 @contextlib.contextmanager
 def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
-    """Multiply the scale of the scores in all layers by `scale_multiplier` for the length of a `with` block.
+    """Multiply the scale of the scores in all layers for the length of a `with` block.
+
+    From CLEAR's published high-resolution run: the multiplier is sqrt(log(n) / log(4608)), where n is the number of
+    text and image tokens of a call, and ten times that with pooled keys. It keeps the entropy of attention about as it
+    was at 64 x 64 + 512 tokens (arXiv 2306.08645).
 
     Args:
-        pipe: a supported pipeline or transformer, linearized or not; no ControlNet.
+        pipe: a supported pipeline or transformer, linearized or not.
 
     Raises:
-        TypeError: not a supported pipeline, or a ControlNet or Chroma.
-        RuntimeError: attention processors of another library, or such that take no scale; layers other than FLUX.1's
-            and SD3's, unless linearized; when called, also where the processors were replaced inside the block.
+        TypeError: not a supported pipeline.
+        RuntimeError: attention processors of another library, or a method without scores; layers other than FLUX.1's
+            and SD3's, unless linearized; when called, also if the processors were replaced inside the block.
     """
-    transformer, family = find_transformer(pipe)
-    if type(family).announce is not Family.announce:
-        raise TypeError(
-            f"proportional attention cannot tell the layers of a {type(transformer).__name__}; give the pipeline or "
-            "its transformer, of FLUX or Stable Diffusion 3"
-        )
-    layers = family.attention_layers(transformer)
+    transformer, adapter = find_transformer(pipe)
+    layers = adapter.attention_layers(transformer)
     before = processors_of(layers)
-    _check_processors(before, family)
+    _check_processors(before, adapter)
     for layer, attn in layers.items():
-        if type(before[layer]) in family.stock_processors:
-            attn.set_processor(_DenseProcessor(before[layer], family, layer))
+        if type(before[layer]) in adapter.accepts:
+            attn.set_processor(_DenseProcessor(before[layer], adapter))
     # First, so that it reads what the caller gave.
-    handle = transformer.register_forward_pre_hook(_ScaleHook(family), with_kwargs=True, prepend=True)
+    handle = transformer.register_forward_pre_hook(_ScaleHook(adapter), with_kwargs=True, prepend=True)
     try:
         yield pipe
     finally:
@@ -73,37 +57,31 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
 
 
 class _ScaleHook:
-    """A forward pre-hook with keywords: tells the layers of a call by what to multiply their scale."""
+    """A forward pre-hook with keywords that adds the multiplier to a call's attention keywords."""
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.adapter = adapter
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        for layer, processor in processors_of(self.family.attention_layers(transformer)).items():
+        for layer, processor in processors_of(self.adapter.attention_layers(transformer)).items():
             _check_takes_scale(layer, processor)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
-        grids, text_tokens, _ = self.family.read(transformer, call)
-        door = door_of(transformer)
-        config = door.config_of(call) if door else None
+        grids, text_tokens, _ = self.adapter.parse_call(transformer, call)
         tokens = text_tokens + sum(height * width for height, width in grids)
-        own = {SHARPNESS: scale_multiplier(tokens, config.down_factor if config else 1)}
-        return (), {**call, self.family.keywords: {**(call.get(self.family.keywords) or {}), **own}}
-
-
-class _Places(NamedTuple):
-    image: slice
-    text: slice
+        hook = entry_hook_of(transformer)
+        multiplier = hook.method_of(call).scale_multiplier(tokens) if hook else proportional_scale(tokens)
+        keywords = {**(call.get(self.adapter.keywords) or {}), SCALE_MULTIPLIER: multiplier}
+        return (), {**call, self.adapter.keywords: keywords}
 
 
 class _DenseProcessor:
-    """Stands in for diffusers' own processors of FLUX and SD3, which take no scale."""
+    """Replaces diffusers' own processors of FLUX and SD3, which take no scale."""
 
-    def __init__(self, stock: Any, family: Family, layer: str) -> None:
-        self._attention_backend = attention_backend_of(stock)
-        self._parallel_config = parallel_config_of(stock)
-        self.text_first = family.text_first
-        self.trusts_fused = family.trusts_fused
+    def __init__(self, original: Any, adapter: ModelAdapter) -> None:
+        self._attention_backend = attention_backend_of(original)
+        self._parallel_config = parallel_config_of(original)
+        self.adapter = adapter
 
     def __call__(
         self,
@@ -112,39 +90,34 @@ class _DenseProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        clear_sharpness: float = 1.0,
+        clear_scale_multiplier: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        fused = self.trusts_fused and bool(attn.fused_projections)
-        query, key, value = project(
-            attn, hidden_states, encoder_hidden_states, image_rotary_emb, self.text_first, fused
-        )
+        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        query, key, value, rest = self.adapter.project(attn, inputs)
         joint = dispatch_attention_fn(
             *(x.transpose(1, 2) for x in (query, key, value)),
             attn_mask=attention_mask,
-            scale=clear_sharpness * query.shape[-1] ** -0.5,
+            scale=clear_scale_multiplier * query.shape[-1] ** -0.5,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        image, text = hidden_states.shape[1], 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        first = text if self.text_first else 0
-        after = 0 if self.text_first else image
-        places = _Places(slice(first, first + image), slice(after, after + text))
-        return project_out(attn, joint.flatten(2, 3), encoder_hidden_states is not None, places)
+        output: Tensor | tuple[Tensor, Tensor] = self.adapter.project_out(attn, joint.flatten(2, 3), inputs, rest)
+        return output
 
 
-def _check_processors(processors: dict[str, Any], family: Family) -> None:
+def _check_processors(processors: dict[str, Any], adapter: ModelAdapter) -> None:
     for layer, processor in processors.items():
-        if type(processor) not in family.stock_processors:
+        if type(processor) not in adapter.accepts:
             _check_takes_scale(layer, processor)
-        elif not family.only_attends:
+        elif not adapter.takes_scale:
             raise RuntimeError(
-                f"{layer} has a {type(processor).__name__}, in whose place proportional attention has none for dense "
-                "attention; call clear_attn.linearize() first"
+                f"{layer} has a {type(processor).__name__}, whose scores proportional attention cannot scale while it "
+                "is dense; call clear_attn.linearize() first"
             )
 
 
 def _check_takes_scale(layer: str, processor: Any) -> None:
-    if SHARPNESS not in inspect.signature(type(processor).__call__).parameters:
+    if not isinstance(processor, (ClearAttnProcessor, _DenseProcessor)):
         raise RuntimeError(
             f"{layer} has a {type(processor).__name__}, whose scores proportional attention cannot scale; put one of "
             "diffusers or of CLEAR in its place before the block, and leave it there until the end"

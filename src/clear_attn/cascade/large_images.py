@@ -16,12 +16,11 @@ from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.planning import make_plan
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.stages import Base, Stage
-from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.linearization import find_transformer, restored_state
-from clear_attn.patching.state import door_of
-from clear_attn.weights.metadata import mark_of
+from clear_attn.patching.state import entry_hook_of
+from clear_attn.weights.metadata import metadata_of
 
 
 def highres(
@@ -124,11 +123,11 @@ def _linearized_as_asked(
     schedule: Schedule | None,
     token: str | bool | None,
 ) -> Iterator[None]:
-    door = door_of(find_transformer(pipe)[0])
-    if door and (window, down_factor, schedule, plan.weights, plan.revision) == (None, None, None, "auto", None):
-        if plan.backend not in ("auto", door.backend):
+    hook = entry_hook_of(find_transformer(pipe)[0])
+    if hook and (window, down_factor, schedule, plan.weights, plan.revision) == (None, None, None, "auto", None):
+        if plan.backend not in ("auto", hook.backend):
             raise ValueError(
-                f"backend={plan.backend!r} is not that of this linearized pipeline, {door.backend!r}; leave it out, or "
+                f"backend={plan.backend!r} is not that of this linearized pipeline, {hook.backend!r}; leave it out, or "
                 "say what to linearize with: window, down_factor, schedule and weights"
             )
         yield
@@ -149,19 +148,20 @@ def _linearized_as_asked(
 def _with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
     """The plan with the settings that a linearized pipeline has, as far as it knows them."""
     transformer, _ = find_transformer(pipe)
-    door, mark = door_of(transformer), mark_of(transformer)
-    assert door
-    if isinstance(door.config, Method):
+    hook, metadata = entry_hook_of(transformer), metadata_of(transformer)
+    assert hook
+    method: Any = hook.method
+    if method.pooled_factor is None:
         raise RuntimeError(
-            f"this pipeline is linearized with {door.config}, and highres draws with CLEAR; give it weights= of CLEAR "
+            f"this pipeline is linearized with {method}, and highres draws with CLEAR; give it weights= of CLEAR "
             "or None, or call clear_attn.restore() first"
         )
-    weights = plan.weights if plan.weights != "auto" else mark["weights"] if mark else None
+    weights = plan.weights if plan.weights != "auto" else metadata["weights"] if metadata else None
     return dataclasses.replace(
         plan,
-        window=door.config.window,
-        down_factor=door.config.down_factor,
-        schedule=door.schedule,
+        window=method.window,
+        down_factor=method.down_factor,
+        schedule=hook.schedule,
         weights=weights,
-        backend=door.backend,
+        backend=hook.backend,
     )

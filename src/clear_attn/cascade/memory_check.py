@@ -18,7 +18,7 @@ from clear_attn.cascade.stages import Base, Stage
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel.shard import check_ranks
 from clear_attn.patching.linearization import find_transformer
-from clear_attn.patching.state import door_of
+from clear_attn.patching.state import entry_hook_of
 from clear_attn.profiling.attention_cost import cost
 from clear_attn.profiling.memory import Bytes, Memory, gib, weight_bytes
 
@@ -57,8 +57,8 @@ def check_fits(pipe: Any, plan: HighresPlan) -> None:
 
 def check_ranks_have_rows(pipe: Any, plan: HighresPlan) -> None:
     """Raises ValueError where a stage has too few rows for the processes that a picture is split over."""
-    transformer, family = find_transformer(pipe)
-    token, ranks = family.latents_per_token(transformer) * pipe.vae_scale_factor, _ranks(pipe)
+    transformer, adapter = find_transformer(pipe)
+    token, ranks = adapter.latents_per_token(transformer) * pipe.vae_scale_factor, _ranks(pipe)
     for stage in plan.stages if ranks > 1 else ():
         try:
             check_ranks((stage.size[0] // token, stage.size[1] // token), ranks)
@@ -85,8 +85,8 @@ def work_of(memory: Memory, ranks: int, tiled: bool) -> dict[str, Bytes]:
 
 def _ranks(pipe: Any) -> int:
     """How many processes a picture is split over."""
-    door = door_of(find_transformer(pipe)[0])
-    return door.spread.ranks if door and door.spread else 1
+    hook = entry_hook_of(find_transformer(pipe)[0])
+    return hook.sharder.ranks if hook and hook.sharder else 1
 
 
 def peak(pipe: Any, device: torch.device, work: dict[str, Bytes]) -> Bytes:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from clear_attn.backends import check_backend
+from clear_attn.backends.selection import validate_backend
 from clear_attn.cascade import sizes
 from clear_attn.cascade.pipelines import Kind, check_schedule, defaults_of, kind_of
 from clear_attn.cascade.plan import HighresPlan
@@ -57,9 +57,9 @@ def make_plan(
     options: dict[str, Any],
 ) -> HighresPlan:
     """A plan but for window and down_factor, which the weights may say; errors as `highres` tells."""
-    check_backend(backend)
-    kind, (transformer, family) = kind_of(pipe), find_transformer(pipe)
-    token = family.latents_per_token(transformer) * pipe.vae_scale_factor
+    validate_backend(backend)
+    kind, (transformer, adapter) = kind_of(pipe), find_transformer(pipe)
+    token = adapter.latents_per_token(transformer) * pipe.vae_scale_factor
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be one text, got {prompt!r}; call highres once for each picture")
     for name, side in zip(("height", "width"), size, strict=True):

@@ -6,12 +6,12 @@ import functools
 
 import numpy as np
 import torch
-from clear_attn.utils._torch import maybe_mark_dynamic
 from torch import Tensor
 
 from clear_attn.core.coordinates import TokenSet, to_tensor
 from clear_attn.core.tiles import Tiles, build_tiles
 from clear_attn.core.window_mask import BlockIndices, Coordinates, block_indices
+from clear_attn.utils._torch import maybe_mark_dynamic
 
 
 class AttentionRegion:

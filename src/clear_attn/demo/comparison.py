@@ -12,24 +12,24 @@ import torch
 
 import clear_attn as clear
 from clear_attn import demo
+from clear_attn.methods import Clear
 from clear_attn.utils.image_sheets import contact_sheet, draw_window
-from clear_attn.utils.validation import ClearConfig
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
 
 
-def compare(captions: Sequence[str], config: ClearConfig, seed: int, output: Path) -> str:
+def compare(captions: Sequence[str], method: Clear, seed: int, output: Path) -> str:
     """Draws the captions in each way there is, saves one labelled picture, and returns what to tell the user."""
     pipe = demo.pipeline()
     pipe.set_progress_bar_config(leave=False)
 
     def local(weights: Path | None) -> Any:
-        return clear.linearized(pipe, config.window, config.down_factor, weights=weights)
+        return clear.linearized(pipe, method=method, weights=weights)
 
-    pooled = f"\npooled {config.down_factor} x {config.down_factor}" if config.down_factor > 1 else ""
-    label = f"CLEAR, window {config.window}{pooled}"
+    pooled = f"\npooled {method.down_factor} x {method.down_factor}" if method.down_factor > 1 else ""
+    label = f"CLEAR, window {method.window}{pooled}"
     ways = {"dense attention": contextlib.nullcontext(), f"{label}\n(training-free)": local(None)}
-    trained = read_record(demo.distilled() / CONFIG_FILE).config
-    fits = trained == config
+    trained = read_record(demo.distilled() / CONFIG_FILE).method
+    fits = trained == method
     if fits:
         ways[f"{label}\n(distilled)"] = local(demo.distilled())
     rows, seconds = {}, {}
@@ -44,19 +44,15 @@ def compare(captions: Sequence[str], config: ClearConfig, seed: int, output: Pat
         pipe,
         demo.SIZE,
         demo.SIZE,
-        window=config.window,
-        down_factor=config.down_factor,
+        method=method,
         text_tokens=demo.TEXT_TOKENS,
         batch=len(captions),
     )
     last = rows[name]
-    last[0] = draw_window(last[0], config.window, demo.SIZE // cost.width)
+    last[0] = draw_window(last[0], method.window, demo.SIZE // cost.width)
     contact_sheet(rows, captions).save(output)
     times = ", ".join(f"{name.replace(chr(10), ' ')} {each:.1f} s" for name, each in seconds.items())
     told = f"{cost}\n\nDrawn in: {times}. At 16 x 16 tokens there is little to save; the larger the picture, the more."
     if not fits:
-        told += (
-            f"\n\nThe distilled weights in the box are for --window {trained.window} --down-factor "
-            f"{trained.down_factor}, so they are not shown."
-        )
+        told += f"\n\nThe distilled weights in the package are for {trained.as_arguments()}, so they are not shown."
     return told

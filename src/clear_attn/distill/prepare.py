@@ -21,7 +21,7 @@ from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.utils.prompts import read_prompts
-from clear_attn.weights.metadata import mark_of
+from clear_attn.weights.metadata import metadata_of
 
 # Of mixed precision, by accelerate's name.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +57,7 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
     pipe = DiffusionPipeline.from_pretrained(name, revision=settings.revision, dtype=dtype)
     transformer, _ = find_transformer(pipe)
     recipe_of(transformer)
-    if mark_of(transformer):
+    if metadata_of(transformer):
         raise ValueError(f"{name} was saved while it was linearized, and the teacher is dense; give the original model")
     return pipe
 

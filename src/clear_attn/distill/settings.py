@@ -9,8 +9,7 @@ from diffusers.optimization import SchedulerType
 
 from clear_attn.distill import buckets
 from clear_attn.methods import Method, parse
-from clear_attn.patching.resolve import config_for, described
-from clear_attn.utils.validation import ClearConfig
+from clear_attn.patching.resolve import resolve_method
 
 OPTIMIZERS = ("prodigy", "adamw", "adamw8bit")
 STUDENTS = ("full", "lora")
@@ -95,10 +94,9 @@ class Settings:
             self.method = self.method.as_text()
 
     @property
-    def config(self) -> ClearConfig | Method:
-        """Of CLEAR, or another method."""
-        method = None if self.method is None else parse(self.method)
-        return config_for(self.window, self.down_factor, method, None)
+    def attention(self) -> Method:
+        """The method that is asked for."""
+        return resolve_method(self.window, self.down_factor, None if self.method is None else parse(self.method))
 
     @property
     def rate(self) -> float:
@@ -109,7 +107,7 @@ class Settings:
         free = FREE_ON_RESUMING if self.lr_scheduler in ENDLESS else FREE_ON_RESUMING - {"max_train_steps"}
         attention = {"window", "down_factor", "method"}  # which may be told in more ways than one
         others = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in free | attention}
-        return {**others, "attention": described(self.config)}
+        return {**others, "attention": self.attention.as_arguments()}
 
     def check(self) -> None:
         """Raises ValueError where a value is out of range or two do not go together."""
@@ -158,4 +156,4 @@ class Settings:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in 0 to below 1, got {self.ema_decay}; 0.999 is usual")
         buckets.sizes(self.resolution)
-        self.config  # noqa: B018 - checks window, down_factor and method
+        self.attention  # noqa: B018 - checks window, down_factor and method

@@ -14,24 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear_attn.core.layout import TokenLayout
 from clear_attn.distill.sharding import whole
-from clear_attn.models.processors import AttnProcessor, project, project_out
+from clear_attn.models.context import RECORDER, ROLE, ClearContext
+from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.patching.linearization import find_transformer
-from clear_attn.patching.state import door_of
-from clear_attn.utils.validation import Config
+from clear_attn.patching.state import entry_hook_of
 from clear_attn.weights.parameters import own_parameters, projections
 
-# The keywords by which a call says who computes, and where attention's outputs go, by layer.
-ROLE, OUTPUTS = "clear_role", "clear_outputs"
 TEACHER, STUDENT = "teacher", "student"
 
 
 class Outputs:
     """What attention gives in a call, by layer, before any projection.
 
-    Not a dict, for wrappers copy those among a call's keywords (DDP and FSDP, to move or cast what is in them), and
-    what a layer put into the copy would be lost.
+    Not a dict: wrappers copy those among a call's keywords (DDP and FSDP, to move or cast what is in them), and what a
+    layer put into the copy would be lost.
 
     Args:
         layers: those to keep.
@@ -41,8 +38,8 @@ class Outputs:
         self.layers = frozenset(layers)
         self.by_layer: dict[str, Tensor] = {}
 
-    def put(self, layer: str, output: Tensor) -> None:
-        """By name, never appended: recomputation for gradients runs a layer again."""
+    def record(self, layer: str, output: Tensor) -> None:
+        """Keep an output by name, never appended: recomputation for gradients runs a layer again."""
         if layer in self.layers:
             self.by_layer[layer] = output
 
@@ -75,76 +72,54 @@ class LowRank(nn.Module):
         return {**base, "weight": base["weight"].float() + update}
 
 
-class Layer:
-    """An attention layer, but with other projections, by their dotted names."""
+class LayerView:
+    """An attention layer with other projections, by their dotted names, and without a fused one."""
+
+    fused_projections = False
 
     def __init__(self, attn: Any, student: Mapping[str, nn.Module]) -> None:
         self._attn = attn
         self._student = {name.partition(".")[0]: module for name, module in student.items()}
 
     def __getattr__(self, name: str) -> Any:
-        if name == "to_out" and name in self._student:
+        if name == "to_out" and name in self._student and isinstance(self._attn.to_out, nn.ModuleList):
             return [self._student[name], self._attn.to_out[1]]
         return self._student[name] if name in self._student else getattr(self._attn, name)
 
 
-class DistillProcessor(AttnProcessor):
+class DistillProcessor(ClearAttnProcessor):
     """Of one layer: dense attention with the layer's own projections, or a method's with the student's.
 
     Args:
-        stands_for: the layer's processor of CLEAR or another method, of which it has a copy in float32.
+        local: the layer's processor, of which it has a copy in float32.
         student: the student's projections, by name in the layer.
     """
 
-    def __init__(self, stands_for: AttnProcessor, student: Mapping[str, nn.Module]) -> None:
-        super().__init__(stands_for.layer)
-        self.local = copy.deepcopy(stands_for).float()
+    def __init__(self, local: ClearAttnProcessor, student: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.adapter, self.method, self.layer, self.group = local.adapter, local.method, local.layer, local.group
+        self.local = copy.deepcopy(local).float()
         self.student = nn.ModuleDict({name.replace(".", "_"): module for name, module in student.items()})
-        self._names = tuple(student)
-        self.own_window = stands_for.own_window
+        self._names_of_student = tuple(student)
 
-    # diffusers reads from this signature what it may pass on, so the base's arguments are named again, all but the
-    # padding: no family that has it can be distilled.
-    def __call__(  # type: ignore[override]
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        clear_layout: TokenLayout | None = None,
-        clear_backend: str = "auto",
-        clear_sharpness: float = 1.0,
-        clear_role: str = STUDENT,
-        clear_outputs: Outputs | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        layout = self.layout_for(attention_mask, clear_layout, hidden_states, encoder_hidden_states)
-        layer = attn if clear_role == TEACHER else Layer(attn, self.projections)
-        query, key, value = project(
-            layer, hidden_states, encoder_hidden_states, image_rotary_emb, layout.text_first, fused=False
-        )
-        if clear_role == TEACHER:
-            joint = (
-                self._text_attention(query, key, value, clear_sharpness * query.shape[-1] ** -0.5)
-                .transpose(1, 2)
-                .flatten(2, 3)
-            )
+    def run(self, attn: Any, inputs: Inputs, context: ClearContext | None) -> Any:
+        """Project, attend, project out, as the context's role says."""
+        context = self.validate_call(inputs, context)
+        teaches = context.role == TEACHER
+        view = LayerView(attn, {} if teaches else self.projections)
+        query, key, value, rest = self.adapter.project(view, inputs)
+        if teaches:
+            joint = context.attend_densely(self.group, query, key, value, self._attention_backend)
         else:
-            joint = self.local.attend(query, key, value, layout, clear_backend, clear_sharpness)
-        if clear_outputs is not None:
-            clear_outputs.put(self.layer, joint)
-        return project_out(layer, joint, encoder_hidden_states is not None, layout)
-
-    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.local.attend(*args, **kwargs)
-
-    def fits(self, config: Config) -> bool:
-        return self.local.fits(config)
+            joint = self.local.as_module(query, key, value, context)
+        if context.record is not None and self.layer:
+            context.record(self.layer.name, joint)
+        return self.adapter.project_out(view, joint, inputs, rest)
 
     @property
     def projections(self) -> dict[str, nn.Module]:
         """The student's, by name in the layer."""
-        return dict(zip(self._names, self.student.values(), strict=True))
+        return dict(zip(self._names_of_student, self.student.values(), strict=True))
 
 
 def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Parameter]:
@@ -162,13 +137,15 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
         RuntimeError: the pipeline is not linearized, or has an IP-Adapter.
         ValueError: a rank below 1.
     """
-    transformer, family = find_transformer(pipe)
-    if door_of(transformer) is None:
+    transformer, adapter = find_transformer(pipe)
+    if entry_hook_of(transformer) is None:
         raise RuntimeError("only a linearized model can have a student; call clear_attn.linearize(..., weights=None)")
-    layers = family.attention_layers(transformer)
+    layers = adapter.attention_layers(transformer)
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
-    adapted = next((layer for layer, attn in layers.items() if isinstance(attn.processor, family.adapters)), None)
+    adapted = next(
+        (layer for layer, attn in layers.items() if isinstance(attn.processor, adapter.ip_adapter_processors)), None
+    )
     if adapted:
         raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
     transformer.requires_grad_(False)
@@ -186,7 +163,9 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
 def processors(transformer: Any) -> dict[str, DistillProcessor]:
     """By layer."""
     return {
-        processor.layer: processor for processor in transformer.modules() if isinstance(processor, DistillProcessor)
+        processor.layer.name: processor
+        for processor in transformer.modules()
+        if isinstance(processor, DistillProcessor) and processor.layer
     }
 
 
@@ -212,4 +191,4 @@ def student_values(transformer: Any) -> dict[str, Tensor]:
 
 def keywords(role: str, outputs: Outputs | None = None) -> dict[str, Any]:
     """What a call of the transformer says in its `joint_attention_kwargs`."""
-    return {ROLE: role, OUTPUTS: outputs}
+    return {ROLE: role, RECORDER: None if outputs is None else outputs.record}

@@ -26,8 +26,8 @@ from clear_attn.distill.settings import Settings
 from clear_attn.distill.sharding import assign, is_spread, load_optimizer_state, optimizer_state, whole
 from clear_attn.distill.step import Batch, Losses, Weights, distillation_losses
 from clear_attn.distill.student import add_student, student_parameters, student_values
+from clear_attn.methods import Method
 from clear_attn.patching.linearization import find_transformer, linearize
-from clear_attn.utils.validation import ClearConfig
 
 RUN = "run"  # a checkpoint's part that is the same for all processes
 
@@ -42,13 +42,13 @@ def shared(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def _warn_if_dense(pipe: Any, data: Cache, window: int) -> None:
-    transformer, family = find_transformer(pipe)
-    side = family.latents_per_token(transformer)
+def _warn_if_dense(pipe: Any, data: Cache, method: Method) -> None:
+    transformer, adapter = find_transformer(pipe)
+    side = adapter.latents_per_token(transformer)
     height, width = max(((height // side, width // side) for height, width in data.sizes), key=lambda size: sum(size))
-    if (height - 1) ** 2 + (width - 1) ** 2 < window**2:
+    if method.covers((height, width)):
         warnings.warn(
-            f"a window of {window} tokens covers the largest picture, {height} x {width} tokens: attention is dense, "
+            f"{method.as_arguments()} covers the largest image, {height} x {width} tokens: attention is dense, "
             "and there is nothing to distil; give a smaller window or a higher resolution",
             stacklevel=3,
         )
@@ -68,12 +68,8 @@ class Run:
     def __init__(self, settings: Settings, accelerator: Accelerator, pipe: Any, data: Cache) -> None:
         transformer, _ = find_transformer(pipe)
         self.settings, self.accelerator, self.data, self.step = settings, accelerator, data, 0
-        config = settings.config
-        if isinstance(config, ClearConfig):
-            _warn_if_dense(pipe, data, config.window)
-            linearize(pipe, config.window, config.down_factor, weights=None)
-        else:
-            linearize(pipe, method=config, weights=None)
+        _warn_if_dense(pipe, data, settings.attention)
+        linearize(pipe, method=settings.attention, weights=None)
         transformer.to(accelerator.device)
         parameters = add_student(transformer, settings.rank if settings.student == "lora" else None, settings.seed)
         if settings.gradient_checkpointing:

@@ -64,7 +64,7 @@ def train(settings: Settings) -> Path:
     _go(run, settings, accelerator, validation)
     values = run.result()
     if accelerator.is_main_process:
-        save_values(pipe, settings.config, values, folder)
+        save_values(pipe, settings.attention, values, folder)
     accelerator.end_training()
     return folder
 

@@ -66,6 +66,17 @@ class Clear(Method):
     def pooled_factor(self) -> int:
         return self.down_factor
 
+    @property
+    def title(self) -> str:
+        return "CLEAR"
+
+    def purpose(self, model: str) -> str:
+        f = self.down_factor
+        pooled = f", and means over cells of {f} x {f} tokens" if f > 1 else ""
+        return f"""that make the image attention of {model} local: an image token attends to the text
+and the image tokens at a distance below {self.window} tokens{pooled}.
+The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112))."""
+
     def as_arguments(self) -> str:
         return f"window={self.window}, down_factor={self.down_factor}"
 
@@ -96,6 +107,9 @@ class Clear(Method):
         }
         return {kind: 4 * number * heads * head_dim for kind, number in pairs.items()}
 
+    def covers(self, grid: Grid) -> bool:
+        return (grid[0] - 1) ** 2 + (grid[1] - 1) ** 2 < self.window**2
+
     def halo(self) -> float:
         return self.window
 
@@ -115,7 +129,7 @@ class ClearPlan(WindowPlan):
         self, query: Tensor, key: Tensor, value: Tensor, pooled: tuple[Tensor, Tensor] | None, options: Options
     ) -> Tensor:
         """Return the attention of all queries, `[batch, heads, tokens, head_dim]`."""
-        bias = key_bias(self, options)
+        bias = key_bias(self, options.text_bias)
         output: Tensor = clear_attention(
             query,
             key,
@@ -123,7 +137,7 @@ class ClearPlan(WindowPlan):
             self,
             pooled=pooled,
             key_bias=bias if bias is None else F.pad(bias, (0, self.pooled_tokens)),
-            text_bias=text_query_bias(self, options),
+            text_bias=text_query_bias(self, options.text_bias, options.text_query_weight),
             backend=options.backend,
             scale=options.scale,
             text_attention=options.dense,

@@ -39,6 +39,9 @@ class Dense(Method):
         pairs = {"image queries, text keys": image * text_tokens, "image queries, image keys": image**2}
         return {kind: 4 * number * heads * head_dim for kind, number in pairs.items()}
 
+    def covers(self, grid: Grid) -> bool:
+        return True
+
     def halo(self) -> float:
         return math.inf
 
@@ -48,11 +51,14 @@ class DensePlan(Plan):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, pooled: None, options: Options) -> Tensor:
         """Return the attention of all queries, `[batch, heads, tokens, head_dim]`."""
-        bias = key_bias(self, options)
+        bias = key_bias(self, options.text_bias)
         bias = bias if bias is None else bias[:, None, None]
         if options.text_query_weight is None:
             return options.dense(query, key, value, options.scale, bias)
         output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
-        for rows, rows_bias in ((self.text, text_query_bias(self, options)), (self.image, bias)):
+        for rows, rows_bias in (
+            (self.text, text_query_bias(self, options.text_bias, options.text_query_weight)),
+            (self.image, bias),
+        ):
             output[:, :, rows] = options.dense(query[:, :, rows], key, value, options.scale, rows_bias)
         return output

@@ -66,7 +66,9 @@ class GroupedMethod(ImageMethod):
         self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
     ) -> Tensor:
         joint = expand_to_sequence(query, plan.tokens, plan.image)
-        output, _ = tiled.attend(joint, key, value, plan, key_bias(plan, options), options.scale, return_lse=False)
+        output, _ = tiled.attend(
+            joint, key, value, plan, key_bias(plan, options.text_bias), options.scale, return_lse=False
+        )
         return output[:, :, plan.image]
 
 

@@ -126,6 +126,15 @@ class Method(abc.ABC):
         """The side of the pooled cells that checkpoints of the method show, or None if it has none such."""
         return None
 
+    @property
+    def title(self) -> str:
+        """The name that model cards give the method."""
+        return type(self).__name__
+
+    def purpose(self, model: str) -> str:
+        """Return what a model card says of weights that were distilled for the method."""
+        return f"with which {model} attends by `{self}` of clear_attn.methods in place of softmax attention."
+
     def as_arguments(self) -> str:
         """Return the method as arguments of `clear_attn.linearize`."""
         return f"method={self.as_text()}"
@@ -173,6 +182,10 @@ class Method(abc.ABC):
 
         Each multiplication and addition of matrix products and convolutions counts.
         """
+
+    def covers(self, grid: Grid) -> bool:
+        """Return whether every image token attends to every other in an image of this size."""
+        return False
 
     def halo(self) -> float:
         """Return how far in tokens an image query attends to image keys, for a split over ranks.
@@ -243,7 +256,9 @@ class ImageMethod(Method):
         output = expand_to_sequence(image, plan.tokens, plan.image)
         if plan.text_tokens:
             text = query[:, :, plan.text]
-            output[:, :, plan.text] = options.dense(text, key, value, options.scale, text_query_bias(plan, options))
+            output[:, :, plan.text] = options.dense(
+                text, key, value, options.scale, text_query_bias(plan, options.text_bias, options.text_query_weight)
+            )
         return output
 
     @abc.abstractmethod
@@ -261,12 +276,12 @@ class ImageMethod(Method):
             raise RuntimeError(f"{type(self).__name__} has no scores to scale; leave proportional_attention() out")
 
 
-def key_bias(plan: Plan, options: Options) -> Tensor | None:
+def key_bias(plan: Plan, text_bias: Tensor | None) -> Tensor | None:
     """Return the bias per text and image key, `[batch, tokens]`, or None."""
-    if options.text_bias is None:
+    if text_bias is None:
         return None
-    bias = options.text_bias.new_zeros(len(options.text_bias), plan.tokens)
-    bias[:, plan.text] = options.text_bias
+    bias = text_bias.new_zeros(len(text_bias), plan.tokens)
+    bias[:, plan.text] = text_bias
     return bias
 
 
@@ -277,9 +292,9 @@ def leading_text_bias(keys: int, options: Options) -> Tensor | None:
     return F.pad(options.text_bias, (0, keys - options.text_bias.shape[1]))[:, None, None]
 
 
-def text_query_bias(plan: Plan, options: Options) -> Tensor | None:
+def text_query_bias(plan: Plan, text_bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
     """Return the bias of the scores of text queries, `[batch, 1, text tokens or 1, tokens]`, or None."""
-    bias, weight = key_bias(plan, options), options.text_query_weight
+    bias = key_bias(plan, text_bias)
     if bias is None:
         return None
     return bias[:, None, None] if weight is None else bias[:, None, None] * weight[:, None, :, None]

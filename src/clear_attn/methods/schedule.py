@@ -95,10 +95,16 @@ class Schedule:
         """
         if self.dense_above_sigma is not None and sigma is not None and sigma > self.dense_above_sigma:
             return Dense()
-        names: dict[str, Method | None] = dict.fromkeys(self.dense_layers, Dense())
-        names |= {name: method.with_window(window) for name, window in self.windows.items()}
-        own = names.get(max((name for name in names if _is_inside(layer.name, name)), key=len, default=""))
-        return (own or method).for_layer(layer.number)
+        name = self.names(layer.name)
+        if name in self.dense_layers:
+            return Dense()
+        own = method.with_window(self.windows[name]) if name else method
+        return own.for_layer(layer.number)
+
+    def names(self, layer: str) -> str | None:
+        """Return the name in `dense_layers` or `windows` that counts for a layer, or None."""
+        fitting = (name for name in (*self.dense_layers, *self.windows) if _is_inside(layer, name))
+        return max(fitting, key=len, default=None)
 
     def sigma_of(self, sigma: Tensor) -> float:
         """Return the sigma of a call, given that of each of its images, `[batch]` or one number.
@@ -153,8 +159,8 @@ def _is_inside(layer: str, name: str) -> bool:
 def sigma_after_step(scheduler: Any, steps: int) -> float:
     """Return a sigma between those of a run's first steps and those of the others.
 
-    `Schedule(dense_above_sigma=sigma_after_step(pipe.scheduler, 5))` keeps five steps of a run as the scheduler's last one dense:
-    with the same number of steps, size and strength.
+    `Schedule(dense_above_sigma=sigma_after_step(pipe.scheduler, 5))` keeps five steps dense in runs like the
+    scheduler's last one: with the same number of steps, size and strength.
 
     Args:
         scheduler: of flow matching, with the timesteps of a run, as every pipeline leaves it.

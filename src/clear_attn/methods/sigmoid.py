@@ -40,7 +40,7 @@ class Sigmoid(ImageMethod):
     def attend_image(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
     ) -> Tensor:
-        return sigmoid_attention(query, key, value, options.scale, key_bias(plan, options))
+        return sigmoid_attention(query, key, value, options.scale, key_bias(plan, options.text_bias))
 
 
 def sigmoid_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

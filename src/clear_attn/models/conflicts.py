@@ -7,8 +7,8 @@ from typing import Any
 
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 
-from clear_attn.models.adapter import ModelAdapter
 from clear_attn.models._diffusers import hooks_in, parallel_config_of, skips_attention, smooths_queries
+from clear_attn.models.adapter import ModelAdapter
 
 # Hooks that diffusers' guiders and caches put on attention layers and projections, and what they take for granted.
 _HOOKS = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clear_attn.core.plan import Plan
 from clear_attn.methods import Method, Options
+from clear_attn.methods.dense import DensePlan
 from clear_attn.models.dense_attention import dense_attention
 
 # The keyword by which it reaches processors, where the model passes attention keywords on.
@@ -64,7 +65,7 @@ class ClearContext:
         key: Tensor,
         value: Tensor,
         parameters: Sequence[Tensor],
-        attention_backend: str | None = None,
+        attention_backend: Any = None,
     ) -> Tensor:
         """Return the attention of a layer, `[batch, tokens, heads x head_dim]`.
 
@@ -76,17 +77,22 @@ class ClearContext:
             attention_backend: of diffusers, for dense attention.
         """
         method, plan = self.groups[group]
-        options = Options(
+        options = self._options(plan, query, attention_backend)
+        return method.attend(query, key, value, plan, parameters, options).transpose(1, 2).flatten(2, 3)
+
+    def attend_densely(
+        self, group: int, query: Tensor, key: Tensor, value: Tensor, attention_backend: Any = None
+    ) -> Tensor:
+        """Return dense attention, as `attend`."""
+        plan = DensePlan(self.groups[group].plan)
+        options = self._options(plan, query, attention_backend)
+        return plan.attend(query, key, value, None, options).transpose(1, 2).flatten(2, 3)
+
+    def _options(self, plan: Plan, query: Tensor, attention_backend: Any) -> Options:
+        return Options(
             scale=self.scale_multiplier * query.shape[-1] ** -0.5,
             backend=self.backend,
             dense=dense_attention(attention_backend),
             text_bias=self.text_bias if plan.text_tokens else None,
             text_query_weight=self.text_query_weight if plan.text_tokens else None,
         )
-        return method.attend(query, key, value, plan, parameters, options).transpose(1, 2).flatten(2, 3)
-
-    def attend_densely(self, query: Tensor, key: Tensor, value: Tensor, attention_backend: str | None = None) -> Tensor:
-        """Return dense attention of all tokens, as `attend`."""
-        scale = self.scale_multiplier * query.shape[-1] ** -0.5
-        output: Any = dense_attention(attention_backend)(query, key, value, scale, None)
-        return output.transpose(1, 2).flatten(2, 3)

@@ -28,11 +28,14 @@ class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
     """
 
     layer_settings = (*ClearAttnProcessor.layer_settings, "scale")
+    scale: Any
+    to_k_ip: Any
+    to_v_ip: Any
 
     def __init__(self, *args: Any) -> None:
         ClearAttnProcessor.__init__(self, *args)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         attn: Any,
         hidden_states: Tensor,

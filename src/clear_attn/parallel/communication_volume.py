@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from clear_attn.core.layout import TokenLayout
+from clear_attn.methods import Method
 from clear_attn.parallel.shard import check_ranks, halo_from, rows_of
 
 # Of log-sum-exps and of sums of the text's parts, whatever the dtype of the model.
@@ -51,12 +52,21 @@ class Traffic:
 
 
 def traffic(
-    layout: TokenLayout, rank: int, ranks: int, *, heads: int, head_dim: int, element: int, batch: int = 1
+    layout: TokenLayout,
+    method: Method,
+    rank: int,
+    ranks: int,
+    *,
+    heads: int,
+    head_dim: int,
+    element: int,
+    batch: int = 1,
 ) -> Traffic:
     """Counts what a rank sends for a picture.
 
     Args:
-        layout: of the whole picture.
+        layout: of the whole image.
+        method: CLEAR, or dense attention.
         rank, ranks: which one it is, of how many.
         heads, head_dim: of attention.
         element: bytes of a number of the model's dtype.
@@ -68,9 +78,9 @@ def traffic(
     check_ranks(layout.grids[0], ranks)
     token = heads * head_dim * element * batch
     others = ranks - 1
-    sent = sum(len(halo_from(layout, rank, peer, ranks)) for peer in range(ranks) if peer != rank)
+    sent = sum(len(halo_from(layout, rank, peer, ranks, method.halo())) for peer in range(ranks) if peer != rank)
     most_tokens = max(_tokens(layout, each, ranks) for each in range(ranks))
-    most_cells = max(_cells(layout, each, ranks) for each in range(ranks))
+    most_cells = max(_cells(layout, method.pooled_factor or 1, each, ranks) for each in range(ranks))
     text = layout.text_tokens
     joint = text + layout.image_tokens
     return Traffic(
@@ -89,15 +99,15 @@ def traffic(
 
 def _tokens(layout: TokenLayout, rank: int, ranks: int) -> int:
     rows = rows_of(layout, rank, ranks)
-    return sum((span.stop - span.start) * len(axes.x) for axes, span in zip(layout.axes, rows, strict=True))
+    return sum((span.stop - span.start) * len(segment.x) for segment, span in zip(layout.segments, rows, strict=True))
 
 
-def _cells(layout: TokenLayout, rank: int, ranks: int) -> int:
+def _cells(layout: TokenLayout, factor: int, rank: int, ranks: int) -> int:
     """How many pooled cells have a token of a rank."""
-    factor, cells = layout.down_factor, 0
+    cells = 0
     if factor == 1:
         return 0
-    for axes, span in zip(layout.axes, rows_of(layout, rank, ranks), strict=True):
+    for segment, span in zip(layout.segments, rows_of(layout, rank, ranks), strict=True):
         if span.stop > span.start:
-            cells += (-(-span.stop // factor) - span.start // factor) * -(-len(axes.x) // factor)
+            cells += (-(-span.stop // factor) - span.start // factor) * -(-len(segment.x) // factor)
     return cells

@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from clear_attn.methods import Method
 from clear_attn.parallel.communicator import Links
 from clear_attn.parallel.decode import decode_everywhere, decode_on_one_rank, weakly
 from clear_attn.parallel.launch import join
-from clear_attn.parallel.sharder import Split
+from clear_attn.parallel.sharder import Sharder
 from clear_attn.patching.linearization import find_transformer
-from clear_attn.patching.state import door_of, set_door
+from clear_attn.patching.state import entry_hook_of, install_hooks
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
@@ -23,7 +22,7 @@ PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 def parallelize(
     pipe: PipelineOrTransformer, mesh: DeviceMesh | dist.ProcessGroup | None = None
 ) -> PipelineOrTransformer:
-    """Splits the image tokens of a linearized pipeline over the ranks of a process group, in place.
+    """Sharders the image tokens of a linearized pipeline over the ranks of a process group, in place.
 
     Every rank then calls the pipeline as usual, with the same arguments, and is given the same picture, which is that
     of a single process. The text encoders run on every rank; rank 0 decodes the latents for all.
@@ -57,17 +56,16 @@ def parallelize(
             f"this {type(transformer).__name__} tells references' tokens apart inside (zero_cond_t), which is not "
             "split over ranks; draw on one"
         )
-    door = door_of(transformer)
-    if door is None:
+    hook = entry_hook_of(transformer)
+    if hook is None:
         raise ValueError("only a linearized pipeline can be split over ranks; call clear_attn.linearize(pipe) before")
-    if isinstance(door.config, Method):
-        raise ValueError(f"only CLEAR is split over ranks, and this pipeline has {door.config}; draw on one")
-    split = _split_over(_group_of(mesh))
+    hook.method.halo()  # raises for a method that is not split over ranks
+    sharder = _sharder_over(_group_of(mesh))
     # NCCL wants all ranks in the first thing that a group does, and finds out here whether they are there.
-    split.links.add_up(torch.zeros((), device=transformer.device))()
-    set_door(transformer, door.with_spread(split))
+    sharder.links.add_up(torch.zeros((), device=transformer.device))()
+    install_hooks(transformer, hook.with_sharder(sharder))
     if vae := getattr(pipe, "vae", None):
-        decode_on_one_rank(vae, split.links, weakly(transformer, _is_split))
+        decode_on_one_rank(vae, sharder.links, weakly(transformer, _is_split))
     return pipe
 
 
@@ -78,22 +76,22 @@ def deparallelize(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
         TypeError: not a supported pipeline.
     """
     transformer, _ = find_transformer(pipe)
-    if door := door_of(transformer):
-        set_door(transformer, door.with_spread(None))
+    if hook := entry_hook_of(transformer):
+        install_hooks(transformer, hook.with_sharder(None))
     if vae := getattr(pipe, "vae", None):
         decode_everywhere(vae)
     return pipe
 
 
 def _is_split(transformer: Any) -> bool:
-    door = door_of(transformer)
-    return door is not None and door.spread is not None
+    hook = entry_hook_of(transformer)
+    return hook is not None and hook.sharder is not None
 
 
 @functools.cache
-def _split_over(group: dist.ProcessGroup) -> Split:
+def _sharder_over(group: dist.ProcessGroup) -> Sharder:
     """Once for each group, for it opens connections of its own, which last as long as the group."""
-    return Split(Links(group))
+    return Sharder(Links(group))
 
 
 def _group_of(mesh: object) -> dist.ProcessGroup:

@@ -5,50 +5,54 @@ It stands behind a custom operator, so that a compiled graph takes it as it is.
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from clear_attn.backends import BACKENDS, check_can_run
+from clear_attn.backends.selection import BACKENDS, validate_call
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention
+from clear_attn.methods.method import Options, text_query_bias
 from clear_attn.parallel.communicator import Links, Pending
-from clear_attn.parallel.handles import recall
-from clear_attn.parallel.shard import Share, Strip
+from clear_attn.parallel.handles import recall, remember
+from clear_attn.parallel.shard import Shard, ShardPlan, Strip
 
 # How many scores are held at a time, where they are held.
 MAX_SCORES = 2**26
 
 
-class ParallelAttention:
-    """Takes the place of `clear_attn.clear_attention` in the layers of a call.
+class ShardedPlan(ShardPlan):
+    """A plan whose attention is computed by all ranks together.
 
     Args:
+        shard: the rank's part of a layout.
+        window, down_factor: see `ShardPlan`.
         links: to the other ranks.
     """
 
-    def __init__(self, links: Links) -> None:
-        self.handle = links.handle
+    def __init__(self, shard: Shard, window: float, down_factor: int, links: Links) -> None:
+        super().__init__(shard, window, down_factor)
+        self.handle, self.links = remember(self), links
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: Share,
-        *,
-        pooled: tuple[Tensor, Tensor] | None,
-        backend: str,
-        scale: float,
-        text_attention: Any,
+    def prepare(self, backend: str) -> None:
+        """Build what a backend needs; compiled layers cannot."""
+        for strip in self.strips if math.isfinite(self.window) else ():
+            BACKENDS[backend].prepare(strip)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pooled: tuple[Tensor, Tensor] | None, options: Options
     ) -> Tensor:
-        """As `clear_attention`, of the rank's own tokens; `pooled` are its sums of its tokens in each cell.
+        """Return the attention of the rank's own queries; `pooled` are its sums of its tokens in each cell.
 
-        The text's plain attention has to tell its log-sum-exp, which the kernels that `text_attention` calls keep to
-        themselves, so that is not used.
+        The text's dense attention has to return its log-sum-exp, which the kernels that `options.dense` calls do not,
+        so that is not used.
         """
         parts = [] if pooled is None else list(pooled)
-        output = _attend(query, key, value, parts, layout.handle, self.handle, backend, scale)
+        backend, scale = options.backend, options.scale
+        output = _attend(
+            query, key, value, parts, self.handle, backend, scale, options.text_bias, options.text_query_weight
+        )
         return output.transpose(1, 2)
 
 
@@ -58,16 +62,17 @@ def _attend(
     key: Tensor,
     value: Tensor,
     pooled: list[Tensor],
-    share: Tensor,
-    links: Tensor,
+    plan: Tensor,
     backend: str,
     scale: float,
+    text_bias: Tensor | None,
+    text_query_weight: Tensor | None,
 ) -> Tensor:
-    return attend(query, key, value, pooled, recall(share), recall(links), backend, scale)
+    return attend(query, key, value, pooled, recall(plan), backend, scale, text_bias, text_query_weight)
 
 
 @_attend.register_fake
-def _(query, key, value, pooled, share, links, backend, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, pooled, plan, backend, scale, text_bias, text_query_weight):  # type: ignore[no-untyped-def]
     return query.new_empty(query.transpose(1, 2).shape)
 
 
@@ -76,36 +81,44 @@ def attend(
     key: Tensor,
     value: Tensor,
     pooled: list[Tensor],
-    share: Share,
-    links: Links,
+    plan: ShardedPlan,
     backend: str,
     scale: float,
+    text_bias: Tensor | None = None,
+    text_query_weight: Tensor | None = None,
 ) -> Tensor:
-    """`[batch, tokens, heads, head_dim]`. What others wait for goes first; what comes from them is waited for last."""
-    check_can_run(backend, query.device, query.dtype, query.shape[-1], needs_grad=False)
+    """Return `[batch, tokens, heads, head_dim]`.
+
+    What other ranks wait for is sent first; what comes from them is waited for last.
+    """
+    validate_call(backend, query.device, query.dtype, query.shape[-1], needs_grad=False)
     output = query.new_empty(query.transpose(1, 2).shape)
-    image, text = (output.transpose(1, 2)[:, :, places] for places in (share.image, share.text))
-    own = torch.stack([key[:, :, share.image], value[:, :, share.image]])
-    halo = _start_halo(own, share, links)
-    cells = _start_pooling(pooled, share, links)
-    text_part = _start_text(query, key, value, share, links, scale) if share.text_tokens else None
-    seen_by_all = [torch.stack([key[:, :, share.text], value[:, :, share.text]]), *cells()]
+    image, text = (output.transpose(1, 2)[:, :, where] for where in (plan.image, plan.text))
+    own = torch.stack([key[:, :, plan.image], value[:, :, plan.image]])
+    halo = _start_halo(own, plan)
+    cells = _start_pooling(pooled, plan)
+    text_part = None
+    if plan.text_tokens:
+        text_part = _start_text(query, key, value, plan, scale, text_bias, text_query_weight)
+    shared = [torch.stack([key[:, :, plan.text], value[:, :, plan.text]]), *cells()]
 
     def attend_strip(strip: Strip, tokens: Tensor) -> None:
-        keys = torch.cat([tokens.index_select(3, strip.image_keys), *seen_by_all], dim=3)
-        rows = query[:, :, share.image].index_select(2, strip.queries)
-        if share.config is None:  # all see all
-            part, _ = softmax_attention(rows, keys[0], keys[1], None, scale, False)
+        keys = torch.cat([tokens.index_select(3, strip.image_keys), *shared], dim=3)
+        rows = query[:, :, plan.image].index_select(2, strip.queries)
+        bias = None if text_bias is None else F.pad(text_bias, (len(strip.image_keys), plan.all_cells))
+        if math.isfinite(plan.window):
+            part, _ = BACKENDS[backend].attend(rows, keys[0], keys[1], strip, bias, scale, False)
         else:
-            part, _ = BACKENDS[backend].attend(rows, keys[0], keys[1], strip, scale, False)
+            bias = bias if bias is None else bias[:, None, None]
+            part, _ = softmax_attention(rows, keys[0], keys[1], None, scale, False, bias)
         image.index_copy_(2, strip.queries, part)
 
-    for strip in share.strips:
+    for strip in plan.strips:
         if not strip.needs_halo:
             attend_strip(strip, own)
     text_sum = text_part() if text_part else None
     received = halo()
-    for strip in share.strips:
+    for strip in plan.strips:
         if strip.needs_halo:
             attend_strip(strip, received)
     if text_sum:
@@ -113,11 +126,11 @@ def attend(
     return output
 
 
-def _start_halo(own: Tensor, share: Share, links: Links) -> Pending[Tensor]:
+def _start_halo(own: Tensor, plan: ShardedPlan) -> Pending[Tensor]:
     """Then the rank's own keys and values, those of its halo behind them, `[2, batch, heads, tokens, head_dim]`."""
-    sends = [(peer, own.index_select(3, tokens)) for peer, tokens in share.sends]
-    receives = [(peer, own.new_empty(*own.shape[:3], len(tokens), own.shape[4])) for peer, tokens in share.receives]
-    wait = links.exchange(sends, receives)
+    sends = [(peer, own.index_select(3, tokens)) for peer, tokens in plan.sends]
+    receives = [(peer, own.new_empty(*own.shape[:3], len(tokens), own.shape[4])) for peer, tokens in plan.receives]
+    wait = plan.links.exchange(sends, receives)
 
     def finish() -> Tensor:
         wait()
@@ -127,38 +140,47 @@ def _start_halo(own: Tensor, share: Share, links: Links) -> Pending[Tensor]:
     return finish
 
 
-def _start_pooling(pooled: list[Tensor], share: Share, links: Links) -> Pending[list[Tensor]]:
+def _start_pooling(pooled: list[Tensor], plan: ShardedPlan) -> Pending[list[Tensor]]:
     """Then a list of all pooled keys and values, `[2, batch, heads, cells, head_dim]`, empty where there are none.
 
     A cell that lies on several ranks is the sum of theirs.
     """
     if not pooled:
         return list
-    wait = links.gather(torch.stack(pooled), [len(cells) for cells in share.cells], dim=3)
+    wait = plan.links.gather(torch.stack(pooled), [len(cells) for cells in plan.cells], dim=3)
 
     def finish() -> list[Tensor]:
         parts = torch.cat(wait(), dim=3)
-        shape = (*parts.shape[:3], share.whole.pooled_tokens, parts.shape[4])
-        return [parts.new_zeros(shape).index_add_(3, torch.cat(share.cells), parts)]
+        shape = (*parts.shape[:3], plan.all_cells, parts.shape[4])
+        return [parts.new_zeros(shape).index_add_(3, torch.cat(plan.cells), parts)]
 
     return finish
 
 
 def _start_text(
-    query: Tensor, key: Tensor, value: Tensor, share: Share, links: Links, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: ShardedPlan,
+    scale: float,
+    text_bias: Tensor | None,
+    text_query_weight: Tensor | None,
 ) -> Pending[Pending[Tensor]]:
     """The text's attention to the rank's keys; then, in two steps, to all ranks'.
 
     Each rank's part weighs exp(its log-sum-exp - that over all keys). The text's own keys count on the first rank.
     """
-    places = slice(None) if links.rank == 0 else share.image
-    part, lse = dense_with_lse(query[:, :, share.text], key[:, :, places], value[:, :, places], scale)
-    wait = links.gather(lse, [share.text_tokens] * links.ranks, dim=2)
+    rows = slice(None) if plan.links.rank == 0 else plan.image
+    bias = None
+    if text_bias is not None and plan.links.rank == 0:
+        bias = text_query_bias(plan, text_bias, text_query_weight)
+    part, lse = dense_with_lse(query[:, :, plan.text], key[:, :, rows], value[:, :, rows], scale, bias)
+    wait = plan.links.gather(lse, [plan.text_tokens] * plan.links.ranks, dim=2)
 
     def weigh() -> Pending[Tensor]:
         weight = torch.exp(lse - torch.logsumexp(torch.stack(wait()), dim=0))
         total = part.to(weight.dtype) * weight[..., None]
-        finish = links.add_up(total)
+        finish = plan.links.add_up(total)
 
         def result() -> Tensor:
             finish()
@@ -169,13 +191,17 @@ def _start_text(
     return weigh
 
 
-def dense_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Plain attention and its log-sum-exp, over spans of keys where the scores would have to be held."""
     batch, heads, queries, _ = query.shape
     span = key.shape[2] if has_lse_kernel(query) else max(1, MAX_SCORES // (batch * heads * queries))
-    parts = zip(key.split(span, dim=2), value.split(span, dim=2), strict=True)
-    output, lse = softmax_attention(query, *next(parts), None, scale, True)
+    biases = [None] * len(key.split(span, dim=2)) if bias is None else bias.split(span, dim=-1)
+    parts = zip(key.split(span, dim=2), value.split(span, dim=2), biases, strict=True)
+    results = (softmax_attention(query, *each[:2], None, scale, True, each[2]) for each in parts)
+    output, lse = next(results)
     assert lse is not None
-    for each in parts:
-        merge_(output, lse, *softmax_attention(query, *each, None, scale, True))
+    for other in results:
+        merge_(output, lse, *other)
     return output, lse

@@ -11,29 +11,24 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models import Family
+from clear_attn.methods import Method
+from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import hooks_in, is_first_block_cache
-from clear_attn.models.adapter import InnerDoor
+from clear_attn.models.adapter import InnerHook
 from clear_attn.models.qwen_image import join_positions
 from clear_attn.models.sd3 import into_tile_order
 from clear_attn.parallel.communicator import Links
 from clear_attn.parallel.consistency import check_same
-from clear_attn.parallel.shard import Share
-from clear_attn.parallel.sharded_attention import ParallelAttention
+from clear_attn.parallel.shard import Shard
+from clear_attn.parallel.sharded_attention import ShardedPlan
 from clear_attn.utils._torch import leaves_of
 
-# The share of the call that runs, for the hooks inside the transformer.
-_share: contextvars.ContextVar[Share | None] = contextvars.ContextVar("clear_attn_share", default=None)
+# The shard of the call that runs, for the hooks inside the transformer.
+_shard: contextvars.ContextVar[Shard | None] = contextvars.ContextVar("clear_attn_shard", default=None)
 
 
-@functools.lru_cache(maxsize=8)
-def share_for(layout: TokenLayout, rank: int, ranks: int, attention: ParallelAttention) -> Share:
-    """The share, made once for all calls with a layout."""
-    return Share(layout, rank, ranks, attention)
-
-
-class Split:
-    """Splits calls over ranks, see `clear_attn.patching.hooks.Spread`.
+class Sharder:
+    """Splits calls over ranks, see `clear_attn.patching.hooks.Sharder`.
 
     Args:
         links: to the other ranks.
@@ -42,14 +37,14 @@ class Split:
     def __init__(self, links: Links) -> None:
         self.links = links
         self.ranks = links.ranks
-        self.attention = ParallelAttention(links)
+        self._shard_for = functools.lru_cache(maxsize=8)(functools.partial(Shard, rank=links.rank, ranks=links.ranks))
         self.gather = Gather(links)
 
-    def __deepcopy__(self, memo: object) -> Split:
+    def __deepcopy__(self, memo: object) -> Sharder:
         return self
 
-    def share(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Share:
-        """The rank's share of a call.
+    def shard(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Shard:
+        """The rank's shard of a call.
 
         Raises:
             RuntimeError: gradients are asked for; FirstBlockCache is on; a rank does not answer.
@@ -67,36 +62,40 @@ class Split:
                 "disable_cache() on the transformer, or take off what apply_first_block_cache() put on"
             )
         check_same(self.links, call, f"grids {layout.grids}, {settings}")
-        share = share_for(layout, self.links.rank, self.links.ranks, self.attention)
-        _share.set(share)
-        return share
+        shard = self._shard_for(layout)
+        _shard.set(shard)
+        return shard
 
-    def inner_doors(self, family: Family, transformer: Any) -> list[InnerDoor]:
+    def plan(self, method: Method, shard: Shard) -> ShardedPlan:
+        """Return the plan of a method on a rank's part of a layout."""
+        return ShardedPlan(shard, method.halo(), method.pooled_factor or 1, self.links)
+
+    def inner_hooks(self, adapter: ModelAdapter, transformer: Any) -> list[InnerHook]:
         """Takes the rank's tokens where all are put into tile order inside; gathers all behind the last layer."""
-        inside = [(door.module, TAKE.get(door.hook)) for door in family.inner_doors(transformer)]
-        entrances = [InnerDoor(module, take) for module, take in inside if take]
-        return [*entrances, InnerDoor(transformer.proj_out, self.gather)]
+        inside = [(inner.module, TAKE.get(inner.hook)) for inner in adapter.inner_hooks(transformer)]
+        entrances = [InnerHook(module, take) for module, take in inside if take]
+        return [*entrances, InnerHook(transformer.proj_out, self.gather)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def take_share(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def take_shard(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A forward hook behind the one that puts tokens into tile order."""
-    share = _share.get()
-    return output if share is None else output[:, share.in_whole]
+    shard = _shard.get()
+    return output if shard is None else output[:, shard.in_whole]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def take_positions(module: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """A forward hook behind the one that joins the positions of text and image tokens, in tile order."""
-    share = _share.get()
-    if share is None:
+    shard = _shard.get()
+    if shard is None:
         return output
-    text = share.text_tokens
-    return tuple(torch.cat([part[:text], part[text:][share.in_whole]]) for part in output)
+    text = shard.text_tokens
+    return tuple(torch.cat([part[:text], part[text:][shard.in_whole]]) for part in output)
 
 
 # Behind which hooks of families the rank's tokens are taken.
-TAKE: dict[Callable[..., Any], Callable[..., Any]] = {into_tile_order: take_share, join_positions: take_positions}
+TAKE: dict[Callable[..., Any], Callable[..., Any]] = {into_tile_order: take_shard, join_positions: take_positions}
 
 
 class Gather:
@@ -110,6 +109,6 @@ class Gather:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        share = _share.get()
-        _share.set(None)
-        return output if share is None else torch.cat(self.links.gather(output, share.counts, dim=1)(), dim=1)
+        shard = _shard.get()
+        _shard.set(None)
+        return output if shard is None else torch.cat(self.links.gather(output, shard.counts, dim=1)(), dim=1)

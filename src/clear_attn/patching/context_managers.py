@@ -12,8 +12,9 @@ from torch import nn
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import PipelineOrTransformer, find_transformer, linearize, restore
-from clear_attn.patching.state import apply, capture, door_of, original_state
+from clear_attn.patching.state import apply, capture, check_writable, entry_hook_of, original_state
 from clear_attn.utils._torch import hook_tables
+from clear_attn.weights.parameters import check_in_memory
 
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def linearized(
 
     Arguments and errors are those of `linearize`.
     """
-    back = _way_back(pipe)
+    back = _restore_point(pipe)
     linearize(
         pipe,
         window,
@@ -57,7 +58,7 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
 
     Errors are those of `restore`.
     """
-    back = _way_back(pipe)
+    back = _restore_point(pipe)
     transformer, _ = find_transformer(pipe)
     tables = _hooks_in(transformer)
     before, dense = [dict(table) for table in tables], [dict[int, Any]() for _ in tables]
@@ -70,8 +71,8 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
         try:
             back()
         finally:
-            # The doors would stand behind the hooks of others. What others took off or put on inside stays so.
-            for table, *states in zip(tables, before, dense, inside, strict=True) if door_of(transformer) else ():
+            # Our hooks would come after those of others. What others took off or put on inside stays so.
+            for table, *states in zip(tables, before, dense, inside, strict=True) if entry_hook_of(transformer) else ():
                 _replace_hooks(table, *states)
 
 
@@ -90,16 +91,19 @@ def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
     return [table for module in transformer.modules() for table in hook_tables(module)]
 
 
-def _way_back(pipe: Any) -> Callable[[], None]:
+def _restore_point(pipe: Any) -> Callable[[], None]:
     """What puts the present state back in place of any other that the verbs of this library lead to."""
-    transformer, family = find_transformer(pipe)
-    layers = family.attention_layers(transformer)
-    door = door_of(transformer)
-    before = capture(transformer, layers, door.original.values if door else ())
+    transformer, adapter = find_transformer(pipe)
+    layers = adapter.attention_layers(transformer)
+    hook = entry_hook_of(transformer)
+    if hook and hook.original.values:
+        check_in_memory(transformer, layers)
+    before = capture(transformer, layers, hook.original.values if hook else ())
 
     def back() -> None:
         stock = original_state(transformer, layers)
-        wanted = before._replace(values={**stock.values, **before.values}) if before.door else stock
+        wanted = before._replace(values={**stock.values, **before.values}) if before.hook else stock
+        check_writable(transformer, layers, wanted)
         try:
             apply(transformer, layers, wanted)
         except BaseException:

@@ -12,6 +12,7 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan
@@ -119,8 +120,15 @@ class EntryHook:
 
     def methods_of(self, call: dict[str, Any]) -> list[Method]:
         """Return the method of each group in a call with these arguments."""
-        sigma = self.schedule.sigma_of(self.adapter.sigma(call)) if self.schedule.depends_on_sigma else None
+        sigma = self._sigma_of(call)
         return [self.schedule.method_for(self.method, layer, sigma) for layer in self.representatives]
+
+    def method_of(self, call: dict[str, Any]) -> Method:
+        """Return the method of the layers that the schedule does not name, in a call with these arguments."""
+        return self.schedule.method_for(self.method, Layer(name=""), self._sigma_of(call))
+
+    def _sigma_of(self, call: dict[str, Any]) -> float | None:
+        return self.schedule.sigma_of(self.adapter.sigma(call)) if self.schedule.depends_on_sigma else None
 
     def _plan_groups(self, methods: list[Method], layout: Any, backend: str) -> list[Group]:
         groups = []
@@ -162,7 +170,7 @@ class EntryHook:
 
 
 class ExitHook:
-    """A forward hook with keywords, the counterpart of `EntryHook`. It is the first, so that others see raster order."""
+    """A forward hook with keywords, the counterpart of `EntryHook`; the first one, so that others see raster order."""
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter

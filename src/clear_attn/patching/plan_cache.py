@@ -24,9 +24,7 @@ class PlanCache:
         self._layouts: OrderedDict[Hashable, TokenLayout] = OrderedDict()
         self._plans: OrderedDict[Hashable, tuple[Any, Plan]] = OrderedDict()
 
-    def layout(
-        self, grids: tuple[Grid, ...], text_tokens: int, text_first: bool, device: torch.device
-    ) -> TokenLayout:
+    def layout(self, grids: tuple[Grid, ...], text_tokens: int, text_first: bool, device: torch.device) -> TokenLayout:
         """Return the layout of calls that agree in the arguments."""
         key = grids, text_tokens, text_first, device
         return _get(

@@ -17,10 +17,9 @@ from torch import Tensor
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import find_transformer
-from clear_attn.patching.state import door_of, processors_of
+from clear_attn.patching.state import entry_hook_of, processors_of
 from clear_attn.utils.atomic import atomic_file, check_folder
-from clear_attn.utils.validation import ClearConfig
-from clear_attn.weights.metadata import CONFIG_FILE, Record, mark_of
+from clear_attn.weights.metadata import CONFIG_FILE, Record, metadata_of
 from clear_attn.weights.parameters import (
     DTYPES,
     METHOD,
@@ -52,13 +51,13 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
             eight bits, or mixed with a fused LoRA.
         NotADirectoryError: ``directory`` is a file.
     """
-    transformer, family = find_transformer(pipe)
-    door = door_of(transformer)
-    if door is None:
+    transformer, adapter = find_transformer(pipe)
+    hook = entry_hook_of(transformer)
+    if hook is None:
         raise RuntimeError("this pipeline is not linearized, so there is nothing to save; call clear_attn.linearize()")
     folder = check_folder(directory)
-    layers = family.attention_layers(transformer)
-    door.check(transformer)
+    layers = adapter.attention_layers(transformer)
+    hook.validate_installed(transformer)
     check_in_memory(transformer, layers)
     check_replaceable(layers)
     values = {name: parameter.detach() for name, parameter in replaced_parameters(layers).items()}
@@ -69,12 +68,12 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
             "enable_layerwise_casting()"
         )
     values |= {name: own.detach() for name, own in own_parameters(processors_of(layers)).items()}
-    save_values(pipe, door.config, values, folder, door.schedule)
+    save_values(pipe, hook.method, values, folder, hook.schedule)
 
 
 def save_values(
     pipe: Any,
-    config: ClearConfig | Method,
+    method: Method,
     values: Mapping[str, Tensor],
     folder: Path,
     schedule: Schedule = Schedule(),  # noqa: B008, for it is frozen
@@ -82,9 +81,9 @@ def save_values(
     """Writes distilled weights, by their names in a checkpoint, as `save_pretrained` does."""
     transformer, _ = find_transformer(pipe)
     values = {name: value.to("cpu").contiguous() for name, value in values.items()}
-    mark = mark_of(transformer)
-    source = mark["source"] if mark else None
-    record = Record(config, type(transformer).__name__, base_model_of(pipe, transformer), source, schedule)
+    metadata = metadata_of(transformer)
+    source = metadata["source"] if metadata else None
+    record = Record(method, type(transformer).__name__, base_model_of(pipe, transformer), source, schedule)
     folder.mkdir(parents=True, exist_ok=True)
     # An existing card may be the user's own.
     card = {} if (folder / CARD_FILE).exists() else {CARD_FILE: _card(record)}
@@ -93,8 +92,10 @@ def save_values(
         for name, text in {CONFIG_FILE: record.to_json(), **card}.items():
             files.enter_context(atomic_file(folder / name)).write_text(text, encoding="utf-8")
         # A file may be parted from its record.
-        told = {METHOD: json.dumps(config.settings())} if isinstance(config, Method) else {}
-        save_file(values, files.enter_context(atomic_file(folder / WEIGHTS_FILE)), metadata={"format": "pt", **told})
+        recorded = {METHOD: json.dumps(method.to_dict())}
+        save_file(
+            values, files.enter_context(atomic_file(folder / WEIGHTS_FILE)), metadata={"format": "pt", **recorded}
+        )
         # Never an old record with new weights.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
 
@@ -131,17 +132,8 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def _purpose(config: ClearConfig | Method, model: str) -> str:
-    if isinstance(config, Method):
-        return f"with which {model} attends by `{config}` of clear_attn.methods in place of softmax attention."
-    pooled = f", and means over cells of {config.down_factor} x {config.down_factor} tokens"
-    return f"""that make the image attention of {model} local: an image token sees the text
-and the image tokens at a distance below {config.window} tokens{pooled if config.down_factor > 1 else ""}.
-The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112))."""
-
-
 def _card(record: Record) -> str:
-    name = type(record.config).__name__ if isinstance(record.config, Method) else "CLEAR"
+    name = record.method.title
     head = ["library_name: clear_attn", "tags:", f"- {name.lower()}", "- text-to-image"]
     model, licence = "a " + record.architecture, ""
     if record.base_model:
@@ -156,7 +148,7 @@ def _card(record: Record) -> str:
 
 # {name} weights for {model}
 
-Projections of query, key, value and output {_purpose(record.config, model)}
+Projections of query, key, value and output {record.method.purpose(model)}
 {licence}
 ```python
 import clear_attn as clear

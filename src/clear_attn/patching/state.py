@@ -51,13 +51,7 @@ def processors_of(layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -> State:
-    """The present state, with copies of the named parameters' values.
-
-    Raises:
-        RuntimeError: a value is not in memory.
-    """
-    if names:
-        check_in_memory(transformer, layers)
+    """Return the present state, with copies of the named parameters' values."""
     parameters = replaced_parameters(layers)
     values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
     return State(entry_hook_of(transformer), processors_of(layers), values, metadata_of(transformer))
@@ -83,17 +77,18 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
     return State(None, processors, hook.original.values, hook.original.metadata)
 
 
-def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
-    """Puts a state in place of the present one. Interrupted, it can be called again.
-
-    Install the hook first and remove it last, so that a partial state is always detectable.
-
-    Raises:
-        RuntimeError: values cannot be copied in; nothing has been changed then.
-    """
+def check_writable(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
+    """Raise RuntimeError if the values of a state cannot be copied in."""
     if state.values:
         check_in_memory(transformer, layers)
         check_replaceable(layers)
+
+
+def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
+    """Put a state in place of the present one. Interrupted, it can be called again.
+
+    Install the hook first and remove it last, so that a partial state is always detectable.
+    """
     _free_kept_processors(transformer)  # while the hook that knows their originals is there
     if state.hook:
         install_hooks(transformer, state.hook)

@@ -7,88 +7,66 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from clear_attn.core.layout import Grid
 from clear_attn.core.window_mask import BLOCK
-from clear_attn.methods import Method
+from clear_attn.methods import Dense, Method
 from clear_attn.profiling.memory import Memory
 
 
-def window_pairs(grid: Grid, window: int) -> int:
-    """Number of (query, key) pairs of image tokens with dy^2 + dx^2 < window^2, the disc clipped at the border.
-
-    Each offset (dy, dx) of the disc occurs (height - |dy|) (width - |dx|) times.
-    """
-    height, width = grid
-    total = 0
-    for dy in range(-min(window, height) + 1, min(window, height)):
-        reach = window**2 - dy**2
-        across = sum((width - abs(dx)) for dx in range(-min(window, width) + 1, min(window, width)) if dx * dx < reach)
-        total += (height - abs(dy)) * across
-    return total
-
-
-class Place(NamedTuple):
-    """Of a layer: its number among those of its kind, and whether that has text."""
-
-    number: int
-    has_text: bool
-
-
-class OwnWindow(NamedTuple):
-    """Layers with a window of their own.
+class LayerGroup(NamedTuple):
+    """Layers that attend alike.
 
     Attributes:
-        window: in tokens, or None where they are dense.
-        layers, layers_without_text: how many.
+        method: what they do.
+        has_text: whether text takes part in their attention.
+        layers: how many there are.
+        exception: whether a schedule names them.
     """
 
-    window: int | None
-    layers: int
-    layers_without_text: int
+    method: Method
+    has_text: bool
+    layers: int = 1
+    exception: bool = False
 
 
 @dataclass(frozen=True)
 class Cost:
     """The attention of one forward pass of a transformer.
 
-    FLOPs count a multiplication and an addition each: 4 x visible pairs x (heads x head_dim) for a layer, as in
-    CLEAR's table 2; other methods count their own. They leave out projections and all else that a layer does, which
+    FLOPs count a multiplication and an addition each: 4 x pairs of query and key x (heads x head_dim) for a layer, as
+    in CLEAR's table 2; other methods count their own. They leave out projections and all else that a layer does, which
     linearizing does not change.
 
     Attributes:
         height, width (`int`): of the grid, in tokens.
-        text_tokens, batch (`int`): numbers of text tokens and pictures.
-        layers (`int`): attention layers in which text takes part.
-        inner_dim (`int`): heads x head_dim.
-        window, down_factor (`int`): of CLEAR.
-        layers_without_text (`int`): attention layers in which the image tokens stand alone.
-        own_windows (`OwnWindow`s): which of the layers have another window than the others, by a schedule.
-        dense_above (`float`, *optional*): the share of noise above which a call is dense, by a schedule. All other
-            numbers are of a call that is not.
+        text_tokens, batch (`int`): numbers of text tokens and images.
+        heads, head_dim (`int`): of a layer.
+        method (`Method`): of the layers that no schedule names.
+        groups (`LayerGroup`s): all attention layers.
+        dense_above_sigma (`float`, *optional*): the sigma above which a call is dense, by a schedule. All other numbers
+            are of a call that is not.
         controlnets: of each ControlNet in the pipeline, the FLOPs of its attention, dense and as it is; not part of
             the other numbers.
         memory (`Memory`, *optional*): of the weights, of a forward pass, and of decoding.
-        heads (`int`): into which inner_dim is divided.
-        method (`Method`, *optional*): what attends in place of CLEAR; numbers of pairs are CLEAR's alone then.
-        method_places (`Place`s): the layers in which it does.
     """
 
     height: int
     width: int
     text_tokens: int
     batch: int
-    layers: int
-    inner_dim: int
-    window: int
-    down_factor: int
-    layers_without_text: int = 0
-    own_windows: tuple[OwnWindow, ...] = ()
-    dense_above: float | None = None
+    heads: int
+    head_dim: int
+    method: Method
+    groups: tuple[LayerGroup, ...]
+    dense_above_sigma: float | None = None
     controlnets: tuple[tuple[int, int], ...] = ()
     memory: Memory | None = None
-    heads: int = 1
-    method: Method | None = None
-    method_places: tuple[Place, ...] = ()
+
+    @classmethod
+    def of_layer(
+        cls, grid: tuple[int, int], text_tokens: int, heads: int, head_dim: int, method: Method, batch: int = 1
+    ) -> Cost:
+        """Return the cost of a single layer with text."""
+        return cls(*grid, text_tokens, batch, heads, head_dim, method, (LayerGroup(method, True),))
 
     @property
     def image_tokens(self) -> int:
@@ -96,85 +74,48 @@ class Cost:
 
     @property
     def pooled_tokens(self) -> int:
-        f = self.down_factor
+        """The number of pooled keys of CLEAR."""
+        f = self.method.pooled_factor or 1
         return -(-self.height // f) * -(-self.width // f) if f > 1 else 0
 
     @property
-    def window_pairs(self) -> int:
-        if self.method:
-            raise ValueError(f"{self.method} has no window; look at own_layer_work()")
-        return window_pairs((self.height, self.width), self.window)
+    def layers(self) -> int:
+        """The number of attention layers."""
+        return sum(group.layers for group in self.groups)
 
     @property
-    def pooled_pairs(self) -> int:
-        """Pairs of image queries and pooled keys: they grow with the square of the image tokens."""
-        return self.image_tokens * self.pooled_tokens
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of query and key that are visible to each other in a layer of CLEAR with text."""
-        text = self.text_tokens * (self.text_tokens + 2 * self.image_tokens)
-        return text + self.window_pairs + self.pooled_pairs
-
-    @property
-    def dense_pairs(self) -> int:
-        return (self.text_tokens + self.image_tokens) ** 2
+    def layers_without_text(self) -> int:
+        """The number of attention layers among image tokens alone."""
+        return sum(group.layers for group in self.groups if not group.has_text)
 
     def flops(self, pairs: int) -> int:
-        """FLOPs of so many pairs."""
-        return 4 * pairs * self.inner_dim
+        """Return the FLOPs of a number of pairs of query and key."""
+        return 4 * pairs * self.heads * self.head_dim
 
-    def layer_work(self, window: int | None, text_tokens: int) -> dict[str, int]:
-        """FLOPs of one layer with this window (None: dense) and so much text, for one picture, by kind."""
-        image = self.image_tokens
-        seen = image**2 if window is None else window_pairs((self.height, self.width), window)
-        pairs = {
-            "text queries, all keys": text_tokens * (text_tokens + image),
-            "image queries, text keys": image * text_tokens,
-            "image queries, image keys": seen,
-            "image queries, pooled keys": 0 if window is None else self.pooled_pairs,
-        }
-        return {kind: self.flops(number) for kind, number in pairs.items()}
-
-    def method_work(self) -> list[dict[str, int]]:
-        """FLOPs of each layer in which a method attends, for one picture, by kind."""
-        assert self.method
-        works = []
-        for number, has_text in self.method_places:
-            text = self.text_tokens if has_text else 0
-            of_text = {"text queries, all keys": self.flops(text * (text + self.image_tokens))}
-            grid, head_dim = (self.height, self.width), self.inner_dim // self.heads
-            works.append({**of_text, **self.method.work(grid, text, self.heads, head_dim, number)})
-        return works
+    def layer_work(self, method: Method, has_text: bool = True) -> dict[str, int]:
+        """Return the FLOPs of one layer by a method for one image, by kind."""
+        text = self.text_tokens if has_text else 0
+        of_text = {"text queries, all keys": self.flops(text * (text + self.image_tokens))}
+        return {**of_text, **method.flops((self.height, self.width), text, self.heads, self.head_dim)}
 
     def own_layer_work(self) -> dict[str, float]:
-        """FLOPs of a linearized layer with text, for one picture, by kind; where such layers differ, their mean."""
-        if self.method is None:
-            return dict(self.layer_work(self.window, self.text_tokens))
-        works = zip(self.method_places, self.method_work(), strict=True)
-        with_text = [work for place, work in works if place.has_text]
-        return {kind: sum(work[kind] for work in with_text) / len(with_text) for kind in (with_text or [{}])[0]}
+        """Return the FLOPs of a linearized layer with text for one image, by kind; the mean if such layers differ."""
+        own = [group for group in self.groups if group.has_text and not group.exception]
+        total = sum(group.layers for group in own)
+        works = [(group.layers, self.layer_work(group.method)) for group in own]
+        return {kind: sum(layers * work[kind] for layers, work in works) / total for kind in (works or [(0, {})])[0][1]}
 
-    def _layers_flops(self, window: int | None, layers: int, layers_without_text: int) -> int:
-        with_text, without = (sum(self.layer_work(window, text).values()) for text in (self.text_tokens, 0))
-        return layers * with_text + layers_without_text * without
+    def _group_flops(self, group: LayerGroup, method: Method) -> int:
+        return group.layers * sum(self.layer_work(method, group.has_text).values())
 
     @property
     def step_flops(self) -> int:
-        """Of all layers and pictures."""
-        total, layers, without_text = 0, self.layers, self.layers_without_text
-        for own in self.own_windows:
-            total += self._layers_flops(*own)
-            layers, without_text = layers - own.layers, without_text - own.layers_without_text
-        if self.method:
-            total += sum(sum(work.values()) for work in self.method_work())
-        else:
-            total += self._layers_flops(self.window, layers, without_text)
-        return self.batch * total
+        """Of all layers and images."""
+        return self.batch * sum(self._group_flops(group, group.method) for group in self.groups)
 
     @property
     def dense_step_flops(self) -> int:
-        return self.batch * self._layers_flops(None, self.layers, self.layers_without_text)
+        return self.batch * sum(self._group_flops(group, Dense()) for group in self.groups)
 
     @property
     def layer_gflops(self) -> float:
@@ -182,7 +123,7 @@ class Cost:
 
     @property
     def dense_layer_gflops(self) -> float:
-        return self.flops(self.dense_pairs) / 1e9
+        return sum(self.layer_work(Dense()).values()) / 1e9
 
     @property
     def ratio(self) -> float:
@@ -197,22 +138,22 @@ class Cost:
         return 2 * 4 * query_blocks * (key_blocks + 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
-        inputs = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Return all numbers, for JSON."""
+        names = ("height", "width", "text_tokens", "batch", "heads", "head_dim", "dense_above_sigma", "controlnets")
         derived = (
             "image_tokens",
             "pooled_tokens",
+            "layers",
+            "layers_without_text",
             "layer_gflops",
             "dense_layer_gflops",
             "ratio",
             "block_list_bytes",
         )
         return {
-            **inputs,
-            **({"method": self.method.settings(), "window": None, "down_factor": None} if self.method else {}),
-            "method_places": len(self.method_places),
+            **{name: getattr(self, name) for name in (*names, *derived)},
+            "method": self.method.to_dict(),
             "memory": self.memory.to_dict() if self.memory else None,
-            **{name: getattr(self, name) for name in derived},
             "step_gflops": self.step_flops / 1e9,
             "dense_step_gflops": self.dense_step_flops / 1e9,
         }
@@ -224,53 +165,48 @@ class Cost:
             dense_cell, cell = (f"{flops / 1e9:,.{digits}f}" if flops else "-" for flops in (dense, own))
             return name, dense_cell, cell
 
-        dense, own = self.layer_work(None, self.text_tokens), self.own_layer_work()
+        dense, own = self.layer_work(Dense()), self.own_layer_work()
         kinds = [
             *((kind, dense.get(kind, 0), own.get(kind, 0)) for kind in {**dense, **own}),
             ("a layer", sum(dense.values()), sum(own.values())),
-            *self._own_kinds(),
-            (f"all {self.layers + self.layers_without_text} layers", self.dense_step_flops, self.step_flops),
+            *(
+                (
+                    f"{group.layers} layer{'s' * (group.layers > 1)}, {group.method.as_arguments()}",
+                    self._group_flops(group, Dense()),
+                    self._group_flops(group, group.method),
+                )
+                for group in self.groups
+                if group.exception
+            ),
+            (f"all {self.layers} layers", self.dense_step_flops, self.step_flops),
         ]
         rows = [row(*kind) for kind in kinds if any(kind[1:])]
         for number, (dense_net, net) in enumerate(self.controlnets, start=1):
             rows.append(row(f"ControlNet {number}{', dense' if dense_net == net else ''}", dense_net, net))
-        return [("GFLOPs of attention", "dense", type(self.method).__name__ if self.method else "CLEAR"), *rows]
-
-    def _own_kinds(self) -> list[tuple[str, int, int]]:
-        kinds: list[tuple[str, int, int]] = []
-        for window, layers, layers_without_text in self.own_windows:
-            number = layers + layers_without_text
-            name = f"{number} layer{'s' * (number > 1)}, {f'window {window}' if window else 'dense'}"
-            dense, own = (self._layers_flops(each, layers, layers_without_text) for each in (None, window))
-            kinds.append((name, dense, own))
-        return kinds
+        return [("GFLOPs of attention", "dense", self.method.title), *rows]
 
     def _heading(self) -> str:
-        batch = f", {self.batch} pictures at a time" if self.batch > 1 else ""
-        attention = str(self.method) if self.method else f"window {self.window}, down_factor {self.down_factor}"
+        batch = f", {self.batch} images at a time" if self.batch > 1 else ""
         return (
-            f"{self.height} x {self.width} image tokens, {self.text_tokens} text tokens, {attention}{batch}: "
-            f"attention's work falls {self.ratio:.1f} times"
+            f"{self.height} x {self.width} image tokens, {self.text_tokens} text tokens, "
+            f"{self.method.as_arguments()}{batch}: attention's work falls {self.ratio:.1f} times"
         )
 
     def _remarks(self) -> list[str]:
         remarks = ["Dense as before: the text queries, and all that is not attention."]
-        if self.method and self.method.quadratic:
-            remarks.append(f"Still growing with the square of the tokens: {self.method.quadratic}.")
-        if not self.method:
-            quadratic = [f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"]
-            if self.pooled_tokens:
-                quadratic.append(f"attention to the {self.pooled_tokens:,} pooled keys")
+        lists = f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"
+        quadratic = [*([lists] if self.method.uses_backends else []), *filter(None, [self.method.quadratic])]
+        if quadratic:
             remarks.append(f"Still growing with the square of the tokens: {' and '.join(quadratic)}.")
-        if self.dense_above is not None:
-            remarks.append(f"Steps above {self.dense_above:g} of noise are dense; this counts one of the others.")
+        if self.dense_above_sigma is not None:
+            remarks.append(f"Steps above sigma {self.dense_above_sigma:g} are dense; this counts one of the others.")
         if any(dense == own for dense, own in self.controlnets):
             remarks.append(
                 "A dense ControlNet becomes local by linearize(pipe.controlnet, ..., weights=None), several by a call "
                 "for each of pipe.controlnet.nets."
             )
         if self.layers_without_text:
-            remarks.append(f"In {self.layers_without_text} of the layers the image tokens stand alone, without text.")
+            remarks.append(f"In {self.layers_without_text} of the layers image tokens attend alone, without text.")
         if self.memory:
             remarks.append(str(self.memory))
         return remarks

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.core.window_mask import BLOCK, BlockLists, Points, block_lists, visible
-from clear_attn.utils.validation import ClearConfig, check_whole_number
+from clear_attn.core.plan import WindowPlan
+from clear_attn.core.window_mask import BLOCK, BlockIndices, Coordinates, block_indices, in_window
+from clear_attn.methods import Clear
+from clear_attn.utils.validation import check_whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +48,8 @@ def plot_window(
         >>> figure.axes[0].get_title()
         'token 32, 32 sees 793 of 4,096 image tokens'
     """
-    layout = TokenLayout([(height, width)], 0, ClearConfig(window, down_factor))
+    layout = TokenLayout([(height, width)], 0)
+    plan = Clear(window, down_factor).plan(layout)
     height, width = layout.grids[0]
     row, column = token = (height // 2, width // 2) if token is None else token
     for name, place, length in (("row", row, height), ("column", column, width)):
@@ -61,33 +64,33 @@ def plot_window(
     figure = pyplot.figure(figsize=(13, 4.6), layout="constrained")
     pyplot.close(figure)
     view, raster, tile = figure.subplots(1, 3)
-    _draw_view(view, layout, (row, column))
-    in_raster_order = Points(*(axis[layout.inverse] for axis in layout.query))
-    _draw_blocks(raster, "raster order", block_lists(in_raster_order, *_keys(layout, in_raster_order)))
-    _draw_blocks(tile, "tile order", layout.block_lists)
+    _draw_view(view, layout, plan, (row, column))
+    in_raster_order = Coordinates(*(axis[layout.inverse_permutation] for axis in plan.query))
+    _draw_blocks(raster, "raster order", block_indices(in_raster_order, *_keys(plan, in_raster_order)))
+    _draw_blocks(tile, "tile order", plan.block_indices)
     return figure
 
 
-def _keys(layout: TokenLayout, image: Points) -> tuple[Points, Tensor]:
+def _keys(plan: WindowPlan, image: Coordinates) -> tuple[Coordinates, Tensor]:
     """Positions and reach of all keys, the image's at the places given."""
-    rest = slice(layout.image_tokens, None)
-    places = (torch.cat([axis, key[rest]]) for axis, key in zip(image, layout.key, strict=True))
-    return Points(*places), layout.reach
+    rest = slice(plan.image_tokens, None)
+    places = (torch.cat([axis, key[rest]]) for axis, key in zip(image, plan.key, strict=True))
+    return Coordinates(*places), plan.radius_sq
 
 
-def _draw_view(axes: Any, layout: TokenLayout, token: tuple[int, int]) -> None:
+def _draw_view(axes: Any, layout: TokenLayout, plan: WindowPlan, token: tuple[int, int]) -> None:
     height, width = layout.grids[0]
     y, x = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float().T
-    place = Points(*(torch.tensor(float(each)) for each in token))
-    seen = visible(place, Points(y, x), layout.reach[: layout.image_tokens]).view(height, width)
+    place = Coordinates(*(torch.tensor(float(each)) for each in token))
+    seen = in_window(place, Coordinates(y, x), plan.radius_sq[: layout.image_tokens]).view(height, width)
     _show(axes, seen.long() * 2)
     axes.add_artist(_square(token, 1, facecolor=TOKEN))
     title = f"token {token[0]}, {token[1]} sees {int(seen.sum()):,} of {layout.image_tokens:,} image tokens"
-    if layout.pooled_tokens:
-        factor = layout.down_factor
+    if plan.pooled_tokens:
+        factor = plan.down_factor
         for cell in torch.cartesian_prod(torch.arange(0, height, factor), torch.arange(0, width, factor)).tolist():
             axes.add_artist(_square(tuple(cell), factor, fill=False, edgecolor=COLOURS[1], linewidth=0.6))
-        title += f"\nand the means of {layout.pooled_tokens:,} cells"
+        title += f"\nand the means of {plan.pooled_tokens:,} cells"
     axes.set(title=title, xlabel="column", ylabel="row", xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
@@ -97,7 +100,7 @@ def _square(token: tuple[int, ...], side: int, **style: Any) -> Any:
     return Rectangle((token[1] - 0.5, token[0] - 0.5), side, side, **style)
 
 
-def _draw_blocks(axes: Any, order: str, lists: BlockLists) -> None:
+def _draw_blocks(axes: Any, order: str, lists: BlockIndices) -> None:
     kinds = _kinds(lists)
     _show(axes, kinds)
     computed = (kinds > 0).float().mean().item()
@@ -105,7 +108,7 @@ def _draw_blocks(axes: Any, order: str, lists: BlockLists) -> None:
     axes.set_ylabel(f"queries, blocks of {BLOCK}")
 
 
-def _kinds(lists: BlockLists) -> Tensor:
+def _kinds(lists: BlockIndices) -> Tensor:
     """For each block `[query blocks, key blocks]`: 0 none of it is seen, 1 a part, 2 all."""
     kinds = torch.zeros(lists.partial_index.shape[2:], dtype=torch.int64)
     for kind, counts, indices in (

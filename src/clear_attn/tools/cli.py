@@ -66,9 +66,9 @@ def demo(
     check_picture_file(output, "--output")
     # Only here, for torch and diffusers take seconds to import.
     from clear_attn.demo import comparison as draw
-    from clear_attn.utils.validation import ClearConfig
+    from clear_attn.methods import Clear
 
-    report = draw.compare(prompt or list(DEMO_CAPTIONS), ClearConfig(window, down_factor), seed, output)
+    report = draw.compare(prompt or list(DEMO_CAPTIONS), Clear(window, down_factor), seed, output)
     typer.echo(f"{report}\n\nSaved {output}")
 
 

@@ -12,7 +12,8 @@ from clear_attn.models._diffusers import name_or_path_of
 
 # https://huggingface.co/Huage001/CLEAR, by method.
 REPO = "Huage001/CLEAR"
-FILES: dict[Clear, str] = {
+PUBLISHED = (Clear(32), Clear(16), Clear(8), Clear(16, 4), Clear(8, 4))
+FILES: dict[Method, str] = {
     Clear(32, 1): "clear_local_32.safetensors",
     Clear(16, 1): "clear_local_16.safetensors",
     Clear(8, 1): "clear_local_8.safetensors",
@@ -53,7 +54,10 @@ def published_file(method: Method) -> str:
     """
     check_published(method)
     if (found := FILES.get(method)) is None:
-        pairs = ", ".join(f"({each.window}, {each.down_factor})" for each in sorted(FILES, key=lambda each: (each.window, each.down_factor)))
+        pairs = ", ".join(
+            f"({each.window}, {each.down_factor})"
+            for each in sorted(FILES, key=lambda each: (each.window, each.down_factor))
+        )
         raise ValueError(
             f"no weights are published for {method.as_arguments()}; there are some for "
             f"(window, down_factor) = {pairs}; or give weights=None to keep the model's own (training-free)"
@@ -63,7 +67,7 @@ def published_file(method: Method) -> str:
 
 def published_method(file: str) -> Clear | None:
     """Return the method of a published file, or None for a file of another name."""
-    return next((method for method, name in FILES.items() if name == file), None)
+    return next((method for method in PUBLISHED if FILES[method] == file), None)
 
 
 def name_of(pipe: Any, transformer: Any) -> str:
@@ -112,8 +116,8 @@ def check_served(pipe: Any, transformer: Any) -> str | None:
         raise ValueError(
             f"weights='auto' takes the weights published for {BASE}, and this is "
             f"{'FLUX.1 Kontext' if kontext else f'a {kind} with {listed}'}; name a checkpoint "
-            f"(weights='{REPO}/{FILES[Clear(16)]}' is the published one for window 16) or give weights=None to keep the "
-            "model's own (training-free)"
+            f"(weights='{REPO}/{FILES[Clear(16)]}' is the published one for window 16) or give weights=None to "
+            "keep the model's own (training-free)"
         )
     known = name in SERVED if _is_hub_id(name) else Path(name).name in {Path(served).name for served in SERVED}
     return None if known else name or "an unnamed FLUX.1 transformer"

@@ -16,7 +16,16 @@ from clear_attn.methods.schedule import Schedule
 from clear_attn.weights.hub import fetch
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
 from clear_attn.weights.parameters import method_in, pooled_factor, read_checkpoint
-from clear_attn.weights.published import BASE, FILES, LICENCE, REPO, check_published, check_served, published_file, published_method
+from clear_attn.weights.published import (
+    BASE,
+    FILES,
+    LICENCE,
+    REPO,
+    check_published,
+    check_served,
+    published_file,
+    published_method,
+)
 
 WEIGHTS_FILE = "clear_weights.safetensors"
 HUB_FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/(.+\.safetensors))?")

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from clear_attn.backends import flex
-from clear_attn.backends import reference as dense
+from clear_attn.backends import flex, reference
 from clear_attn.patching.context_managers import linearized
 from clear_attn.tools.bench.measure import Mark, Subject
 from clear_attn.tools.bench.op_level import BACKENDS, Case, distance, fastest_dense, inputs
@@ -72,9 +71,9 @@ def call(case: Case, model: Any) -> dict[str, Any]:
     }
 
 
-def reason_against(name: str, case: Case) -> str | None:
+def unsupported_reason(name: str, case: Case) -> str | None:
     """Why a variant cannot compute a case, or None where it can."""
-    return flex.reason_against(case.device, case.dtype, case.head_dim, False) if name == "flex" else None
+    return flex.unsupported_reason(case.device, case.dtype, case.head_dim, False) if name == "flex" else None
 
 
 def subjects(
@@ -88,7 +87,7 @@ def subjects(
     weights = (1.0, DOUBLE_BLOCKS / blocks, 1.0)
     for name in names:
         if name == "dense":
-            kernel = fastest_dense(name, case, case.layout, inputs(case, False), most_dense_queries).kernel
+            kernel = fastest_dense(name, case, inputs(case, False), most_dense_queries).kernel
             assert kernel is not None
             yield Subject(name, run, weights, around=functools.partial(sdpa_kernel, [kernel])), kernel
         elif name == "bound":
@@ -123,9 +122,9 @@ def _error(case: Case, model: Any, keywords: dict[str, Any]) -> Callable[[Tensor
     """Compares with the reference backend, where the sequence is short enough for that."""
 
     def error(result: Tensor) -> float | None:
-        if case.grid[0] * case.grid[1] > dense.MAX_IMAGE_TOKENS:
+        if case.grid[0] * case.grid[1] > reference.MAX_IMAGE_TOKENS:
             return None
-        with _linearized(case, model, "dense")(), torch.no_grad():
+        with _linearized(case, model, "reference")(), torch.no_grad():
             return distance(result, model(**keywords, return_dict=False)[0].double())
 
     return error

@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clear_attn import backends
-from clear_attn.backends import flex
+from clear_attn.backends import flex, selection
 from clear_attn.backends.attention import clear_attention, pool
-from clear_attn.core.layout import Grid, TokenLayout
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.layout import TokenLayout
+from clear_attn.core.plan import WindowPlan
 from clear_attn.core.window_mask import BLOCK
+from clear_attn.methods import Clear
 from clear_attn.profiling.cost_report import Cost
 from clear_attn.tools.bench.measure import Mark, Subject, measure
 from clear_attn.tools.bench.raster import raster_attention
-from clear_attn.utils.validation import ClearConfig
 
-# "dense" is the reference, no way to be fast.
-BACKENDS = tuple(name for name in backends.BACKENDS if name != "dense")
+BACKENDS = tuple(name for name in selection.BACKENDS if name != "reference")  # which is not meant to be fast
 VARIANTS = ("dense", "dense-pooled", "raster-flex", *BACKENDS)
 KERNELS = {
     "cpu": (SDPBackend.FLASH_ATTENTION,),
@@ -59,12 +59,24 @@ class Case(NamedTuple):
     @property
     def cost(self) -> Cost:
         """Of one attention layer."""
-        inner_dim = self.heads * self.head_dim
-        return Cost(*self.grid, self.text, self.batch, 1, inner_dim, self.window, self.down_factor)
+        return Cost.of_layer(self.grid, self.text, self.heads, self.head_dim, self.method, self.batch)
+
+    @property
+    def method(self) -> Clear:
+        return Clear(self.window, self.down_factor)
 
     @property
     def layout(self) -> TokenLayout:
-        return TokenLayout([self.grid], self.text, ClearConfig(self.window, self.down_factor), device=self.device)
+        return TokenLayout([self.grid], self.text, device=self.device)
+
+    @property
+    def pairs(self) -> int:
+        """The number of pairs of query and key that CLEAR computes."""
+        return sum(self.cost.layer_work(self.method).values()) // (4 * self.heads * self.head_dim)
+
+    @property
+    def pooled_pairs(self) -> int:
+        return self.grid[0] * self.grid[1] * self.cost.pooled_tokens
 
 
 class Variant(NamedTuple):
@@ -89,14 +101,14 @@ class Variant(NamedTuple):
     kernel: SDPBackend | None = None
 
 
-def reason_against(name: str, case: Case, backward: bool) -> str | None:
+def unsupported_reason(name: str, case: Case, backward: bool) -> str | None:
     """Why a variant cannot compute a case, or None where it can."""
     if name == "dense-pooled" and (case.down_factor == 1 or backward):
         return "it is for pooled keys alone, forward"
     if name in ("flex", "raster-flex"):
         if name == "raster-flex" and case.tokens < BLOCK:
             return f"it takes at least {BLOCK} tokens"
-        return flex.reason_against(case.device, case.dtype, case.head_dim, backward)
+        return flex.unsupported_reason(case.device, case.dtype, case.head_dim, backward)
     return None
 
 
@@ -109,21 +121,23 @@ def inputs(case: Case, backward: bool) -> list[Tensor]:
 
 def variants(case: Case, names: tuple[str, ...], qkv: list[Tensor], most_dense_queries: int) -> Iterator[Variant]:
     """Those named, ready to run."""
-    cost, layout = case.cost, case.layout
+    layout, plan = case.layout, case.method.plan(case.layout)
     raster = torch.arange(layout.image_tokens, device=case.device)
     for name in names:
         if name in ("dense", "dense-pooled"):
-            yield fastest_dense(name, case, layout, qkv, most_dense_queries)
+            yield fastest_dense(name, case, qkv, most_dense_queries)
         elif name == "raster-flex":
-            yield Variant(name, _in_raster_order(case), _rule(case, raster), cost.pairs, raster)
+            yield Variant(name, _in_raster_order(case), _rule(case, raster), case.pairs, raster)
         else:
-            yield Variant(name, _by_backend(name, case, layout), _rule(case, layout.order), cost.pairs, layout.order)
+            yield Variant(
+                name, _by_backend(name, case, plan), _rule(case, layout.permutation), case.pairs, layout.permutation
+            )
 
 
-def fastest_dense(name: str, case: Case, layout: TokenLayout, qkv: list[Tensor], most_queries: int) -> Variant:
+def fastest_dense(name: str, case: Case, qkv: list[Tensor], most_queries: int) -> Variant:
     """Dense attention by the fastest of torch's own kernels."""
-    kernels = KERNELS[case.device.type]
-    candidates = [_dense(name, case, layout, kernel, qkv, most_queries) for kernel in kernels]
+    kernels, plan = KERNELS[case.device.type], case.method.plan(case.layout)
+    candidates = [_dense(name, case, plan, kernel, qkv, most_queries) for kernel in kernels]
     if len(candidates) == 1:
         return candidates[0]
     able = {}
@@ -132,37 +146,37 @@ def fastest_dense(name: str, case: Case, layout: TokenLayout, qkv: list[Tensor],
             warnings.simplefilter("ignore")  # it tells at length why a kernel cannot
             if timing := measure([subject(candidate, case, qkv)], case.device, 3)[0]:
                 able[timing.median_s] = candidate
-    return able[min(able)] if able else _dense(name, case, layout, SDPBackend.MATH, qkv, most_queries)
+    return able[min(able)] if able else _dense(name, case, plan, SDPBackend.MATH, qkv, most_queries)
 
 
 def _dense(
-    name: str, case: Case, layout: TokenLayout, kernel: SDPBackend, qkv: list[Tensor], most_queries: int
+    name: str, case: Case, plan: WindowPlan, kernel: SDPBackend, qkv: list[Tensor], most_queries: int
 ) -> Variant:
     """All tokens to all tokens, or the image tokens to the pooled keys alone, made beforehand."""
-    order = torch.arange(layout.image_tokens, device=case.device)
+    order = torch.arange(plan.image_tokens, device=case.device)
     pooled = name == "dense-pooled"
-    queries, pairs = (layout.image_tokens, case.cost.pooled_pairs) if pooled else (case.tokens, case.cost.dense_pairs)
+    queries, pairs = (plan.image_tokens, case.pooled_pairs) if pooled else (case.tokens, case.tokens**2)
     computed = min(queries, most_queries)
     cells = [_pooled(x, case).contiguous() for x in qkv[1:]] if pooled else []
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (query[:, :, layout.image], *cells) if pooled else (query, key, value)
+        query, key, value = (query[:, :, plan.image], *cells) if pooled else (query, key, value)
         with sdpa_kernel([kernel]):
             return F.scaled_dot_product_attention(query[:, :, :computed], key, value, scale=case.scale)
 
     def rule(rows: Tensor) -> Tensor:
-        return ((torch.arange(layout.key_tokens, device=case.device) >= case.tokens) == pooled).expand(len(rows), -1)
+        return ((torch.arange(plan.key_tokens, device=case.device) >= case.tokens) == pooled).expand(len(rows), -1)
 
     return Variant(name, attend, rule, pairs, order, computed / queries, kernel)
 
 
-def _by_backend(name: str, case: Case, layout: TokenLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _by_backend(name: str, case: Case, plan: WindowPlan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     weight = torch.full((case.down_factor**2,), 1 / case.down_factor**2, device=case.device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        images = key[:, :, layout.image], value[:, :, layout.image]
-        pooled = tuple(pool(image, layout, weight) for image in images) if layout.pooled_tokens else None
-        return clear_attention(query, key, value, layout, pooled=pooled, backend=name, scale=case.scale)  # type: ignore[arg-type]
+        images = key[:, :, plan.image], value[:, :, plan.image]
+        pooled = (pool(images[0], plan, weight), pool(images[1], plan, weight)) if plan.pooled_tokens else None
+        return clear_attention(query, key, value, plan, pooled=pooled, backend=name, scale=case.scale)
 
     return attend
 

@@ -75,6 +75,7 @@ def scalings(cases: Sequence[Case], ranks: Sequence[int], times: Times | None) -
             sent = [
                 traffic(
                     layout,
+                    case.method,
                     rank,
                     number,
                     heads=case.heads,

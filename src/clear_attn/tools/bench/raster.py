@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clear_attn.backends import flex
-from clear_attn.core.layout import Grid
-from clear_attn.core.window_mask import BLOCK, BlockLists, listed
+from clear_attn.core.coordinates import Grid
+from clear_attn.core.window_mask import BLOCK, BlockIndices, to_block_indices
 
 INFINITE = float("inf")
 
@@ -44,7 +44,7 @@ def raster_attention(
     return lambda query, key, value, scale: flex.attend_blocks(query, key, value, lists, seen, scale)[0]
 
 
-def _exact_block_lists(seen: Callable[..., Tensor], queries: int, keys: int, device: torch.device) -> BlockLists:
+def _exact_block_lists(seen: Callable[..., Tensor], queries: int, keys: int, device: torch.device) -> BlockIndices:
     """Looks at all pairs of tokens, one block of queries at a time."""
     key, none = torch.arange(keys, device=device), torch.zeros((), device=device)
     some, every = [], []
@@ -54,4 +54,4 @@ def _exact_block_lists(seen: Callable[..., Tensor], queries: int, keys: int, dev
         some.append(F.pad(pairs.any(dim=0), (0, -keys % BLOCK)).view(-1, BLOCK).any(dim=1))
         every.append(F.pad(pairs.all(dim=0), (0, -keys % BLOCK)).view(-1, BLOCK).all(dim=1))
     full = torch.stack(every)
-    return BlockLists(*listed(torch.stack(some) & ~full), *listed(full))
+    return BlockIndices(*to_block_indices(torch.stack(some) & ~full), *to_block_indices(full))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from clear_attn.backends import choose
-from clear_attn.core.layout import Grid
+from clear_attn.backends.selection import select_backend
+from clear_attn.core.coordinates import Grid
 from clear_attn.tools.bench import model_level as model
 from clear_attn.tools.bench import op_level as operation
 from clear_attn.tools.bench.measure import Subject, Timing, measure
@@ -55,13 +55,13 @@ def run(settings: Settings, say: Callable[[str], None]) -> Iterator[list[Row]]:
         torch.manual_seed(0)
         able = []
         for name in settings.variants:
-            if obstacle := _reason_against(settings, name, case):
+            if obstacle := _unsupported_reason(settings, name, case):
                 say(f"{name} is left out: {obstacle}.")
             else:
                 able.append(name)
         if not able:
             continue
-        choice = choose(case.device, case.dtype, case.head_dim, settings.backward)
+        choice = select_backend(case.device, case.dtype, case.head_dim, settings.backward)
         say(f"backend='auto' takes {choice.backend} here: {choice.reason}.")
         rows = (_of_model if settings.level == "model" else _of_operation)(settings, case, tuple(able))
         for name in {*able} - {row.variant for row in rows}:
@@ -70,10 +70,10 @@ def run(settings: Settings, say: Callable[[str], None]) -> Iterator[list[Row]]:
             yield rows
 
 
-def _reason_against(settings: Settings, name: str, case: Case) -> str | None:
+def _unsupported_reason(settings: Settings, name: str, case: Case) -> str | None:
     if settings.level == "model":
-        return model.reason_against(name, case)
-    return operation.reason_against(name, case, settings.backward)
+        return model.unsupported_reason(name, case)
+    return operation.unsupported_reason(name, case, settings.backward)
 
 
 def _of_operation(settings: Settings, case: Case, names: tuple[str, ...]) -> list[Row]:

@@ -23,7 +23,7 @@ from clear_attn.tools.evaluate.report import Evaluation, seconds_of, sheet
 from clear_attn.tools.evaluate.student_images import Drawing, Drawn, draw, read_all
 from clear_attn.utils.atomic import atomic_contents
 from clear_attn.utils.validation import check_whole_number
-from clear_attn.weights.metadata import config_of, mark_of, settings_of
+from clear_attn.weights.metadata import metadata_of
 from clear_attn.weights.published import name_of
 
 LIBRARIES = ("clear_attn", "torch", "diffusers", "transformers", "torchmetrics")
@@ -84,7 +84,7 @@ def evaluate(
     transformer, _ = find_transformer(pipe)
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe must be a diffusers pipeline, for it is to draw; got a {type(pipe).__name__}")
-    if mark_of(transformer):
+    if metadata_of(transformer):
         raise ValueError(
             "this pipeline is linearized, or was saved while it was; give the original one: clear_attn.restore(pipe), "
             "or load it anew"
@@ -106,16 +106,16 @@ def evaluate(
         pictures = folder if save_pictures else Path(passing)
         # The student first, for linearizing checks all that can be checked of its weights.
         with linearized(pipe, window, down_factor, schedule=schedule, weights=weights, backend=backend):
-            mark = mark_of(transformer) or {}
+            metadata = metadata_of(transformer) or {}
             student = draw(pipe, prompts, drawing, pictures / STUDENT)
         teacher = draw(pipe, prompts, drawing, pictures / TEACHER)
         _compare(made, teacher, student, prompts, batch_size, execution_device_of(pipe))
         evaluation = Evaluation(
             settings={
                 "model": name_of(pipe, transformer),
-                "weights": mark["weights"],
-                **settings_of(config_of(mark)),
-                "schedule": mark["schedule"],
+                "weights": metadata["weights"],
+                "method": metadata["method"],
+                "schedule": metadata["schedule"],
                 "backend": backend,
                 **drawing._asdict(),
                 "dtype": str(transformer.dtype).removeprefix("torch."),
@@ -144,8 +144,8 @@ def _checked_prompts(prompts: Sequence[str]) -> list[str]:
 
 def _whole_tokens(pipe: Any, name: str, side: int | None) -> int:
     """A side of the picture in pixels; diffusers would round it down to whole tokens."""
-    transformer, family = find_transformer(pipe)
-    pixels = family.latents_per_token(transformer) * pipe.vae_scale_factor
+    transformer, adapter = find_transformer(pipe)
+    pixels = adapter.latents_per_token(transformer) * pipe.vae_scale_factor
     if side is None:
         return int(pipe.default_sample_size * pipe.vae_scale_factor)
     side = check_whole_number(name, side, "it is in pixels")
