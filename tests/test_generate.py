@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cascade.planning import describe
+from clear_attn.cascade.plan import describe
 from clear_attn.tools import generate_command as command
 from clear_attn.tools.cli import app
 from tests import tiny

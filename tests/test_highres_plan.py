@@ -16,9 +16,9 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cascade import sizes
 from clear_attn.cascade import stage_runner as cascade
-from clear_attn.cascade.planning import describe, make_plan
+from clear_attn.cascade.plan import describe
+from clear_attn.cascade.planning import base_size, between, check_aspect_ratio, check_grows, make_plan
 from clear_attn.cascade.result import HighresResult
 from tests import tiny
 from tests.highres import BASE, FAST, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
@@ -130,20 +130,21 @@ class TestSizes:
         ],
     )
     def test_cascades(self, size, first, stages):
-        assert sizes.base_size(size, 1024, 16) == first
-        assert sizes.between(first, size, 16) == stages
+        assert base_size(size, 1024, 16) == first
+        assert between(first, size, 16) == stages
 
     def test_no_size_is_refused_for_what_rounding_does(self, pipe):
         pipe.vae_scale_factor, pipe.default_sample_size = 8, 128  # FLUX.1's
         every = list(itertools.product(range(1024, 8193, 64), repeat=2))
         for size in every:
-            seen = [sizes.base_size(size, 1024, 16)]
-            seen += sizes.between(seen[0], size, 16)
+            seen = [base_size(size, 1024, 16)]
+            seen += between(seen[0], size, 16)
             for before, after in itertools.pairwise(seen):
-                sizes.check_grows(before, after)
+                check_grows(before, after)
         some = random.Random(0).sample(every, 100)
+        left_out = dict.fromkeys(("image", "base", "window", "down_factor", "schedule", "weights", "revision"))
         for size in [(7872, 8192), (7104, 8192), (2208, 7232), (1040, 8192), (4112, 16), *some]:
-            plan = make_plan(pipe, PROMPT, size, None, None, clear.Stage(), 0, None, None, "auto", {})
+            plan = make_plan(pipe, PROMPT, size, **left_out, stages=clear.Stage(), seed=0, backend="auto", options={})
             assert plan.stages[-1].size == size
 
     @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ class TestSizes:
     )
     def test_aspect_ratios(self, before, after, same):
         with contextlib.nullcontext() if same else pytest.raises(ValueError, match="has another aspect ratio"):
-            sizes.check_aspect_ratio(before, after, 16)
+            check_aspect_ratio(before, after, 16)
 
     def test_rounds_as_diffusers_does_and_says_so(self, pipe):
         with pytest.warns(UserWarning, match="130 x 135 px is no multiple of 8 px; drawing 128 x 128 px"):

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
 
 from clear_attn.cascade import stage_runner as cascade
-from clear_attn.cascade.memory_check import check_fits, check_ranks_have_rows
+from clear_attn.cascade.memory_check import check_fits
 from clear_attn.cascade.plan import HighresPlan
-from clear_attn.cascade.planning import make_plan
+from clear_attn.cascade.planning import draws_as_it_is, make_plan, with_settings_of
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.context_managers import linearized
-from clear_attn.patching.linearization import find_transformer, restored_state
-from clear_attn.patching.state import entry_hook_of
-from clear_attn.weights.metadata import metadata_of
+from clear_attn.patching.linearization import restored_state
 
 
 def highres(
@@ -81,10 +78,24 @@ def highres(
         HighresError: any error while drawing, which is its `__cause__`; its `result` has what was finished.
         And all that `linearize` raises, and with a base image `restore`.
     """
-    plan = make_plan(pipe, prompt, (height, width), image, base, stages, seed, weights, revision, backend, options)
+    plan = make_plan(
+        pipe,
+        prompt,
+        (height, width),
+        image=image,
+        base=base,
+        stages=stages,
+        seed=seed,
+        window=window,
+        down_factor=down_factor,
+        schedule=schedule,
+        weights=weights,
+        revision=revision,
+        backend=backend,
+        options=options,
+    )
     if plan.base:
         restored_state(pipe)  # it is drawn with the original weights, which may have been given up
-    check_ranks_have_rows(pipe, plan)
     check_fits(pipe, plan)
     callbacks = {
         "callback_on_step_end": callback_on_step_end,
@@ -92,9 +103,9 @@ def highres(
     }
     result = None
     try:
-        with _linearized_as_asked(pipe, plan, window, down_factor, schedule, token):
+        with _linearized_as_asked(pipe, plan, token):
             images: list[Image.Image] = []
-            result = HighresResult(images, _with_settings_of(pipe, plan))
+            result = HighresResult(images, with_settings_of(pipe, plan))
 
             def finished(drawn: Image.Image) -> None:
                 images.append(drawn)
@@ -114,54 +125,12 @@ def highres(
     return result
 
 
-@contextlib.contextmanager
 def _linearized_as_asked(
-    pipe: Any,
-    plan: HighresPlan,
-    window: int | None,
-    down_factor: int | None,
-    schedule: Schedule | None,
-    token: str | bool | None,
-) -> Iterator[None]:
-    hook = entry_hook_of(find_transformer(pipe)[0])
-    if hook and (window, down_factor, schedule, plan.weights, plan.revision) == (None, None, None, "auto", None):
-        if plan.backend not in ("auto", hook.backend):
-            raise ValueError(
-                f"backend={plan.backend!r} is not that of this linearized pipeline, {hook.backend!r}; leave it out, or "
-                "say what to linearize with: window, down_factor, schedule and weights"
-            )
-        yield
-    else:
-        with linearized(
-            pipe,
-            window,
-            down_factor,
-            schedule=schedule,
-            weights=plan.weights,
-            revision=plan.revision,
-            token=token,
-            backend=plan.backend,
-        ):
-            yield
-
-
-def _with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
-    """The plan with the settings that a linearized pipeline has, as far as it knows them."""
-    transformer, _ = find_transformer(pipe)
-    hook, metadata = entry_hook_of(transformer), metadata_of(transformer)
-    assert hook
-    method: Any = hook.method
-    if method.pooled_factor is None:
-        raise RuntimeError(
-            f"this pipeline is linearized with {method}, and highres draws with CLEAR; give it weights= of CLEAR "
-            "or None, or call clear_attn.restore() first"
-        )
-    weights = plan.weights if plan.weights != "auto" else metadata["weights"] if metadata else None
-    return dataclasses.replace(
-        plan,
-        window=method.window,
-        down_factor=method.down_factor,
-        schedule=hook.schedule,
-        weights=weights,
-        backend=hook.backend,
-    )
+    pipe: Any, plan: HighresPlan, token: str | bool | None
+) -> contextlib.AbstractContextManager[object]:
+    if draws_as_it_is(pipe, plan):
+        return contextlib.nullcontext()
+    how = {
+        name: getattr(plan, name) for name in ("window", "down_factor", "schedule", "weights", "revision", "backend")
+    }
+    return linearized(pipe, **how, token=token)

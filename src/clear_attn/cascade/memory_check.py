@@ -11,14 +11,10 @@ import torch
 from accelerate.hooks import CpuOffload
 from torch import nn
 
-from clear_attn.cascade import sizes
-from clear_attn.cascade.pipelines import kind_of
+from clear_attn.cascade.pipelines import kind_of, ranks_of
 from clear_attn.cascade.plan import HighresPlan
-from clear_attn.cascade.stages import Base, Stage
+from clear_attn.cascade.stages import size_name
 from clear_attn.models._diffusers import execution_device_of
-from clear_attn.parallel.shard import check_ranks
-from clear_attn.patching.linearization import find_transformer
-from clear_attn.patching.state import entry_hook_of
 from clear_attn.profiling.attention_cost import cost
 from clear_attn.profiling.memory import Bytes, Memory, gib, weight_bytes
 
@@ -33,37 +29,24 @@ def check_fits(pipe: Any, plan: HighresPlan) -> None:
     total, free = room(device)
     held = weights_on(pipe, device)
     free = min(free, total - held)
-    images: list[Base | Stage] = [*([plan.base] if plan.base else []), *plan.stages]
-    for each in images:
-        batch = 2 if kind_of(pipe).batched_guidance and (each.guidance or 0) > 1 else 1
-        memory = cost(pipe, *each.size, text_tokens=0, batch=batch).memory
+    for each in plan.drawn:
+        memory = cost(pipe, *each.size, text_tokens=0, batch=kind_of(pipe).batch(each.guidance)).memory
         assert memory
-        ranks = 1 if each is plan.base else _ranks(pipe)
+        ranks = 1 if each is plan.base else ranks_of(pipe)
         work = work_of(memory, ranks, max(each.size) > pipe.vae.tile_sample_min_size and each is not plan.base)
         need = peak(pipe, device, work)
         if need.least > total:
             raise ValueError(
-                f"{sizes.name(each.size)} needs at least {gib(need.least)} GiB with the weights, and {device} has "
+                f"{size_name(each.size)} needs at least {gib(need.least)} GiB with the weights, and {device} has "
                 f"{gib(total)}; {_remedy(pipe, device, work, total)}"
             )
         if need.likely - held > free:
             warnings.warn(
-                f"{sizes.name(each.size)} will likely need {gib(need.likely - held)} GiB beyond what {device} holds, "
+                f"{size_name(each.size)} will likely need {gib(need.likely - held)} GiB beyond what {device} holds, "
                 f"and {gib(free)} are free; should memory run out, "
                 f"{_remedy(pipe, device, work, total)}",
                 stacklevel=3,
             )
-
-
-def check_ranks_have_rows(pipe: Any, plan: HighresPlan) -> None:
-    """Raises ValueError where a stage has too few rows for the processes that a picture is split over."""
-    transformer, adapter = find_transformer(pipe)
-    token, ranks = adapter.latents_per_token(transformer) * pipe.vae_scale_factor, _ranks(pipe)
-    for stage in plan.stages if ranks > 1 else ():
-        try:
-            check_ranks((stage.size[0] // token, stage.size[1] // token), ranks)
-        except ValueError as error:
-            raise ValueError(f"the stage of {sizes.name(stage.size)}: {error}") from None
 
 
 def check_weights_fit(pipe: Any, device: torch.device) -> None:
@@ -81,12 +64,6 @@ def work_of(memory: Memory, ranks: int, tiled: bool) -> dict[str, Bytes]:
     """What the models compute on, each at its turn: a rank's part of a forward pass, then the decoder."""
     part = Bytes(*(size // ranks for size in memory.activations))
     return {"transformer": part, "vae": memory.decode_tiled if tiled else memory.decode}
-
-
-def _ranks(pipe: Any) -> int:
-    """How many processes a picture is split over."""
-    hook = entry_hook_of(find_transformer(pipe)[0])
-    return hook.sharder.ranks if hook and hook.sharder else 1
 
 
 def peak(pipe: Any, device: torch.device, work: dict[str, Bytes]) -> Bytes:

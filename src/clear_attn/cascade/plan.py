@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
+from clear_attn.patching.linearization import find_transformer
 from clear_attn.weights.sources import HUB_FILE
 
 FORMAT = 2
@@ -23,6 +26,37 @@ PNG_ENTRY = "clear_attn"
 
 def software() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("clear_attn", "diffusers", "torch")}
+
+
+def fingerprint(image: Image.Image) -> dict[str, Any]:
+    """Return what tells one image from another."""
+    pixels = image.convert("RGB").tobytes()
+    return {"sha256": hashlib.sha256(pixels).hexdigest(), "height": image.height, "width": image.width}
+
+
+def describe(pipe: Any) -> dict[str, Any]:
+    """Return what a pipeline is, as far as an image depends on it and its weights do not say."""
+    transformer, _ = find_transformer(pipe)
+    name = str(getattr(pipe, "name_or_path", None) or "")
+    schedule = json.loads(pipe.scheduler.to_json_string())
+    return {
+        "pipeline": type(pipe).__name__,
+        # Of a folder its name alone: where it lies is nobody's business but the user's.
+        "name": Path(name).name if Path(name).is_dir() else name,
+        "dtype": str(transformer.dtype).removeprefix("torch."),
+        "scheduler": {
+            "class": type(pipe.scheduler).__name__,
+            "config": {name: value for name, value in schedule.items() if not name.startswith("_")},
+        },
+        "adapters": _active_adapters(pipe),
+    }
+
+
+def _active_adapters(pipe: Any) -> list[str]:
+    try:
+        return list(pipe.get_active_adapters())
+    except (AttributeError, ValueError):  # a pipeline that takes none, or no peft
+        return []
 
 
 @dataclass(frozen=True)
@@ -59,6 +93,11 @@ class HighresPlan:
     model: dict[str, Any] = field(default_factory=dict)
     made_with: dict[str, str] = field(default_factory=software)
 
+    @property
+    def drawn(self) -> tuple[Base | Stage, ...]:
+        """The settings of each image that is drawn: the base image, unless one was given, and each stage."""
+        return (self.base, *self.stages) if self.base else self.stages
+
     def arguments(self) -> dict[str, Any]:
         """The keywords that make `clear_attn.highres(pipe, **plan.arguments())` draw it again; add the image given."""
         names = ("prompt", "height", "width", "base", "stages", "seed")
@@ -90,7 +129,7 @@ class HighresPlan:
             return cls(
                 base=Base(**base) if base else None,
                 stages=tuple(Stage(**stage) for stage in values.pop("stages")),
-                schedule=None if schedule is None else Schedule(**schedule),
+                schedule=None if schedule is None else Schedule.from_dict(schedule),
                 **values,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,62 +1,64 @@
-"""From what is asked of `highres` to a plan: every size and setting filled in, all of it checked."""
+"""From the arguments of `highres` to a plan: every size and setting filled in, all of it checked."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
+import math
 import os
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from clear_attn.backends.selection import validate_backend
-from clear_attn.cascade import sizes
-from clear_attn.cascade.pipelines import Kind, check_schedule, defaults_of, kind_of
-from clear_attn.cascade.plan import HighresPlan
+from clear_attn.cascade.pipelines import (
+    Kind,
+    check_guidance,
+    check_options,
+    check_schedule,
+    defaults_of,
+    kind_of,
+    ranks_of,
+)
+from clear_attn.cascade.plan import HighresPlan, describe, fingerprint
 from clear_attn.cascade.rope import check_ntk_factor, has_rotary_embedding
-from clear_attn.cascade.stages import Base, Stage, check_number
+from clear_attn.cascade.stages import Base, Size, Stage, size_name
+from clear_attn.methods.schedule import Schedule
+from clear_attn.parallel.shard import check_ranks
 from clear_attn.patching.linearization import find_transformer
+from clear_attn.patching.state import entry_hook_of
 from clear_attn.utils.validation import check_whole_number
+from clear_attn.weights.metadata import metadata_of
 
 PUBLISHED_NTK_FACTOR = 10.0
-
-# What a plan says in other words, and where.
-ELSEWHERE = {
-    "num_inference_steps": "steps of Base and Stage",
-    "guidance_scale": "guidance of Base and Stage",
-    "strength": "strength of Stage",
-    "generator": "seed",
-    "sigmas": "shift and steps of Stage",
-    "mu": "shift of Stage",
-    "latents": "seed, or image",
-    "num_images_per_prompt": "one call for each picture",
-    "output_type": "the result's images",
-    "return_dict": "the result",
-}
-# What highres names itself, and what is no plain data.
-OWN = {"self", "prompt", "height", "width", "image", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
-TENSORS = ("embeds", "ip_adapter_image")
+# CLEAR's published run is one stage at four times the side.
+LARGEST_GROWTH = 4
+# As much of its height or width as an image may lose by being enlarged to another size.
+LARGEST_DISTORTION = 0.05
 
 
 def make_plan(
     pipe: Any,
     prompt: str,
-    size: sizes.Size,
+    size: Size,
+    *,
     image: Image.Image | None,
     base: Base | None,
     stages: Stage | Sequence[Stage],
     seed: int | None,
+    window: int | None,
+    down_factor: int | None,
+    schedule: Schedule | None,
     weights: str | os.PathLike[str] | None,
     revision: str | None,
     backend: str,
     options: dict[str, Any],
 ) -> HighresPlan:
-    """A plan but for window and down_factor, which the weights may say; errors as `highres` tells."""
+    """Return a plan whose attention settings are as asked, for `with_settings_of` to fill in; errors as `highres`."""
     validate_backend(backend)
     kind, (transformer, adapter) = kind_of(pipe), find_transformer(pipe)
     token = adapter.latents_per_token(transformer) * pipe.vae_scale_factor
@@ -64,74 +66,172 @@ def make_plan(
         raise TypeError(f"prompt must be one text, got {prompt!r}; call highres once for each picture")
     for name, side in zip(("height", "width"), size, strict=True):
         check_whole_number(name, side, "it is in pixels")
-    size = sizes.rounded(size, token)
+    size, native = rounded(size, token), int(pipe.default_sample_size * pipe.vae_scale_factor)
     derived = image is None and (base is None or base.height is None)
     if image is None:
         if derived:
-            _check_not_small(size, _native(pipe))
-        base = _with_size(base or Base(), sizes.base_size(size, _native(pipe), token), token)
-        base, first = _with_defaults(base, kind), base.size
+            _check_not_small(size, native)
+        base = _with_defaults(_with_size(base or Base(), base_size(size, native, token), token), kind)
+        first = base.size
     else:
         first = _check_image(image, base)
-    filled = _stages(stages, first, size, token, transformer)
-    seen = [first, *(stage.size for stage in filled)]
-    for before, after in itertools.pairwise(seen):
-        sizes.check_grows(before, after)
-    if seen[-1] != size:
-        raise ValueError(
-            f"the last stage draws {sizes.name(seen[-1])}, and the picture is to be {sizes.name(size)}; leave out its "
-            "height and width"
-        )
-    # Sizes that were not given are rounded to whole tokens, and differ by that.
-    asked = [] if isinstance(stages, Stage) else [each for each in stages if each.height is not None]
-    given = [*([] if derived else [first]), *(each.size for each in asked), size]
-    for before, after in itertools.pairwise(given):
-        sizes.check_aspect_ratio(before, after, token)
-    _check_positions(transformer, seen[image is not None :], token)
-    for stage in filled:
-        check_schedule(pipe.scheduler, stage.shift)
-    _check_options(options, kind)
-    _check_guided(options, kind, [*([base] if base else []), *filled])
-    return HighresPlan(
+    plan = HighresPlan(
         prompt=prompt,
         height=size[0],
         width=size[1],
         base=base,
-        stages=filled,
-        seed=int(torch.randint(2**31, ()))
-        if seed is None
-        else check_whole_number("seed", seed, "any will do", least=0),
-        window=None,
-        down_factor=None,
+        stages=_filled(stages, first, size, token, transformer),
+        seed=int(random_seed()) if seed is None else check_whole_number("seed", seed, "any will do", least=0),
+        window=window,
+        down_factor=down_factor,
         weights=None if weights is None else os.fspath(weights),
         revision=revision,
         backend=backend,
+        schedule=schedule,
         options=dict(options),
         image=None if image is None else fingerprint(image),
         model=describe(pipe),
     )
+    seen = [first, *(stage.size for stage in plan.stages)]
+    for before, after in itertools.pairwise(seen):
+        check_grows(before, after)
+    if seen[-1] != size:
+        raise ValueError(
+            f"the last stage draws {size_name(seen[-1])}, and the picture is to be {size_name(size)}; leave out its "
+            "height and width"
+        )
+    # Sizes that were not given are rounded to whole tokens, and differ by that.
+    asked = [] if isinstance(stages, Stage) else [each for each in stages if each.height is not None]
+    for before, after in itertools.pairwise([*([] if derived else [first]), *(each.size for each in asked), size]):
+        check_aspect_ratio(before, after, token)
+    _check_positions(transformer, plan, token)
+    for stage in plan.stages:
+        check_schedule(pipe.scheduler, stage.shift)
+    check_options(options, kind)
+    check_guidance(options, kind, [each.guidance for each in plan.drawn])
+    _check_ranks_have_rows(plan, token, ranks_of(pipe))
+    return plan
 
 
-def fingerprint(image: Image.Image) -> dict[str, Any]:
-    """What tells one image from another."""
-    pixels = image.convert("RGB").tobytes()
-    return {"sha256": hashlib.sha256(pixels).hexdigest(), "height": image.height, "width": image.width}
+def random_seed(device: torch.device | str = "cpu") -> Tensor:
+    """Draw a seed from torch's own generator."""
+    return torch.randint(2**31, (), device=device)
 
 
-def _native(pipe: Any) -> int:
-    return int(pipe.default_sample_size * pipe.vae_scale_factor)
+def draws_as_it_is(pipe: Any, plan: HighresPlan) -> bool:
+    """Return whether a pipeline is linearized and a plan asks for no other settings than its own.
+
+    Raises:
+        ValueError: the plan asks for another backend alone.
+    """
+    hook = entry_hook_of(find_transformer(pipe)[0])
+    asked = plan.window, plan.down_factor, plan.schedule, plan.weights, plan.revision
+    if hook is None or asked != (None, None, None, "auto", None):
+        return False
+    if plan.backend not in ("auto", hook.backend):
+        raise ValueError(
+            f"backend={plan.backend!r} is not that of this linearized pipeline, {hook.backend!r}; leave it out, or "
+            "say what to linearize with: window, down_factor, schedule and weights"
+        )
+    return True
 
 
-def _check_not_small(size: sizes.Size, native: int) -> None:
+def with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
+    """Return a plan with the attention settings of a linearized pipeline, as far as it knows them.
+
+    Raises:
+        RuntimeError: it is linearized with another method than CLEAR.
+    """
+    transformer, _ = find_transformer(pipe)
+    hook, metadata = entry_hook_of(transformer), metadata_of(transformer)
+    assert hook
+    method: Any = hook.method
+    if method.pooled_factor is None:
+        raise RuntimeError(
+            f"this pipeline is linearized with {method}, and highres draws with CLEAR; give it weights= of CLEAR "
+            "or None, or call clear_attn.restore() first"
+        )
+    return dataclasses.replace(
+        plan,
+        window=method.window,
+        down_factor=method.down_factor,
+        schedule=hook.schedule,
+        weights=plan.weights if plan.weights != "auto" else metadata["weights"] if metadata else None,
+        backend=hook.backend,
+    )
+
+
+def rounded(size: Size, token: int) -> Size:
+    """Return a size in whole tokens, rounded down as diffusers does, with a warning where that changes it.
+
+    Raises:
+        ValueError: less than a token.
+    """
+    if min(size) < token:
+        raise ValueError(f"{size_name(size)} is less than one token of {token} px; give the size in pixels")
+    whole = size[0] // token * token, size[1] // token * token
+    if whole != size:
+        warnings.warn(f"{size_name(size)} is no multiple of {token} px; drawing {size_name(whole)}", stacklevel=4)
+    return whole
+
+
+def base_size(size: Size, native: int, token: int) -> Size:
+    """Return the size with the native length as its longer side, in whole tokens."""
+    height, width = (max(1, round(side * native / max(size) / token)) * token for side in size)
+    return height, width
+
+
+def between(first: Size, last: Size, token: int) -> list[Size]:
+    """Return the sizes of the fewest stages that grow by one factor, of about four at most, the last included."""
+    growth = max(last[0] / first[0], last[1] / first[1])
+    # A base image that was rounded down is not what a further stage is for.
+    count = max(1, math.ceil(math.log(growth, LARGEST_GROWTH) - 0.05))
+    sizes = [
+        (
+            round(first[0] * (last[0] / first[0]) ** (number / count) / token) * token,
+            round(first[1] * (last[1] / first[1]) ** (number / count) / token) * token,
+        )
+        for number in range(1, count)
+    ]
+    return [*sizes, last]
+
+
+def check_grows(before: Size, after: Size) -> None:
+    """Raise ValueError where a size is smaller than the one before it."""
+    if after[0] < before[0] or after[1] < before[1]:
+        raise ValueError(
+            f"a stage of {size_name(after)} is smaller than the {size_name(before)} before it; let stages grow, or "
+            "start from a smaller image"
+        )
+
+
+def check_aspect_ratio(before: Size, after: Size, token: int) -> None:
+    """Raise ValueError where a size is of another aspect ratio than the one before it.
+
+    Where the longer sides agree, the shorter ones may be less than a token of the smaller size apart, and less than
+    5 %.
+    """
+    sides = before[0] * after[1], before[1] * after[0]
+    apart = abs(sides[0] - sides[1])
+    if apart >= token * max(after) or apart >= LARGEST_DISTORTION * max(sides):
+        share = min(before[0] / after[0], before[1] / after[1])
+        wanted = round(after[0] * share), round(after[1] * share)
+        raise ValueError(
+            f"{size_name(before)} has another aspect ratio than {size_name(after)}; crop it to {size_name(wanted)}, or "
+            "ask for another size"
+        )
+
+
+def _check_not_small(size: Size, native: int) -> None:
     if max(size) < native:
         raise ValueError(
-            f"{sizes.name(size)} is smaller than the model's own {native} px; call the pipeline itself, or give "
+            f"{size_name(size)} is smaller than the model's own {native} px; call the pipeline itself, or give "
             "base=Base(height=..., width=...)"
         )
 
 
-def _with_size(settings: Any, default: sizes.Size, token: int) -> Any:
-    size = default if settings.height is None else sizes.rounded((settings.height, settings.width), token)
+def _with_size(settings: Any, default: Size, token: int) -> Any:
+    size = default if settings.height is None else rounded((settings.height, settings.width), token)
     return dataclasses.replace(settings, height=size[0], width=size[1])
 
 
@@ -144,7 +244,7 @@ def _with_defaults(base: Base, kind: Kind) -> Base:
     )
 
 
-def _check_image(image: Any, base: Base | None) -> sizes.Size:
+def _check_image(image: Any, base: Base | None) -> Size:
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL image, got a {type(image).__name__}; open it with PIL.Image.open")
     if base is not None:
@@ -152,13 +252,13 @@ def _check_image(image: Any, base: Base | None) -> sizes.Size:
     return image.height, image.width
 
 
-def _stages(
-    stages: Stage | Sequence[Stage], first: sizes.Size, last: sizes.Size, token: int, transformer: Any
+def _filled(
+    stages: Stage | Sequence[Stage], first: Size, last: Size, token: int, transformer: Any
 ) -> tuple[Stage, ...]:
     if isinstance(stages, Stage):
         if stages.height is not None:
             raise ValueError(f"stages={stages} has a size; give it in a list, or leave its height and width out")
-        steps = sizes.between(first, last, token)
+        steps = between(first, last, token)
         stages = [dataclasses.replace(stages, height=size[0], width=size[1]) for size in steps]
     if not stages:
         raise ValueError("stages is empty; give at least one Stage, or leave it out")
@@ -175,75 +275,22 @@ def _stages(
     return tuple(filled)
 
 
-def _check_positions(transformer: Any, drawn: Sequence[sizes.Size], token: int) -> None:
-    """Raises ValueError where a model has no positions for so many rows or columns."""
+def _check_positions(transformer: Any, plan: HighresPlan, token: int) -> None:
+    """Raise ValueError where a model has no positions for so many rows or columns."""
     most = getattr(getattr(transformer, "pos_embed", None), "pos_embed_max_size", None)
-    for size in drawn:
-        if most is not None and max(size) > most * token:
+    for each in plan.drawn:
+        if most is not None and max(each.size) > most * token:
             raise ValueError(
                 f"this {type(transformer).__name__} has positions for {most} x {most} tokens, "
-                f"{sizes.name((most * token, most * token))}, and {sizes.name(size)} needs more; ask for a smaller "
+                f"{size_name((most * token, most * token))}, and {size_name(each.size)} needs more; ask for a smaller "
                 "picture, or take a FLUX.1, whose positions have no end"
             )
 
 
-def _check_options(options: dict[str, Any], kind: Kind) -> None:
-    common = defaults_of(kind.from_text).keys() & defaults_of(kind.from_image).keys()
-    known = {name for name in common - OWN - ELSEWHERE.keys() if not any(part in name for part in TENSORS)}
-    for name, value in options.items():
-        if name in ELSEWHERE:
-            raise TypeError(f"highres takes no {name}; see {ELSEWHERE[name]}")
-        if name not in known:
-            raise TypeError(
-                f"highres got an unknown keyword {name!r}; what it hands on to the pipelines is "
-                f"{', '.join(sorted(known))}"
-            )
+def _check_ranks_have_rows(plan: HighresPlan, token: int, ranks: int) -> None:
+    """Raise ValueError where a stage has too few rows for the processes that an image is split over."""
+    for stage in plan.stages if ranks > 1 else ():
         try:
-            json.dumps(value)
-        except TypeError:
-            raise TypeError(
-                f"{name} must be plain data, so that the picture can be made again, got a {type(value).__name__}"
-            ) from None
-
-
-def _check_guided(options: dict[str, Any], kind: Kind, images: Sequence[Base | Stage]) -> None:
-    """Raises ValueError where a negative prompt, or the guidance by it, would do nothing."""
-    negative = [name for name, value in options.items() if name.startswith("negative_prompt") and value is not None]
-    if kind.batched_guidance:
-        if negative and all((each.guidance or 0) <= 1 for each in images):
-            raise ValueError(f"{negative[0]} does nothing without guidance; let that of Base or Stage be above 1")
-        return
-    scale = options.get("true_cfg_scale", 1)
-    check_number("true_cfg_scale", scale, 0, "4 is usual, 1 is off")
-    if negative and scale <= 1:
-        raise ValueError(
-            f"{negative[0]} does nothing without true_cfg_scale above 1; give true_cfg_scale=4, say (it takes twice "
-            "the time), or leave it out"
-        )
-    if scale > 1 and "negative_prompt" not in negative:
-        raise ValueError(f"true_cfg_scale={scale} does nothing without negative_prompt; give one, '' for none")
-
-
-def describe(pipe: Any) -> dict[str, Any]:
-    """What a pipeline is, as plain data, as far as a picture depends on it and its weights do not say."""
-    transformer, _ = find_transformer(pipe)
-    name = str(getattr(pipe, "name_or_path", None) or "")
-    schedule = json.loads(pipe.scheduler.to_json_string())
-    return {
-        "pipeline": type(pipe).__name__,
-        # Of a folder its name alone: where it lies is nobody's business but the user's.
-        "name": Path(name).name if Path(name).is_dir() else name,
-        "dtype": str(transformer.dtype).removeprefix("torch."),
-        "scheduler": {
-            "class": type(pipe.scheduler).__name__,
-            "config": {name: value for name, value in schedule.items() if not name.startswith("_")},
-        },
-        "adapters": _active_adapters(pipe),
-    }
-
-
-def _active_adapters(pipe: Any) -> list[str]:
-    try:
-        return list(pipe.get_active_adapters())
-    except (AttributeError, ValueError):  # a pipeline that takes none, or no peft
-        return []
+            check_ranks((stage.size[0] // token, stage.size[1] // token), ranks)
+        except ValueError as error:
+            raise ValueError(f"the stage of {size_name(stage.size)}: {error}") from None

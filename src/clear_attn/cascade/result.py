@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -78,7 +79,7 @@ def save_plan(plan: HighresPlan, file: Path) -> None:
 
 
 def save_with_plan(image: Image.Image, file: Path, plan: HighresPlan) -> None:
-    options = {}
+    options: dict[str, Any] = {}
     if file.suffix.lower() == ".png":
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_itxt(PNG_ENTRY, plan.without_places().to_json())

@@ -11,13 +11,12 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
-from clear_attn.cascade import sizes
 from clear_attn.cascade.attention_scale import proportional_attention
 from clear_attn.cascade.guidance import guide
 from clear_attn.cascade.pipelines import kind_of, static_schedule, tiled_vae
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.rope import ntk_scaling
-from clear_attn.cascade.stages import Base, Stage
+from clear_attn.cascade.stages import Base, Size, Stage, size_name
 from clear_attn.models._diffusers import execution_device_of, progress_bar_config_of, reset_interrupt
 from clear_attn.patching.context_managers import restored
 
@@ -96,12 +95,12 @@ def _run(
     runner: Any,
     plan: HighresPlan,
     number: int,
-    size: sizes.Size,
+    size: Size,
     settings: dict[str, Any],
     callbacks: dict[str, Any],
 ) -> Image.Image:
     title = f"stage {number} of {len(plan.stages)}" if number else "base image"
-    runner.set_progress_bar_config(**{"desc": f"{title}, {sizes.name(size)}", **progress_bar_config_of(pipe)})
+    runner.set_progress_bar_config(**{"desc": f"{title}, {size_name(size)}", **progress_bar_config_of(pipe)})
     arguments = {**settings, **plan.options, **_heeding(pipe, **callbacks)}
     try:
         return runner(plan.prompt, height=size[0], width=size[1], **arguments).images[0]
@@ -139,7 +138,7 @@ def _generator(plan: HighresPlan, number: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def _encode(runner: Any, image: Image.Image, size: sizes.Size, generator: torch.Generator) -> Tensor:
+def _encode(runner: Any, image: Image.Image, size: Size, generator: torch.Generator) -> Tensor:
     """The latents of an image enlarged to a size, as image-to-image pipelines make them, `[1, channels, h, w]`."""
     vae = runner.vae
     enlarged = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)

@@ -8,8 +8,13 @@ from typing import Any
 
 from clear_attn.utils.validation import check_whole_number
 
-# CLEAR's published run is one stage at four times the side.
-LARGEST_STEP = 4
+# Height and width in pixels.
+Size = tuple[int, int]
+
+
+def size_name(size: Size) -> str:
+    """Return a size as messages write it."""
+    return f"{size[0]} x {size[1]} px"
 
 
 def check_number(name: str, value: Any, least: float, remedy: str) -> None:
@@ -31,7 +36,7 @@ class _Sized:
                 check_whole_number(name, side, "it is in pixels")
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         """Height and width in pixels, of a plan's, where they are filled in."""
         assert self.height is not None
         assert self.width is not None

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 from clear_attn.cascade import Base, HighresError, HighresInterrupted, HighresPlan, HighresResult, Stage, highres
 from clear_attn.cascade.memory_check import check_weights_fit
-from clear_attn.cascade.planning import describe, fingerprint
+from clear_attn.cascade.plan import describe, fingerprint
+from clear_attn.cascade.planning import random_seed
 from clear_attn.cascade.result import save_plan, save_with_plan, stage_file
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
@@ -188,7 +189,7 @@ def _split(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
     linearize(pipe, asked["window"], asked["down_factor"], **settings)
     parallelize(pipe)
     if asked["seed"] is None:
-        seed = torch.randint(2**31, (), device=execution_device_of(pipe))
+        seed = random_seed(execution_device_of(pipe))
         dist.broadcast(seed, src=0)
         asked = {**asked, "seed": int(seed)}
     if not launch.is_first():
