@@ -31,7 +31,7 @@ def schedules(pipe: FluxPipeline) -> dict[str, clear.Schedule]:
     """Those to compare, by a name for each."""
     pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))  # as the pipeline does
     first = {
-        f"the first {steps} of {STEPS} steps dense": clear.Schedule(clear.noise_after(pipe.scheduler, steps))
+        f"the first {steps} of {STEPS} steps dense": clear.Schedule(clear.sigma_after_step(pipe.scheduler, steps))
         for steps in FIRST
     }
     return {

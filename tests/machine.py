@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from clear_attn import backends
-from clear_attn.backends import flex
+from clear_attn.backends import flex, selection
 
-_obstacle = flex.reason_against_device(torch.device("cpu"))
+_obstacle = flex.unsupported_device(torch.device("cpu"))
 
-BACKENDS = [name for name in backends.BACKENDS if name != "flex" or _obstacle is None]
+BACKENDS = [name for name in selection.BACKENDS if name != "flex" or _obstacle is None]
 needs_compiler = pytest.mark.skipif(_obstacle is not None, reason=f"nothing can be compiled here: {_obstacle}")

@@ -57,7 +57,7 @@ def equal():
     height = 8 * dist.get_world_size() - 3  # as many tile rows as ranks
     check_equal(tiny.FLUX, [(height - 4, 11)], 3, 1, controlnet=True)  # of the last one, a single row of tokens
     check_equal(tiny.FLUX, [(height, 11)], 20, 1, batch=2)
-    check_equal(tiny.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="dense")
+    check_equal(tiny.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="reference")
     check_equal(tiny.FLUX, [(height + 30, 5)], 9, 5)  # shares of many tile rows, and not of the same number
     check_equal(tiny.FLUX, [(height, 7), (13, 9)], 6, 3)
     check_equal(tiny.FLUX, [(height, 7), (2, 3)], 6, 1)
@@ -70,7 +70,7 @@ def equal_in_all_families():
     height = 8 * dist.get_world_size() - 3
     layers = clear.Schedule(dense_layers=["transformer_blocks.1"], windows={"transformer_blocks.0": 9})
     check_equal(tiny.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
-    check_equal(tiny.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above=0.5))
+    check_equal(tiny.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above_sigma=0.5))
     check_equal(tiny.FLUX2, [(height, 7), (9, 5)], 6, 2)
     check_equal(tiny.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
     check_equal(tiny.CHROMA, [(height, 7)], 6, 2, batch=2)
@@ -98,7 +98,7 @@ def bytes_are_counted():
     call = tiny.flux_call(transformer, grid, batch=2)
     split(transformer, 9, 3)
     run(transformer, call)
-    door = clear.state.door_of(transformer)
+    door = clear.state.entry_hook_of(transformer)
     sent, ranks = Counter(), dist.get_world_size()
 
     def count(name, call, size):

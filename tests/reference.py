@@ -2,8 +2,6 @@
 
 import torch
 
-from clear_attn.utils.validation import ClearConfig
-
 
 def coordinates(grids):
     """Positions of all image tokens in raster order, `[tokens, 2]`, later grids scaled to the first."""
@@ -36,7 +34,7 @@ def pool(x, grids, factor, weight):
     return torch.stack(cells, dim=-2)
 
 
-def attention(query, key, value, grids, text, config: ClearConfig, weight=None, scale=None, bias=None):
+def attention(query, key, value, grids, text, config, weight=None, scale=None, bias=None):
     """Output and log-sum-exp; text first, image in raster order.
 
     The bias is what a model gives torch's attention as a mask, of numbers or of what is seen. Pooled keys have that of

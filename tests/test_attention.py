@@ -8,27 +8,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clear_attn import backends
-from clear_attn.backends import BACKENDS, choose, choose_aloud, flex, tiled
+from clear_attn.backends import flex, selection, tiled
 from clear_attn.backends import reference as dense
 from clear_attn.backends.attention import clear_attention, pool
+from clear_attn.backends.selection import BACKENDS, select_backend
 from clear_attn.core.layout import TokenLayout
-from clear_attn.utils.validation import ClearConfig
+from clear_attn.core.window_mask import window_mask
+from clear_attn.methods import Clear
 from tests import machine, reference
 
 
 def attend(qkv, grids, text, config, weight, text_first=True, **kwargs):
     """`clear_attention` on raster-ordered, text-first input and output."""
-    layout = TokenLayout(grids, text, config, text_first=text_first)
-    tokens = torch.arange(text + layout.image_tokens)
-    image = tokens[text:][layout.order]
+    layout = TokenLayout(grids, text, text_first=text_first)
+    plan = config.plan(layout)
+    tokens = torch.arange(text + plan.image_tokens)
+    image = tokens[text:][layout.permutation]
     into = torch.cat([tokens[:text], image] if text_first else [image, tokens[:text]])
     query, key, value = (x[:, :, into] for x in qkv)
     pooled = None
     if config.down_factor > 1:
-        pooled = tuple(pool(x[:, :, layout.image], layout, weight) for x in (key, value))
-    output, lse = clear_attention(query, key, value, layout, pooled=pooled, return_lse=True, **kwargs)
-    alone = clear_attention(query, key, value, layout, pooled=pooled, **kwargs)
+        pooled = tuple(pool(x[:, :, plan.image], plan, weight) for x in (key, value))
+    output, lse = clear_attention(query, key, value, plan, pooled=pooled, return_lse=True, **kwargs)
+    alone = clear_attention(query, key, value, plan, pooled=pooled, **kwargs)
     torch.testing.assert_close(alone, output, atol=1e-5, rtol=0)
     back = into.argsort()
     return alone[:, :, back], lse[:, :, back]
@@ -46,7 +48,7 @@ CASES = {
 
 
 def check(backend, grids, text, window, factor, batch, text_first):
-    config = ClearConfig(window, factor)
+    config = Clear(window, factor)
     tokens = text + sum(height * width for height, width in grids)
     qkv = torch.randn(3, batch, 2, tokens, 16).unbind()
     weight = 2 * torch.rand(factor, factor) / factor**2  # about the plain mean
@@ -64,8 +66,8 @@ def test_tiled_is_the_rule(**case):
 
 @given(**CASES)
 @settings(max_examples=20)
-def test_dense_is_the_rule(**case):
-    check("dense", **case)
+def test_reference_is_the_rule(**case):
+    check("reference", **case)
 
 
 @machine.needs_compiler
@@ -83,9 +85,9 @@ def test_flex_with_little_more_or_less_than_one_block(grid):
 
 
 @pytest.mark.parametrize("factor", [1, 3])
-@pytest.mark.parametrize("backend", ["tiled", "dense", "auto"])
+@pytest.mark.parametrize("backend", ["tiled", "reference", "auto"])
 def test_gradients(backend, factor):
-    grids, text, config = [(17, 23)], 9, ClearConfig(4, factor)
+    grids, text, config = [(17, 23)], 9, Clear(4, factor)
     inputs = [torch.randn(2, 2, text + 17 * 23, 16, requires_grad=True) for _ in range(3)]
     inputs.append(torch.rand(factor, factor, requires_grad=True))
     expected = reference.attention(*inputs[:3], grids, text, config, inputs[3])
@@ -100,43 +102,43 @@ def test_gradients(backend, factor):
 
 def test_operators_keep_their_promises():
     """Of shapes, strides and gradients, under compilation."""
-    layout = TokenLayout([(13, 20)], 0, ClearConfig(4))  # without text, whose rows are another's to fill
+    plan = Clear(4).plan(TokenLayout([(13, 20)], 0))  # without text, whose rows are another's to fill
     for return_lse in (False, True):
         qkv = [torch.randn(1, 2, 260, 16, requires_grad=True) for _ in range(3)]
-        torch.library.opcheck(tiled._tiled, (*qkv, list(layout.tiles), layout.image.start, 0.25, return_lse))
+        torch.library.opcheck(tiled._tiled, (*qkv, list(plan.tiles), plan.image.start, None, 0.25, return_lse))
 
 
 @pytest.mark.parametrize("backend", machine.BACKENDS)
 def test_any_order_of_memory(backend):
-    layout = TokenLayout([(9, 11)], 5, ClearConfig(3))
+    plan = Clear(3).plan(TokenLayout([(9, 11)], 5))
     qkv = torch.randn(3, 1, 2, 16, 104).transpose(-1, -2).unbind()
-    expected = clear_attention(*(x.contiguous() for x in qkv), layout, backend="dense", return_lse=True)
-    results = clear_attention(*qkv, layout, backend=backend, return_lse=True)
+    expected = clear_attention(*(x.contiguous() for x in qkv), plan, backend="reference", return_lse=True)
+    results = clear_attention(*qkv, plan, backend=backend, return_lse=True)
     torch.testing.assert_close(results, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(clear_attention(*qkv, layout, backend=backend), expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(clear_attention(*qkv, plan, backend=backend), expected[0], atol=1e-5, rtol=0)
 
 
 def test_gradients_of_a_compiled_graph():
-    layout = TokenLayout([(13, 20)], 7, ClearConfig(4))
+    plan = Clear(4).plan(TokenLayout([(13, 20)], 7))
     qkv = [torch.randn(1, 2, 267, 16, requires_grad=True) for _ in range(3)]
-    compiled = torch.compile(lambda *parts: clear_attention(*parts, layout).square().sum(), fullgraph=True)
-    layout.tiles  # noqa: B018
-    plain = torch.autograd.grad(clear_attention(*qkv, layout).square().sum(), qkv)
+    compiled = torch.compile(lambda *parts: clear_attention(*parts, plan).square().sum(), fullgraph=True)
+    plan.tiles  # noqa: B018
+    plain = torch.autograd.grad(clear_attention(*qkv, plan).square().sum(), qkv)
     for ours, expected in zip(torch.autograd.grad(compiled(*qkv), qkv), plain, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_gradients_under_autocast(inside):
-    layout = TokenLayout([(13, 20)], 7, ClearConfig(4))
+    plan = Clear(4).plan(TokenLayout([(13, 20)], 7))
     query, key, value = torch.randn(3, 1, 2, 267, 16).unbind()
     qkv = [query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_()]  # as norms leave them
     with torch.autocast("cpu", torch.bfloat16):
-        output = clear_attention(*qkv, layout, backend="tiled")
-        _, lse = clear_attention(*qkv, layout, backend="tiled", return_lse=True)
+        output = clear_attention(*qkv, plan, backend="tiled")
+        _, lse = clear_attention(*qkv, plan, backend="tiled", return_lse=True)
     assert output.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
-    exact = clear_attention(*(x.double() for x in qkv), layout, backend="dense")
+    exact = clear_attention(*(x.double() for x in qkv), plan, backend="reference")
     direction = torch.randn_like(exact)
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):
         ours = torch.autograd.grad(output, qkv, direction.bfloat16())
@@ -148,7 +150,7 @@ def test_gradients_under_autocast(inside):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", machine.BACKENDS)
 def test_half_precision(backend, dtype):
-    grids, config = [(17, 23)], ClearConfig(5, 2)
+    grids, config = [(17, 23)], Clear(5, 2)
     qkv = torch.randn(3, 1, 2, 20 + 17 * 23, 16).to(dtype).unbind()
     weight = torch.rand(2, 2) / 2
     expected, _ = reference.attention(*(x.float() for x in qkv), grids, 20, config, weight)
@@ -157,21 +159,22 @@ def test_half_precision(backend, dtype):
 
 
 def attend_half(qkv, grids, config, weight, backend):
-    layout = TokenLayout(grids, 20, config)
-    into = torch.cat([torch.arange(20), 20 + layout.order])
+    layout = TokenLayout(grids, 20)
+    plan = config.plan(layout)
+    into = torch.cat([torch.arange(20), 20 + layout.permutation])
     query, key, value = (x[:, :, into] for x in qkv)
-    pooled = tuple(pool(x[:, :, layout.image], layout, weight) for x in (key, value))
-    output = clear_attention(query, key, value, layout, pooled=pooled, backend=backend)
+    pooled = tuple(pool(x[:, :, plan.image], plan, weight) for x in (key, value))
+    output = clear_attention(query, key, value, plan, pooled=pooled, backend=backend)
     assert output.dtype == query.dtype
     return output[:, :, into.argsort()], output
 
 
 def test_partial_results_merge_by_their_log_sum_exp():
-    layout = TokenLayout([(12, 20)], 10, ClearConfig(5))
+    plan = Clear(5).plan(TokenLayout([(12, 20)], 10))
     query, key, value = torch.randn(3, 1, 2, 250, 16).unbind()
-    whole = tiled.attend(query, key, value, layout, 0.25, False)[0][:, :, layout.image]
-    bare = TokenLayout([(12, 20)], 0, ClearConfig(5))
-    parts = [tiled.attend(query[:, :, 10:], key[:, :, 10:], value[:, :, 10:], bare, 0.25, True)]
+    whole = tiled.attend(query, key, value, plan, None, 0.25, False)[0][:, :, plan.image]
+    bare = Clear(5).plan(TokenLayout([(12, 20)], 0))
+    parts = [tiled.attend(query[:, :, 10:], key[:, :, 10:], value[:, :, 10:], bare, None, 0.25, True)]
     scores = query[:, :, 10:] @ key[:, :, :10].transpose(-1, -2) * 0.25
     parts.append((scores.softmax(-1) @ value[:, :, :10], scores.logsumexp(-1)))
     lse = torch.stack([part[1] for part in parts])
@@ -182,28 +185,28 @@ def test_partial_results_merge_by_their_log_sum_exp():
 
 def test_scale():
     qkv = torch.randn(3, 1, 2, 5 + 99, 16).unbind()
-    expected, _ = reference.attention(*qkv, [(9, 11)], 5, ClearConfig(3), scale=0.7)
+    expected, _ = reference.attention(*qkv, [(9, 11)], 5, Clear(3), scale=0.7)
     for backend in machine.BACKENDS:
-        output, _ = attend(qkv, [(9, 11)], 5, ClearConfig(3), None, backend=backend, scale=0.7)
+        output, _ = attend(qkv, [(9, 11)], 5, Clear(3), None, backend=backend, scale=0.7)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
 
 def test_chunks_of_tiles_change_nothing(monkeypatch):
     qkv = torch.randn(3, 2, 2, 5 + 40 * 40, 16).unbind()
-    whole, _ = attend(qkv, [(40, 40)], 5, ClearConfig(4), None, backend="tiled")
+    whole, _ = attend(qkv, [(40, 40)], 5, Clear(4), None, backend="tiled")
     monkeypatch.setattr(tiled, "GATHERED_ELEMENTS_ON_CPU", 1)
-    chunked, _ = attend(qkv, [(40, 40)], 5, ClearConfig(4), None, backend="tiled")
+    chunked, _ = attend(qkv, [(40, 40)], 5, Clear(4), None, backend="tiled")
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
 
 
 @machine.needs_compiler
 def test_flex_inside_an_outer_compiled_graph():
-    layout = TokenLayout([(24, 24)], 16, ClearConfig(6))
+    plan = Clear(6).plan(TokenLayout([(24, 24)], 16))
 
     def block(x, scale):
         # Views with an offset, made inside the graph: what FlexAttention gets wrong there on a CPU by itself.
         query, key, value = (x * scale).chunk(3, dim=-1)
-        return clear_attention(query, key, value, layout, backend="flex") + 1
+        return clear_attention(query, key, value, plan, backend="flex") + 1
 
     x = torch.randn(1, 2, 16 + 576, 48)
     with torch.no_grad():
@@ -213,78 +216,112 @@ def test_flex_inside_an_outer_compiled_graph():
 
 
 def check_double():
-    grids, config = [(17, 23)], ClearConfig(5)
+    grids, config = [(17, 23)], Clear(5)
     qkv = torch.randn(3, 1, 2, 20 + 17 * 23, 16, dtype=torch.float64).unbind()
     expected, _ = reference.attention(*qkv, grids, 20, config)
-    layout = TokenLayout(grids, 20, config)
-    into = torch.cat([torch.arange(20), 20 + layout.order])
-    output = clear_attention(*(x[:, :, into] for x in qkv), layout)
+    layout = TokenLayout(grids, 20)
+    plan = config.plan(layout)
+    into = torch.cat([torch.arange(20), 20 + layout.permutation])
+    output = clear_attention(*(x[:, :, into] for x in qkv), plan)
     torch.testing.assert_close(output[:, :, into.argsort()], expected, atol=1e-10, rtol=0)
 
 
 def test_flex_as_a_part_of_an_outer_graph(monkeypatch):
     """As on a GPU, where there is no custom operator between."""
     monkeypatch.setitem(BACKENDS, "flex", BACKENDS["flex"]._replace(attend=flex.attend_directly))
-    layout = TokenLayout([(24, 24)], 16, ClearConfig(6))
-    layout.block_lists  # noqa: B018
+    plan = Clear(6).plan(TokenLayout([(24, 24)], 16))
+    plan.block_indices  # noqa: B018
     query, key, value = torch.randn(3, 1, 2, 16 + 576, 16).unbind()
-    expected = clear_attention(query, key, value, layout, backend="dense")
+    expected = clear_attention(query, key, value, plan, backend="reference")
     compiled = torch.compile(clear_attention, fullgraph=True, backend="eager")
     with torch.no_grad():
-        output = compiled(query, key, value, layout, backend="flex")
+        output = compiled(query, key, value, plan, backend="flex")
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
 
 def test_the_log_sum_exp_under_autocast():
-    layout = TokenLayout([(9, 11)], 5, ClearConfig(3))
+    plan = Clear(3).plan(TokenLayout([(9, 11)], 5))
     qkv = torch.randn(3, 1, 2, 5 + 99, 16).unbind()
-    _, expected = clear_attention(*qkv, layout, backend="tiled", return_lse=True)
+    _, expected = clear_attention(*qkv, plan, backend="tiled", return_lse=True)
     with torch.autocast("cpu", torch.bfloat16):
-        _, lse = clear_attention(*qkv, layout, backend="tiled", return_lse=True)
+        _, lse = clear_attention(*qkv, plan, backend="tiled", return_lse=True)
     assert torch.equal(lse, expected)
 
 
 def test_gradients_of_pooled_keys_alone():
-    layout = TokenLayout([(8, 8)], 2, ClearConfig(2, 2))
+    plan = Clear(2, 2).plan(TokenLayout([(8, 8)], 2))
     qkv = torch.randn(3, 1, 1, 66, 16).unbind()
     pooled = tuple(torch.randn(2, 1, 1, 16, 16, requires_grad=True).unbind())
-    clear_attention(*qkv, layout, pooled=pooled).sum().backward()
+    clear_attention(*qkv, plan, pooled=pooled).sum().backward()
     with pytest.raises(RuntimeError, match="no gradients on a CPU"):
-        clear_attention(*qkv, layout, pooled=pooled, backend="flex")
+        clear_attention(*qkv, plan, pooled=pooled, backend="flex")
+
+
+@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_a_bias_per_key_and_fewer_key_heads(backend, factor, text_first):
+    """Against four dense lines: scores of grouped heads plus the bias, under the mask."""
+    layout = TokenLayout([(9, 11)], 5, text_first=text_first)
+    plan = Clear(3, factor).plan(layout)
+    query, key, value = torch.randn(2, 4, 104, 16), torch.randn(2, 2, 104, 16), torch.randn(2, 2, 104, 16)
+    bias = torch.randn(2, plan.key_tokens)
+    bias[0, plan.text.start] = -1000.0  # hidden
+    weight = torch.rand(factor, factor)
+    pooled = tuple(pool(x[:, :, layout.image], plan, weight) for x in (key, value)) if factor > 1 else None
+    grads = backend != "flex"
+    inputs = [x.requires_grad_(grads) for x in (query, key, value)]
+    output = clear_attention(*inputs, plan, pooled=pooled, key_bias=bias, backend=backend)
+
+    keys, values = (
+        torch.cat([x, *([p] if pooled else [])], 2).repeat_interleave(2, 1)
+        for x, p in zip((key, value), pooled or (None, None), strict=True)
+    )
+    scores = query @ keys.mT / 4 + bias[:, None, None]
+    mask = torch.ones(104, plan.key_tokens, dtype=torch.bool)
+    mask[layout.image] = window_mask(plan.query, plan.key, plan.radius_sq)
+    mask[layout.text, 104:] = False
+    expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    if grads and pooled is None:
+        direction = torch.randn_like(expected)
+        ours, theirs = (torch.autograd.grad(x, inputs, direction) for x in (output, expected))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
 class TestRefusals:
-    layout = TokenLayout([(4, 4)], 2, ClearConfig(2))
+    plan = Clear(2).plan(TokenLayout([(4, 4)], 2))
     qkv = torch.randn(3, 1, 1, 18, 8).unbind()
 
     def test_unknown_backend(self):
         with pytest.raises(ValueError, match=r"unknown backend 'fast'.*'tiled'"):
-            clear_attention(*self.qkv, self.layout, backend="fast")
+            clear_attention(*self.qkv, self.plan, backend="fast")
 
     def test_wrong_number_of_tokens(self):
         with pytest.raises(ValueError, match=r"key must be \[batch, heads, 18, head_dim\].*got \[1, 1, 17, 8\]"):
-            clear_attention(self.qkv[0], self.qkv[1][:, :, 1:], self.qkv[2], self.layout)
+            clear_attention(self.qkv[0], self.qkv[1][:, :, 1:], self.qkv[2], self.plan)
 
     def test_other_heads_than_the_query(self):
         with pytest.raises(ValueError, match=r"value must be .* shaped as the query.*got \[1, 1, 18, 4\]"):
-            clear_attention(self.qkv[0], self.qkv[1], self.qkv[2][..., :4], self.layout)
+            clear_attention(self.qkv[0], self.qkv[1], self.qkv[2][..., :4], self.plan)
 
     def test_pooled_keys_that_do_not_fit(self):
         with pytest.raises(ValueError, match=r"pooled must be None for .* down_factor 1, got shapes \[\(1, 1, 3, 8\)"):
-            clear_attention(*self.qkv, self.layout, pooled=(self.qkv[0][:, :, :3],) * 2)
+            clear_attention(*self.qkv, self.plan, pooled=(self.qkv[0][:, :, :3],) * 2)
         with pytest.raises(ValueError, match=r"pooled must be two tensors of shape \[1, 1, 4, 8\] .* got shapes \[\]"):
-            clear_attention(*self.qkv, TokenLayout([(4, 4)], 2, ClearConfig(2, 2)))
+            clear_attention(*self.qkv, Clear(2, 2).plan(TokenLayout([(4, 4)], 2)))
 
     def test_flex_with_gradients_on_a_cpu(self):
         qkv = [x.clone().requires_grad_() for x in self.qkv]
         with pytest.raises(RuntimeError, match="no gradients on a CPU; use backend='auto' or 'tiled'"):
-            clear_attention(*qkv, self.layout, backend="flex")
+            clear_attention(*qkv, self.plan, backend="flex")
 
     def test_dense_on_a_long_sequence(self):
-        layout = TokenLayout([(91, 91)], 0, ClearConfig(2))
+        plan = Clear(2).plan(TokenLayout([(91, 91)], 0))
         qkv = torch.randn(3, 1, 1, 91 * 91, 8).unbind()
         with pytest.raises(ValueError, match=f"at most {dense.MAX_IMAGE_TOKENS} image tokens, got {91 * 91}"):
-            clear_attention(*qkv, layout, backend="dense")
+            clear_attention(*qkv, plan, backend="reference")
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -297,12 +334,12 @@ class Chip(NamedTuple):
 
 class TestAuto:
     def test_says_why(self):
-        choice = choose(CPU, torch.float32, 64, needs_grad=True)
+        choice = select_backend(CPU, torch.float32, 64, needs_grad=True)
         assert choice.backend == "tiled"
         assert "no gradients on a CPU" in choice.reason
 
     def test_takes_the_winner_of_what_was_measured(self):
-        choice = choose(CPU, torch.float32, 64, needs_grad=False)
+        choice = select_backend(CPU, torch.float32, 64, needs_grad=False)
         assert "benchmarks/results/auto-cpu-*.json" in choice.reason
         times = defaultdict(dict)
         for file in (Path(__file__).parents[1] / "benchmarks/results").glob("auto-cpu-*.json"):
@@ -313,14 +350,14 @@ class TestAuto:
         assert all(each[choice.backend] <= 1.1 * min(each.values()) for each in times.values())
 
     def test_falls_to_tiled_on_what_it_does_not_know_and_says_so_once(self, caplog):
-        backends._warn_once.cache_clear()
+        selection._warn_once.cache_clear()
         for _ in range(3):
-            choice = choose_aloud(torch.device("mps"), torch.float16, 128, needs_grad=False)
+            choice = select_backend(torch.device("mps"), torch.float16, 128, needs_grad=False)
         assert choice.backend == "tiled"
         assert ["mps" in record.message for record in caplog.records] == [True]
 
     def test_is_silent_where_it_knows(self, caplog):
-        choose_aloud(CPU, torch.float32, 64, needs_grad=False)
+        select_backend(CPU, torch.float32, 64, needs_grad=False)
         assert not caplog.records
 
     @pytest.mark.parametrize(
@@ -338,20 +375,20 @@ class TestAuto:
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Chip("RTX", memory * 1024))
         try:
-            choice = choose(GPU, torch.bfloat16, 64, needs_grad=False)
+            choice = select_backend(GPU, torch.bfloat16, 64, needs_grad=False)
         finally:
             flex._look_for_tools.cache_clear()
         assert choice.backend == backend
         assert reason in choice.reason
 
     def test_what_flex_cannot_do_on_a_gpu(self, monkeypatch):
-        monkeypatch.setattr(flex, "reason_against_device", lambda device: None)
+        monkeypatch.setattr(flex, "unsupported_device", lambda device: None)
         for dtype, head_dim, needs_grad, reason in (
             (torch.bfloat16, 8, False, "head_dim below 16 on CUDA, got 8"),
             (torch.bfloat16, 64, True, "gradients"),
             (torch.float64, 64, False, "torch.float64"),
         ):
-            choice = choose(GPU, dtype, head_dim, needs_grad)
+            choice = select_backend(GPU, dtype, head_dim, needs_grad)
             assert choice.backend == "tiled"
             assert reason in choice.reason
 
@@ -362,7 +399,7 @@ class TestAuto:
         flex._look_for_tools.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
         try:
-            reason = flex.reason_against(CPU, torch.float32, 64, needs_grad=False)
+            reason = flex.unsupported_reason(CPU, torch.float32, 64, needs_grad=False)
         finally:
             flex._look_for_tools.cache_clear()
         assert "'no-such-compiler' was not found" in reason

@@ -11,13 +11,13 @@ from torch.nn.attention.flex_attention import create_block_mask
 from typer.testing import CliRunner
 
 from clear_attn.backends import BACKENDS, flex
+from clear_attn.methods import Clear
 from clear_attn.profiling.cost_report import Cost
 from clear_attn.tools.bench import measure, raster
 from clear_attn.tools.bench import model_level as model
 from clear_attn.tools.bench import runner as run
 from clear_attn.tools.bench.measure import Subject
 from clear_attn.tools.cli import app
-from clear_attn.utils.validation import ClearConfig
 from tests import machine, reference
 
 CPU = torch.device("cpu")
@@ -158,7 +158,7 @@ def test_refusals_come_before_the_work(bench, monkeypatch, options, message):
 )
 @settings(max_examples=15)
 def test_raster_order_is_the_rule(grid, text, window, factor):
-    tokens, config = text + grid[0] * grid[1], ClearConfig(window, factor)
+    tokens, config = text + grid[0] * grid[1], Clear(window, factor)
     query, key, value = torch.randn(3, 1, 2, tokens, 16).unbind()
     weight = torch.full((factor, factor), 1 / factor**2)
     expected, _ = reference.attention(query, key, value, [grid], text, config, weight)

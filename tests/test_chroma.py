@@ -50,8 +50,8 @@ def test_equals_the_rule_in_raster_order(data):
 @pytest.mark.parametrize("backend", machine.BACKENDS)
 def test_each_text_has_its_own_padding(backend, transformer):
     call = tiny.chroma_call(transformer, (13, 7), text=9, batch=3, padded=(0, 3, 8))
-    expected = run(in_raster_order(transformer, [(13, 7)], clear.ClearConfig(4, 2)), call)
-    without = run(in_raster_order(transformer, [(13, 7)], clear.ClearConfig(4, 2)), {**call, "attention_mask": None})
+    expected = run(in_raster_order(transformer, [(13, 7)], clear.methods.Clear(4, 2)), call)
+    without = run(in_raster_order(transformer, [(13, 7)], clear.methods.Clear(4, 2)), {**call, "attention_mask": None})
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
     assert (expected - without).abs().max() > 1e-3

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from clear_attn import ClearConfig
+from clear_attn.methods import Clear
 
 
 def test_defaults():
-    assert ClearConfig() == ClearConfig(window=16, down_factor=1)
-    assert ClearConfig(np.int64(8)).window == 8
+    assert Clear() == Clear(window=16, down_factor=1)
+    assert Clear(np.int64(8)).window == 8
 
 
 @pytest.mark.parametrize("name", ["window", "down_factor"])
@@ -22,4 +22,4 @@ def test_defaults():
 )
 def test_refuses(name, value, error, words):
     with pytest.raises(error, match=f"{name} {words}"):
-        ClearConfig(**{name: value})
+        Clear(**{name: value})

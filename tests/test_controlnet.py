@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
+from clear_attn.methods.clear import window_pairs
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
 from tests.test_linearize import assert_same, photograph
@@ -79,7 +80,7 @@ def test_equals_the_rule_in_raster_order(kind, grid, text, window, factor, batch
     build, changes, make_call = kind
     controlnet = build(**changes)
     call = make_call(controlnet, grid, text, batch)
-    expected = run(in_raster_order(controlnet, [grid], clear.ClearConfig(window, factor)), call)
+    expected = run(in_raster_order(controlnet, [grid], clear.methods.Clear(window, factor)), call)
     before = photograph(controlnet)
     stock = run(controlnet, call)
     clear.linearize(controlnet, window, factor, weights=None, backend=backend)
@@ -150,7 +151,7 @@ def test_an_embedder_that_is_replaced_is_found_out():
     controlnet.pos_embed = copy.deepcopy(tiny.SD3.transformer().pos_embed)
     with pytest.raises(RuntimeError, match="a PatchEmbed of this SD3ControlNetModel was replaced"):
         run(controlnet, call)
-    expected = run(in_raster_order(clear.restore(copy.deepcopy(controlnet)), [(11, 20)], clear.ClearConfig(4)), call)
+    expected = run(in_raster_order(clear.restore(copy.deepcopy(controlnet)), [(11, 20)], clear.methods.Clear(4)), call)
     clear.linearize(controlnet, 4, weights=None)
     torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
@@ -158,8 +159,8 @@ def test_an_embedder_that_is_replaced_is_found_out():
 def test_cost_of_one_without_text():
     controlnet = sd3_controlnet(joint_attention_dim=None, dual_attention_layers=())
     counted = clear.cost(controlnet, 64, 64)
-    assert (counted.layers, counted.layers_without_text) == (0, 3)
-    assert counted.step_flops == counted.flops(3 * counted.window_pairs)
+    assert (counted.layers, counted.layers_without_text) == (3, 3)
+    assert counted.step_flops == counted.flops(3 * window_pairs((counted.height, counted.width), counted.method.window))
 
 
 def test_several_are_linearized_one_by_one():

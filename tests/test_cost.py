@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clear_attn as clear
-from clear_attn.core.window_mask import dense_mask
-from clear_attn.profiling.cost_report import window_pairs
+from clear_attn.core.window_mask import window_mask
+from clear_attn.methods.clear import window_pairs
 from tests import tiny
 
 
@@ -35,13 +35,14 @@ def test_published_numbers(flux_dev, side):
 
 @given(height=st.integers(1, 20), width=st.integers(1, 20), window=st.integers(1, 40), factor=st.integers(1, 5))
 def test_counts_what_the_masks_allow(height, width, window, factor):
-    layout = clear.TokenLayout([(height, width)], 3, clear.ClearConfig(window, factor))
-    cost = clear.Cost(height, width, 3, 1, 1, 64, window, factor)
-    image_pairs = int(dense_mask(layout.query, layout.key, layout.reach).sum())
-    assert cost.pairs == image_pairs + 3 * (3 + height * width)
-    assert cost.pooled_tokens == layout.pooled_tokens
-    lists = layout.block_lists
-    assert cost.block_list_bytes == sum(part.numel() * part.element_size() for part in lists)
+    method = clear.methods.Clear(window, factor)
+    plan = method.plan(clear.TokenLayout([(height, width)], 3))
+    cost = clear.Cost.of_layer((height, width), 3, 2, 32, method)
+    image_pairs = int(window_mask(plan.query, plan.key, plan.radius_sq).sum())
+    assert cost.step_flops == 4 * 64 * (image_pairs + 3 * (3 + height * width))
+    assert cost.dense_step_flops == 4 * 64 * (3 + height * width) ** 2
+    assert cost.pooled_tokens == plan.pooled_tokens
+    assert cost.block_list_bytes == sum(part.numel() * part.element_size() for part in plan.block_indices)
 
 
 def test_a_wide_window_is_dense():
@@ -49,12 +50,12 @@ def test_a_wide_window_is_dense():
 
 
 def test_settings_and_sizes_come_from_the_pipeline(pipe):
-    assert (clear.cost(pipe, 128, 130).width, clear.cost(pipe, 128, 130).window) == (16, 16)
+    assert (clear.cost(pipe, 128, 130).width, clear.cost(pipe, 128, 130).method) == (16, clear.methods.Clear(16))
     clear.linearize(pipe, 5, 2, weights=None)
     cost = clear.cost(pipe, 256, 128, text_tokens=24, batch=4)
-    assert (cost.height, cost.width, cost.window, cost.down_factor) == (32, 16, 5, 2)
-    assert (cost.layers, cost.inner_dim) == (6, 128)
-    assert clear.cost(pipe, 256, 128, window=3).window == 3
+    assert (cost.height, cost.width, cost.method) == (32, 16, clear.methods.Clear(5, 2))
+    assert (cost.layers, cost.heads * cost.head_dim) == (6, 128)
+    assert clear.cost(pipe, 256, 128, window=3).method == clear.methods.Clear(3, 2)
 
 
 def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
@@ -65,7 +66,7 @@ def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
         "53,604.4",
         "all 57 layers",
         "Dense as before: the text queries",
-        "4,096 pooled",
+        "attention to the pooled keys",
     ):
         assert words in text
         assert words in page

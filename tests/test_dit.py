@@ -49,7 +49,7 @@ def test_equals_the_rule_in_raster_order(data):
     window, factor = (data.draw(st.integers(1, SIZES[name]), name) for name in ("window", "factor"))
     transformer = tiny.dit_transformer(**data.draw(st.sampled_from(tiny.DIT.variants)))
     call = tiny.dit_call(transformer, (side, side), batch=data.draw(st.integers(1, 3), "batch"))
-    expected = run(in_raster_order(transformer, [(side, side)], clear.ClearConfig(window, factor)), call)
+    expected = run(in_raster_order(transformer, [(side, side)], clear.methods.Clear(window, factor)), call)
     assert expected.shape[1] == transformer.config.out_channels
     clear.linearize(
         transformer, window, factor, weights=None, backend=data.draw(st.sampled_from(["tiled", "dense"]), "backend")
@@ -60,7 +60,7 @@ def test_equals_the_rule_in_raster_order(data):
 def test_sizes_in_turn(transformer):
     calls = {side: tiny.dit_call(transformer, (side, side)) for side in (5, 12)}
     expected = {
-        side: run(in_raster_order(transformer, [(side, side)], clear.ClearConfig(4, 2)), call)
+        side: run(in_raster_order(transformer, [(side, side)], clear.methods.Clear(4, 2)), call)
         for side, call in calls.items()
     }
     clear.linearize(transformer, 4, 2, weights=None)
@@ -121,8 +121,8 @@ def test_pictures_that_are_not_square(transformer):
 
 def test_a_schedule_by_layer_and_none_by_noise(transformer):
     before = photograph(transformer)
-    with pytest.raises(ValueError, match=r"dense_above=0\.9 is a share of noise, which a call of a DiT"):
-        clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_above=0.9))
+    with pytest.raises(ValueError, match=r"dense_above_sigma=0\.9 is a share of noise, which a call of a DiT"):
+        clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_above_sigma=0.9))
     assert_same(transformer, before)
     call = tiny.dit_call(transformer, (8, 8))
     stock = run(transformer, call)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 import clear_attn as clear
 from clear_attn.backends import attention, flex, tiled
 from clear_attn.backends import reference as dense
-from clear_attn.core.layout import tile_order
-from clear_attn.models import family_of, flux
-from clear_attn.patching.hooks import layout_for
+from clear_attn.core.layout import grid_permutation
+from clear_attn.models import adapter_for, flux
+from clear_attn.patching import plan_cache
+from clear_attn.patching.state import entry_hook_of
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
 
@@ -24,7 +25,7 @@ SIZES = {"text": 40, "window": 30, "factor": 5}
 
 
 def keywords_of(transformer):
-    return family_of(transformer).keywords
+    return adapter_for(transformer).keywords
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
@@ -40,7 +41,7 @@ def check_rule(family, data, backends=machine.BACKENDS):
     batch, controlnet = data.draw(st.integers(1, 3), "batch"), data.draw(st.booleans(), "controlnet")
     transformer = family.transformer(**data.draw(st.sampled_from(family.variants)))
     call = family.call(transformer, *grids, text=text, batch=batch, controlnet=controlnet)
-    expected = run(in_raster_order(transformer, grids, clear.ClearConfig(window, factor)), call)
+    expected = run(in_raster_order(transformer, grids, clear.methods.Clear(window, factor)), call)
     backend = data.draw(st.sampled_from(backends), "backend")
     clear.linearize(transformer, window, factor, weights=None, backend=backend)
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
@@ -86,7 +87,7 @@ def test_portrait_and_landscape_in_turn(family, transformer):
     calls = [family.call(transformer, grid, text=text) for grid, text in (((5, 12), 7), ((12, 5), 7), ((5, 12), 9))]
     expected = []
     for call, grid in zip(calls, ((5, 12), (12, 5), (5, 12)), strict=True):
-        expected.append(run(in_raster_order(transformer, [grid], clear.ClearConfig(4, 2)), call))
+        expected.append(run(in_raster_order(transformer, [grid], clear.methods.Clear(4, 2)), call))
     clear.linearize(transformer, 4, 2, weights=None)
     for _ in range(2):
         for call, output in zip(calls, expected, strict=True):
@@ -98,7 +99,7 @@ def test_two_threads_see_their_own_layouts(family, transformer, backend):
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     calls = [family.call(transformer, grid) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
     expected = [run(transformer, call) for call in calls]
-    layout_for.cache_clear()
+    forget_plans(transformer)
     wrong = []
 
     def work(start):
@@ -122,7 +123,7 @@ def test_a_deep_copy_is_independent(family, transformer):
     expected = run(transformer, call)
     twin = copy.deepcopy(transformer)
     with torch.no_grad():
-        next(iter(family_of(twin).attention_layers(twin).values())).processor.spatial_weight.mul_(2)
+        next(iter(adapter_for(twin).attention_layers(twin).values())).processor.spatial_weight.mul_(2)
     assert not torch.allclose(run(twin, call), expected, atol=1e-5)
     assert torch.equal(run(transformer, call), expected)
     clear.restore(twin)
@@ -138,7 +139,7 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
     calls = [family.call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
     for call in calls:
         call["hidden_states"].requires_grad_()
-    plain = [in_raster_order(transformer, [grid], clear.ClearConfig(3, factor)) for grid in sizes]
+    plain = [in_raster_order(transformer, [grid], clear.methods.Clear(3, factor)) for grid in sizes]
     names = [name for name, _ in transformer.named_parameters()]
 
     def gradients(models):
@@ -193,7 +194,8 @@ def test_twenty_sizes_stay_within_bounds(family, transformer, monkeypatch):
     assert len(compiled) == 20 * family.layers
     assert max(alive[10:]) <= alive[9], alive
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
-    assert layout_for.cache_info().currsize <= 8
+    assert len(entry_hook_of(transformer).cache._layouts) <= plan_cache.LAYOUTS
+    assert len(entry_hook_of(transformer).cache._plans) <= 2 * plan_cache.LAYOUTS
     assert len(flux._read_ids.recent) <= 16
     gc.collect()
     dead = [reference for reference, *_ in flux._read_ids.recent if reference() is not None]
@@ -213,14 +215,18 @@ def test_another_default_device(family, transformer):
     call = family.call(transformer, (11, 20))
     clear.linearize(transformer, 3, 2, weights=None)
     expected = run(transformer, call)
-    layout_for.cache_clear()
-    tile_order.cache_clear()
+    forget_plans(transformer)
+    grid_permutation.cache_clear()
     flux._read_ids.recent.clear()
     with torch.device("meta"):
         assert torch.equal(run(transformer, call), expected)
 
 
-class TestDoor:
+def forget_plans(transformer):
+    entry_hook_of(transformer).cache = plan_cache.PlanCache()
+
+
+class TestHooks:
     def test_names_a_layer_whose_processor_was_replaced(self, family, transformer):
         stock = transformer.transformer_blocks[1].attn.processor
         clear.linearize(transformer, 3, weights=None)
@@ -245,9 +251,9 @@ class TestDoor:
         with pytest.raises(ValueError, match=rf"{name} must have .* 24 image tokens, got 20"):
             run(transformer, call)
 
-    def test_a_layer_without_a_layout_says_so(self, family, transformer):
+    def test_a_layer_without_a_context_says_so(self, family, transformer):
         clear.linearize(transformer, 3, weights=None)
-        with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.attn was called without a layout"):
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.attn was called without a context"):
             transformer.transformer_blocks[0].attn(torch.zeros(1, 4, 32), torch.zeros(1, 2, 32))
 
     def test_an_attention_mask_is_refused(self, family, transformer):

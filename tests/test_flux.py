@@ -8,7 +8,6 @@ from torch._dynamo.utils import counters
 
 import clear_attn as clear
 from clear_attn.models import flux
-from clear_attn.patching.hooks import layout_for
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
 
@@ -26,10 +25,9 @@ def test_regional_compilation(backend):
     transformer = tiny.FLUX.transformer(num_layers=torch._dynamo.config.recompile_limit + 1)
     calls = [tiny.FLUX.call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
     plain = [
-        in_raster_order(transformer, [grid], clear.ClearConfig(4)) for grid, text in (((13, 7), 7), ((18, 20), 11))
+        in_raster_order(transformer, [grid], clear.methods.Clear(4)) for grid, text in (((13, 7), 7), ((18, 20), 11))
     ]
     clear.linearize(transformer, 4, weights=None, backend=backend)
-    layout_for.cache_clear()
     transformer.compile_repeated_blocks(fullgraph=True)
     for call, model in zip(calls, plain, strict=True):
         torch.testing.assert_close(run(transformer, call), run(model, call), atol=1e-5, rtol=0)
@@ -120,14 +118,14 @@ class TestIds:
 
 @pytest.mark.parametrize("name", ["native", "_native_math", "flex"])
 def test_the_users_attention_backend_serves_text_queries(transformer, name, monkeypatch):
-    from clear_attn.models import processors
+    from clear_attn.models import dense_attention
 
     clear.linearize(transformer, 4, weights=None)
     expected = run(transformer, tiny.FLUX.call(transformer, (9, 9)))
     used = []
-    dispatch = processors.dispatch_attention_fn
+    dispatch = dense_attention.dispatch_attention_fn
     monkeypatch.setattr(
-        processors,
+        dense_attention,
         "dispatch_attention_fn",
         lambda *args, **kwargs: used.append(kwargs["backend"]) or dispatch(*args, **kwargs),
     )

@@ -52,7 +52,7 @@ def test_equals_the_rule_in_raster_order(data):
 def test_three_pictures_of_different_size(transformer, backend):
     grids = [(13, 7), (9, 9), (4, 6)]
     call = tiny.flux2_call(transformer, *grids, batch=2)
-    expected = run(in_raster_order(transformer, grids, clear.ClearConfig(4, 2)), call)
+    expected = run(in_raster_order(transformer, grids, clear.methods.Clear(4, 2)), call)
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
 

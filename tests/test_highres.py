@@ -163,7 +163,7 @@ class TestPicture:
 
 def test_refuses_a_base_image_whose_weights_were_given_up(pipe):
     clear.linearize(pipe, weights=demo.distilled(), keep_original=False)
-    with pytest.raises(RuntimeError, match="the original weights of this pipeline were given up"):
+    with pytest.raises(RuntimeError, match="the original weights of this pipeline were discarded"):
         draw(pipe, window=None, weights="auto")
     assert draw(pipe, window=None, weights="auto", image=noise(64, 64)).finished
 

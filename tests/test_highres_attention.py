@@ -97,7 +97,7 @@ class TestProportionalAttention:
             return clear.clear_attention(*args, scale=scale, **kwargs)
 
         with (
-            mock.patch("clear_attn.models.processors.clear_attention", attention),
+            mock.patch("clear_attn.methods.clear.clear_attention", attention),
             clear.proportional_attention(transformer),
         ):
             run(transformer, family.call(transformer, GRID))

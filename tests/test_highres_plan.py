@@ -50,7 +50,7 @@ class TestPlan:
     def test_names_what_a_linearized_pipeline_has(self, pipe, monkeypatch):
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="toy")
         assert describe(pipe)["adapters"] == ["toy"]
-        clear.linearize(pipe, 4, weights=None, backend="dense")
+        clear.linearize(pipe, 4, weights=None, backend="reference")
         monkeypatch.setattr(cascade, "draw", lambda *args: None)
         plan = draw(pipe, window=None, weights="auto").plan
         assert (plan.window, plan.weights, plan.revision, plan.backend) == (4, None, None, "dense")
@@ -91,7 +91,7 @@ class TestPlan:
         assert plan.base == clear.Base(64, 64, steps=2, guidance=3.5)
         assert plan.stages == (clear.Stage(128, 128, strength=0.5, steps=4, ntk_factor=10.0),)
         assert (plan.window, plan.down_factor, plan.weights, plan.seed) == (4, 1, None, 5)
-        assert plan.schedule == clear.Schedule(dense_above=0.95)
+        assert plan.schedule == clear.Schedule(dense_above_sigma=0.95)
         assert plan.options == {"max_sequence_length": 24}
         assert plan.model["name"] == "small_flux"
         assert json.loads(plan.to_json())["format"] == 2

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from clear_attn.backends.attention import pool
 from clear_attn.core.layout import TokenLayout
-from clear_attn.utils.validation import ClearConfig
+from clear_attn.methods import Clear
 from tests import reference
 
 GRIDS = st.lists(st.tuples(st.integers(1, 37), st.integers(1, 37)), min_size=1, max_size=3)
@@ -13,21 +13,21 @@ GRIDS = st.lists(st.tuples(st.integers(1, 37), st.integers(1, 37)), min_size=1, 
 
 @given(grids=GRIDS)
 def test_order_is_a_permutation_within_segments(grids):
-    layout = TokenLayout(grids, 3, ClearConfig(4))
+    layout = TokenLayout(grids, 3)
     tokens = torch.arange(layout.image_tokens)
-    assert torch.equal(tokens[layout.order][layout.inverse], tokens)
-    assert layout.order.sort().values.tolist() == tokens.tolist()
+    assert torch.equal(tokens[layout.permutation][layout.inverse_permutation], tokens)
+    assert layout.permutation.sort().values.tolist() == tokens.tolist()
     start = 0
     for height, width in grids:
-        part = layout.order[start : start + height * width]
+        part = layout.permutation[start : start + height * width]
         assert part.min() == start
         assert part.max() == start + height * width - 1
         start += height * width
 
 
 def test_order_is_nested_tiles():
-    layout = TokenLayout([(32, 48)], 0, ClearConfig())
-    y, x = layout.query
+    layout = TokenLayout([(32, 48)], 0)
+    y, x = Clear().plan(layout).query
     for cell in range(0, layout.image_tokens, 64):
         assert (y[cell : cell + 64].max() - y[cell : cell + 64].min()) == 7
         assert (x[cell : cell + 64].max() - x[cell : cell + 64].min()) == 7
@@ -38,23 +38,25 @@ def test_order_is_nested_tiles():
 
 @given(grids=GRIDS)
 def test_coordinates_are_those_of_the_tokens(grids):
-    layout = TokenLayout(grids, 5, ClearConfig(4), text_first=False)
+    layout = TokenLayout(grids, 5, text_first=False)
+    plan = Clear(4).plan(layout)
     expected = reference.coordinates(grids).float()
-    assert torch.equal(torch.stack(layout.query, dim=1)[layout.inverse], expected)
-    assert torch.equal(layout.key.y[layout.image], layout.query.y)
-    assert layout.reach[layout.text].isinf().all()
-    assert (layout.reach[layout.image] == 16).all()
+    assert torch.equal(torch.stack(plan.query, dim=1)[layout.inverse_permutation], expected)
+    assert torch.equal(plan.key.y[layout.image], plan.query.y)
+    assert plan.radius_sq[layout.text].isinf().all()
+    assert (plan.radius_sq[layout.image] == 16).all()
 
 
 @given(grids=GRIDS, factor=st.integers(2, 6))
 def test_pooling_is_a_weighted_mean_of_cells(grids, factor):
-    layout = TokenLayout(grids, 0, ClearConfig(4, factor))
+    layout = TokenLayout(grids, 0)
+    plan = Clear(4, factor).plan(layout)
     weight = torch.rand(1, 1, 1, factor, 1, factor, 1)
     raster = torch.randn(2, 3, layout.image_tokens, 4)
     expected = reference.pool(raster, grids, factor, weight.view(factor, factor))
-    torch.testing.assert_close(pool(raster[:, :, layout.order], layout, weight), expected)
+    torch.testing.assert_close(pool(raster[:, :, layout.permutation], plan, weight), expected)
     ones = torch.ones(1, 1, layout.image_tokens, 1)
-    mean = pool(ones, layout, torch.full((factor, factor), 1 / factor**2))
+    mean = pool(ones, plan, torch.full((factor, factor), 1 / factor**2))
     torch.testing.assert_close(mean, torch.ones_like(mean))
 
 
@@ -69,11 +71,12 @@ def test_pooling_is_a_weighted_mean_of_cells(grids, factor):
 )
 def test_refuses(grids, text, error, words):
     with pytest.raises(error, match=words):
-        TokenLayout(grids, text, ClearConfig())
+        TokenLayout(grids, text)
 
 
 def test_made_under_inference_mode_serves_training():
     with torch.inference_mode():
-        layout = TokenLayout([(9, 9)], 2, ClearConfig(3, 2))
-        tensors = [layout.order, layout.pool_weight, *layout.block_lists, *layout.tiles]
+        layout = TokenLayout([(9, 9)], 2)
+        plan = Clear(3, 2).plan(layout)
+        tensors = [layout.permutation, plan.pool_weight, plan.radius_sq, *plan.block_indices, *plan.tiles]
     assert not any(tensor.is_inference() for tensor in tensors)

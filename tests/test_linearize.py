@@ -10,13 +10,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save, save_file
 
 import clear_attn as clear
-from clear_attn.models import family_of
+from clear_attn.models import adapter_for
 from clear_attn.patching import state
 from clear_attn.weights.parameters import POOLED, replaced_parameters
 
 
 def layers_of(transformer):
-    return family_of(transformer).attention_layers(transformer)
+    return adapter_for(transformer).attention_layers(transformer)
 
 
 def photograph(transformer):
@@ -106,9 +106,9 @@ def test_again_with_other_settings_starts_from_the_original(transformer, checkpo
 
 def test_down_factor_comes_from_the_weights(transformer, checkpoint):
     clear.linearize(transformer, 4, weights=checkpoint)
-    assert clear.cost(transformer, 64, 64).down_factor == 2
+    assert clear.cost(transformer, 64, 64).method == clear.methods.Clear(4, 2)
     clear.linearize(transformer, weights=None)
-    assert (clear.cost(transformer, 64, 64).window, clear.cost(transformer, 64, 64).down_factor) == (16, 1)
+    assert clear.cost(transformer, 64, 64).method == clear.methods.Clear(16)
 
 
 def test_fused_projections_follow_the_weights(family, transformer, checkpoint):
@@ -194,7 +194,7 @@ class TestKeepOriginal:
         clear.linearize(transformer, 4, weights=checkpoint, keep_original=False)
         before = photograph(transformer)
         for verb in (clear.restore, lambda x: clear.linearize(x, 4, weights=None)):
-            with pytest.raises(RuntimeError, match="given up by linearize"):
+            with pytest.raises(RuntimeError, match="discarded by linearize"):
                 verb(transformer)
             assert_same(transformer, before)
 
@@ -233,8 +233,8 @@ def test_an_error_at_any_step_leaves_everything_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr(state, "copy_values", failing(state.copy_values))
         patched.setattr(attention, "set_processor", failing(attention.set_processor))
-        patched.setattr(state, "set_door", failing(state.set_door))
-        patched.setattr(state, "_set_mark", failing(state._set_mark))
+        patched.setattr(state, "install_hooks", failing(state.install_hooks))
+        patched.setattr(state, "_set_metadata", failing(state._set_metadata))
         for name in ("register_forward_hook", "register_forward_pre_hook"):
             patched.setattr(torch.nn.Module, name, failing(getattr(torch.nn.Module, name)))
         with pytest.raises(error):
@@ -276,7 +276,7 @@ class TestRefusals:
             clear.linearize(transformer, weights=None, backend="cutlass")
 
     def test_flex_where_it_cannot_run(self, transformer, monkeypatch):
-        monkeypatch.setattr("clear_attn.backends.flex.reason_against_device", lambda device: "no compiler")
+        monkeypatch.setattr("clear_attn.backends.flex.unsupported_device", lambda device: "no compiler")
         with pytest.raises(RuntimeError, match="backend='flex' cannot run on this machine"):
             clear.linearize(transformer, weights=None, backend="flex")
 

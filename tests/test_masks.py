@@ -3,25 +3,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.core.window_mask import BLOCK, Points, block_lists, dense_mask, visible
-from clear_attn.utils.validation import ClearConfig
+from clear_attn.core.window_mask import BLOCK, Coordinates, block_indices, in_window, window_mask
+from clear_attn.methods import Clear
 
 
 def test_visible_is_strict():
     origin, keys = (
-        Points(torch.zeros(1), torch.zeros(1)),
-        Points(torch.tensor([0.0, 3.0, 3.0]), torch.tensor([4.0, 4.0, 5.0])),
+        Coordinates(torch.zeros(1), torch.zeros(1)),
+        Coordinates(torch.tensor([0.0, 3.0, 3.0]), torch.tensor([4.0, 4.0, 5.0])),
     )
-    assert visible(origin, keys, torch.tensor(25.0)).tolist() == [True, False, False]
-    assert visible(origin, keys, torch.tensor(26.0)).tolist() == [True, True, False]
-    assert visible(origin, keys, torch.tensor(float("inf"))).all()
+    assert in_window(origin, keys, torch.tensor(25.0)).tolist() == [True, False, False]
+    assert in_window(origin, keys, torch.tensor(26.0)).tolist() == [True, True, False]
+    assert in_window(origin, keys, torch.tensor(float("inf"))).all()
 
 
 def test_interior_queries_see_the_published_number_of_keys():
     for window, expected in ((8, 193), (16, 793), (32, 3205)):
-        layout = TokenLayout([(80, 80)], 0, ClearConfig(window))
-        middle = Points(torch.tensor([40.0]), torch.tensor([40.0]))
-        assert dense_mask(middle, layout.key, layout.reach).sum() == expected
+        plan = Clear(window).plan(TokenLayout([(80, 80)], 0))
+        middle = Coordinates(torch.tensor([40.0]), torch.tensor([40.0]))
+        assert window_mask(middle, plan.key, plan.radius_sq).sum() == expected
 
 
 @given(
@@ -32,9 +32,9 @@ def test_interior_queries_see_the_published_number_of_keys():
     text_first=st.booleans(),
 )
 def test_block_lists_neither_miss_nor_invent(grids, text, window, factor, text_first):
-    layout = TokenLayout(grids, text, ClearConfig(window, factor), text_first=text_first)
-    mask = dense_mask(layout.query, layout.key, layout.reach)
-    lists = block_lists(layout.query, layout.key, layout.reach)
+    plan = Clear(window, factor).plan(TokenLayout(grids, text, text_first=text_first))
+    mask = window_mask(plan.query, plan.key, plan.radius_sq)
+    lists = block_indices(plan.query, plan.key, plan.radius_sq)
     blocks = [chunk.split(BLOCK, dim=1) for chunk in mask.split(BLOCK)]
     for row, pieces in enumerate(blocks):
         partial = set(lists.partial_index[0, 0, row, : lists.partial_count[0, 0, row]].tolist())
@@ -46,7 +46,7 @@ def test_block_lists_neither_miss_nor_invent(grids, text, window, factor, text_f
 
 
 def test_block_lists_of_tile_order_are_short():
-    layout = TokenLayout([(64, 64)], 128, ClearConfig(8))
-    visited = layout.block_lists.partial_count + layout.block_lists.full_count
+    plan = Clear(8).plan(TokenLayout([(64, 64)], 128))
+    visited = plan.block_indices.partial_count + plan.block_indices.full_count
     # A disc of radius 8 dilated by an 8 x 16 tile reaches at most 3 x 3 tiles; one block more is the text.
     assert visited.max() <= 10

@@ -4,7 +4,7 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 import clear_attn as clear
-from clear_attn import Schedule, noise_after
+from clear_attn import Schedule, methods, sigma_after_step
 
 
 def scheduler_of(**options):
@@ -16,7 +16,7 @@ def scheduler_of(**options):
 def test_lies_between_two_steps():
     scheduler = scheduler_of()
     for steps in (1, 4, 9):
-        noise = noise_after(scheduler, steps)
+        noise = sigma_after_step(scheduler, steps)
         assert (scheduler.timesteps / 1000 > noise).sum() == steps
         assert (scheduler.timesteps.bfloat16() / 1000 > noise).sum() == steps
 
@@ -24,23 +24,28 @@ def test_lies_between_two_steps():
 def test_counts_the_steps_that_are_run():
     scheduler = scheduler_of()
     scheduler.set_begin_index(4)
-    assert (scheduler.timesteps[4:] / 1000 > noise_after(scheduler, 2)).sum() == 2
+    assert (scheduler.timesteps[4:] / 1000 > sigma_after_step(scheduler, 2)).sum() == 2
 
 
 def test_steps_of_two_calls():
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(10)
-    assert len(set((scheduler.timesteps / 1000)[scheduler.timesteps / 1000 > noise_after(scheduler, 3)].tolist())) == 3
+    assert (
+        len(set((scheduler.timesteps / 1000)[scheduler.timesteps / 1000 > sigma_after_step(scheduler, 3)].tolist()))
+        == 3
+    )
 
 
 def test_in_a_pipeline(pipe):
     """As many steps are dense as were asked for."""
     draw = {"height": 64, "width": 64, "num_inference_steps": 5, "max_sequence_length": 24, "output_type": "latent"}
     pipe("a red circle", **draw)
-    clear.linearize(pipe, 2, weights=None, schedule=Schedule(noise_after(pipe.scheduler, 2)))
+    clear.linearize(pipe, 2, weights=None, schedule=Schedule(sigma_after_step(pipe.scheduler, 2)))
     seen = []
     pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["joint_attention_kwargs"]["clear_layout"].config is None),
+        lambda _, args, kwargs: seen.append(
+            kwargs["joint_attention_kwargs"]["clear_context"].groups[0].method == methods.Dense()
+        ),
         with_kwargs=True,
     )
     pipe("a red circle", **draw)
@@ -57,11 +62,11 @@ def test_in_a_pipeline(pipe):
 )
 def test_refuses(steps, error, words):
     with pytest.raises(error, match=words):
-        noise_after(scheduler_of(), steps)
+        sigma_after_step(scheduler_of(), steps)
 
 
 def test_refuses_a_scheduler_that_has_not_run():
     with pytest.raises(ValueError, match="no run's timesteps yet"):
-        noise_after(FlowMatchEulerDiscreteScheduler(), 2)
+        sigma_after_step(FlowMatchEulerDiscreteScheduler(), 2)
     with pytest.raises(TypeError, match="a str has no sigmas"):
-        noise_after("euler", 2)
+        sigma_after_step("euler", 2)

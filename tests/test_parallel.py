@@ -26,7 +26,7 @@ def pictures(draw):
     height = draw(st.integers(TILE_ROW * (ranks - 1) + 1, TILE_ROW * (ranks + 2)), "height")
     others = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=1), "other grids")
     grids = [(height, draw(st.integers(1, 12), "width")), *others]
-    config = clear.ClearConfig(draw(st.integers(1, 20), "window"), draw(st.integers(1, 5), "down_factor"))
+    config = clear.methods.Clear(draw(st.integers(1, 20), "window"), draw(st.integers(1, 5), "down_factor"))
     return TokenLayout(grids, draw(st.integers(0, 3), "text"), draw(st.sampled_from([config, None]))), ranks
 
 
@@ -73,14 +73,14 @@ def test_parts_of_pooled_cells_add_up(picture):
 
 
 def test_shares_are_level():
-    layout = TokenLayout([(8 * 11 - 1, 3)], 0, clear.ClearConfig(4))
+    layout = TokenLayout([(8 * 11 - 1, 3)], 0, clear.methods.Clear(4))
     rows = [len(tokens_of(layout, rank, 4)) // 3 for rank in range(4)]
     assert rows == [16, 24, 24, 23]
 
 
 def test_a_halo_does_not_grow_with_the_height():
     halos = [
-        [len(halo_from(TokenLayout([(height, 24)], 0, clear.ClearConfig(8)), 2, rank, 4)) for rank in (0, 1, 3)]
+        [len(halo_from(TokenLayout([(height, 24)], 0, clear.methods.Clear(8)), 2, rank, 4)) for rank in (0, 1, 3)]
         for height in (64, 128, 512)
     ]
     assert halos == [[0, 7 * 24, 7 * 24]] * 3
@@ -88,7 +88,7 @@ def test_a_halo_does_not_grow_with_the_height():
 
 def test_pooled_keys_grow_with_the_picture():
     of = {
-        height: traffic(TokenLayout([(height, 24)], 5, clear.ClearConfig(8, 4)), 1, 4, heads=4, head_dim=8, element=2)
+        height: traffic(TokenLayout([(height, 24)], 5, clear.methods.Clear(8, 4)), 1, 4, heads=4, head_dim=8, element=2)
         for height in (64, 128)
     }
     assert of[64].halo == of[128].halo == 2 * 2 * 7 * 24 * 2 * 32
@@ -99,7 +99,7 @@ def test_pooled_keys_grow_with_the_picture():
 
 def test_too_many_ranks():
     with pytest.raises(ValueError, match="4 ranks are too many for a picture of 24 x 9 tokens, which has 3 tile rows"):
-        Share(TokenLayout([(24, 9)], 2, clear.ClearConfig(4)), 0, 4)
+        Share(TokenLayout([(24, 9)], 2, clear.methods.Clear(4)), 0, 4)
 
 
 def test_outside_of_torchrun(pipe):

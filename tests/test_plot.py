@@ -6,17 +6,17 @@ import pytest
 import torch
 
 import clear_attn as clear
-from clear_attn.core.window_mask import dense_mask
+from clear_attn.core.window_mask import window_mask
 from clear_attn.profiling.window_plot import _kinds
 
 
 @pytest.mark.parametrize("factor", [1, 4])
 def test_blocks_are_those_of_the_mask(factor):
-    layout = clear.TokenLayout([(24, 40)], 0, clear.ClearConfig(3, factor))
-    mask = dense_mask(layout.query, layout.key, layout.reach)
+    plan = clear.methods.Clear(3, factor).plan(clear.TokenLayout([(24, 40)], 0))
+    mask = window_mask(plan.query, plan.key, plan.radius_sq)
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 128, 0, -mask.shape[0] % 128))
     seen = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=(1, 3))
-    kinds = _kinds(layout.block_lists)
+    kinds = _kinds(plan.block_indices)
     assert kinds.shape == seen.shape
     assert (kinds > 0)[seen].all()
 

@@ -60,7 +60,7 @@ def test_padded_text_is_not_seen(changes, backend):
     """Each text of a batch as if it were drawn alone, without its padding."""
     transformer, grids = tiny.qwen_transformer(**changes), [(13, 7), (9, 9)]
     call = tiny.qwen_call(transformer, *grids, text=9, batch=3, padded=(0, 3, 8))
-    expected = run(in_raster_order(transformer, grids, clear.ClearConfig(4, 2)), call)
+    expected = run(in_raster_order(transformer, grids, clear.methods.Clear(4, 2)), call)
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     output = run(transformer, call)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
@@ -75,7 +75,7 @@ def test_padding_of_any_pattern_and_its_gradients(transformer):
     call = tiny.qwen_call(transformer, (5, 8), text=4, batch=2, padded=(1, 1))
     call["encoder_hidden_states_mask"] = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]])
     call["encoder_hidden_states"].requires_grad_()
-    plain = in_raster_order(transformer, [(5, 8)], clear.ClearConfig(3))
+    plain = in_raster_order(transformer, [(5, 8)], clear.methods.Clear(3))
 
     def gradient(model):
         return torch.autograd.grad(model(**call).sample.square().mean(), call["encoder_hidden_states"])[0]
@@ -158,7 +158,7 @@ class TestControlNet:
         call["controlnet_cond"] = call["hidden_states"].flip(1)
         stock = run(controlnet, call)
         before = photograph(controlnet)
-        expected = run(in_raster_order(controlnet, [(13, 7)], clear.ClearConfig(4, 2)), call)
+        expected = run(in_raster_order(controlnet, [(13, 7)], clear.methods.Clear(4, 2)), call)
         clear.linearize(controlnet, 4, 2, weights=None)
         torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5, rtol=0)
         clear.restore(controlnet)
@@ -174,7 +174,7 @@ class TestControlNet:
             samples = model(**call).controlnet_block_samples
             return torch.autograd.grad(sum(x.square().mean() for x in samples), call["controlnet_cond"])[0]
 
-        expected = gradient(in_raster_order(controlnet, [(6, 5)], clear.ClearConfig(3)))
+        expected = gradient(in_raster_order(controlnet, [(6, 5)], clear.methods.Clear(3)))
         clear.linearize(controlnet, 3, weights=None).enable_gradient_checkpointing()
         torch.testing.assert_close(gradient(controlnet.train()), expected, atol=1e-6, rtol=1e-5)
 

@@ -43,7 +43,7 @@ def test_there_and_back(family, trained, folder, transformer):
         "format": 1,
         "window": 5,
         "down_factor": 2,
-        "schedule": {"dense_above": None, "dense_layers": [], "windows": {}},
+        "schedule": {"dense_above_sigma": None, "dense_layers": [], "windows": {}},
         "architecture": type(transformer).__name__,
         "base_model": None,
         "source": None,

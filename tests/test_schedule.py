@@ -21,15 +21,16 @@ LAYERS = Schedule(dense_layers=("transformer_blocks.0",), windows={"transformer_
 
 def plain_model(transformer, grid, window, factor, schedule):
     """The rule in raster order, each layer by its own window."""
-    plain = in_raster_order(transformer, [grid], clear.ClearConfig(window, factor))
+    plain = in_raster_order(transformer, [grid], clear.methods.Clear(window, factor))
     for name in plain.attn_processors:
         layer = name.removesuffix(".processor")
-        own = schedule.window_of(layer)
-        if own is not None:
-            grids, config, weight = plain.get_submodule(layer).processor.rule
-            covering = clear.ClearConfig(sum(grid))
-            config = covering if own == math.inf else clear.ClearConfig(own, config.down_factor)
-            plain.get_submodule(layer).processor.rule = grids, config, weight
+        grids, config, weight = plain.get_submodule(layer).processor.rule
+        named = schedule.names(layer)
+        if named in schedule.dense_layers:
+            config = clear.methods.Clear(sum(grid))
+        elif named:
+            config = clear.methods.Clear(schedule.windows[named], config.down_factor)
+        plain.get_submodule(layer).processor.rule = grids, config, weight
     return plain
 
 
@@ -43,7 +44,7 @@ def at(family, call, noise):
 def test_layers_follow_the_rule_of_their_own_window(family, transformer, factor, backend):
     call = family.call(transformer, GRID, batch=2)
     expected = run(plain_model(transformer, GRID, 3, factor, LAYERS), call)
-    uniform = run(in_raster_order(transformer, [GRID], clear.ClearConfig(3, factor)), call)
+    uniform = run(in_raster_order(transformer, [GRID], clear.methods.Clear(3, factor)), call)
     assert not torch.allclose(expected, uniform, atol=1e-3)
     clear.linearize(transformer, 3, factor, weights=None, schedule=LAYERS, backend=backend)
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
@@ -56,7 +57,11 @@ def test_noisy_calls_are_the_stock_model(family, transformer, factor):
     clear.linearize(transformer, 3, factor, weights=None)
     local = {noise: run(transformer, at(family, call, noise)) for noise in (0.2, 0.8)}
     clear.linearize(
-        transformer, 3, factor, weights=None, schedule=Schedule(dense_above=0.8, windows={"transformer_blocks": 3})
+        transformer,
+        3,
+        factor,
+        weights=None,
+        schedule=Schedule(dense_above_sigma=0.8, windows={"transformer_blocks": 3}),
     )
     for noise in (1.0, 0.81):
         one = at(family, call, noise)
@@ -68,15 +73,15 @@ def test_noisy_calls_are_the_stock_model(family, transformer, factor):
 def test_pictures_of_one_call_on_both_sides_are_refused(family, transformer):
     call = family.call(transformer, GRID, batch=2)
     call["timestep"] = torch.tensor([0.9, 0.1]) * (1000 if family is tiny.SD3 else 1)
-    clear.linearize(transformer, 3, weights=None, schedule=Schedule(dense_above=0.5))
-    with pytest.raises(ValueError, match=r"dense_above=0.5 lies between .* \[0\.9, 0\.1\]"):
+    clear.linearize(transformer, 3, weights=None, schedule=Schedule(dense_above_sigma=0.5))
+    with pytest.raises(ValueError, match=r"dense_above_sigma=0.5 lies between .* \[0\.9, 0\.1\]"):
         run(transformer, call)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradients_under_checkpointing_with_two_steps_in_flight(family, transformer, use_reentrant):
     """The dense call is recomputed after the local one was run, and each sees its own layouts."""
-    schedule = Schedule(dense_above=0.5, dense_layers=LAYERS.dense_layers, windows=LAYERS.windows)
+    schedule = Schedule(dense_above_sigma=0.5, dense_layers=LAYERS.dense_layers, windows=LAYERS.windows)
     calls = [at(family, family.call(transformer, GRID, seed=seed), noise) for seed, noise in ((0, 0.9), (1, 0.2))]
     for call in calls:
         call["hidden_states"].requires_grad_()
@@ -101,7 +106,7 @@ def test_gradients_under_checkpointing_with_two_steps_in_flight(family, transfor
 def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
     """A cached residual is added steps later, so all steps must keep their tokens in one order."""
     transformer = tiny.FLUX.transformer()
-    schedule = Schedule(dense_above=0.65, windows={"single_transformer_blocks": 6})
+    schedule = Schedule(dense_above_sigma=0.65, windows={"single_transformer_blocks": 6})
     call = tiny.FLUX.call(transformer, GRID)
     steps = [{**at(tiny.FLUX, call, noise)} for noise in (0.651, 0.65001, 0.649, 0.648, 0.1)]
     stock, local = copy.deepcopy(transformer), plain_model(transformer, GRID, 8, 1, schedule)
@@ -193,8 +198,8 @@ def test_cost_counts_it(family, transformer):
     uniform = clear.cost(transformer, 176, 320, window=3)
     other = clear.cost(transformer, 176, 320, window=6)
     scheduled = clear.cost(transformer, 176, 320, window=3, schedule=Schedule(0.9, (), {"transformer_blocks.1": 6}))
-    assert scheduled.step_flops == uniform.step_flops + uniform.flops(other.pairs - uniform.pairs)
-    assert "above 0.9 of noise are dense" in str(scheduled)
+    assert scheduled.step_flops == uniform.step_flops + (other.step_flops - uniform.step_flops) // uniform.layers
+    assert "above sigma 0.9 are dense" in str(scheduled)
     everything = tuple({name.split(".")[0] for name in transformer.attn_processors})
     dense = clear.cost(transformer, 176, 320, window=3, schedule=Schedule(dense_layers=everything))
     assert dense.step_flops == dense.dense_step_flops
@@ -232,10 +237,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
         [
-            ({"dense_above": 1.5}, ValueError, "dense_above must be from 0 to 1, got 1.5"),
-            ({"dense_above": -0.1}, ValueError, "got -0.1"),
-            ({"dense_above": math.nan}, ValueError, "got nan"),
-            ({"dense_above": "0.5"}, TypeError, "dense_above must be a number, got '0.5'"),
+            ({"dense_above_sigma": 1.5}, ValueError, "dense_above_sigma must be from 0 to 1, got 1.5"),
+            ({"dense_above_sigma": -0.1}, ValueError, "got -0.1"),
+            ({"dense_above_sigma": math.nan}, ValueError, "got nan"),
+            ({"dense_above_sigma": "0.5"}, TypeError, "dense_above_sigma must be a number, got '0.5'"),
             ({"dense_layers": "transformer_blocks"}, TypeError, r"give \('transformer_blocks',\)"),
             ({"dense_layers": (0,)}, TypeError, "layers are named as in the model, .* got 0"),
             ({"windows": {"a": 0}}, ValueError, "the window of a must be at least 1, got 0"),
@@ -265,4 +270,6 @@ class TestRefusals:
 def test_the_longest_name_counts():
     schedule = Schedule(dense_layers=("blocks.1",), windows={"blocks": 8, "blocks.1.attn2": 4})
     names = ["blocks.0.attn", "blocks.1.attn", "blocks.1.attn2", "blocks.10.attn", "other.1"]
-    assert [schedule.window_of(name) for name in names] == [8, math.inf, 4, 8, None]
+    method = clear.methods.Clear(16)
+    methods = [schedule.method_for(method, clear.methods.Layer(name)) for name in names]
+    assert methods == [*map(clear.methods.Clear, [8]), clear.methods.Dense(), *map(clear.methods.Clear, [4, 8, 16])]

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig
 
 import clear_attn as clear
-from clear_attn.core.layout import tile_order
+from clear_attn.core.layout import grid_permutation
+from clear_attn.methods.clear import window_pairs
 from tests import tiny
 from tests.plain import run
 
@@ -53,16 +54,16 @@ def test_sides_that_are_no_whole_tokens(transformer):
 
 
 def test_the_order_of_a_grid_is_its_layouts():
-    layout = clear.TokenLayout([(19, 34)], 5, clear.ClearConfig(4), text_first=False)
-    assert torch.equal(layout.order, tile_order((19, 34), torch.device("cpu")))
+    layout = clear.TokenLayout([(19, 34)], 5, text_first=False)
+    assert torch.equal(layout.permutation, grid_permutation((19, 34), torch.device("cpu")))
 
 
 def test_cost_counts_layers_without_text(transformer):
     counted = clear.cost(transformer, 128, 96, window=3, text_tokens=7)
     grid, text, dim = 8 * 6, 7, 32
-    assert (counted.layers, counted.layers_without_text, clear.cost(transformer, 64, 64).text_tokens) == (3, 1, 333)
+    assert (counted.layers, counted.layers_without_text, clear.cost(transformer, 64, 64).text_tokens) == (4, 1, 333)
     assert counted.to_dict()["dense_step_gflops"] == 4 * dim * (3 * (grid + text) ** 2 + grid**2) / 1e9
-    pairs = counted.window_pairs
+    pairs = window_pairs((8, 6), 3)
     assert counted.step_flops == counted.flops(3 * (pairs + text * (2 * grid + text)) + pairs)
 
 

@@ -63,7 +63,7 @@ def drawn_plainly(cell, column, done, call):
         copy_values(distilled(transformer)[0], {name: transformer.get_submodule(name) for name in layers})
     pipe = done(pipe, cell) or pipe
     weight = pooled_weight() if column.trained else None
-    put_in_raster_order(pipe.transformer, cell.row.grids, clear.ClearConfig(WINDOW, FACTOR), weight)
+    put_in_raster_order(pipe.transformer, cell.row.grids, clear.methods.Clear(WINDOW, FACTOR), weight)
     return cell.row.draw(pipe, **call)
 
 

@@ -14,7 +14,7 @@ from tests.matrix.rows import GRID, ROWS, controlled, flux, flux_controlnet, loa
 from tests.plain import in_raster_order, put_in_raster_order, run
 from tests.test_linearize import checkpoint_for, photograph
 
-CONFIG = clear.ClearConfig(3, 2)
+CONFIG = clear.methods.Clear(3, 2)
 
 
 def plainly(pipe, grids=(GRID,), config=CONFIG):

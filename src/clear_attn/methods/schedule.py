@@ -112,14 +112,16 @@ class Schedule:
         Raises:
             ValueError: some of its images are dense and some are not.
         """
-        above = sigma > (1 if self.dense_above_sigma is None else self.dense_above_sigma)
+        bound = 1.0 if self.dense_above_sigma is None else self.dense_above_sigma
+        above = sigma > bound  # in the precision of the timestep
         if above.any() != above.all():
             raise ValueError(
                 f"a call is dense for all its images or for none, and dense_above_sigma={self.dense_above_sigma} lies "
                 f"between theirs, {[round(x, 3) for x in sigma.tolist()]}; give images of one timestep, or no "
                 "dense_above_sigma"
             )
-        return float(sigma.max())
+        value = float(sigma.max())
+        return max(value, bound) if above.all() else min(value, bound)
 
     def group(self, method: Method, layers: Iterable[Layer]) -> tuple[list[Layer], dict[str, int]]:
         """Return groups of layers that follow one method in every call: a layer of each, and each layer's group."""

@@ -178,8 +178,7 @@ def linearize(
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
-    hook, processors = _validate_settings(target, settings)
-    _apply_settings(target, settings, hook, processors)
+    _apply_change(target, *_validate_settings(target, settings))
     return pipe
 
 
@@ -222,8 +221,8 @@ def _load_weights(
     return load(weights, target.pipe, target.transformer, wanted, revision, token)
 
 
-def _validate_settings(target: Target, settings: Settings) -> tuple[EntryHook, dict[str, ClearAttnProcessor]]:
-    """Return the entry hook and the processors by layer, with all values in them; the target is not changed."""
+def _validate_settings(target: Target, settings: Settings) -> tuple[State, State]:
+    """Return the present state of a target and the one to apply; the target is not changed."""
     method, schedule, source = settings.method, settings.schedule, settings.source
     method.validate_backend(settings.backend)
     if source:
@@ -234,8 +233,11 @@ def _validate_settings(target: Target, settings: Settings) -> tuple[EntryHook, d
         method.halo()  # raises for a method that is not split over ranks
     described = target.adapter.describe_layers(target.transformer)
     original = target.original
-    values = _replaced_values(target, source)
-    before = capture(target.transformer, target.layers, values)
+    parameters = replaced_parameters(target.layers)
+    values = {name: value for name, value in (source.values if source else {}).items() if name in parameters}
+    before = capture(target.transformer, target.layers, values.keys() | original.values.keys())
+    if before.values:
+        check_replaceable(target.layers)
     kept = {name: original.values.get(name, before.values[name]) for name in values} if settings.keep_original else {}
     hook = EntryHook(
         target.adapter,
@@ -252,34 +254,23 @@ def _validate_settings(target: Target, settings: Settings) -> tuple[EntryHook, d
     if settings.saved and own:
         raise parameters_lost(original.metadata or {})
     if source:
-        _validate_weights(source, {**replaced_parameters(target.layers), **own}, target.model)
+        _validate_weights(source, {**parameters, **own}, target.model)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(source.values[name])
     for layer, attn in target.layers.items():
         match_device_and_dtype(processors[layer], attn)
-    return hook, processors
-
-
-def _replaced_values(target: Target, source: Checkpoint | None) -> dict[str, Any]:
-    parameters = replaced_parameters(target.layers)
-    return {name: value for name, value in (source.values if source else {}).items() if name in parameters}
-
-
-def _apply_settings(
-    target: Target, settings: Settings, hook: EntryHook, processors: dict[str, ClearAttnProcessor]
-) -> None:
-    """Change the transformer in one transaction."""
-    source, metadata = settings.source, target.original.metadata
+    metadata = original.metadata
     unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
     weights = (source.name, source.source) if source else unchanged
-    entry = make_metadata(target.transformer, settings.method, settings.schedule, *weights)
-    values = {**target.original.values, **_replaced_values(target, source)}
-    if values:
-        check_replaceable(target.layers)
-    before = capture(target.transformer, target.layers, values)
+    entry = make_metadata(target.transformer, method, schedule, *weights)
+    return before, State(hook, dict(processors), {**original.values, **values}, entry)
+
+
+def _apply_change(target: Target, before: State, after: State) -> None:
+    """Change the transformer in one transaction."""
     try:
-        apply(target.transformer, target.layers, State(hook, dict(processors), values, entry))
+        apply(target.transformer, target.layers, after)
     except BaseException:
         apply(target.transformer, target.layers, before)
         raise
