@@ -53,8 +53,8 @@ class TestPlan:
         clear.linearize(pipe, 4, weights=None, backend="reference")
         monkeypatch.setattr(cascade, "draw", lambda *args: None)
         plan = draw(pipe, window=None, weights="auto").plan
-        assert (plan.window, plan.weights, plan.revision, plan.backend) == (4, None, None, "dense")
-        assert plan.arguments()["backend"] == "dense"
+        assert (plan.window, plan.weights, plan.revision, plan.backend) == (4, None, None, "reference")
+        assert plan.arguments()["backend"] == "reference"
         with pytest.raises(ValueError, match="backend='tiled' is not that of this linearized pipeline, 'dense'"):
             draw(pipe, window=None, weights="auto", backend="tiled")
 
