@@ -242,7 +242,7 @@ class TestRefusals:
             (lambda f: _rewrite(f, format=3), ValueError, r"format 3, written by clear_attn 0\.1\.0, .*update"),
             (lambda f: _rewrite(f, format=0), ValueError, "format 0, .*this version reads 2"),
             (lambda f: _rewrite(f, method=_clear(window=0)), ValueError, "window must be at least 1, got 0"),
-            (lambda f: _rewrite(f, method=_clear(window=None)), ValueError, "no whole clear_config"),
+            (lambda f: _rewrite(f, method=_clear(window=None)), ValueError, "whole number, got None"),
             (
                 lambda f: _rewrite(f, method=_clear(down_factor=3)),
                 ValueError,
@@ -342,7 +342,7 @@ class TestSavedWhole:
     def test_training_free_can_be_restored(self, pipe, save_whole):
         expected = run(tiny.flux_pipeline().transformer, self.call(pipe))
         back = save_whole(2, distilled=False)
-        with pytest.raises(ValueError, match="nothing was trained since, None, which starts them anew"):
+        with pytest.raises(ValueError, match="nothing was trained since, None, which initializes them again"):
             clear.linearize(back)
         clear.linearize(back, 5, 2, weights=None)
         clear.restore(back)
@@ -357,6 +357,6 @@ class TestSavedWhole:
 def test_restore_takes_the_mark_away(transformer):
     before = dict(transformer.config)
     clear.linearize(transformer, 5, weights=None)
-    assert transformer.config.clear_attn["window"] == 5
+    assert transformer.config.clear_attn["method"]["settings"]["window"] == 5
     clear.restore(transformer)
     assert dict(transformer.config) == before
