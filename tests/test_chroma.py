@@ -119,9 +119,7 @@ def test_what_it_is_refused_for(transformer):
         recipe_of(transformer)
     with pytest.raises(TypeError, match="highres does not know a ChromaPipeline"):
         clear.highres(pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
-    refused = pytest.raises(
-        RuntimeError, match="has a FluxAttnProcessor, whose scores .* cannot scale while it is dense"
-    )
+    refused = pytest.raises(RuntimeError, match=r"a FluxAttnProcessor, whose scores .* cannot scale while")
     with refused, clear.proportional_attention(transformer):
         pass
 

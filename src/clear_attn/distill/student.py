@@ -109,7 +109,7 @@ class DistillProcessor(ClearAttnProcessor):
         view = LayerView(attn, {} if teaches else self.projections)
         query, key, value, rest = self.adapter.project(view, inputs)
         if teaches:
-            joint = context.attend_densely(self.group, query, key, value, self._attention_backend)
+            joint = context.attend_densely(self.group, query, key, value, self.attention_backend)
         else:
             joint = self.local.as_module(query, key, value, context)
         if context.record is not None and self.layer:

@@ -20,6 +20,8 @@ from clear_attn.models.sd3 import SD3, into_tile_order
 class _ControlNet(Publishing):
     """What the ControlNets of all models share; a base before the model's own."""
 
+    takes_scale = False
+
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse_permutation]
 

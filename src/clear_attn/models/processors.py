@@ -108,6 +108,11 @@ class ClearAttnProcessor(nn.Module):
         return context
 
     @property
+    def attention_backend(self) -> Any:
+        """The backend of diffusers that the user set for dense attention, or None."""
+        return self._attention_backend
+
+    @property
     def _where(self) -> str:
         return f"{type(self).__name__} at {self.layer.name if self.layer else 'an unnamed layer'}"
 
