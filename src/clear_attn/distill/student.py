@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear_attn.distill.sharding import whole
-from clear_attn.models.context import RECORDER, ROLE, ClearContext
+from clear_attn.models.context import RECORDER, ROLE
 from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import entry_hook_of
@@ -102,7 +102,7 @@ class DistillProcessor(ClearAttnProcessor):
         self.student = nn.ModuleDict({name.replace(".", "_"): module for name, module in student.items()})
         self._names_of_student = tuple(student)
 
-    def run(self, attn: Any, inputs: Inputs, context: ClearContext | None) -> Any:
+    def run(self, attn: Any, inputs: Inputs, context: Any) -> Any:
         """Project, attend, project out, as the context's role says."""
         context = self.validate_call(inputs, context)
         teaches = context.role == TEACHER

@@ -73,7 +73,7 @@ class Flux(ModelAdapter):
     residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def make_processor(self, original: Any, method: Method, layer: Layer, group: int) -> ClearAttnProcessor:
-        if not isinstance(original, self.ip_adapter_processors):
+        if not isinstance(original, FluxIPAdapterAttnProcessor):
             return super().make_processor(original, method, layer, group)
         processor = IPAdapterProcessor(self, method, layer, group)
         processor.scale = original.scale
