@@ -12,10 +12,10 @@ from PIL import Image
 
 from clear_attn.distill.files import put
 from clear_attn.distill.prepare import drawing_of
-from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.student import STUDENT, TEACHER, keywords
+from clear_attn.models import training_adapter_for
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.utils.image_sheets import contact_sheet
 
@@ -36,11 +36,11 @@ class Validation:
     def __init__(self, settings: Settings, accelerator: Accelerator, pipe: Any) -> None:
         self.settings, self.accelerator, self.pipe = settings, accelerator, pipe
         self.prompts = settings.validation_prompts or []
-        transformer, _ = find_transformer(pipe)
-        recipe = recipe_of(transformer)
+        transformer, family = find_transformer(pipe)
+        training, self.keywords = training_adapter_for(transformer), family.keywords
         self.drawing = drawing_of(settings, pipe)
         with torch.no_grad():
-            self.embeddings = [recipe.embeddings(pipe, [p], self.drawing.text_tokens) for p in self.prompts]
+            self.embeddings = [training.embeddings(pipe, [p], self.drawing.text_tokens) for p in self.prompts]
         self.rows: dict[str, list[Image.Image]] = {}
 
     def draw(self, step: int) -> None:
@@ -70,7 +70,7 @@ class Validation:
                 **{name: value.to(device) for name, value in embeddings.items()},
                 # Not the noise of the training picture of the same number.
                 generator=torch.Generator().manual_seed(hash_of("validation", self.drawing.seed, number)),
-                joint_attention_kwargs=keywords(role),
+                **{self.keywords: keywords(role)},
                 **self.drawing.arguments(),
             ).images[0]
             for number, embeddings in enumerate(self.embeddings)

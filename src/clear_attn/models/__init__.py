@@ -12,6 +12,7 @@ from clear_attn.models.flux import Flux
 from clear_attn.models.flux2 import Flux2
 from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3
+from clear_attn.models.training import TrainingAdapter
 
 FAMILIES: tuple[Family, ...] = (
     Flux(),
@@ -31,4 +32,17 @@ def family_of(transformer: Any) -> Family | None:
     return next((family for family in FAMILIES if isinstance(transformer, family.transformer_class)), None)
 
 
-__all__ = ["FAMILIES", "Call", "Family", "family_of"]
+def training_adapter_for(transformer: Any) -> TrainingAdapter:
+    """Return what distillation needs to know about a transformer.
+
+    Raises:
+        TypeError: it cannot be distilled.
+    """
+    family = family_of(transformer)
+    if family is None or family.training is None:
+        known = ", ".join(each.transformer_class.__name__ for each in FAMILIES if each.training is not None)
+        raise TypeError(f"a {type(transformer).__name__} cannot be distilled; give a pipeline with one of: {known}")
+    return family.training
+
+
+__all__ = ["FAMILIES", "Call", "Family", "TrainingAdapter", "family_of", "training_adapter_for"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clear_attn.core.layout import Grid, TokenLayout
 from clear_attn.models.padding import Padding
 from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.training import TrainingAdapter
 
 
 class Call(NamedTuple):
@@ -51,6 +52,7 @@ class Family(abc.ABC):
         streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a CPU.
         keywords: the argument of a call that holds what is passed on to the attention layers.
         tells_noise: whether a call's timestep tells the share of noise.
+        training: what distillation needs; None for a model that cannot be distilled.
     """
 
     transformer_class: type
@@ -64,6 +66,7 @@ class Family(abc.ABC):
     streams: int = 20
     keywords: str = "joint_attention_kwargs"
     tells_noise: bool = True
+    training: TrainingAdapter | None = None
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""

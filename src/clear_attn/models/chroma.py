@@ -82,6 +82,8 @@ class Chroma(Untold, Flux):
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return {**super().enter(kwargs, layout), "attention_mask": None}
 
+    training = None
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def tell_with_positions(embedding: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:

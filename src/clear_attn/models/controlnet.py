@@ -29,6 +29,8 @@ class _ControlNet(Untold):
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]
 
+    training = None
+
 
 class FluxControlNet(_ControlNet, Flux):
     transformer_class = FluxControlNetModel

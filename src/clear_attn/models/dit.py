@@ -38,3 +38,5 @@ class DiT(SD3):
             "a DiT's timestep is a place in its scheduler's betas, which a call does not tell, and no share of noise; "
             "give a schedule without dense_above"
         )
+
+    training = None

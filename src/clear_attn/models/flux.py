@@ -13,6 +13,7 @@ from clear_attn.core.layout import Grid, TokenLayout
 from clear_attn.models.adapter import Call, Family
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.models.tensor_cache import ReadOnce
+from clear_attn.models.training import TrainingAdapter
 
 
 class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
@@ -67,6 +68,46 @@ class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
         return image, text, adapted
 
 
+class FluxTraining(TrainingAdapter):
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
+        text, pooled, _ = pipe.encode_prompt(prompts, None, max_sequence_length=text_tokens)
+        return text, pooled
+
+    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, pooled = self.encode_prompts(pipe, prompts, text_tokens)
+        return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
+
+    def pack(self, latents: Tensor) -> Tensor:
+        patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def training_call(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: float | None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+        # In float32: bfloat16 cannot tell positions past 256 apart.
+        axes = [torch.arange(length, dtype=torch.float32, device=noisy.device) for length in (1, height, width)]
+        return {
+            "hidden_states": self.pack(noisy),
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "timestep": sigma.to(noisy.dtype),
+            "guidance": None if guidance is None else torch.full_like(sigma, guidance, dtype=noisy.dtype),
+            "img_ids": torch.cartesian_prod(*axes),
+            "txt_ids": torch.zeros(text.shape[1], 3, device=noisy.device),
+            "joint_attention_kwargs": attention_kwargs,
+        }
+
+    def single_stream(self, layer: str) -> bool:
+        return layer.startswith("single_")
+
+
 class Flux(Family):
     transformer_class = FluxTransformer2DModel
     stock_processors: tuple[type, ...] = (FluxAttnProcessor,)
@@ -110,6 +151,8 @@ class Flux(Family):
 
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]
+
+    training: TrainingAdapter | None = FluxTraining()
 
 
 class _Positions(NamedTuple):

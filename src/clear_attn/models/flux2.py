@@ -63,3 +63,5 @@ class Flux2(Flux):
                 "clear_attn.restore() the model"
             )
         return super().read(transformer, kwargs)
+
+    training = None

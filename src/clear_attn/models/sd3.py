@@ -11,6 +11,47 @@ from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout, tile_order
 from clear_attn.models.adapter import Call, Family, InnerDoor
+from clear_attn.models.training import TrainingAdapter
+
+
+class SD3Training(TrainingAdapter):
+    """SD3 joins CLIP's tokens to the text. No layer is single-stream, so every fourth of all is compared."""
+
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=text_tokens
+        )
+        return text, pooled
+
+    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, pooled = self.encode_prompts(pipe, prompts, text_tokens)
+        negative, negative_pooled = self.encode_prompts(pipe, [""] * len(prompts), text_tokens)
+        return {
+            "prompt_embeds": text,
+            "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": negative,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def training_call(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: float | None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy,
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "timestep": (1000 * sigma).to(noisy.dtype),
+            "joint_attention_kwargs": attention_kwargs,
+        }
 
 
 class SD3(Family):
@@ -56,6 +97,8 @@ class SD3(Family):
         patches = sample.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
         tokens = patches.transpose(3, 4).flatten(2, 3)[:, :, layout.inverse]
         return tokens.unflatten(2, (rows, columns)).transpose(3, 4).reshape(sample.shape)
+
+    training: TrainingAdapter | None = SD3Training()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
