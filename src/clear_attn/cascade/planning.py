@@ -87,7 +87,7 @@ def make_plan(
     given = [*([] if derived else [first]), *(each.size for each in asked), size]
     for before, after in itertools.pairwise(given):
         sizes.check_aspect_ratio(before, after, token)
-    _check_positions(transformer, seen[image is not None :], token)
+    _check_positions(transformer, family.max_grid_side(transformer), seen[image is not None :], token)
     for stage in filled:
         check_schedule(pipe.scheduler, stage.shift)
     _check_options(options, kind)
@@ -175,9 +175,8 @@ def _stages(
     return tuple(filled)
 
 
-def _check_positions(transformer: Any, drawn: Sequence[sizes.Size], token: int) -> None:
+def _check_positions(transformer: Any, most: int | None, drawn: Sequence[sizes.Size], token: int) -> None:
     """Raises ValueError where a model has no positions for so many rows or columns."""
-    most = getattr(getattr(transformer, "pos_embed", None), "pos_embed_max_size", None)
     for size in drawn:
         if most is not None and max(size) > most * token:
             raise ValueError(

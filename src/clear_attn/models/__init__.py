@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clear_attn.models.adapter import Call, Family
+from clear_attn.models.adapter import Call, Family, HighresPipelines
 from clear_attn.models.chroma import Chroma
 from clear_attn.models.controlnet import FluxControlNet, SD3ControlNet
 from clear_attn.models.dit import DiT
@@ -45,4 +45,4 @@ def training_adapter_for(transformer: Any) -> TrainingAdapter:
     return family.training
 
 
-__all__ = ["FAMILIES", "Call", "Family", "TrainingAdapter", "family_of", "training_adapter_for"]
+__all__ = ["FAMILIES", "Call", "Family", "HighresPipelines", "TrainingAdapter", "family_of", "training_adapter_for"]

@@ -23,6 +23,19 @@ class Call(NamedTuple):
     device: torch.device
 
 
+class HighresPipelines(NamedTuple):
+    """The pipelines that `highres` runs for a transformer class.
+
+    Attributes:
+        text_to_image, image_to_image: names of diffusers classes with the same components.
+        batched_guidance: whether guidance runs two images in one forward pass.
+    """
+
+    text_to_image: str
+    image_to_image: str
+    batched_guidance: bool = False
+
+
 class InnerDoor(NamedTuple):
     """A hook inside a transformer: on a module's output, or before it runs, with its keywords."""
 
@@ -53,6 +66,7 @@ class Family(abc.ABC):
         keywords: the argument of a call that holds what is passed on to the attention layers.
         tells_noise: whether a call's timestep tells the share of noise.
         training: what distillation needs; None for a model that cannot be distilled.
+        highres_pipelines: what `highres` runs; None for a model that it does not support.
     """
 
     transformer_class: type
@@ -67,6 +81,7 @@ class Family(abc.ABC):
     keywords: str = "joint_attention_kwargs"
     tells_noise: bool = True
     training: TrainingAdapter | None = None
+    highres_pipelines: HighresPipelines | None = None
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""
@@ -137,3 +152,11 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         """A tensor of the transformer's output in raster order."""
+
+    def rotary_embedding(self, transformer: Any) -> Any | None:
+        """Return the module whose `theta` is read in each call, or None for a model without such an embedding."""
+        return None
+
+    def max_grid_side(self, transformer: Any) -> int | None:
+        """Return the most rows or columns of tokens that have a position, or None without a limit."""
+        return None

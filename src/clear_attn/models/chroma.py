@@ -83,6 +83,7 @@ class Chroma(Untold, Flux):
         return {**super().enter(kwargs, layout), "attention_mask": None}
 
     training = None
+    highres_pipelines = None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -30,6 +30,7 @@ class _ControlNet(Untold):
         return sample[:, layout.inverse]
 
     training = None
+    highres_pipelines = None
 
 
 class FluxControlNet(_ControlNet, Flux):

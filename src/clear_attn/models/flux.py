@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, Fl
 from torch import Tensor
 
 from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.models.adapter import Call, Family
+from clear_attn.models.adapter import Call, Family, HighresPipelines
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.models.tensor_cache import ReadOnce
 from clear_attn.models.training import TrainingAdapter
@@ -153,6 +153,10 @@ class Flux(Family):
         return sample[:, layout.inverse]
 
     training: TrainingAdapter | None = FluxTraining()
+    highres_pipelines: HighresPipelines | None = HighresPipelines("FluxPipeline", "FluxImg2ImgPipeline")
+
+    def rotary_embedding(self, transformer: Any) -> Any | None:
+        return transformer.pos_embed
 
 
 class _Positions(NamedTuple):

@@ -65,3 +65,4 @@ class Flux2(Flux):
         return super().read(transformer, kwargs)
 
     training = None
+    highres_pipelines = None

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, Joi
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout, tile_order
-from clear_attn.models.adapter import Call, Family, InnerDoor
+from clear_attn.models.adapter import Call, Family, HighresPipelines, InnerDoor
 from clear_attn.models.training import TrainingAdapter
 
 
@@ -99,6 +99,12 @@ class SD3(Family):
         return tokens.unflatten(2, (rows, columns)).transpose(3, 4).reshape(sample.shape)
 
     training: TrainingAdapter | None = SD3Training()
+    highres_pipelines: HighresPipelines | None = HighresPipelines(
+        "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", batched_guidance=True
+    )
+
+    def max_grid_side(self, transformer: Any) -> int | None:
+        return getattr(transformer.pos_embed, "pos_embed_max_size", None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
