@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from clear_attn.models import Family
+from clear_attn.models.class_names import is_exactly
 from clear_attn.models.processors import SHARPNESS, project, project_out
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import door_of, processors_of
@@ -58,7 +59,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
     before = processors_of(layers)
     _check_processors(before, family)
     for layer, attn in layers.items():
-        if type(before[layer]) in family.stock_processors:
+        if is_exactly(before[layer], family.stock_processors):
             attn.set_processor(_DenseProcessor(before[layer], family, layer))
     # First, so that it reads what the caller gave.
     handle = transformer.register_forward_pre_hook(_Sharpen(family), with_kwargs=True, prepend=True)
@@ -133,7 +134,7 @@ class _DenseProcessor:
 
 def _check_processors(processors: dict[str, Any], family: Family) -> None:
     for layer, processor in processors.items():
-        if type(processor) not in family.stock_processors:
+        if not is_exactly(processor, family.stock_processors):
             _check_takes_sharpness(layer, processor)
         elif not family.only_attends:
             raise RuntimeError(

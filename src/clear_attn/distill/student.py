@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clear_attn.core.layout import TokenLayout
 from clear_attn.distill.sharding import whole
+from clear_attn.models.class_names import is_instance
 from clear_attn.models.processors import AttnProcessor, project, project_out
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import door_of
@@ -168,7 +169,7 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
     layers = family.attention_layers(transformer)
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
-    adapted = next((layer for layer, attn in layers.items() if isinstance(attn.processor, family.adapters)), None)
+    adapted = next((layer for layer, attn in layers.items() if is_instance(attn.processor, family.adapters)), None)
     if adapted:
         raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
     transformer.requires_grad_(False)

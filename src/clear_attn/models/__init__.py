@@ -6,6 +6,7 @@ from typing import Any
 
 from clear_attn.models.adapter import Call, Family, HighresPipelines
 from clear_attn.models.chroma import Chroma
+from clear_attn.models.class_names import is_instance
 from clear_attn.models.controlnet import FluxControlNet, SD3ControlNet
 from clear_attn.models.dit import DiT
 from clear_attn.models.flux import Flux
@@ -29,7 +30,7 @@ FAMILIES: tuple[Family, ...] = (
 
 def family_of(transformer: Any) -> Family | None:
     """The family that a transformer belongs to, or None."""
-    return next((family for family in FAMILIES if isinstance(transformer, family.transformer_class)), None)
+    return next((family for family in FAMILIES if is_instance(transformer, (family.transformer_class,))), None)
 
 
 def training_adapter_for(transformer: Any) -> TrainingAdapter:
@@ -40,7 +41,7 @@ def training_adapter_for(transformer: Any) -> TrainingAdapter:
     """
     family = family_of(transformer)
     if family is None or family.training is None:
-        known = ", ".join(each.transformer_class.__name__ for each in FAMILIES if each.training is not None)
+        known = ", ".join(each.transformer_class for each in FAMILIES if each.training is not None)
         raise TypeError(f"a {type(transformer).__name__} cannot be distilled; give a pipeline with one of: {known}")
     return family.training
 

@@ -52,10 +52,12 @@ class InnerDoor(NamedTuple):
 class Family(abc.ABC):
     """One family. Stateless: what differs from call to call travels in the call's keywords.
 
+    Classes of diffusers are named, not imported: importing one imports the transformers of all models.
+
     Attributes:
-        transformer_class: its transformers in diffusers.
-        stock_processors: those that CLEAR's processor can stand in for.
-        adapters: those of adapters, whose work beside attention `stand_in` keeps up.
+        transformer_class: the name of its transformers' class in diffusers.
+        stock_processors: names of those that CLEAR's processor can stand in for.
+        adapters: names of those of adapters, whose work beside attention `stand_in` keeps up.
         text_first: whether text comes before the image where they are joined.
         text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
@@ -69,9 +71,9 @@ class Family(abc.ABC):
         highres_pipelines: what `highres` runs; None for a model that it does not support.
     """
 
-    transformer_class: type
-    stock_processors: tuple[type, ...]
-    adapters: tuple[type, ...] = ()
+    transformer_class: str
+    stock_processors: tuple[str, ...]
+    adapters: tuple[str, ...] = ()
     text_first: bool
     text_tokens: int
     residuals: tuple[str, ...] = ()

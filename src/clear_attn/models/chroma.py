@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
@@ -43,7 +42,7 @@ class ChromaProcessor(ClearAttnProcessor):
 
 class Chroma(Untold, Flux):
     only_attends = False
-    transformer_class = ChromaTransformer2DModel
+    transformer_class = "ChromaTransformer2DModel"
     adapters = ()
 
     def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:

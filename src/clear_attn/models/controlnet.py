@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FluxControlNetModel, SD3ControlNetModel
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
@@ -34,7 +33,7 @@ class _ControlNet(Untold):
 
 
 class FluxControlNet(_ControlNet, Flux):
-    transformer_class = FluxControlNetModel
+    transformer_class = "FluxControlNetModel"
 
     def inner_doors(self, transformer: Any) -> list[InnerDoor]:
         # The condition may still be a picture at the door.
@@ -47,7 +46,7 @@ class FluxControlNet(_ControlNet, Flux):
 
 
 class SD3ControlNet(_ControlNet, SD3):
-    transformer_class = SD3ControlNetModel
+    transformer_class = "SD3ControlNetModel"
 
     def has_text(self, transformer: Any, layer: str) -> bool:
         return transformer.context_embedder is not None and super().has_text(transformer, layer)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DiTTransformer2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from clear_attn.models.adapter import Call
+from clear_attn.models.class_names import is_instance
 from clear_attn.models.sd3 import SD3
 
 
 class DiT(SD3):
-    transformer_class = DiTTransformer2DModel
-    stock_processors = (AttnProcessor2_0, AttnProcessor)
+    transformer_class = "DiTTransformer2DModel"
+    stock_processors = ("AttnProcessor2_0", "AttnProcessor")
     text_tokens = 0
     residuals = ()
     keywords = "cross_attention_kwargs"
     tells_noise = False
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
-        return {name: module for name, module in transformer.named_modules() if isinstance(module, Attention)}
+        return {name: module for name, module in transformer.named_modules() if is_instance(module, ("Attention",))}
 
     def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         call = super().read(transformer, kwargs)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import Flux2Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from torch import Tensor, cat
 
 from clear_attn.core.layout import TokenLayout
@@ -45,8 +43,8 @@ class ParallelProcessor(ClearAttnProcessor):
 
 
 class Flux2(Flux):
-    transformer_class = Flux2Transformer2DModel
-    stock_processors = (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
+    transformer_class = "Flux2Transformer2DModel"
+    stock_processors = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
     residuals = ()
     only_attends = False
     streams = 24  # its feed-forward networks are gated

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor
 
 from clear_attn.core.layout import Grid, TokenLayout, tile_order
@@ -54,8 +52,8 @@ class QwenProcessor(ClearAttnProcessor):
 
 
 class QwenImage(Family):
-    transformer_class = QwenImageTransformer2DModel
-    stock_processors = (QwenDoubleStreamAttnProcessor2_0,)
+    transformer_class = "QwenImageTransformer2DModel"
+    stock_processors = ("QwenDoubleStreamAttnProcessor2_0",)
     text_first = True
     text_tokens = 512  # the most that its pipelines take; they do not pad
     residuals: tuple[str, ...] = ("controlnet_block_samples",)
@@ -104,7 +102,7 @@ class QwenImage(Family):
 class QwenControlNet(QwenImage):
     """Of Qwen-Image; unlike other ControlNets, it passes on the keywords of a call to its layers."""
 
-    transformer_class = QwenImageControlNetModel
+    transformer_class = "QwenImageControlNetModel"
     residuals = ()
     keywords = "joint_attention_kwargs"
 

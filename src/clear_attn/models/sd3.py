@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
-from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout, tile_order
@@ -55,8 +53,8 @@ class SD3Training(TrainingAdapter):
 
 
 class SD3(Family):
-    transformer_class = SD3Transformer2DModel
-    stock_processors = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
+    transformer_class = "SD3Transformer2DModel"
+    stock_processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
     text_first = False
     text_tokens = 77 + 256  # CLIP's and T5's
     residuals: tuple[str, ...] = ("block_controlnet_hidden_states",)

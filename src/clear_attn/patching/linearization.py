@@ -51,7 +51,7 @@ def find_transformer(pipe: Any) -> tuple[Any, Family]:
     transformer = getattr(candidate, "_orig_mod", candidate)  # what torch.compile wraps
     family = family_of(transformer)
     if family is None:
-        supported = ", ".join(family.transformer_class.__name__ for family in FAMILIES)
+        supported = ", ".join(family.transformer_class for family in FAMILIES)
         given = " with a ".join(dict.fromkeys([type(pipe).__name__, type(transformer).__name__]))
         if hasattr(transformer, "nets"):
             raise TypeError(f"a {given} is not supported; give its ControlNets one by one: for net in controlnet.nets")

@@ -9,6 +9,7 @@ from typing import Any
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import Family
+from clear_attn.models.class_names import is_instance
 from clear_attn.models.processors import AttnProcessor
 from clear_attn.utils.validation import ClearConfig
 from clear_attn.weights.metadata import config_of
@@ -98,7 +99,7 @@ def check_goes_with(method: Method, schedule: Schedule, backend: str) -> None:
 def check_stands_in(method: Method, family: Family, stock: Mapping[str, Any]) -> None:
     """Raises TypeError where layers do more than a method can stand in for."""
     for layer, processor in stock.items():
-        if not family.only_attends or isinstance(processor, family.adapters):
+        if not family.only_attends or is_instance(processor, family.adapters):
             raise TypeError(
                 f"{type(method).__name__} cannot stand in for the {type(processor).__name__} of {layer}, which does "
                 "more than attend; other methods than CLEAR are for FLUX.1, Stable Diffusion 3 and 3.5 and DiT, "
