@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,18 @@ class HighresPipelines(NamedTuple):
     text_to_image: str
     image_to_image: str
     batched_guidance: bool = False
+
+
+class Architecture(NamedTuple):
+    """A published size of a transformer class.
+
+    Attributes:
+        name: as `clear-attn cost --model` takes it.
+        config: what differs from the transformer's default config.
+    """
+
+    name: str
+    config: Mapping[str, Any] = MappingProxyType({})
 
 
 class InnerDoor(NamedTuple):
@@ -69,6 +82,7 @@ class Family(abc.ABC):
         tells_noise: whether a call's timestep tells the share of noise.
         training: what distillation needs; None for a model that cannot be distilled.
         highres_pipelines: what `highres` runs; None for a model that it does not support.
+        architectures: published sizes, of which `clear-attn cost --model` tells the cost.
     """
 
     transformer_class: str
@@ -84,6 +98,7 @@ class Family(abc.ABC):
     tells_noise: bool = True
     training: TrainingAdapter | None = None
     highres_pipelines: HighresPipelines | None = None
+    architectures: tuple[Architecture, ...] = ()
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         """The attention modules by name, those whose processors are replaced."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Call, InnerDoor
+from clear_attn.models.adapter import Architecture, Call, InnerDoor
 from clear_attn.models.context_variable import Untold, announced
 from clear_attn.models.flux import Flux
 from clear_attn.models.padding import UNSEEN, Padding, check_mask, padding_of
@@ -83,6 +83,7 @@ class Chroma(Untold, Flux):
 
     training = None
     highres_pipelines = None
+    architectures = (Architecture("chroma"),)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

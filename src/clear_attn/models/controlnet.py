@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Call, InnerDoor
+from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerDoor
 from clear_attn.models.context_variable import Untold, announced
 from clear_attn.models.flux import Flux
 from clear_attn.models.processors import LAYOUT
 from clear_attn.models.sd3 import SD3, into_tile_order
+from clear_attn.models.training import TrainingAdapter
 
 
 class _ControlNet(Untold):
@@ -28,8 +29,9 @@ class _ControlNet(Untold):
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]
 
-    training = None
-    highres_pipelines = None
+    training: TrainingAdapter | None = None
+    highres_pipelines: HighresPipelines | None = None
+    architectures: tuple[Architecture, ...] = ()
 
 
 class FluxControlNet(_ControlNet, Flux):

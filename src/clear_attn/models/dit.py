@@ -40,3 +40,4 @@ class DiT(SD3):
 
     training = None
     highres_pipelines = None
+    architectures = ()

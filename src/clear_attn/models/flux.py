@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.models.adapter import Call, Family, HighresPipelines
+from clear_attn.models.adapter import Architecture, Call, Family, HighresPipelines
 from clear_attn.models.class_names import is_instance
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.models.tensor_cache import ReadOnce
@@ -103,6 +103,7 @@ class Flux(Family):
 
     training: TrainingAdapter | None = FluxTraining()
     highres_pipelines: HighresPipelines | None = HighresPipelines("FluxPipeline", "FluxImg2ImgPipeline")
+    architectures: tuple[Architecture, ...] = (Architecture("flux", {"guidance_embeds": True}),)
 
     def rotary_embedding(self, transformer: Any) -> Any | None:
         return transformer.pos_embed

@@ -8,7 +8,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, cat
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Call
+from clear_attn.models.adapter import Architecture, Call
 from clear_attn.models.flux import Flux
 from clear_attn.models.processors import ClearAttnProcessor, split_heads
 
@@ -64,3 +64,4 @@ class Flux2(Flux):
 
     training = None
     highres_pipelines = None
+    architectures = (Architecture("flux2"),)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import Grid, TokenLayout, tile_order
-from clear_attn.models.adapter import Call, Family, InnerDoor
+from clear_attn.models.adapter import Architecture, Call, Family, InnerDoor
 from clear_attn.models.padding import UNSEEN, Padding, check_mask, padding_of
 from clear_attn.models.processors import ClearAttnProcessor
 
@@ -98,6 +98,8 @@ class QwenImage(Family):
     def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]
 
+    architectures: tuple[Architecture, ...] = (Architecture("qwen-image"),)
+
 
 class QwenControlNet(QwenImage):
     """Of Qwen-Image; unlike other ControlNets, it passes on the keywords of a call to its layers."""
@@ -108,6 +110,8 @@ class QwenControlNet(QwenImage):
 
     def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return {**super().enter(kwargs, layout), "controlnet_cond": kwargs["controlnet_cond"][:, layout.order]}
+
+    architectures = ()
 
 
 def _shapes(img_shapes: Any) -> Sequence[Shape]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout, tile_order
-from clear_attn.models.adapter import Call, Family, HighresPipelines, InnerDoor
+from clear_attn.models.adapter import Architecture, Call, Family, HighresPipelines, InnerDoor
 from clear_attn.models.training import TrainingAdapter
 
 
@@ -50,6 +50,10 @@ class SD3Training(TrainingAdapter):
             "timestep": (1000 * sigma).to(noisy.dtype),
             "joint_attention_kwargs": attention_kwargs,
         }
+
+
+SD3_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
 
 
 class SD3(Family):
@@ -99,6 +103,11 @@ class SD3(Family):
     training: TrainingAdapter | None = SD3Training()
     highres_pipelines: HighresPipelines | None = HighresPipelines(
         "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", batched_guidance=True
+    )
+    architectures: tuple[Architecture, ...] = (
+        Architecture("sd3-medium", SD3_MEDIUM),
+        Architecture("sd3.5-medium", {**SD3_MEDIUM, "dual_attention_layers": tuple(range(13))}),
+        Architecture("sd3.5-large", SD35_LARGE),
     )
 
     def max_grid_side(self, transformer: Any) -> int | None:
