@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from clear_attn.distill.data import METADATA, Example, listed_in, on_disk
 from clear_attn.distill.files import put, same_origin
 from clear_attn.distill.seeds import hash_of
+from clear_attn.utils.seeded_images import generate_with_seeds
 
 INDEX = "generated.json"
 
@@ -38,13 +37,13 @@ class Drawing(NamedTuple):
     seed: int
 
     def arguments(self) -> dict[str, Any]:
-        """Of the pipeline's call."""
-        optional = {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+        """Return the arguments of `generate_with_seeds`."""
         return {
             "height": self.resolution,
             "width": self.resolution,
             "max_sequence_length": self.text_tokens,
-            **{name: value for name, value in optional.items() if value is not None},
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
         }
 
 
@@ -107,10 +106,8 @@ def draw(
     """
     for start in progress(range(0, len(numbers), batch_size)):
         batch = numbers[start : start + batch_size]
-        drawn = pipe(
-            [wanted[number].prompt for number in batch],
-            generator=[torch.Generator().manual_seed(hash_of(drawing.seed, number)) for number in batch],
-            **drawing.arguments(),
-        )
-        for number, image in zip(batch, drawn.images, strict=True):
+        prompts = [wanted[number].prompt for number in batch]
+        seeds = [hash_of(drawing.seed, number) for number in batch]
+        images = generate_with_seeds(pipe, seeds, prompt=prompts, **drawing.arguments())
+        for number, image in zip(batch, images, strict=True):
             put(folder / wanted[number].name, image.save)

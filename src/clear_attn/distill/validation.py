@@ -18,6 +18,7 @@ from clear_attn.distill.student import STUDENT, TEACHER, keywords
 from clear_attn.models import training_adapter_for
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.utils.image_sheets import contact_sheet
+from clear_attn.utils.seeded_images import generate_with_seeds
 
 FOLDER = "validation"
 
@@ -66,13 +67,14 @@ class Validation:
         pipe.vae.to(device)
         pipe.set_progress_bar_config(disable=True)
         pictures = [
-            pipe(
-                **{name: value.to(device) for name, value in embeddings.items()},
+            generate_with_seeds(
+                pipe,
                 # Not the noise of the training picture of the same number.
-                generator=torch.Generator().manual_seed(hash_of("validation", self.drawing.seed, number)),
+                [hash_of("validation", self.drawing.seed, number)],
+                **{name: value.to(device) for name, value in embeddings.items()},
                 **{self.keywords: keywords(role)},
                 **self.drawing.arguments(),
-            ).images[0]
+            )[0]
             for number, embeddings in enumerate(self.embeddings)
         ]
         pipe.vae.to("cpu")
