@@ -8,7 +8,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch.utils._pytree import tree_leaves
 
 import clear_attn as clear
-from clear_attn.models import family_of
+from clear_attn.models import adapter_for
 from tests import reference
 
 # What each family's stock processor calls, and whether heads come before tokens there.
@@ -54,9 +54,9 @@ def put_in_raster_order(transformer, grids, config, weight=None):
     """Makes a stock model's layers compute the rule densely in raster order, pooling with plain means or a weight."""
     if weight is None:
         weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
-    text_first = family_of(transformer).text_first
+    text_first = adapter_for(transformer).text_first
     attention = ATTENTION.get(type(transformer).__name__, FLUX_ATTENTION if text_first else SD3_ATTENTION)
-    for layer in family_of(transformer).attention_layers(transformer).values():
+    for layer in adapter_for(transformer).attention_layers(transformer).values():
         layer.set_processor(RasterProcessor(layer.processor, grids, config, weight, text_first, *attention))
 
 

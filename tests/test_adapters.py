@@ -6,7 +6,7 @@ import sys
 import pytest
 from diffusers import FluxTransformer2DModel
 
-from clear_attn.models import FAMILIES, family_of
+from clear_attn.models import ADAPTERS, adapter_for
 from clear_attn.models.class_names import is_exactly, is_instance
 from tests import tiny
 
@@ -26,18 +26,18 @@ def test_importing_the_package_imports_no_model_of_diffusers():
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_a_transformer_has_the_adapter_of_its_class(name):
     transformer = tiny.FAMILIES[name].transformer()
-    assert family_of(transformer).transformer_class == type(transformer).__name__
+    assert adapter_for(transformer).transformer_class == type(transformer).__name__
 
 
 def test_every_named_class_exists_and_has_one_adapter():
     import diffusers
 
-    names = [family.transformer_class for family in FAMILIES]
+    names = [adapter.transformer_class for adapter in ADAPTERS]
     assert len({getattr(diffusers, name) for name in names}) == len(names)
-    for family in FAMILIES:
-        if family.highres_pipelines:
-            assert getattr(diffusers, family.highres_pipelines.text_to_image)
-            assert getattr(diffusers, family.highres_pipelines.image_to_image)
+    for adapter in ADAPTERS:
+        if adapter.highres_pipelines:
+            assert getattr(diffusers, adapter.highres_pipelines.text_to_image)
+            assert getattr(diffusers, adapter.highres_pipelines.image_to_image)
 
 
 def test_a_subclass_counts_and_a_namesake_does_not():
@@ -46,4 +46,4 @@ def test_a_subclass_counts_and_a_namesake_does_not():
     assert is_instance(ours, names)
     assert not is_exactly(ours, names)
     assert not is_instance(namesake, names)
-    assert family_of(namesake) is None
+    assert adapter_for(namesake) is None

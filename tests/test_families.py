@@ -13,7 +13,7 @@ import clear_attn as clear
 from clear_attn.backends import attention, flex, tiled
 from clear_attn.backends import reference as dense
 from clear_attn.core.layout import tile_order
-from clear_attn.models import family_of, flux
+from clear_attn.models import adapter_for, flux
 from clear_attn.patching.hooks import layout_for
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
@@ -24,7 +24,7 @@ SIZES = {"text": 40, "window": 30, "factor": 5}
 
 
 def keywords_of(transformer):
-    return family_of(transformer).keywords
+    return adapter_for(transformer).keywords
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
@@ -122,7 +122,7 @@ def test_a_deep_copy_is_independent(family, transformer):
     expected = run(transformer, call)
     twin = copy.deepcopy(transformer)
     with torch.no_grad():
-        next(iter(family_of(twin).attention_layers(twin).values())).processor.spatial_weight.mul_(2)
+        next(iter(adapter_for(twin).attention_layers(twin).values())).processor.spatial_weight.mul_(2)
     assert not torch.allclose(run(twin, call), expected, atol=1e-5)
     assert torch.equal(run(transformer, call), expected)
     clear.restore(twin)

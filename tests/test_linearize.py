@@ -10,13 +10,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save, save_file
 
 import clear_attn as clear
-from clear_attn.models import family_of
+from clear_attn.models import adapter_for
 from clear_attn.patching import state
 from clear_attn.weights.parameters import POOLED, replaced_parameters
 
 
 def layers_of(transformer):
-    return family_of(transformer).attention_layers(transformer)
+    return adapter_for(transformer).attention_layers(transformer)
 
 
 def photograph(transformer):

@@ -13,7 +13,7 @@ from diffusers import FluxPipeline
 import clear_attn as clear
 from clear_attn import methods
 from clear_attn.distill.student import add_student, student_values
-from clear_attn.models import family_of
+from clear_attn.models import adapter_for
 from clear_attn.patching.saving import save_values
 from tests import plain, tiny
 from tests.rules import RULES, softmax
@@ -64,9 +64,9 @@ class RuledProcessor(plain.RasterProcessor):
 
 def put_rule(transformer, grid, linearized, rule_of=None):
     """Makes a stock model's layers compute a linearized one's method densely, in raster order."""
-    text_first = family_of(transformer).text_first
+    text_first = adapter_for(transformer).text_first
     attention = plain.FLUX_ATTENTION if text_first else plain.SD3_ATTENTION
-    family, numbers = family_of(transformer), {True: itertools.count(), False: itertools.count()}
+    family, numbers = adapter_for(transformer), {True: itertools.count(), False: itertools.count()}
     for name, stock in transformer.attn_processors.items():
         number = next(numbers[family.has_text(transformer, name.removesuffix(".processor"))])
         own = linearized.get_submodule(name)

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from clear_attn.models import Family
+from clear_attn.models import ModelAdapter
 from clear_attn.models.class_names import is_exactly
 from clear_attn.models.processors import SHARPNESS, project, project_out
 from clear_attn.patching.linearization import find_transformer
@@ -50,7 +50,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
             and SD3's, unless linearized; when called, also where the processors were replaced inside the block.
     """
     transformer, family = find_transformer(pipe)
-    if type(family).announce is not Family.announce:
+    if type(family).publish is not ModelAdapter.publish:
         raise TypeError(
             f"proportional attention cannot tell the layers of a {type(transformer).__name__}; give the pipeline or "
             "its transformer, of FLUX or Stable Diffusion 3"
@@ -59,7 +59,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
     before = processors_of(layers)
     _check_processors(before, family)
     for layer, attn in layers.items():
-        if is_exactly(before[layer], family.stock_processors):
+        if is_exactly(before[layer], family.accepts):
             attn.set_processor(_DenseProcessor(before[layer], family, layer))
     # First, so that it reads what the caller gave.
     handle = transformer.register_forward_pre_hook(_Sharpen(family), with_kwargs=True, prepend=True)
@@ -75,7 +75,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
 class _Sharpen:
     """A forward pre-hook with keywords: tells the layers of a call by what to multiply their scale."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: ModelAdapter) -> None:
         self.family = family
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -83,7 +83,7 @@ class _Sharpen:
         for layer, processor in processors_of(self.family.attention_layers(transformer)).items():
             _check_takes_sharpness(layer, processor)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
-        grids, text_tokens, _ = self.family.read(transformer, call)
+        grids, text_tokens, _ = self.family.parse_call(transformer, call)
         door = door_of(transformer)
         config = door.config_of(call) if door else None
         tokens = text_tokens + sum(height * width for height, width in grids)
@@ -99,11 +99,11 @@ class _Places(NamedTuple):
 class _DenseProcessor:
     """Stands in for diffusers' own processors of FLUX and SD3, which take no scale."""
 
-    def __init__(self, stock: Any, family: Family, layer: str) -> None:
+    def __init__(self, stock: Any, family: ModelAdapter, layer: str) -> None:
         self._attention_backend: AttentionBackendName | None = getattr(stock, "_attention_backend", None)
         self._parallel_config = getattr(stock, "_parallel_config", None)
         self.text_first = family.text_first
-        self.trusts_fused = family.trusts_fused
+        self.fused_qkv_reliable = family.fused_qkv_reliable
 
     def __call__(
         self,
@@ -114,7 +114,7 @@ class _DenseProcessor:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         clear_sharpness: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        fused = self.trusts_fused and bool(attn.fused_projections)
+        fused = self.fused_qkv_reliable and bool(attn.fused_projections)
         query, key, value = project(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb, self.text_first, fused
         )
@@ -132,9 +132,9 @@ class _DenseProcessor:
         return project_out(attn, joint.flatten(2, 3), encoder_hidden_states is not None, places)
 
 
-def _check_processors(processors: dict[str, Any], family: Family) -> None:
+def _check_processors(processors: dict[str, Any], family: ModelAdapter) -> None:
     for layer, processor in processors.items():
-        if not is_exactly(processor, family.stock_processors):
+        if not is_exactly(processor, family.accepts):
             _check_takes_sharpness(layer, processor)
         elif not family.only_attends:
             raise RuntimeError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 
-from clear_attn.models import FAMILIES
+from clear_attn.models import ADAPTERS
 from clear_attn.models.class_names import is_instance
 
 
@@ -27,7 +27,7 @@ def kind_of(pipe: Any) -> Kind:
     Raises:
         TypeError: `highres` does not support the pipeline.
     """
-    supported = [family.highres_pipelines for family in FAMILIES if family.highres_pipelines is not None]
+    supported = [adapter.highres_pipelines for adapter in ADAPTERS if adapter.highres_pipelines is not None]
     for text_to_image, image_to_image, batched_guidance in supported:
         if is_instance(pipe, (text_to_image, image_to_image)):
             return Kind(getattr(diffusers, text_to_image), getattr(diffusers, image_to_image), batched_guidance)

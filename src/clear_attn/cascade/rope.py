@@ -29,9 +29,9 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
         TypeError: not a supported pipeline.
         ValueError: a factor that is not a finite number above 0; a model without rotary embedding.
     """
-    transformer, family = find_transformer(pipe)
+    transformer, adapter = find_transformer(pipe)
     check_ntk_factor(transformer, factor)
-    embedding: Any = family.rotary_embedding(transformer)
+    embedding: Any = adapter.rotary_embedding(transformer)
     before = embedding.theta
     embedding.theta = before * factor
     try:
@@ -42,8 +42,8 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
 
 def has_rotary_embedding(transformer: object) -> bool:
     """Return whether a supported transformer computes a rotary embedding from theta in each call."""
-    _, family = find_transformer(transformer)
-    return family.rotary_embedding(transformer) is not None
+    _, adapter = find_transformer(transformer)
+    return adapter.rotary_embedding(transformer) is not None
 
 
 def check_ntk_factor(transformer: object, factor: object) -> None:

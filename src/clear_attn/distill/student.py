@@ -169,7 +169,8 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
     layers = family.attention_layers(transformer)
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
-    adapted = next((layer for layer, attn in layers.items() if is_instance(attn.processor, family.adapters)), None)
+    adapters = family.ip_adapter_processors
+    adapted = next((layer for layer, attn in layers.items() if is_instance(attn.processor, adapters)), None)
     if adapted:
         raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
     transformer.requires_grad_(False)

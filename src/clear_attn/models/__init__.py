@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clear_attn.models.adapter import Call, Family, HighresPipelines
+from clear_attn.models.adapter import Call, HighresPipelines, ModelAdapter
 from clear_attn.models.chroma import Chroma
 from clear_attn.models.class_names import is_instance
 from clear_attn.models.controlnet import FluxControlNet, SD3ControlNet
@@ -15,7 +15,7 @@ from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3
 from clear_attn.models.training import TrainingAdapter
 
-FAMILIES: tuple[Family, ...] = (
+ADAPTERS: tuple[ModelAdapter, ...] = (
     Flux(),
     Flux2(),
     Chroma(),
@@ -28,9 +28,9 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_of(transformer: Any) -> Family | None:
-    """The family that a transformer belongs to, or None."""
-    return next((family for family in FAMILIES if is_instance(transformer, (family.transformer_class,))), None)
+def adapter_for(transformer: Any) -> ModelAdapter | None:
+    """Return the adapter of a transformer's class, or None."""
+    return next((adapter for adapter in ADAPTERS if is_instance(transformer, (adapter.transformer_class,))), None)
 
 
 def training_adapter_for(transformer: Any) -> TrainingAdapter:
@@ -39,11 +39,19 @@ def training_adapter_for(transformer: Any) -> TrainingAdapter:
     Raises:
         TypeError: it cannot be distilled.
     """
-    family = family_of(transformer)
-    if family is None or family.training is None:
-        known = ", ".join(each.transformer_class for each in FAMILIES if each.training is not None)
+    adapter = adapter_for(transformer)
+    if adapter is None or adapter.training is None:
+        known = ", ".join(each.transformer_class for each in ADAPTERS if each.training is not None)
         raise TypeError(f"a {type(transformer).__name__} cannot be distilled; give a pipeline with one of: {known}")
-    return family.training
+    return adapter.training
 
 
-__all__ = ["FAMILIES", "Call", "Family", "HighresPipelines", "TrainingAdapter", "family_of", "training_adapter_for"]
+__all__ = [
+    "ADAPTERS",
+    "Call",
+    "HighresPipelines",
+    "ModelAdapter",
+    "TrainingAdapter",
+    "adapter_for",
+    "training_adapter_for",
+]

@@ -1,4 +1,4 @@
-"""What a family of transformers has to tell: where its attention is, and how a call goes in and comes out."""
+"""The contract of a model file: where attention is, and how a call is parsed, permuted and undone."""
 
 from __future__ import annotations
 
@@ -49,53 +49,53 @@ class Architecture(NamedTuple):
     config: Mapping[str, Any] = MappingProxyType({})
 
 
-class InnerDoor(NamedTuple):
+class InnerHook(NamedTuple):
     """A hook inside a transformer: on a module's output, or before it runs, with its keywords."""
 
     module: nn.Module
     hook: Callable[..., Any]
     before: bool = False
 
-    def stands(self) -> bool:
+    def installed(self) -> bool:
         """Whether the hook is in place."""
         hooks = self.module._forward_pre_hooks if self.before else self.module._forward_hooks
         return any(hook is self.hook for hook in hooks.values())
 
 
-class Family(abc.ABC):
-    """One family. Stateless: what differs from call to call travels in the call's keywords.
+class ModelAdapter(abc.ABC):
+    """All that is known of one transformer class. Stateless: what differs by call is in the call's keywords.
 
     Classes of diffusers are named, not imported: importing one imports the transformers of all models.
 
     Attributes:
         transformer_class: the name of its transformers' class in diffusers.
-        stock_processors: names of those that CLEAR's processor can stand in for.
-        adapters: names of those of adapters, whose work beside attention `stand_in` keeps up.
+        accepts: names of the attention processors that CLEAR's can replace.
+        ip_adapter_processors: names of those with an IP-Adapter, whose own attention the replacement keeps.
         text_first: whether text comes before the image where they are joined.
-        text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
+        default_text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
         only_attends: whether its layers do nothing but project, attend and project, so that other methods than CLEAR
             may stand in.
-        trusts_fused: whether a layer with `fused_projections` has a fused projection that holds what its parts do.
-        streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a CPU.
+        fused_qkv_reliable: whether a layer with `fused_projections` has fused weights equal to the separate ones.
+        activation_factor: likely peak of a forward pass in tokens x (heads x head_dim) elements, measured on a CPU.
         keywords: the argument of a call that holds what is passed on to the attention layers.
-        tells_noise: whether a call's timestep tells the share of noise.
+        timestep_is_sigma: whether sigma follows from a call's timestep.
         training: what distillation needs; None for a model that cannot be distilled.
         highres_pipelines: what `highres` runs; None for a model that it does not support.
         architectures: published sizes, of which `clear-attn cost --model` tells the cost.
     """
 
     transformer_class: str
-    stock_processors: tuple[str, ...]
-    adapters: tuple[str, ...] = ()
+    accepts: tuple[str, ...]
+    ip_adapter_processors: tuple[str, ...] = ()
     text_first: bool
-    text_tokens: int
+    default_text_tokens: int
     residuals: tuple[str, ...] = ()
     only_attends: bool = False
-    trusts_fused: bool = True
-    streams: int = 20
+    fused_qkv_reliable: bool = True
+    activation_factor: int = 20
     keywords: str = "joint_attention_kwargs"
-    tells_noise: bool = True
+    timestep_is_sigma: bool = True
     training: TrainingAdapter | None = None
     highres_pipelines: HighresPipelines | None = None
     architectures: tuple[Architecture, ...] = ()
@@ -123,23 +123,23 @@ class Family(abc.ABC):
     def latents_per_token(self, transformer: Any) -> int:
         """The side of a token in pixels of the latent picture."""
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         """What has to be changed inside, where the transformer's entrance does not reach."""
         return []
 
-    def announce(self, own: dict[str, Any] | None) -> None:
+    def publish(self, own: dict[str, Any] | None) -> None:
         """Tells the layers of a call's own keywords, where the transformer does not; None when the call is over."""
         return
 
     @abc.abstractmethod
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def parse_call(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         """Reads the grids and the text length from a call's keywords; raises ValueError where they do not fit."""
 
     def padding(self, kwargs: dict[str, Any], layout: TokenLayout) -> Padding | None:
         """What a call says of padding in its text; raises ValueError where that does not fit."""
         return None
 
-    def noise(self, kwargs: dict[str, Any]) -> Tensor:
+    def sigma(self, kwargs: dict[str, Any]) -> Tensor:
         """The share of noise in each picture of a call, 0 to 1, as its timestep tells: `[batch]` or one number.
 
         Raises ValueError where it does not.
@@ -157,17 +157,17 @@ class Family(abc.ABC):
                         "give the ControlNet the picture's own height and width"
                     )
 
-    def enter_residuals(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    def permute_residuals(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """The keywords with a ControlNet's residuals in tile order."""
         given = [name for name in self.residuals if kwargs.get(name) is not None]
         return {**kwargs, **{name: [residual[:, layout.order] for residual in kwargs[name]] for name in given}}
 
     @abc.abstractmethod
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    def permute_inputs(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """The keywords with the image tokens, and all that runs beside them, in tile order."""
 
     @abc.abstractmethod
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         """A tensor of the transformer's output in raster order."""
 
     def rotary_embedding(self, transformer: Any) -> Any | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Architecture, Call, InnerDoor
+from clear_attn.models.adapter import Architecture, Call, InnerHook
 from clear_attn.models.context_variable import Untold, announced
 from clear_attn.models.flux import Flux
 from clear_attn.models.padding import UNSEEN, Padding, check_mask, padding_of
@@ -43,16 +43,16 @@ class ChromaProcessor(ClearAttnProcessor):
 class Chroma(Untold, Flux):
     only_attends = False
     transformer_class = "ChromaTransformer2DModel"
-    adapters = ()
+    ip_adapter_processors = ()
 
     def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
         return ChromaProcessor(down_factor, layer)
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
-        return [InnerDoor(transformer.pos_embed, tell_with_positions)]
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
+        return [InnerHook(transformer.pos_embed, tell_with_positions)]
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
-        call = super().read(transformer, kwargs)
+    def parse_call(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        call = super().parse_call(transformer, kwargs)
         mask, image_tokens = kwargs.get("attention_mask"), kwargs["hidden_states"].shape[1]
         if mask is not None:
             check_mask("attention_mask", mask, (len(kwargs["hidden_states"]), call.text_tokens + image_tokens))
@@ -78,8 +78,8 @@ class Chroma(Untold, Flux):
             return padding_of(layout, torch.ones_like(unseen), unseen)
         return padding_of(layout, text, text - 1)
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        return {**super().enter(kwargs, layout), "attention_mask": None}
+    def permute_inputs(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        return {**super().permute_inputs(kwargs, layout), "attention_mask": None}
 
     training = None
     highres_pipelines = None

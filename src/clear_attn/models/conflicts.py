@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceHook
 
-from clear_attn.models import Family
+from clear_attn.models import ModelAdapter
 from clear_attn.models.class_names import is_exactly, is_instance
 
 # Hooks that diffusers' guiders and caches put on attention layers and projections, and what they take for granted.
@@ -27,10 +27,10 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
-def check_processors(processors: Mapping[str, Any], family: Family) -> None:
+def check_processors(processors: Mapping[str, Any], family: ModelAdapter) -> None:
     """Raises RuntimeError for a processor that CLEAR's cannot stand in for."""
     for layer, processor in processors.items():
-        if not is_exactly(processor, (*family.stock_processors, *family.adapters)):
+        if not is_exactly(processor, (*family.accepts, *family.ip_adapter_processors)):
             raise RuntimeError(
                 f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
                 "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline anew, then linearize"

@@ -11,7 +11,7 @@ _own_keywords: contextvars.ContextVar[dict[str, Any] | None] = contextvars.Conte
 class Untold:
     """What such families share; goes before the family."""
 
-    def announce(self, own: dict[str, Any] | None) -> None:
+    def publish(self, own: dict[str, Any] | None) -> None:
         _own_keywords.set(own)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerDoor
+from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerHook
 from clear_attn.models.context_variable import Untold, announced
 from clear_attn.models.flux import Flux
 from clear_attn.models.processors import LAYOUT
@@ -22,11 +22,11 @@ from clear_attn.models.training import TrainingAdapter
 class _ControlNet(Untold):
     """What the ControlNets of all families share; goes before the family."""
 
-    def attention_doors(self, controlnet: Any) -> list[InnerDoor]:
+    def attention_hooks(self, controlnet: Any) -> list[InnerHook]:
         layers = self.attention_layers(controlnet).values()  # type: ignore[attr-defined]
-        return [InnerDoor(attn, tell_layer, before=True) for attn in layers]
+        return [InnerHook(attn, tell_layer, before=True) for attn in layers]
 
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]
 
     training: TrainingAdapter | None = None
@@ -37,12 +37,12 @@ class _ControlNet(Untold):
 class FluxControlNet(_ControlNet, Flux):
     transformer_class = "FluxControlNetModel"
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         # The condition may still be a picture at the door.
-        return [*self.attention_doors(transformer), InnerDoor(transformer.controlnet_x_embedder, order_condition)]
+        return [*self.attention_hooks(transformer), InnerHook(transformer.controlnet_x_embedder, order_condition)]
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
-        call = super().read(transformer, kwargs)
+    def parse_call(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        call = super().parse_call(transformer, kwargs)
         # A union ControlNet puts its mode before the text.
         return call._replace(text_tokens=call.text_tokens + bool(transformer.union))
 
@@ -53,10 +53,10 @@ class SD3ControlNet(_ControlNet, SD3):
     def has_text(self, transformer: Any, layer: str) -> bool:
         return transformer.context_embedder is not None and super().has_text(transformer, layer)
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         embedders = [transformer.pos_embed, transformer.pos_embed_input]
-        doors = [InnerDoor(embedder, into_tile_order) for embedder in embedders if embedder is not None]
-        return [*self.attention_doors(transformer), *doors]
+        doors = [InnerHook(embedder, into_tile_order) for embedder in embedders if embedder is not None]
+        return [*self.attention_hooks(transformer), *doors]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

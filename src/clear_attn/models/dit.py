@@ -13,17 +13,17 @@ from clear_attn.models.sd3 import SD3
 
 class DiT(SD3):
     transformer_class = "DiTTransformer2DModel"
-    stock_processors = ("AttnProcessor2_0", "AttnProcessor")
-    text_tokens = 0
+    accepts = ("AttnProcessor2_0", "AttnProcessor")
+    default_text_tokens = 0
     residuals = ()
     keywords = "cross_attention_kwargs"
-    tells_noise = False
+    timestep_is_sigma = False
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         return {name: module for name, module in transformer.named_modules() if is_instance(module, ("Attention",))}
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
-        call = super().read(transformer, kwargs)
+    def parse_call(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+        call = super().parse_call(transformer, kwargs)
         height, width = call.grids[0]
         if height != width:
             raise ValueError(
@@ -32,7 +32,7 @@ class DiT(SD3):
             )
         return call
 
-    def noise(self, kwargs: dict[str, Any]) -> Tensor:
+    def sigma(self, kwargs: dict[str, Any]) -> Tensor:
         raise ValueError(
             "a DiT's timestep is a place in its scheduler's betas, which a call does not tell, and no share of noise; "
             "give a schedule without dense_above"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import Grid, TokenLayout
-from clear_attn.models.adapter import Architecture, Call, Family, HighresPipelines
+from clear_attn.models.adapter import Architecture, Call, HighresPipelines, ModelAdapter
 from clear_attn.models.class_names import is_instance
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.models.tensor_cache import ReadOnce
@@ -55,17 +55,17 @@ class FluxTraining(TrainingAdapter):
         return layer.startswith("single_")
 
 
-class Flux(Family):
+class Flux(ModelAdapter):
     transformer_class = "FluxTransformer2DModel"
-    stock_processors: tuple[str, ...] = ("FluxAttnProcessor",)
-    adapters: tuple[str, ...] = ("FluxIPAdapterAttnProcessor",)
+    accepts: tuple[str, ...] = ("FluxAttnProcessor",)
+    ip_adapter_processors: tuple[str, ...] = ("FluxIPAdapterAttnProcessor",)
     text_first = True
-    text_tokens = 512
+    default_text_tokens = 512
     only_attends = True
     residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def stand_in(self, stock: Any, down_factor: int, layer: str) -> ClearAttnProcessor:
-        if is_instance(stock, self.adapters):
+        if is_instance(stock, self.ip_adapter_processors):
             from clear_attn.models.flux_ip_adapter import IPAdapterProcessor
 
             return IPAdapterProcessor(stock, down_factor, layer)
@@ -74,7 +74,7 @@ class Flux(Family):
     def latents_per_token(self, transformer: Any) -> int:
         return 2  # the pipelines pack them so
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def parse_call(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         if kwargs.get("img_ids") is None:
             raise ValueError("img_ids must tell where the image tokens stand, got None; pass them as the pipeline does")
@@ -88,17 +88,17 @@ class Flux(Family):
         self.check_residuals(kwargs, tokens)
         return Call(grids, text.shape[1], hidden_states.device)
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    def permute_inputs(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         ids = kwargs["img_ids"]
         exact = _read_ids(ids).exact
         ids = (ids[0] if ids.ndim == 3 else ids) if exact is None else exact
         return {
-            **self.enter_residuals(kwargs, layout),
+            **self.permute_residuals(kwargs, layout),
             "hidden_states": kwargs["hidden_states"][:, layout.order],
             "img_ids": ids[layout.order],
         }
 
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]
 
     training: TrainingAdapter | None = FluxTraining()

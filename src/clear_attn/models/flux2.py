@@ -44,23 +44,23 @@ class ParallelProcessor(ClearAttnProcessor):
 
 class Flux2(Flux):
     transformer_class = "Flux2Transformer2DModel"
-    stock_processors = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
+    accepts = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
     residuals = ()
     only_attends = False
-    streams = 24  # its feed-forward networks are gated
+    activation_factor = 24  # its feed-forward networks are gated
 
     def new_processor(self, down_factor: int, layer: str) -> ClearAttnProcessor:
         kind = ParallelProcessor if layer.startswith("single_") else ClearAttnProcessor
         return kind(down_factor, layer)
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def parse_call(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         if kwargs.get("kv_cache_mode") is not None:
             raise ValueError(
                 f"kv_cache_mode={kwargs['kv_cache_mode']!r} keeps the keys of reference pictures from step to step, "
                 "which a linearized model does not; use Flux2KleinPipeline in place of Flux2KleinKVPipeline, or "
                 "clear_attn.restore() the model"
             )
-        return super().read(transformer, kwargs)
+        return super().parse_call(transformer, kwargs)
 
     training = None
     highres_pipelines = None

@@ -42,8 +42,8 @@ class AttnProcessor(nn.Module, abc.ABC):
 
     # Where its window differs from the layout's: see `Schedule.window_of`.
     own_window: float | None = None
-    # Whether a layer that calls itself fused may be believed: see `Family.trusts_fused`.
-    trusts_fused: bool = True
+    # Whether a layer that calls itself fused may be believed: see `ModelAdapter.fused_qkv_reliable`.
+    fused_qkv_reliable: bool = True
     # What a user set on a layer's processor, and the next one there takes over.
     of_the_layer: tuple[str, ...] = ("_attention_backend", "_parallel_config")
     # Declared, so that diffusers' set_attention_backend and enable_parallelism find them here.
@@ -112,7 +112,7 @@ class AttnProcessor(nn.Module, abc.ABC):
 
     def takes_fused(self, attn: Any) -> bool:
         """Whether query, key and value come from one fused projection."""
-        return self.trusts_fused and bool(attn.fused_projections)
+        return self.fused_qkv_reliable and bool(attn.fused_projections)
 
     @property
     def _where(self) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import Grid, TokenLayout, tile_order
-from clear_attn.models.adapter import Architecture, Call, Family, InnerDoor
+from clear_attn.models.adapter import Architecture, Call, InnerHook, ModelAdapter
 from clear_attn.models.padding import UNSEEN, Padding, check_mask, padding_of
 from clear_attn.models.processors import ClearAttnProcessor
 
@@ -51,11 +51,11 @@ class QwenProcessor(ClearAttnProcessor):
         )
 
 
-class QwenImage(Family):
+class QwenImage(ModelAdapter):
     transformer_class = "QwenImageTransformer2DModel"
-    stock_processors = ("QwenDoubleStreamAttnProcessor2_0",)
+    accepts = ("QwenDoubleStreamAttnProcessor2_0",)
     text_first = True
-    text_tokens = 512  # the most that its pipelines take; they do not pad
+    default_text_tokens = 512  # the most that its pipelines take; they do not pad
     residuals: tuple[str, ...] = ("controlnet_block_samples",)
     keywords = "attention_kwargs"
 
@@ -65,10 +65,10 @@ class QwenImage(Family):
     def latents_per_token(self, transformer: Any) -> int:
         return int(transformer.config.patch_size)
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
-        return [InnerDoor(transformer.pos_embed, join_positions)]
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
+        return [InnerHook(transformer.pos_embed, join_positions)]
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def parse_call(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         grids = _grids(_shapes(kwargs.get("img_shapes")))
         tokens = sum(height * width for height, width in grids)
@@ -88,14 +88,14 @@ class QwenImage(Family):
         unseen = torch.where(mask.bool(), 0.0, UNSEEN)
         return padding_of(layout, torch.ones_like(unseen), unseen)
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+    def permute_inputs(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return {
-            **self.enter_residuals(kwargs, layout),
+            **self.permute_residuals(kwargs, layout),
             "hidden_states": kwargs["hidden_states"][:, layout.order],
             "encoder_hidden_states_mask": None,
         }
 
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse]
 
     architectures: tuple[Architecture, ...] = (Architecture("qwen-image"),)
@@ -108,8 +108,8 @@ class QwenControlNet(QwenImage):
     residuals = ()
     keywords = "joint_attention_kwargs"
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        return {**super().enter(kwargs, layout), "controlnet_cond": kwargs["controlnet_cond"][:, layout.order]}
+    def permute_inputs(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        return {**super().permute_inputs(kwargs, layout), "controlnet_cond": kwargs["controlnet_cond"][:, layout.order]}
 
     architectures = ()
 

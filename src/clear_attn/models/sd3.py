@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout, tile_order
-from clear_attn.models.adapter import Architecture, Call, Family, HighresPipelines, InnerDoor
+from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerHook, ModelAdapter
 from clear_attn.models.training import TrainingAdapter
 
 
@@ -56,15 +56,15 @@ SD3_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_d
 SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
 
 
-class SD3(Family):
+class SD3(ModelAdapter):
     transformer_class = "SD3Transformer2DModel"
-    stock_processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
+    accepts = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
     text_first = False
-    text_tokens = 77 + 256  # CLIP's and T5's
+    default_text_tokens = 77 + 256  # CLIP's and T5's
     residuals: tuple[str, ...] = ("block_controlnet_hidden_states",)
     only_attends = True
     # SD3's layers call themselves fused also after that has been given up. The parts stay, and hold the same values.
-    trusts_fused = False
+    fused_qkv_reliable = False
 
     def has_text(self, transformer: Any, layer: str) -> bool:
         return not layer.endswith(".attn2")
@@ -72,10 +72,10 @@ class SD3(Family):
     def latents_per_token(self, transformer: Any) -> int:
         return int(transformer.config.patch_size)
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
-        return [InnerDoor(transformer.pos_embed, into_tile_order)]
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
+        return [InnerHook(transformer.pos_embed, into_tile_order)]
 
-    def read(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
+    def parse_call(self, transformer: Any, kwargs: dict[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs.get("encoder_hidden_states")
         side = self.latents_per_token(transformer)
         height, width = hidden_states.shape[-2:]
@@ -88,13 +88,13 @@ class SD3(Family):
         self.check_residuals(kwargs, grid[0] * grid[1])
         return Call((grid,), 0 if text is None else text.shape[1], hidden_states.device)
 
-    def noise(self, kwargs: dict[str, Any]) -> Tensor:
-        return super().noise(kwargs) / 1000  # of the timesteps it was trained with
+    def sigma(self, kwargs: dict[str, Any]) -> Tensor:
+        return super().sigma(kwargs) / 1000  # of the timesteps it was trained with
 
-    def enter(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        return self.enter_residuals(kwargs, layout)
+    def permute_inputs(self, kwargs: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        return self.permute_residuals(kwargs, layout)
 
-    def leave(self, sample: Tensor, layout: TokenLayout) -> Tensor:
+    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         (rows, columns), (height, width) = layout.grids[0], sample.shape[-2:]
         patches = sample.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
         tokens = patches.transpose(3, 4).flatten(2, 3)[:, :, layout.inverse]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models import Family
-from clear_attn.models.adapter import InnerDoor
+from clear_attn.models import ModelAdapter
+from clear_attn.models.adapter import InnerHook
 from clear_attn.models.conflicts import hooks_of_diffusers
 from clear_attn.models.qwen_image import join_positions
 from clear_attn.models.sd3 import into_tile_order
@@ -72,11 +72,11 @@ class Split:
         _share.set(share)
         return share
 
-    def inner_doors(self, family: Family, transformer: Any) -> list[InnerDoor]:
+    def inner_hooks(self, family: ModelAdapter, transformer: Any) -> list[InnerHook]:
         """Takes the rank's tokens where all are put into tile order inside; gathers all behind the last layer."""
-        inside = [(door.module, TAKE.get(door.hook)) for door in family.inner_doors(transformer)]
-        entrances = [InnerDoor(module, take) for module, take in inside if take]
-        return [*entrances, InnerDoor(transformer.proj_out, self.gather)]
+        inside = [(door.module, TAKE.get(door.hook)) for door in family.inner_hooks(transformer)]
+        entrances = [InnerHook(module, take) for module, take in inside if take]
+        return [*entrances, InnerHook(transformer.proj_out, self.gather)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

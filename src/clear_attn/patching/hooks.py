@@ -19,8 +19,8 @@ from clear_attn.backends import BACKENDS, choose_aloud
 from clear_attn.core.layout import Grid, TokenLayout
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.models import Family
-from clear_attn.models.adapter import InnerDoor
+from clear_attn.models import ModelAdapter
+from clear_attn.models.adapter import InnerHook
 from clear_attn.models.conflicts import check_hooks
 from clear_attn.models.processors import BACKEND, LAYOUT, PADDING, AttnProcessor
 from clear_attn.utils.validation import ClearConfig
@@ -53,7 +53,7 @@ class Spread(Protocol):
     def share(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Any:
         """The layout of this process's part, which has what a `TokenLayout` has; settings must be those of all."""
 
-    def inner_doors(self, family: Family, transformer: Any) -> list[InnerDoor]:
+    def inner_hooks(self, family: ModelAdapter, transformer: Any) -> list[InnerHook]:
         """Hooks inside the transformer, behind those of its family."""
 
 
@@ -72,7 +72,7 @@ class DoorIn:
 
     def __init__(
         self,
-        family: Family,
+        family: ModelAdapter,
         config: ClearConfig | Method,
         schedule: Schedule,
         backend: str,
@@ -93,27 +93,27 @@ class DoorIn:
         door.spread = spread
         return door
 
-    def inner_doors(self, transformer: Any) -> list[InnerDoor]:
+    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         """The hooks inside the transformer."""
-        spread = self.spread.inner_doors(self.family, transformer) if self.spread else []
-        return [*self.family.inner_doors(transformer), *spread]
+        spread = self.spread.inner_hooks(self.family, transformer) if self.spread else []
+        return [*self.family.inner_hooks(transformer), *spread]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         self.check(transformer)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
-        grids, text_tokens, device = self.family.read(transformer, call)
+        grids, text_tokens, device = self.family.parse_call(transformer, call)
         layout = layout_for(grids, text_tokens, self.config_of(call), self.family.text_first, device)
         backend = self._choose_backend(transformer, call, layout)
         if self.spread:
             settings = f"{self.config}, {self.schedule}, backend {backend}"
             layout = self.spread.share(transformer, call, layout, settings)
         self._prepare(transformer, layout, backend)
-        entered = self.family.enter(call, layout)
+        entered = self.family.permute_inputs(call, layout)
         own: dict[str, Any] = {LAYOUT: layout, BACKEND: backend}
         if (padding := self.family.padding(call, layout)) is not None:
             own[PADDING] = padding
-        self.family.announce(own)
+        self.family.publish(own)
         entered[self.family.keywords] = {**(call.get(self.family.keywords) or {}), **own}
         return (), entered
 
@@ -121,7 +121,7 @@ class DoorIn:
         """Of a call with these arguments; None where it stays dense."""
         if self.schedule.dense_above is None:
             return self.config
-        return None if self.schedule.is_dense(self.family.noise(call)) else self.config
+        return None if self.schedule.is_dense(self.family.sigma(call)) else self.config
 
     def _prepare(self, transformer: Any, layout: TokenLayout, backend: str) -> None:
         """Makes what the layers will need of a layout, for compiled ones cannot."""
@@ -157,8 +157,8 @@ class DoorIn:
                     "projections); call clear_attn.linearize() again after the change, or clear_attn.restore()"
                 )
         check_hooks(self.family.attention_layers(transformer))
-        for inner in self.inner_doors(transformer):
-            if not inner.stands():
+        for inner in self.inner_hooks(transformer):
+            if not inner.installed():
                 raise RuntimeError(
                     f"a {type(inner.module).__name__} of this {type(transformer).__name__} was replaced after "
                     "clear_attn.linearize() (a pipeline does that to SD3.5's ControlNets); call clear_attn.linearize() "
@@ -169,11 +169,11 @@ class DoorIn:
 class DoorOut:
     """A forward hook with keywords, the counterpart of `DoorIn`. It stands first, so that others see raster order."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: ModelAdapter) -> None:
         self.family = family
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout = kwargs[self.family.keywords][LAYOUT]
-        self.family.announce(None)
-        return tree_map_only(torch.Tensor, lambda tensor: self.family.leave(tensor, layout), output)
+        self.family.publish(None)
+        return tree_map_only(torch.Tensor, lambda tensor: self.family.unpermute_output(tensor, layout), output)

@@ -13,7 +13,7 @@ from torch import nn
 from clear_attn.backends import check_backend, flex
 from clear_attn.methods import Method, as_text
 from clear_attn.methods.schedule import Schedule
-from clear_attn.models import FAMILIES, Family, family_of
+from clear_attn.models import ADAPTERS, ModelAdapter, adapter_for
 from clear_attn.models.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.models.processors import AttnProcessor
 from clear_attn.patching.hooks import DoorIn
@@ -41,7 +41,7 @@ from clear_attn.weights.sources import Checkpoint, load
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
 
-def find_transformer(pipe: Any) -> tuple[Any, Family]:
+def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
     """The transformer of a pipeline, or the transformer given, with its family.
 
     Raises:
@@ -49,9 +49,9 @@ def find_transformer(pipe: Any) -> tuple[Any, Family]:
     """
     candidate = getattr(pipe, "transformer", pipe)
     transformer = getattr(candidate, "_orig_mod", candidate)  # what torch.compile wraps
-    family = family_of(transformer)
+    family = adapter_for(transformer)
     if family is None:
-        supported = ", ".join(family.transformer_class for family in FAMILIES)
+        supported = ", ".join(family.transformer_class for family in ADAPTERS)
         given = " with a ".join(dict.fromkeys([type(pipe).__name__, type(transformer).__name__]))
         if hasattr(transformer, "nets"):
             raise TypeError(f"a {given} is not supported; give its ControlNets one by one: for net in controlnet.nets")
@@ -240,12 +240,12 @@ def _warn_if_left_dense(transformer: Any) -> None:
         )
 
 
-def _check_schedule(schedule: Schedule | None, layers: Mapping[str, Any], family: Family, model: str) -> None:
+def _check_schedule(schedule: Schedule | None, layers: Mapping[str, Any], family: ModelAdapter, model: str) -> None:
     if schedule is None:
         return
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a clear_attn.Schedule, got {schedule!r} of type {type(schedule).__name__}")
-    if schedule.dense_above is not None and not family.tells_noise:
+    if schedule.dense_above is not None and not family.timestep_is_sigma:
         raise ValueError(
             f"dense_above={schedule.dense_above} is a share of noise, which a call of a {model} does not tell; name "
             "layers in dense_layers or windows, or leave the schedule out"
@@ -274,7 +274,11 @@ def _check_backend_can_run(backend: str) -> None:
 
 
 def new_processors(
-    family: Family, transformer: Any, config: ClearConfig | Method, layers: Mapping[str, Any], stock: Mapping[str, Any]
+    family: ModelAdapter,
+    transformer: Any,
+    config: ClearConfig | Method,
+    layers: Mapping[str, Any],
+    stock: Mapping[str, Any],
 ) -> dict[str, AttnProcessor]:
     """By layer, with new parameters on the CPU.
 
@@ -292,6 +296,6 @@ def new_processors(
                 check_saves(processor)
             else:
                 processor = family.stand_in(stock[layer], config.down_factor, layer)
-            processor.trusts_fused = family.trusts_fused
+            processor.fused_qkv_reliable = family.fused_qkv_reliable
             processors[layer] = processor
     return processors

@@ -8,7 +8,7 @@ from typing import Any
 
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.models import Family
+from clear_attn.models import ModelAdapter
 from clear_attn.models.class_names import is_instance
 from clear_attn.models.processors import AttnProcessor
 from clear_attn.utils.validation import ClearConfig
@@ -96,10 +96,10 @@ def check_goes_with(method: Method, schedule: Schedule, backend: str) -> None:
         raise ValueError(f"layers with a window of their own are CLEAR's, and this is {method}; leave windows out")
 
 
-def check_stands_in(method: Method, family: Family, stock: Mapping[str, Any]) -> None:
+def check_stands_in(method: Method, family: ModelAdapter, stock: Mapping[str, Any]) -> None:
     """Raises TypeError where layers do more than a method can stand in for."""
     for layer, processor in stock.items():
-        if not family.only_attends or is_instance(processor, family.adapters):
+        if not family.only_attends or is_instance(processor, family.ip_adapter_processors):
             raise TypeError(
                 f"{type(method).__name__} cannot stand in for the {type(processor).__name__} of {layer}, which does "
                 "more than attend; other methods than CLEAR are for FLUX.1, Stable Diffusion 3 and 3.5 and DiT, "
@@ -117,7 +117,7 @@ def check_saves(processor: AttnProcessor) -> None:
         )
 
 
-def numbers_of(family: Family, transformer: Any, layers: Iterable[str]) -> dict[str, int]:
+def numbers_of(family: ModelAdapter, transformer: Any, layers: Iterable[str]) -> dict[str, int]:
     """Each layer's place among those of its kind, with text or without."""
     count = {True: itertools.count(), False: itertools.count()}
     return {layer: next(count[family.has_text(transformer, layer)]) for layer in layers}

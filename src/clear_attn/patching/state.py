@@ -139,8 +139,8 @@ def set_door(transformer: Any, door: DoorIn) -> None:
     present = [key for key, hook in transformer._forward_pre_hooks.items() if isinstance(hook, DoorIn)]
     # The entrance first: by it the others are found, should one fail to be put in.
     if present:
-        wanted = [(inner.module, inner.hook) for inner in door.inner_doors(transformer)]
-        for inner in transformer._forward_pre_hooks[present[0]].inner_doors(transformer):
+        wanted = [(inner.module, inner.hook) for inner in door.inner_hooks(transformer)]
+        for inner in transformer._forward_pre_hooks[present[0]].inner_hooks(transformer):
             if (inner.module, inner.hook) not in wanted:
                 _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
         transformer._forward_pre_hooks[present[0]] = door
@@ -148,8 +148,8 @@ def set_door(transformer: Any, door: DoorIn) -> None:
         transformer.register_forward_pre_hook(door, with_kwargs=True)
     if not any(isinstance(hook, DoorOut) for hook in transformer._forward_hooks.values()):
         transformer.register_forward_hook(DoorOut(door.family), with_kwargs=True, prepend=True)
-    for inner in door.inner_doors(transformer):
-        if inner.stands():
+    for inner in door.inner_hooks(transformer):
+        if inner.installed():
             continue
         if inner.before:
             inner.module.register_forward_pre_hook(inner.hook, with_kwargs=True)
@@ -160,7 +160,7 @@ def set_door(transformer: Any, door: DoorIn) -> None:
 def _remove_doors(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
     door = door_of(transformer)
-    for inner in door.inner_doors(transformer) if door else ():
+    for inner in door.inner_hooks(transformer) if door else ():
         _remove_hooks(inner.module, functools.partial(operator.is_, inner.hook))
     _remove_hooks(transformer, lambda hook: isinstance(hook, (DoorIn, DoorOut)))
 

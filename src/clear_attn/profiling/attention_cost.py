@@ -11,7 +11,7 @@ from torch import nn
 from clear_attn.core.layout import Grid
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.models import Family
+from clear_attn.models import ModelAdapter
 from clear_attn.patching.linearization import find_transformer, new_processors
 from clear_attn.patching.resolve import check_goes_with, check_stands_in, config_beside, numbers_of
 from clear_attn.patching.state import door_of, processors_of
@@ -65,7 +65,7 @@ def cost(
         if side < pixels:
             raise ValueError(f"{name}={side} is less than one token of {pixels} pixels; give the size in pixels")
         sides.append(side // pixels)
-    text_tokens = family.text_tokens if text_tokens is None else text_tokens
+    text_tokens = family.default_text_tokens if text_tokens is None else text_tokens
     text_tokens = check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0)
     batch = check_whole_number("batch", batch, "it is the number of pictures")
     door = door_of(transformer)
@@ -80,7 +80,7 @@ def cost(
     models = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
     tokens = text_tokens + counted.image_tokens
     models = models or {"transformer": transformer}
-    memory = memory_of(models, transformer, tokens, batch, height, width, family.streams)
+    memory = memory_of(models, transformer, tokens, batch, height, width, family.activation_factor)
     return dataclasses.replace(
         counted, controlnets=tuple(_count_controlnet(net, counted) for net in nets), memory=memory
     )
@@ -88,7 +88,7 @@ def cost(
 
 def _count(
     transformer: Any,
-    family: Family,
+    family: ModelAdapter,
     grid: Grid,
     text_tokens: int,
     batch: int,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clear_attn.models import FAMILIES
+from clear_attn.models import ADAPTERS
 from clear_attn.tools.bench.bench_command import bench
 from clear_attn.tools.evaluate.evaluate_command import evaluate
 from clear_attn.tools.generate_command import generate
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ARCHITECTURES = {size.name: (family, size.config) for family in FAMILIES for size in family.architectures}
+ARCHITECTURES = {size.name: (adapter, size.config) for adapter in ADAPTERS for size in adapter.architectures}
 
 DEMO_CAPTIONS = (
     "a red circle on a blue ground, at the top left",
@@ -113,6 +113,6 @@ def _without_weights(architecture: str) -> Any:
     import diffusers
     import torch
 
-    family, config = ARCHITECTURES[architecture]
+    adapter, config = ARCHITECTURES[architecture]
     with torch.device("meta"):
-        return getattr(diffusers, family.transformer_class)(**config)
+        return getattr(diffusers, adapter.transformer_class)(**config)
