@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Call, InnerHook
+from clear_attn.models.adapter import Architecture, Call, InnerHook
 from clear_attn.models.context import ClearContext
 from clear_attn.models.context_variable import Publishes, published
 from clear_attn.models.flux import Flux
@@ -42,7 +41,7 @@ class ChromaProcessor(ClearAttnProcessor):
 
 class Chroma(Publishes, Flux):
     takes_scale = False
-    transformer_class = ChromaTransformer2DModel
+    transformer_class = "ChromaTransformer2DModel"
     ip_adapter_processors = ()
 
     def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
@@ -79,6 +78,10 @@ class Chroma(Publishes, Flux):
 
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return {**super().permute_inputs(kwargs, layout), "attention_mask": None}
+
+    training = None
+    highres_pipelines = None
+    architectures = (Architecture("chroma"),)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
