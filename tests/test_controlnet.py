@@ -11,6 +11,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn.methods.clear import window_pairs
+from clear_attn.models.context_checkpoint import ContextCheckpoint
 from tests import machine, tiny
 from tests.plain import in_raster_order, run
 from tests.test_linearize import assert_same, photograph
@@ -90,15 +91,26 @@ def test_equals_the_rule_in_raster_order(kind, grid, text, window, factor, batch
     assert torch.equal(run(controlnet, call), stock)
 
 
-def test_no_gradients_with_checkpointing():
+def test_gradients_with_checkpointing_and_two_sizes_in_flight():
+    """Each recomputation finds its own call's context."""
     controlnet = flux_controlnet()
-    call = flux_call(controlnet, (5, 4), 7, 1)
-    clear.linearize(controlnet, 3, weights=None)
-    controlnet.enable_gradient_checkpointing()
+    calls = [flux_call(controlnet, (5, 4), 7, 1), flux_call(controlnet, (3, 8), 5, 1)]
+    clear.linearize(controlnet, 3, 2, weights=None)
+    parameters = [x for x in controlnet.parameters() if x.requires_grad]
+
+    def gradients():
+        losses = [sum(x.square().sum() for x in controlnet(**call).controlnet_block_samples) for call in calls]
+        return [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses]
+
     controlnet.train()
-    loss = controlnet(**call).controlnet_block_samples[0].sum()
-    with pytest.raises(RuntimeError, match=r"\.attn was called without a layout"):
-        loss.backward()
+    expected = gradients()
+    controlnet.enable_gradient_checkpointing()
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            if b is not None:
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    clear.restore(controlnet)
+    assert not isinstance(controlnet._gradient_checkpointing_func, ContextCheckpoint)
 
 
 def test_only_training_free():

@@ -43,7 +43,7 @@ def test_a_run_and_its_result(settings, student):
     pipe = demo.pipeline()
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     clear.linearize(pipe, weights=folder)
-    assert pipe.transformer.transformer_blocks[0].attn.processor.down_factor == 2
+    assert pipe.transformer.transformer_blocks[0].attn.processor.method == clear.methods.Clear(2, 2)
     moved = {
         name for name, value in pipe.transformer.state_dict().items() if not torch.equal(value, before.get(name, value))
     }
@@ -60,7 +60,7 @@ def test_a_run_and_its_result(settings, student):
 def test_another_method(settings, student):
     settings = change(settings, student=student, rank=4, window=None, down_factor=None, method="LiT(heads=1)")
     pipe = clear.linearize(demo.pipeline(), weights=train(settings))
-    own = [module for module in pipe.transformer.modules() if isinstance(module, clear.methods.MethodProcessor)]
+    own = [module for module in pipe.transformer.modules() if isinstance(module, clear.ClearAttnProcessor)]
     assert {module.method for module in own} == {clear.methods.LiT(heads=1)}
     assert all(module.convolution.abs().max() > 0 for module in own)
     clear.restore(pipe)
@@ -255,7 +255,7 @@ class TestRefusals:
             ({"train_data_dir": None}, "give one of train_data_dir and dataset_name, or generate and"),
             ({"max_train_steps": 0}, "max_train_steps must be above 0, got 0"),
             ({"window": 0}, "window"),
-            ({"method": "LiT"}, "window=2 is a setting of CLEAR, and this is LiT"),
+            ({"method": "LiT"}, "window=2 and method=LiT.* are both given"),
             (
                 {"method": "Lit", "window": None, "down_factor": None},
                 "no method of attention is named 'Lit', but Agent",
@@ -294,7 +294,7 @@ class TestRefusals:
         assert Path(settings.output_dir).read_text() == "mine"
 
     def test_a_window_beyond_the_grid(self, settings):
-        with pytest.warns(UserWarning, match="a window of 40 tokens covers the largest picture, .* dense"):
+        with pytest.warns(UserWarning, match="window=40, down_factor=1 covers the largest image, .* dense"):
             train(change(settings, window=40, down_factor=1, max_train_steps=1))
 
 
@@ -307,7 +307,9 @@ def test_the_command(settings, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "use it with clear_attn.linearize(pipe, weights=" in run.stdout
-    assert json.loads((Path(settings.output_dir) / "clear_config.json").read_text())["window"] == 2
+    assert (
+        json.loads((Path(settings.output_dir) / "clear_config.json").read_text())["method"]["settings"]["window"] == 2
+    )
     again = subprocess.run(
         [sys.executable, "-m", "clear_attn.distill", *words], capture_output=True, text=True, cwd=tmp_path
     )
@@ -333,5 +335,5 @@ def test_a_checkpoint_holds_any_optimizers_state():
 def test_a_method_may_be_given_as_it_is(settings):
     given = {"window": None, "down_factor": None}
     one, other = (change(settings, method=each, **given) for each in (clear.methods.Swin(4), "Swin(side=4)"))
-    assert one.config == other.config == clear.methods.Swin(4)
+    assert one.attention == other.attention == clear.methods.Swin(4)
     assert one.shared() == other.shared()

@@ -308,7 +308,7 @@ class TestEvaluate:
         assert np.mean(drawn["student"] != drawn["teacher"]) > 0.1
 
         written = strict_json((out / "eval.json").read_text())
-        assert written["settings"]["window"] == 2
+        assert written["settings"]["method"]["settings"]["window"] == 2
         assert written["settings"]["weights"] is None
         assert written["versions"]["torch"] == importlib.metadata.version("torch")
         pictures = written["pictures"]
@@ -333,7 +333,7 @@ class TestEvaluate:
         assert "3 pictures of 96 x 64 px" in table
         assert f"{found.means['psnr']['student']:.2f}" in table
         assert "FID is missing: it takes more pictures" in table
-        assert "CLEAR, window 2, training-free" in table
+        assert "CLEAR, window=2, down_factor=1, training-free" in table
         assert Image.open(out / "contact_sheet.png").size[0] > 3 * CELL
 
     def test_named_metrics_and_distilled_weights(self, pipe, tmp_path):
@@ -345,7 +345,7 @@ class TestEvaluate:
                     attn.to_q.weight.mul_(0.5)
         clear.save_pretrained(student, tmp_path / "weights")
         found = evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=tmp_path / "weights", metrics=["ssim"], **CALL)
-        assert (found.settings["window"], found.settings["down_factor"]) == (3, 2)
+        assert found.settings["method"] == clear.methods.Clear(3, 2).to_dict()
         assert found.settings["weights"] == str(tmp_path / "weights")
         assert list(found.means) == ["ssim"]
         assert not found.missing
@@ -366,7 +366,7 @@ class TestEvaluate:
         pictures = random_pictures()
         metric = Mean(psnr)
         metric.update(Batch(pictures, pictures, PROMPTS))
-        settings = {"width": 40, "height": 24, "window": 8, "down_factor": 1, "weights": None}
+        settings = {"width": 40, "height": 24, "method": clear.methods.Clear(8).to_dict(), "weights": None}
         seconds = {row: {"total": 1.0, "per_picture": 0.5} for row in ("teacher", "student")}
         found = Evaluation(settings, {}, seconds, {"psnr": metric.compute()}, {}, [])
         assert strict_json(found.to_json())["metrics"]["psnr"]["student"] == "inf"

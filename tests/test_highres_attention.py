@@ -12,7 +12,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 import clear_attn as clear
-from clear_attn.cascade.attention_scale import scale_multiplier
+from clear_attn.methods import Clear
+from clear_attn.methods.method import proportional_scale
 from tests import tiny
 from tests.plain import FLUX_ATTENTION, SD3_ATTENTION, run
 from tests.test_linearize import assert_same, photograph
@@ -72,14 +73,14 @@ class TestNtkScaling:
 
 class TestProportionalAttention:
     def test_scale_multiplier(self):
-        assert scale_multiplier(64 * 64 + 512) == 1
-        assert math.isclose(scale_multiplier(66048), math.sqrt(math.log(66048, 4608)))
-        assert math.isclose(scale_multiplier(66048, down_factor=4), math.sqrt(math.log(660480, 4608)))
+        assert proportional_scale(64 * 64 + 512) == 1
+        assert math.isclose(Clear(16).scale_multiplier(66048), math.sqrt(math.log(66048, 4608)))
+        assert math.isclose(Clear(16, 4).scale_multiplier(66048), math.sqrt(math.log(660480, 4608)))
 
     @pytest.mark.parametrize("window", [None, 40])
     def test_scales_every_score(self, family, transformer, window):
         call = family.call(transformer, GRID)
-        expected = with_scale(transformer, call, scale_multiplier(GRID[0] * GRID[1] + 7))
+        expected = with_scale(transformer, call, proportional_scale(GRID[0] * GRID[1] + 7))
         plain = run(transformer, call)
         local = clear.linearized(transformer, window, weights=None) if window else contextlib.nullcontext()
         with local, clear.proportional_attention(transformer) as given:
@@ -114,14 +115,14 @@ class TestProportionalAttention:
 
     def test_fused_projections(self, pipe):
         call = tiny.flux_call(pipe.transformer, GRID)
-        expected = with_scale(pipe.transformer, call, scale_multiplier(115))
+        expected = with_scale(pipe.transformer, call, proportional_scale(115))
         pipe.transformer.fuse_qkv_projections()
         with clear.proportional_attention(pipe):
             torch.testing.assert_close(run(pipe.transformer, call), expected, atol=1e-4, rtol=1e-4)
 
     def test_the_caller_s_own_keywords_stay(self, transformer, family):
         call = {**family.call(transformer, GRID), "joint_attention_kwargs": {"scale": 1.0}}
-        expected = with_scale(transformer, call, scale_multiplier(115))
+        expected = with_scale(transformer, call, proportional_scale(115))
         with clear.proportional_attention(transformer):
             torch.testing.assert_close(run(transformer, call), expected)
         assert call["joint_attention_kwargs"] == {"scale": 1.0}
@@ -152,7 +153,7 @@ class TestProportionalAttention:
 
     def test_refuses_a_controlnet(self):
         net = FluxControlNetModel(**tiny.FLUX_CONFIG)
-        with pytest.raises(TypeError, match="give the pipeline or its transformer"):
+        with pytest.raises(RuntimeError, match="cannot scale while it is dense"):
             clear.proportional_attention(net).__enter__()
 
 

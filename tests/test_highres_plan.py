@@ -53,9 +53,9 @@ class TestPlan:
         clear.linearize(pipe, 4, weights=None, backend="reference")
         monkeypatch.setattr(cascade, "draw", lambda *args: None)
         plan = draw(pipe, window=None, weights="auto").plan
-        assert (plan.window, plan.weights, plan.revision, plan.backend) == (4, None, None, "dense")
-        assert plan.arguments()["backend"] == "dense"
-        with pytest.raises(ValueError, match="backend='tiled' is not that of this linearized pipeline, 'dense'"):
+        assert (plan.window, plan.weights, plan.revision, plan.backend) == (4, None, None, "reference")
+        assert plan.arguments()["backend"] == "reference"
+        with pytest.raises(ValueError, match="backend='tiled' is not that of this linearized pipeline, 'reference'"):
             draw(pipe, window=None, weights="auto", backend="tiled")
 
     def test_of_a_picture_does_not_tell_where_weights_lie(self, tmp_path):

@@ -91,7 +91,7 @@ def test_pipelines_that_share_a_transformer_are_one(pipe):
     clear.linearize(pipe, 4, weights=None)
     assert clear.is_linearized(other)
     clear.linearize(other, 5, weights=None)
-    assert clear.cost(pipe, 128, 128).window == 5
+    assert clear.cost(pipe, 128, 128).method.window == 5
     clear.restore(other)
     assert not clear.is_linearized(pipe)
     assert_same(pipe.transformer, before)
@@ -104,8 +104,8 @@ def test_nested_blocks(family, transformer, checkpoint):
         outer = run(transformer, call)
         with clear.linearized(transformer, 6, 3, weights=None):
             with clear.linearized(transformer, 2, weights=checkpoint):
-                assert clear.cost(transformer, 64, 64).window == 2
-            assert clear.cost(transformer, 64, 64).window == 6
+                assert clear.cost(transformer, 64, 64).method.window == 2
+            assert clear.cost(transformer, 64, 64).method.window == 6
         assert torch.equal(run(transformer, call), outer)
     assert_same(transformer, before)
 

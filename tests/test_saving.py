@@ -7,12 +7,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import clear_attn as clear
 from clear_attn.patching import saving
+from clear_attn.patching.state import entry_hook_of
 from tests import tiny
 from tests.plain import run
 from tests.test_linearize import assert_same, checkpoint_for, photograph
@@ -40,9 +41,8 @@ def test_there_and_back(family, trained, folder, transformer):
     ]
     record = json.loads((folder / "clear_config.json").read_text())
     assert record == {
-        "format": 1,
-        "window": 5,
-        "down_factor": 2,
+        "format": 2,
+        "method": {"name": "Clear", "settings": {"window": 5, "down_factor": 2}},
         "schedule": {"dense_above_sigma": None, "dense_layers": [], "windows": {}},
         "architecture": type(transformer).__name__,
         "base_model": None,
@@ -100,7 +100,7 @@ def test_the_licence_goes_with_the_weights(tmp_path):
     transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-schnell")
     save_file(checkpoint_for(transformer), tmp_path / "clear_local_8.safetensors")
     clear.linearize(transformer, weights=tmp_path / "clear_local_8.safetensors")
-    assert clear.cost(transformer, 64, 64).window == 8
+    assert clear.cost(transformer, 64, 64).method.window == 8
     clear.save_pretrained(transformer, tmp_path / "first")
     clear.linearize(transformer, weights=tmp_path / "first")
     clear.save_pretrained(transformer, tmp_path / "second")
@@ -117,7 +117,7 @@ def test_a_card_of_the_users_own_stays(trained, tmp_path):
 
 def test_the_weights_file_of_a_folder_brings_its_settings(transformer, folder):
     clear.linearize(transformer, weights=folder / "clear_weights.safetensors")
-    assert clear.cost(transformer, 64, 64).window == 5
+    assert clear.cost(transformer, 64, 64).method.window == 5
 
 
 def test_not_under_layerwise_casting(trained, tmp_path):
@@ -180,6 +180,39 @@ def test_push_to_hub(trained, monkeypatch):
     assert (upload["repo_id"], upload["token"]) == ("me/my-clear", "secret")
 
 
+FORMAT_1 = Path(__file__).parent / "data" / "format_1"
+SCHEDULE = clear.Schedule(0.9, ("single_transformer_blocks.0",), {"transformer_blocks.0": 5})
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "schedule"),
+    [("clear", clear.methods.Clear(4, 2), SCHEDULE), ("swin", clear.methods.Swin(side=4), clear.Schedule())],
+)
+def test_weights_saved_in_format_1_load(name, method, schedule):
+    transformer = clear.linearize(tiny.FLUX.transformer(), weights=FORMAT_1 / name)
+    hook = entry_hook_of(transformer)
+    assert (hook.method, hook.schedule) == (method, schedule)
+    saved = load_file(FORMAT_1 / name / "clear_weights.safetensors")
+    state = transformer.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in saved.items())
+
+
+@pytest.mark.parametrize(
+    ("folder", "weights", "method"),
+    [
+        ("transformer", "clear", clear.methods.Clear(4, 2)),
+        ("transformer_swin", "auto", clear.methods.Swin(side=4)),
+    ],
+)
+def test_a_transformer_saved_whole_in_format_1_is_recognized(folder, weights, method):
+    config = json.loads((FORMAT_1 / folder / "config.json").read_text())
+    transformer = FluxTransformer2DModel.from_config(config)
+    with pytest.warns(UserWarning, match="was saved while it was linearized"):
+        assert not clear.is_linearized(transformer)
+    weights = weights if weights == "auto" else FORMAT_1 / weights
+    assert entry_hook_of(clear.linearize(transformer, weights=weights)).method == method
+
+
 class TestRefusals:
     def test_nothing_to_save(self, transformer, tmp_path):
         with pytest.raises(RuntimeError, match="not linearized, so there is nothing to save"):
@@ -206,11 +239,15 @@ class TestRefusals:
                 r"a directory without clear_config\.json",
             ),
             (lambda f: (f / "clear_weights.safetensors").unlink(), FileNotFoundError, "does not exist"),
-            (lambda f: _rewrite(f, format=2), ValueError, r"format 2, written by clear_attn 0\.1\.0, .*update"),
-            (lambda f: _rewrite(f, format=0), ValueError, "format 0, .*this version reads 1"),
-            (lambda f: _rewrite(f, window=0), ValueError, "window must be at least 1, got 0"),
-            (lambda f: _rewrite(f, window=None), ValueError, "no whole clear_config"),
-            (lambda f: _rewrite(f, down_factor=3), ValueError, "says down_factor=3, and the weights .* for 2"),
+            (lambda f: _rewrite(f, format=3), ValueError, r"format 3, written by clear_attn 0\.1\.0, .*update"),
+            (lambda f: _rewrite(f, format=0), ValueError, "format 0, .*this version reads 2"),
+            (lambda f: _rewrite(f, method=_clear(window=0)), ValueError, "window must be at least 1, got 0"),
+            (lambda f: _rewrite(f, method=_clear(window=None)), ValueError, "whole number, got None"),
+            (
+                lambda f: _rewrite(f, method=_clear(down_factor=3)),
+                ValueError,
+                "says window=5, down_factor=3, and the weights .*=2",
+            ),
             (
                 lambda f: _rewrite(f, architecture="Other2DModel"),
                 ValueError,
@@ -231,6 +268,10 @@ class TestRefusals:
     def test_other_settings_than_the_folder_says(self, transformer, folder, settings):
         with pytest.raises(ValueError, match="does not fit weights that were distilled for"):
             clear.linearize(transformer, weights=folder, **settings)
+
+
+def _clear(**changes):
+    return {"name": "Clear", "settings": {"window": 5, "down_factor": 2, **changes}}
 
 
 def _rewrite(folder, **changes):
@@ -296,12 +337,12 @@ class TestSavedWhole:
         back = save_whole(1, distilled=True)
         with pytest.warns(UserWarning, match="now runs with dense attention"):
             clear.restore(back)
-        assert clear.cost(back, 128, 128).window == 5
+        assert clear.cost(back, 128, 128).method.window == 5
 
     def test_training_free_can_be_restored(self, pipe, save_whole):
         expected = run(tiny.flux_pipeline().transformer, self.call(pipe))
         back = save_whole(2, distilled=False)
-        with pytest.raises(ValueError, match="nothing was trained since, None, which starts them anew"):
+        with pytest.raises(ValueError, match="nothing was trained since, None, which initializes them again"):
             clear.linearize(back)
         clear.linearize(back, 5, 2, weights=None)
         clear.restore(back)
@@ -316,6 +357,6 @@ class TestSavedWhole:
 def test_restore_takes_the_mark_away(transformer):
     before = dict(transformer.config)
     clear.linearize(transformer, 5, weights=None)
-    assert transformer.config.clear_attn["window"] == 5
+    assert transformer.config.clear_attn["method"]["settings"]["window"] == 5
     clear.restore(transformer)
     assert dict(transformer.config) == before

@@ -138,7 +138,7 @@ def test_a_named_checkpoint_is_not(server, as_flux, caplog):
 
 def test_a_folder_of_the_hub_needs_no_other_argument(server, transformer):
     clear.linearize(transformer, weights="someone/weights")
-    assert clear.cost(transformer, 64, 64).window == 5
+    assert clear.cost(transformer, 64, 64).method.window == 5
     clear.linearize(transformer, weights="someone/secret", token=SECRET)
 
 

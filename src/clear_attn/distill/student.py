@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clear_attn.distill.sharding import whole
 from clear_attn.models.class_names import is_instance
-from clear_attn.models.context import RECORDER, ROLE, ClearContext
+from clear_attn.models.context import RECORDER, ROLE
 from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import entry_hook_of
@@ -103,14 +103,14 @@ class DistillProcessor(ClearAttnProcessor):
         self.student = nn.ModuleDict({name.replace(".", "_"): module for name, module in student.items()})
         self._names_of_student = tuple(student)
 
-    def run(self, attn: Any, inputs: Inputs, context: ClearContext | None) -> Any:
+    def run(self, attn: Any, inputs: Inputs, context: Any) -> Any:
         """Project, attend, project out, as the context's role says."""
         context = self.validate_call(inputs, context)
         teaches = context.role == TEACHER
         view = LayerView(attn, {} if teaches else self.projections)
         query, key, value, rest = self.adapter.project(view, inputs)
         if teaches:
-            joint = context.attend_densely(self.group, query, key, value, self._attention_backend)
+            joint = context.attend_densely(self.group, query, key, value, self.attention_backend)
         else:
             joint = self.local.as_module(query, key, value, context)
         if context.record is not None and self.layer:

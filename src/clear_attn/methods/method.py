@@ -310,4 +310,6 @@ def proportional_scale(tokens: int) -> float:
 
 def known_methods() -> list[str]:
     """Return the names of all methods that were defined."""
-    return sorted(name for name, method in REGISTRY.items() if not inspect.isabstract(method))
+    return sorted(
+        name for name, method in REGISTRY.items() if not inspect.isabstract(method) and not name.startswith("_")
+    )

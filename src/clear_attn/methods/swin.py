@@ -22,7 +22,6 @@ class Swin(GroupedMethod):
 
     Args:
         side (`int`, defaults to 16): of a window, in tokens.
-        shifted (`bool`, defaults to `False`): shift the windows of the even layers instead of the odd ones.
 
     Raises:
         TypeError: side is not a whole number.
@@ -32,13 +31,12 @@ class Swin(GroupedMethod):
     quadratic = None
 
     side: int = 16
-    shifted: bool = False
 
     def __post_init__(self) -> None:
         self._validate_whole("side", "it is the side of a window in tokens, 8 and 16 are usual")
 
     def for_layer(self, number: int) -> Swin:
-        return Swin(self.side, self.shifted != bool(number % 2))
+        return _ShiftedSwin(self.side) if number % 2 else self
 
     def labels(self, grid: Grid) -> np.ndarray:
         y, x = raster_coordinates(grid)
@@ -56,6 +54,20 @@ class Swin(GroupedMethod):
         """Return the number of pairs of image tokens in one window."""
         return pairs(*(list(Counter(self._window_of(np.arange(n)).tolist()).values()) for n in grid))
 
+    @property
+    def shift(self) -> int:
+        """How far in tokens a layer's windows start before the image."""
+        return 0
+
     def _window_of(self, axis: np.ndarray) -> np.ndarray:
-        """Return the window's number along an axis; shifted ones start at half a side, and a cut one before them."""
-        return (axis + (self.side - self.side // 2 if self.shifted else 0)) // self.side
+        """Return the window's number along an axis; where windows are shifted, a cut one comes first."""
+        return (axis + self.shift) // self.side
+
+
+@dataclass(frozen=True)
+class _ShiftedSwin(Swin):
+    """Of every second layer."""
+
+    @property
+    def shift(self) -> int:
+        return self.side - self.side // 2

@@ -107,3 +107,13 @@ def progress_bar_config_of(pipe: Any) -> dict[str, Any]:
 def reset_interrupt(pipe: Any) -> None:
     """Forget an interrupt of an earlier call, as each call of a pipeline does when it begins (diffusers 0.42)."""
     pipe._interrupt = False
+
+
+def checkpointing_function(model: Any) -> Any:
+    """The function by which a model checkpoints its blocks, None where that is not enabled (diffusers 0.42)."""
+    return getattr(model, "_gradient_checkpointing_func", None) if model.gradient_checkpointing else None
+
+
+def set_checkpointing_function(model: Any, function: Any) -> None:
+    """Replace the function by which a model checkpoints its blocks (diffusers 0.42)."""
+    model._gradient_checkpointing_func = function

@@ -156,8 +156,16 @@ class ModelAdapter(abc.ABC):
         """Return what has to be changed inside, where the transformer's entry does not reach."""
         return []
 
-    def publish(self, context: ClearContext | None) -> None:
-        """Make a context readable where the transformer does not pass it on; None when the call is over."""
+    def carry(self, transformer: Any, context: ClearContext) -> Any:
+        """Return what the call's attention keywords hold, so that the layers get the context."""
+        return context
+
+    def end_call(self) -> None:
+        """Take back what `carry` made readable outside the call's keywords."""
+        return
+
+    def release(self, transformer: Any) -> None:
+        """Take back what `carry` changed in the transformer, when it is restored."""
         return
 
     @abc.abstractmethod

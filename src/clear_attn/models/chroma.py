@@ -1,7 +1,6 @@
-"""Chroma in diffusers: FLUX.1's doors and layers, and a mask for the padding of the text.
+"""Chroma in diffusers: as FLUX.1, with a mask for the padding of the text.
 
-Under gradient checkpointing, Chroma keeps a call's keywords from its layers. What reaches them always is the rotary
-embedding, so the layout goes with that.
+Its single blocks, and under gradient checkpointing all of them, get no attention keywords.
 """
 
 from __future__ import annotations
@@ -13,42 +12,17 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Architecture, Call, InnerHook
-from clear_attn.models.context import ClearContext
-from clear_attn.models.context_variable import Publishes, published
+from clear_attn.models.adapter import Architecture, Call
 from clear_attn.models.flux import Flux
 from clear_attn.models.padding import HIDDEN, check_mask
-from clear_attn.models.processors import ClearAttnProcessor, Inputs
+from clear_attn.models.publishing import Publishing
 from clear_attn.models.tensor_cache import ReadOnce
 
 
-class ChromaProcessor(ClearAttnProcessor):
-    """Gets the context with the rotary embedding: (cos, sin, context)."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Any, ...] | None = None,
-        clear_context: ClearContext | None = None,
-    ) -> Any:
-        *rotary, context = image_rotary_emb or (None,)
-        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, tuple(rotary) or None)
-        return self.run(attn, inputs, context)
-
-
-class Chroma(Publishes, Flux):
+class Chroma(Publishing, Flux):
     takes_scale = False
     transformer_class = "ChromaTransformer2DModel"
     ip_adapter_processors = ()
-
-    def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
-        return ChromaProcessor
-
-    def inner_hooks(self, transformer: Any) -> list[InnerHook]:
-        return [InnerHook(transformer.pos_embed, tell_with_positions)]
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         call = super().parse_call(transformer, kwargs)
@@ -82,12 +56,6 @@ class Chroma(Publishes, Flux):
     training = None
     highres_pipelines = None
     architectures = (Architecture("chroma"),)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def tell_with_positions(embedding: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
-    """A forward hook."""
-    return *output, published()
 
 
 def _count_ones_at_the_end(mask: Tensor) -> int:

@@ -1,7 +1,4 @@
-"""ControlNets of FLUX.1 and SD3 in diffusers: the doors of their models, but their layers are told nothing.
-
-A recomputation for gradients runs later, finds none, and each layer says so.
-"""
+"""ControlNets of FLUX.1 and SD3 in diffusers: as their models, but their layers get no attention keywords."""
 
 from __future__ import annotations
 
@@ -13,19 +10,17 @@ from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
 from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerHook
-from clear_attn.models.context import CONTEXT
-from clear_attn.models.context_variable import Publishes, published
+from clear_attn.models.context_variable import current
 from clear_attn.models.flux import Flux
+from clear_attn.models.publishing import Publishing
 from clear_attn.models.sd3 import SD3, into_tile_order
 from clear_attn.models.training import TrainingAdapter
 
 
-class _ControlNet(Publishes):
-    """What the ControlNets of all families share; goes before the family."""
+class _ControlNet(Publishing):
+    """What the ControlNets of all models share; a base before the model's own."""
 
-    def attention_hooks(self, controlnet: Any) -> list[InnerHook]:
-        layers = self.attention_layers(controlnet).values()  # type: ignore[attr-defined]
-        return [InnerHook(attn, tell_layer, before=True) for attn in layers]
+    takes_scale = False
 
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse_permutation]
@@ -39,8 +34,8 @@ class FluxControlNet(_ControlNet, Flux):
     transformer_class = "FluxControlNetModel"
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
-        # The condition may still be a picture at the door.
-        return [*self.attention_hooks(transformer), InnerHook(transformer.controlnet_x_embedder, order_condition)]
+        # The condition may still be an image at the entry.
+        return [InnerHook(transformer.controlnet_x_embedder, permute_condition)]
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         call = super().parse_call(transformer, kwargs)
@@ -56,18 +51,12 @@ class SD3ControlNet(_ControlNet, SD3):
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         embedders = [transformer.pos_embed, transformer.pos_embed_input]
-        doors = [InnerHook(embedder, into_tile_order) for embedder in embedders if embedder is not None]
-        return [*self.attention_hooks(transformer), *doors]
+        hooks = [InnerHook(embedder, into_tile_order) for embedder in embedders if embedder is not None]
+        return hooks
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def tell_layer(attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A forward pre-hook with keywords."""
-    return args, {**kwargs, CONTEXT: published()}
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def order_condition(embedder: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def permute_condition(embedder: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A forward hook."""
-    context = published()
+    context = current()
     return output if context is None else output[:, context.layout.permutation]

@@ -44,7 +44,7 @@ class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
         fused = self.adapter.takes_fused(attn)
         query = attn.to_qkv(hidden_states).chunk(3, dim=-1)[0] if fused else attn.to_q(hidden_states)
         query = attn.norm_q(query.unflatten(-1, (attn.heads, -1))).transpose(1, 2)
-        dense, adapted = dense_attention(self._attention_backend), torch.zeros_like(image)
+        dense, adapted = dense_attention(self.attention_backend), torch.zeros_like(image)
         for tokens, scale, to_key, to_value in zip(
             ip_hidden_states or (), self.scale, self.to_k_ip, self.to_v_ip, strict=True
         ):

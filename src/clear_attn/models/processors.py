@@ -68,7 +68,7 @@ class ClearAttnProcessor(nn.Module):
         inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         return self.run(attn, inputs, clear_context)
 
-    def run(self, attn: Any, inputs: Inputs, context: ClearContext | None) -> Any:
+    def run(self, attn: Any, inputs: Inputs, context: Any) -> Any:
         """Project, attend, project out."""
         context = self.validate_call(inputs, context)
         query, key, value, rest = self.adapter.project(attn, inputs)
@@ -88,7 +88,7 @@ class ClearAttnProcessor(nn.Module):
     def extra_repr(self) -> str:
         return repr(self.method)
 
-    def validate_call(self, inputs: Inputs, context: ClearContext | None) -> ClearContext:
+    def validate_call(self, inputs: Inputs, context: Any) -> Any:
         """Return the context if a call can be served, else raise RuntimeError."""
         # The layer's name is read only for an error: a compiled block that reads it is recompiled for each layer.
         if context is None or self.adapter is None:
@@ -106,6 +106,11 @@ class ClearAttnProcessor(nn.Module):
                 f"{self._where} does not work under diffusers' context parallelism; leave it switched off"
             )
         return context
+
+    @property
+    def attention_backend(self) -> Any:
+        """The backend of diffusers that the user set for dense attention, or None."""
+        return self._attention_backend
 
     @property
     def _where(self) -> str:

@@ -92,7 +92,6 @@ class EntryHook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        self.adapter.publish(None)  # what a call that failed may have left
         self.validate_installed(transformer)
         call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
         parsed = self.adapter.parse_call(transformer, call)
@@ -114,8 +113,7 @@ class EntryHook:
             record=passed_on.pop(RECORDER, None),
         )
         permuted = self.adapter.permute_inputs(call, layout)
-        permuted[self.adapter.keywords] = {**passed_on, CONTEXT: context}
-        self.adapter.publish(context)
+        permuted[self.adapter.keywords] = {**passed_on, CONTEXT: self.adapter.carry(transformer, context)}
         return (), permuted
 
     def methods_of(self, call: dict[str, Any]) -> list[Method]:
@@ -178,5 +176,5 @@ class ExitHook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layout = kwargs[self.adapter.keywords][CONTEXT].layout
-        self.adapter.publish(None)
+        self.adapter.end_call()
         return map_tensors(lambda tensor: self.adapter.unpermute_output(tensor, layout), output)

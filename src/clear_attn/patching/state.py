@@ -155,6 +155,8 @@ def install_hooks(transformer: Any, hook: EntryHook) -> None:
 def _remove_hooks_of_ours(transformer: Any) -> None:
     """By kind, for torch's own handles do not survive a deep copy of the transformer."""
     hook = entry_hook_of(transformer)
+    if hook:
+        hook.adapter.release(transformer)
     for inner in hook.inner_hooks(transformer) if hook else ():
         remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
     remove_forward_hooks(transformer, lambda each: isinstance(each, (EntryHook, ExitHook)))

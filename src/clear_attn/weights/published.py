@@ -12,8 +12,7 @@ from clear_attn.models._diffusers import name_or_path_of
 
 # https://huggingface.co/Huage001/CLEAR, by method.
 REPO = "Huage001/CLEAR"
-PUBLISHED = (Clear(32), Clear(16), Clear(8), Clear(16, 4), Clear(8, 4))
-FILES: dict[Method, str] = {
+FILES: dict[Clear, str] = {
     Clear(32, 1): "clear_local_32.safetensors",
     Clear(16, 1): "clear_local_16.safetensors",
     Clear(8, 1): "clear_local_8.safetensors",
@@ -53,11 +52,9 @@ def published_file(method: Method) -> str:
         ValueError: there is none; the message lists those there are.
     """
     check_published(method)
-    if (found := FILES.get(method)) is None:
-        pairs = ", ".join(
-            f"({each.window}, {each.down_factor})"
-            for each in sorted(FILES, key=lambda each: (each.window, each.down_factor))
-        )
+    found = next((file for published, file in FILES.items() if published == method), None)
+    if found is None:
+        pairs = ", ".join(str(pair) for pair in sorted((each.window, each.down_factor) for each in FILES))
         raise ValueError(
             f"no weights are published for {method.as_arguments()}; there are some for "
             f"(window, down_factor) = {pairs}; or give weights=None to keep the model's own (training-free)"
@@ -67,7 +64,7 @@ def published_file(method: Method) -> str:
 
 def published_method(file: str) -> Clear | None:
     """Return the method of a published file, or None for a file of another name."""
-    return next((method for method in PUBLISHED if FILES[method] == file), None)
+    return next((method for method, name in FILES.items() if name == file), None)
 
 
 def name_of(pipe: Any, transformer: Any) -> str:

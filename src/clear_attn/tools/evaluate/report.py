@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from clear_attn.methods.records import method_from_dict
 from clear_attn.tools.evaluate.metric_registry import METRICS
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER
 from clear_attn.tools.evaluate.student_images import Drawn, read
@@ -45,10 +46,9 @@ class Evaluation:
     @property
     def student(self) -> str:
         """The student in words."""
-        of = self.settings
-        pooled = f", pooled {of['down_factor']} x {of['down_factor']}" if of["down_factor"] > 1 else ""
-        free = ", training-free" if of["weights"] is None else ""
-        return f"CLEAR, window {of['window']}{pooled}{free}"
+        method = method_from_dict(self.settings["method"])
+        free = ", training-free" if self.settings["weights"] is None else ""
+        return f"{method.title}, {method.as_arguments()}{free}"
 
     def to_json(self) -> str:
         """The text of an eval.json; what is no number to JSON stands there as text, `"inf"` or `"nan"`."""
