@@ -26,11 +26,11 @@ from rich.table import Table
 
 import clear_attn as clear
 from clear_attn.distill.optimizers import make_optimizer
-from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.step import Batch, Weights, distillation_losses
 from clear_attn.distill.student import add_student
 from clear_attn.distill.training_memory import counted
+from clear_attn.models import training_adapter_for
 
 STEPS = 3
 PIXELS_PER_LATENT = 8
@@ -93,7 +93,7 @@ def main(
     transformer.train()
     stepper = make_optimizer(Settings(optimizer=optimizer, learning_rate=1e-4), parameters, DistributedType.NO)
     layers_compared = [name.removesuffix(".processor") for name in transformer.attn_processors]
-    recipe, size = recipe_of(transformer), pixels // PIXELS_PER_LATENT
+    training, size = training_adapter_for(transformer), pixels // PIXELS_PER_LATENT
     config = transformer.config
     shapes = (
         (1, config.in_channels // 4, size, size),
@@ -108,12 +108,12 @@ def main(
             with torch.autocast(device, torch.bfloat16):
                 losses = distillation_losses(
                     transformer,
-                    recipe,
+                    training,
                     batch,
                     torch.randn_like(batch.latents),
                     torch.rand(1, device=device),
                     weights=Weights(),
-                    matched=recipe.matched_layers(layers_compared),
+                    matched=training.matched_layers(layers_compared),
                     guidance=3.5,
                 )
             losses.total.backward()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn.distill.recipes import recipe_of
+from clear_attn.models import training_adapter_for
 from tests import machine, pipelines, tiny
 from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 
@@ -116,7 +116,7 @@ def test_pipelines_with_guidance(kind):
 
 def test_what_it_is_refused_for(transformer):
     with pytest.raises(TypeError, match="a ChromaTransformer2DModel cannot be distilled"):
-        recipe_of(transformer)
+        training_adapter_for(transformer)
     with pytest.raises(TypeError, match="highres does not know a ChromaPipeline"):
         clear.highres(pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
     refused = pytest.raises(RuntimeError, match=r"a FluxAttnProcessor, whose scores .* cannot scale while")

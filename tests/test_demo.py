@@ -188,6 +188,11 @@ class TestCommand:
         assert round(json.loads(result.output)["layer_gflops"], 1) == 86.6
         assert "all 57 layers" in self.run("cost", "--height", 1024, "--width", 768).output
 
+    def test_cost_lists_the_models_it_knows(self):
+        result = self.run("cost", "--height", 1024, "--width", 1024, "--model", "sd9")
+        assert result.exit_code == 2
+        assert "'sd9' is not one of flux" in result.output
+
     @pytest.mark.parametrize(("model", "layers"), [("sd3-medium", 24), ("sd3.5-medium", 37), ("sd3.5-large", 38)])
     def test_cost_of_other_models(self, model, layers):
         output = self.run("cost", "--height", 1024, "--width", 1024, "--model", model).output

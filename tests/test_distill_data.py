@@ -13,7 +13,7 @@ from clear_attn import demo
 from clear_attn.distill import buckets, cache
 from clear_attn.distill.cache import Cache, Origin, batches
 from clear_attn.distill.data import from_dataset, from_folder
-from clear_attn.distill.recipes import recipe_of
+from clear_attn.models import training_adapter_for
 from tests.training import fill
 
 
@@ -171,7 +171,12 @@ class TestCache:
         origin = Origin.of("small", None, 64, 24, examples)._replace(**changes)
         cache.begin(folder, origin, len(examples))
         cache.build(
-            pipe, recipe_of(pipe.transformer), examples, folder, origin, progress(cache.missing(folder, examples))
+            pipe,
+            training_adapter_for(pipe.transformer),
+            examples,
+            folder,
+            origin,
+            progress(cache.missing(folder, examples)),
         )
         return Cache(folder)
 

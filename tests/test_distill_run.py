@@ -19,10 +19,10 @@ from clear_attn.distill import training_run as training
 from clear_attn.distill.cache import Cache
 from clear_attn.distill.data import from_folder
 from clear_attn.distill.losses import interpolate
-from clear_attn.distill.recipes import FluxRecipe
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.student import STUDENT, student_values
 from clear_attn.distill.validation import Validation
+from clear_attn.models.flux import FluxTraining
 from clear_attn.utils.image_sheets import contact_sheet
 from clear_attn.weights.sources import WEIGHTS_FILE
 from tests.plain import run
@@ -72,9 +72,9 @@ def test_training_brings_the_student_nearer(settings):
     train(settings)
     rng = torch.Generator().manual_seed(11)
     batch = Cache(Path(settings.latents_dir)).read(range(6), rng)
-    recipe, transformer = FluxRecipe(), demo.pipeline().transformer
+    adapter, transformer = FluxTraining(), demo.pipeline().transformer
     noise, sigma = torch.randn(batch.latents.shape, generator=rng), torch.linspace(0.1, 0.9, 6)
-    call = recipe.call(interpolate(batch.latents, noise, sigma), sigma, batch.text, batch.pooled, None)
+    call = adapter.training_call(interpolate(batch.latents, noise, sigma), sigma, batch.text, batch.pooled, None)
     teacher = run(transformer, call)
     errors = []
     for weights in (None, settings.output_dir):

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map
 
 import clear_attn as clear
 from clear_attn.distill import losses
-from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.step import Batch, Weights, distillation_losses
 from clear_attn.distill.student import (
     STUDENT,
@@ -24,6 +23,7 @@ from clear_attn.distill.student import (
     student_parameters,
     student_values,
 )
+from clear_attn.models import training_adapter_for
 from clear_attn.weights.parameters import POOLED, replaced_parameters
 from tests import tiny
 from tests.plain import run
@@ -66,12 +66,12 @@ def batch_for(transformer, grid=(7, 10), batch=2):
 
 
 def step(transformer, weights=PAPER, matched=None, wrap=lambda module: module):
-    recipe = recipe_of(transformer)
+    training = training_adapter_for(transformer)
     batch, noise, sigma = batch_for(transformer)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
-    matched = recipe.matched_layers(layers) if matched is None else matched
+    matched = training.matched_layers(layers) if matched is None else matched
     return distillation_losses(
-        wrap(transformer), recipe, batch, noise, sigma, weights=weights, matched=matched, guidance=None
+        wrap(transformer), training, batch, noise, sigma, weights=weights, matched=matched, guidance=None
     )
 
 
@@ -158,16 +158,16 @@ def test_gradients_under_checkpointing(family, use_reentrant):
 def test_the_losses_of_a_step(family):
     transformer, parameters = with_student(family)
     shaken(parameters)
-    recipe = recipe_of(transformer)
+    training = training_adapter_for(transformer)
     batch, noise, sigma = batch_for(transformer)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
     found = step(transformer, Weights(2.0, 3.0, 5.0), layers)
     noisy = torch.stack([(1 - s) * x + s * n for x, n, s in zip(batch.latents, noise, sigma, strict=True)])
-    call = recipe.call(noisy, sigma, batch.text, batch.pooled, None)
+    call = training.training_call(noisy, sigma, batch.text, batch.pooled, None)
     outputs = {role: Outputs(layers) for role in (TEACHER, STUDENT)}
     student = run(transformer, as_role(STUDENT, call, outputs[STUDENT]))
     teacher = run(transformer, as_role(TEACHER, call, outputs[TEACHER]))
-    target = recipe.pack(noise) - recipe.pack(batch.latents)
+    target = training.pack(noise) - training.pack(batch.latents)
     torch.testing.assert_close(found.flow_matching, ((student - target) ** 2).mean())
     torch.testing.assert_close(found.prediction, ((student - teacher) ** 2).mean())
     attention = [
@@ -219,17 +219,17 @@ def test_the_attention_that_is_compared_is_the_models_own():
 def test_packing_is_diffusers_own():
     latents = torch.randn(2, 4, 6, 10)
     expected = FluxPipeline._pack_latents(latents, *latents.shape)
-    assert torch.equal(recipe_of(tiny.FLUX.transformer()).pack(latents), expected)
+    assert torch.equal(training_adapter_for(tiny.FLUX.transformer()).pack(latents), expected)
 
 
 def test_which_layers_are_compared():
     """Of FLUX's 57, the ten that the reference takes; of SD3.5's, every fourth."""
     layers = [f"transformer_blocks.{i}.attn" for i in range(19)]
     layers += [f"single_transformer_blocks.{i}.attn" for i in range(38)]
-    chosen = recipe_of(tiny.FLUX.transformer()).matched_layers(layers)
+    chosen = training_adapter_for(tiny.FLUX.transformer()).matched_layers(layers)
     assert chosen == [f"single_transformer_blocks.{i}.attn" for i in range(1, 38, 4)]
     assert len(chosen) == 10
-    assert recipe_of(tiny.SD3.transformer()).matched_layers(layers) == layers[::4]
+    assert training_adapter_for(tiny.SD3.transformer()).matched_layers(layers) == layers[::4]
 
 
 def test_a_deep_copy_is_a_student_of_its_own():

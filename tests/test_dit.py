@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clear_attn as clear
-from clear_attn.distill.recipes import recipe_of
+from clear_attn.models import training_adapter_for
 from tests import tiny
 from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 
@@ -134,7 +134,7 @@ def test_a_schedule_by_layer_and_none_by_noise(transformer):
 
 def test_what_it_is_refused_for(transformer):
     with pytest.raises(TypeError, match="a DiTTransformer2DModel cannot be distilled"):
-        recipe_of(transformer)
+        training_adapter_for(transformer)
     with pytest.raises(ValueError, match="weights"):
         clear.linearize(transformer)
     with pytest.raises(TypeError, match="a DiTTransformer2DModel cannot be split over ranks"):

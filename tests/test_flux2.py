@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn.distill.recipes import recipe_of
+from clear_attn.models import training_adapter_for
 from clear_attn.models.flux2 import ParallelProcessor
 from tests import machine, pipelines, tiny
 from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
@@ -99,7 +99,7 @@ def test_distilled_weights_hold_what_single_blocks_project(trained, transformer)
 
 def test_what_it_is_refused_for(pipe):
     with pytest.raises(TypeError, match="a Flux2Transformer2DModel cannot be distilled"):
-        recipe_of(pipe.transformer)
+        training_adapter_for(pipe.transformer)
     with pytest.raises(TypeError, match="highres does not know a Flux2KleinPipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="this is a Flux2Transformer2DModel; give weights=None"):

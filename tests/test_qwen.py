@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn.distill.recipes import recipe_of
+from clear_attn.models import training_adapter_for
 from tests import machine, pipelines, tiny
 from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
 from tests.test_controlnet import wake
@@ -188,7 +188,7 @@ class TestControlNet:
 def test_what_it_is_refused_for(transformer):
     pipe = pipelines.qwen(QwenImagePipeline)
     with pytest.raises(TypeError, match="a QwenImageTransformer2DModel cannot be distilled"):
-        recipe_of(transformer)
+        training_adapter_for(transformer)
     with pytest.raises(TypeError, match="highres does not know a QwenImagePipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="has none that it would change"), clear.ntk_scaling(transformer, 10):

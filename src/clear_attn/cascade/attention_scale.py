@@ -14,6 +14,7 @@ from torch import Tensor
 from clear_attn.methods.method import proportional_scale
 from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import attention_backend_of, parallel_config_of
+from clear_attn.models.class_names import is_exactly
 from clear_attn.models.context import SCALE_MULTIPLIER
 from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.patching.linearization import find_transformer
@@ -43,7 +44,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
     before = processors_of(layers)
     _check_processors(before, adapter)
     for layer, attn in layers.items():
-        if type(before[layer]) in adapter.accepts:
+        if is_exactly(before[layer], adapter.accepts):
             attn.set_processor(_DenseProcessor(before[layer], adapter))
     # First, so that it reads what the caller gave.
     handle = transformer.register_forward_pre_hook(_ScaleHook(adapter), with_kwargs=True, prepend=True)
@@ -107,7 +108,7 @@ class _DenseProcessor:
 
 def _check_processors(processors: dict[str, Any], adapter: ModelAdapter) -> None:
     for layer, processor in processors.items():
-        if type(processor) not in adapter.accepts:
+        if not is_exactly(processor, adapter.accepts):
             _check_takes_scale(layer, processor)
         elif not adapter.takes_scale:
             raise RuntimeError(

@@ -8,25 +8,17 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from diffusers import (
-    FluxImg2ImgPipeline,
-    FluxPipeline,
-    StableDiffusion3Img2ImgPipeline,
-    StableDiffusion3Pipeline,
-)
+import diffusers
 
 from clear_attn.cascade.stages import check_number
+from clear_attn.models import ADAPTERS
+from clear_attn.models.class_names import is_instance
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import entry_hook_of
 
 
 class Kind(NamedTuple):
-    """The pipelines of a family.
-
-    Attributes:
-        from_text, from_image: text to image and image to image, of the same parts.
-        batched_guidance: whether guidance runs two pictures in one forward pass.
-    """
+    """The pipeline classes of a model, see `HighresPipelines`."""
 
     from_text: type
     from_image: type
@@ -36,11 +28,6 @@ class Kind(NamedTuple):
         """Return how many images one forward pass computes at a guidance scale."""
         return 2 if self.batched_guidance and (guidance or 0) > 1 else 1
 
-
-KINDS = (
-    Kind(FluxPipeline, FluxImg2ImgPipeline, False),
-    Kind(StableDiffusion3Pipeline, StableDiffusion3Img2ImgPipeline, True),
-)
 
 # Keywords of the pipelines' calls that a plan says in other words, and where.
 ELSEWHERE = {
@@ -61,16 +48,17 @@ TENSORS = ("embeds", "ip_adapter_image")
 
 
 def kind_of(pipe: Any) -> Kind:
-    """The family of a pipeline.
+    """Return the classes that draw a pipeline's stages.
 
     Raises:
-        TypeError: it is none of a cascade's.
+        TypeError: `highres` does not support the pipeline.
     """
-    for kind in KINDS:
-        if isinstance(pipe, (kind.from_text, kind.from_image)):
-            return kind
-    supported = ", ".join(each.__name__ for kind in KINDS for each in (kind.from_text, kind.from_image))
-    raise TypeError(f"highres does not know a {type(pipe).__name__}; give one of: {supported}")
+    supported = [adapter.highres_pipelines for adapter in ADAPTERS if adapter.highres_pipelines is not None]
+    for text_to_image, image_to_image, batched_guidance in supported:
+        if is_instance(pipe, (text_to_image, image_to_image)):
+            return Kind(getattr(diffusers, text_to_image), getattr(diffusers, image_to_image), batched_guidance)
+    names = ", ".join(name for each in supported for name in (each.text_to_image, each.image_to_image))
+    raise TypeError(f"highres does not know a {type(pipe).__name__}; give one of: {names}")
 
 
 def defaults_of(pipeline: type) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def make_plan(
     asked = [] if isinstance(stages, Stage) else [each for each in stages if each.height is not None]
     for before, after in itertools.pairwise([*([] if derived else [first]), *(each.size for each in asked), size]):
         check_aspect_ratio(before, after, token)
-    _check_positions(transformer, plan, token)
+    _check_positions(transformer, adapter.max_grid_side(transformer), plan, token)
     for stage in plan.stages:
         check_schedule(pipe.scheduler, stage.shift)
     check_options(options, kind)
@@ -275,9 +275,8 @@ def _filled(
     return tuple(filled)
 
 
-def _check_positions(transformer: Any, plan: HighresPlan, token: int) -> None:
+def _check_positions(transformer: Any, most: int | None, plan: HighresPlan, token: int) -> None:
     """Raise ValueError where a model has no positions for so many rows or columns."""
-    most = getattr(getattr(transformer, "pos_embed", None), "pos_embed_max_size", None)
     for each in plan.drawn:
         if most is not None and max(each.size) > most * token:
             raise ValueError(

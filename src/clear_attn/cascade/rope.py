@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from clear_attn.patching.linearization import find_transformer
 
@@ -29,9 +29,9 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
         TypeError: not a supported pipeline.
         ValueError: a factor that is not a finite number above 0; a model without rotary embedding.
     """
-    transformer, _ = find_transformer(pipe)
+    transformer, adapter = find_transformer(pipe)
     check_ntk_factor(transformer, factor)
-    embedding = transformer.pos_embed
+    embedding: Any = adapter.rotary_embedding(transformer)
     before = embedding.theta
     embedding.theta = before * factor
     try:
@@ -41,9 +41,9 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
 
 
 def has_rotary_embedding(transformer: object) -> bool:
-    """Whether a transformer has one that it computes from theta in each call; Qwen-Image's is a table."""
-    embedding = getattr(transformer, "pos_embed", None)
-    return hasattr(embedding, "theta") and not hasattr(embedding, "pos_freqs")
+    """Return whether a supported transformer computes a rotary embedding from theta in each call."""
+    _, adapter = find_transformer(transformer)
+    return adapter.rotary_embedding(transformer) is not None
 
 
 def check_ntk_factor(transformer: object, factor: object) -> None:

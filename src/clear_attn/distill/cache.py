@@ -17,9 +17,9 @@ from torch import Tensor
 
 from clear_attn.distill.buckets import fit
 from clear_attn.distill.data import Example, check_same_origin
-from clear_attn.distill.recipes import Recipe
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.step import Batch
+from clear_attn.models import TrainingAdapter
 from clear_attn.utils.atomic import atomic_file, atomic_text
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _about(shard: Path) -> dict[str, str]:
 
 def build(
     pipe: Any,
-    recipe: Recipe,
+    training: TrainingAdapter,
     examples: Sequence[Example],
     folder: Path,
     origin: Origin,
@@ -109,7 +109,7 @@ def build(
 
     Args:
         pipe: a pipeline with its autoencoder and text encoders.
-        recipe: of its family.
+        training: its transformer's training adapter.
         examples: all of them, in one order.
         folder: that `begin` has made.
         origin: what the cache is of.
@@ -125,7 +125,7 @@ def build(
         of_shard = len(broken)
         stamps = _stamps(examples, number)
         for example in _of_shard(examples, number):
-            encoded = _encode(pipe, recipe, example, origin)
+            encoded = _encode(pipe, training, example, origin)
             if encoded is None:
                 broken.append(example.name)
                 logger.warning("skipped %s: it is a broken picture (%d so far)", example.name, len(broken))
@@ -147,7 +147,7 @@ def _check_broken(broken: Sequence[str], count: int, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _encode(pipe: Any, recipe: Recipe, example: Example, origin: Origin) -> dict[str, Tensor] | None:
+def _encode(pipe: Any, training: TrainingAdapter, example: Example, origin: Origin) -> dict[str, Tensor] | None:
     """The latents' mean and standard deviation, scaled as the transformer takes them, and the text; None if broken."""
     try:
         picture = example.open()
@@ -157,7 +157,7 @@ def _encode(pipe: Any, recipe: Recipe, example: Example, origin: Origin) -> dict
     pixels = VaeImageProcessor().preprocess(fit(picture, origin.resolution)).to(vae.device, vae.dtype)
     moments = vae.encode(pixels).latent_dist
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    text, pooled = recipe.encode_prompts(pipe, [example.prompt], origin.text_tokens)
+    text, pooled = training.encode_prompts(pipe, [example.prompt], origin.text_tokens)
     encoded = {"mean": (moments.mean - shift) * scale, "std": moments.std * scale, "text": text, "pooled": pooled}
     return {name: tensor[0].cpu().contiguous() for name, tensor in encoded.items()}
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from clear_attn.distill.data import METADATA, Example, check_same_origin, listed_in, on_disk
 from clear_attn.distill.seeds import hash_of
 from clear_attn.utils.atomic import atomic_file, atomic_text
+from clear_attn.utils.seeded_images import generate_with_seeds
 
 INDEX = "generated.json"
 
@@ -38,13 +37,13 @@ class Drawing(NamedTuple):
     seed: int
 
     def arguments(self) -> dict[str, Any]:
-        """Of the pipeline's call."""
-        optional = {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+        """Return the arguments of `generate_with_seeds`."""
         return {
             "height": self.resolution,
             "width": self.resolution,
             "max_sequence_length": self.text_tokens,
-            **{name: value for name, value in optional.items() if value is not None},
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
         }
 
 
@@ -108,11 +107,9 @@ def draw(
     """
     for start in progress(range(0, len(numbers), batch_size)):
         batch = numbers[start : start + batch_size]
-        drawn = pipe(
-            [wanted[number].prompt for number in batch],
-            generator=[torch.Generator().manual_seed(hash_of(drawing.seed, number)) for number in batch],
-            **drawing.arguments(),
-        )
-        for number, image in zip(batch, drawn.images, strict=True):
+        prompts = [wanted[number].prompt for number in batch]
+        seeds = [hash_of(drawing.seed, number) for number in batch]
+        images = generate_with_seeds(pipe, seeds, prompt=prompts, **drawing.arguments())
+        for number, image in zip(batch, images, strict=True):
             with atomic_file(folder / wanted[number].name) as unfinished:
                 image.save(unfinished)

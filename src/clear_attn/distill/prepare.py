@@ -17,8 +17,8 @@ from clear_attn.distill import drawn_data as generate
 from clear_attn.distill.cache import Cache, Origin
 from clear_attn.distill.data import Example, from_dataset, from_folder
 from clear_attn.distill.drawn_data import Drawing
-from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.settings import Settings
+from clear_attn.models import training_adapter_for
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.utils.prompts import read_prompts
 from clear_attn.weights.metadata import metadata_of
@@ -56,7 +56,7 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
     name = settings.pretrained_model_name_or_path
     pipe = DiffusionPipeline.from_pretrained(name, revision=settings.revision, dtype=dtype)
     transformer, _ = find_transformer(pipe)
-    recipe_of(transformer)
+    training_adapter_for(transformer)
     if metadata_of(transformer):
         raise ValueError(f"{name} was saved while it was linearized, and the teacher is dense; give the original model")
     return pipe
@@ -103,7 +103,7 @@ def data(settings: Settings, accelerator: Accelerator, pipe: Any, pictures: list
         encoders = [part for part in _modules(pipe) if part is not transformer]
         for part in encoders:
             part.to(accelerator.device)
-        cache.build(pipe, recipe_of(transformer), pictures, folder, origin, tqdm(todo, "encoding"))
+        cache.build(pipe, training_adapter_for(transformer), pictures, folder, origin, tqdm(todo, "encoding"))
         for part in encoders:
             part.to("cpu")
     accelerator.wait_for_everyone()

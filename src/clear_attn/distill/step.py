@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from clear_attn.distill import losses
-from clear_attn.distill.recipes import Recipe
 from clear_attn.distill.student import STUDENT, TEACHER, Outputs, keywords
+from clear_attn.models import TrainingAdapter
 
 
 class Batch(NamedTuple):
@@ -40,7 +40,7 @@ class Losses(NamedTuple):
 
 def distillation_losses(
     transformer: Any,
-    recipe: Recipe,
+    training: TrainingAdapter,
     batch: Batch,
     noise: Tensor,
     sigma: Tensor,
@@ -53,7 +53,7 @@ def distillation_losses(
 
     Args:
         transformer: with a student; may be wrapped, as by DDP.
-        recipe: of the transformer's family.
+        training: the transformer's training adapter.
         batch: of training data.
         noise: as the latents.
         sigma: `[batch]` in 0..1, the share of noise.
@@ -65,15 +65,14 @@ def distillation_losses(
 
     def predict(role: str) -> tuple[Tensor, dict[str, Tensor]]:
         # A call of its own, for the door reads ids by the tensor.
-        call = recipe.call(noisy, sigma, batch.text, batch.pooled, guidance)
         outputs = Outputs(matched)
-        call["joint_attention_kwargs"] = keywords(role, outputs)
+        call = training.training_call(noisy, sigma, batch.text, batch.pooled, guidance, keywords(role, outputs))
         return transformer(**call, return_dict=False)[0], outputs.by_layer
 
     with torch.no_grad():
         teacher, teacher_outputs = predict(TEACHER)
     student, student_outputs = predict(STUDENT)
-    flow = losses.flow_matching(student, recipe.pack(batch.latents), recipe.pack(noise))
+    flow = losses.flow_matching(student, training.pack(batch.latents), training.pack(noise))
     prediction = losses.prediction(student, teacher)
     attention = losses.attention(student_outputs, teacher_outputs).to(flow.device)
     total = weights.flow_matching * flow + weights.prediction * prediction + weights.attention * attention

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear_attn.distill.sharding import whole
+from clear_attn.models.class_names import is_instance
 from clear_attn.models.context import RECORDER, ROLE
 from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.patching.linearization import find_transformer
@@ -143,9 +144,8 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
     layers = adapter.attention_layers(transformer)
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
-    adapted = next(
-        (layer for layer, attn in layers.items() if isinstance(attn.processor, adapter.ip_adapter_processors)), None
-    )
+    names = adapter.ip_adapter_processors
+    adapted = next((layer for layer, attn in layers.items() if is_instance(attn.processor, names)), None)
     if adapted:
         raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
     transformer.requires_grad_(False)

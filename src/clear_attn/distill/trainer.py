@@ -20,13 +20,13 @@ from clear_attn.distill.cache import Cache
 from clear_attn.distill.losses import draw_sigmas
 from clear_attn.distill.optimizers import make_optimizer, prepare_plugins, rate_of
 from clear_attn.distill.prepare import DTYPES, guidance_of
-from clear_attn.distill.recipes import Recipe, recipe_of
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.sharding import assign, is_spread, load_optimizer_state, optimizer_state, whole
 from clear_attn.distill.step import Batch, Losses, Weights, distillation_losses
 from clear_attn.distill.student import add_student, student_parameters, student_values
 from clear_attn.methods import Method
+from clear_attn.models import TrainingAdapter, training_adapter_for
 from clear_attn.patching.linearization import find_transformer, linearize
 
 RUN = "run"  # a checkpoint's part that is the same for all processes
@@ -75,11 +75,11 @@ class Run:
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         transformer.train()
-        self.bare, self.recipe = transformer, recipe_of(transformer)
+        self.bare, self.training = transformer, training_adapter_for(transformer)
         self.guidance = guidance_of(settings, transformer)
         schedule = pipe.scheduler.config
         self.shift = 1.0 if schedule.use_dynamic_shifting else schedule.shift
-        self.matched = _matched_layers(settings, self.recipe, transformer)
+        self.matched = _matched_layers(settings, self.training, transformer)
         optimizer = make_optimizer(settings, parameters, accelerator.distributed_type)
         # Not prepared by accelerate, whose own would step once for each process.
         self.schedule = get_scheduler(
@@ -169,7 +169,7 @@ class Run:
         sigma = draw_sigmas(settings.weighting_scheme, len(noise), self.shift, rng).to(noise.device)
         return distillation_losses(
             self.transformer,
-            self.recipe,
+            self.training,
             batch,
             noise,
             sigma,
@@ -238,9 +238,9 @@ class Run:
                 assign(parameter, present[name])
 
 
-def _matched_layers(settings: Settings, recipe: Recipe, transformer: Any) -> list[str]:
+def _matched_layers(settings: Settings, training: TrainingAdapter, transformer: Any) -> list[str]:
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
-    matched = recipe.matched_layers(layers) if settings.attention_layers is None else settings.attention_layers
+    matched = training.matched_layers(layers) if settings.attention_layers is None else settings.attention_layers
     unknown = sorted(set(matched) - set(layers))
     if unknown:
         raise ValueError(f"attention_layers has {unknown[0]!r}, which is no attention layer of this model")

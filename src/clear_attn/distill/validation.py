@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from PIL import Image
 
 from clear_attn.distill.prepare import drawing_of
-from clear_attn.distill.recipes import recipe_of
 from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.student import STUDENT, TEACHER, keywords
+from clear_attn.models import training_adapter_for
 from clear_attn.patching.linearization import find_transformer
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
+from clear_attn.utils.seeded_images import generate_with_seeds
 
 FOLDER = "validation"
 
@@ -36,11 +37,11 @@ class Validation:
     def __init__(self, settings: Settings, accelerator: Accelerator, pipe: Any) -> None:
         self.settings, self.accelerator, self.pipe = settings, accelerator, pipe
         self.prompts = settings.validation_prompts or []
-        transformer, _ = find_transformer(pipe)
-        recipe = recipe_of(transformer)
+        transformer, adapter = find_transformer(pipe)
+        training, self.keywords = training_adapter_for(transformer), adapter.keywords
         self.drawing = drawing_of(settings, pipe)
         with torch.no_grad():
-            self.embeddings = [recipe.embeddings(pipe, [p], self.drawing.text_tokens) for p in self.prompts]
+            self.embeddings = [training.embeddings(pipe, [p], self.drawing.text_tokens) for p in self.prompts]
         self.rows: dict[str, list[Image.Image]] = {}
 
     def draw(self, step: int) -> None:
@@ -67,13 +68,14 @@ class Validation:
         pipe.vae.to(device)
         pipe.set_progress_bar_config(disable=True)
         pictures = [
-            pipe(
-                **{name: value.to(device) for name, value in embeddings.items()},
+            generate_with_seeds(
+                pipe,
                 # Not the noise of the training picture of the same number.
-                generator=torch.Generator().manual_seed(hash_of("validation", self.drawing.seed, number)),
-                joint_attention_kwargs=keywords(role),
+                [hash_of("validation", self.drawing.seed, number)],
+                **{name: value.to(device) for name, value in embeddings.items()},
+                **{self.keywords: keywords(role)},
                 **self.drawing.arguments(),
-            ).images[0]
+            )[0]
             for number, embeddings in enumerate(self.embeddings)
         ]
         pipe.vae.to("cpu")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from clear_attn.models.adapter import Call, ModelAdapter
+from clear_attn.models.adapter import Call, HighresPipelines, ModelAdapter
 from clear_attn.models.chroma import Chroma
+from clear_attn.models.class_names import is_instance
 from clear_attn.models.controlnet import FluxControlNet, SD3ControlNet
 from clear_attn.models.dit import DiT
 from clear_attn.models.flux import Flux
 from clear_attn.models.flux2 import Flux2
 from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3
+from clear_attn.models.training import TrainingAdapter
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
     Flux(),
@@ -27,8 +29,29 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
 
 
 def adapter_for(transformer: Any) -> ModelAdapter | None:
-    """The family that a transformer belongs to, or None."""
-    return next((family for family in ADAPTERS if isinstance(transformer, family.transformer_class)), None)
+    """Return the adapter of a transformer's class, or None."""
+    return next((adapter for adapter in ADAPTERS if is_instance(transformer, (adapter.transformer_class,))), None)
 
 
-__all__ = ["ADAPTERS", "Call", "ModelAdapter", "adapter_for"]
+def training_adapter_for(transformer: Any) -> TrainingAdapter:
+    """Return what distillation needs to know about a transformer.
+
+    Raises:
+        TypeError: it cannot be distilled.
+    """
+    adapter = adapter_for(transformer)
+    if adapter is None or adapter.training is None:
+        known = ", ".join(each.transformer_class for each in ADAPTERS if each.training is not None)
+        raise TypeError(f"a {type(transformer).__name__} cannot be distilled; give a pipeline with one of: {known}")
+    return adapter.training
+
+
+__all__ = [
+    "ADAPTERS",
+    "Call",
+    "HighresPipelines",
+    "ModelAdapter",
+    "TrainingAdapter",
+    "adapter_for",
+    "training_adapter_for",
+]

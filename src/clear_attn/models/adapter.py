@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
 from clear_attn.models.context import ClearContext
 from clear_attn.models.processors import ClearAttnProcessor, Inputs, project, project_out
+from clear_attn.models.training import TrainingAdapter
 from clear_attn.utils._torch import forward_hooks, forward_pre_hooks
 
 
@@ -24,6 +26,31 @@ class Call(NamedTuple):
     grids: tuple[Grid, ...]
     text_tokens: int
     device: torch.device
+
+
+class HighresPipelines(NamedTuple):
+    """The pipelines that `highres` runs for a transformer class.
+
+    Attributes:
+        text_to_image, image_to_image: names of diffusers classes with the same components.
+        batched_guidance: whether guidance runs two images in one forward pass.
+    """
+
+    text_to_image: str
+    image_to_image: str
+    batched_guidance: bool = False
+
+
+class Architecture(NamedTuple):
+    """A published size of a transformer class.
+
+    Attributes:
+        name: as `clear-attn cost --model` takes it.
+        config: what differs from the transformer's default config.
+    """
+
+    name: str
+    config: Mapping[str, Any] = MappingProxyType({})
 
 
 class InnerHook(NamedTuple):
@@ -40,27 +67,30 @@ class InnerHook(NamedTuple):
 
 
 class ModelAdapter(abc.ABC):
-    """One class of transformers. Stateless: what differs from call to call travels in the call's context.
+    """All that is known of one transformer class. Stateless: what differs by call is in the call's context.
+
+    Classes of diffusers are named, not imported: importing one imports the transformers of all models.
 
     Attributes:
-        transformer_class: its transformers in diffusers.
-        accepts: the attention processors that the library's can replace.
-        ip_adapter_processors: those of IP-Adapters, whose work beside attention the library's keeps up.
+        transformer_class: the name of its transformers' class in diffusers.
+        accepts: names of the attention processors that the library's can replace.
+        ip_adapter_processors: names of those with an IP-Adapter, whose own attention the replacement keeps.
         text_first: whether text comes before the image where they are joined.
         default_text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
-        fused_qkv_reliable: whether a layer with `fused_projections` has a fused projection that holds what its parts
-            do.
-        activation_factor: what a forward pass likely holds, in tokens x (heads x head_dim) elements, as measured on a
-            CPU.
+        fused_qkv_reliable: whether a layer with `fused_projections` has fused weights equal to the separate ones.
+        activation_factor: likely peak of a forward pass in tokens x (heads x head_dim) elements, measured on a CPU.
         keywords: the argument of a call that holds what is passed on to the attention layers.
-        timestep_is_sigma: whether a call's timestep gives sigma.
+        timestep_is_sigma: whether sigma follows from a call's timestep.
         takes_scale: whether its dense layers can have their scores scaled, see `proportional_attention`.
+        training: what distillation needs; None for a model that cannot be distilled.
+        highres_pipelines: what `highres` runs; None for a model that it does not support.
+        architectures: published sizes, of which `clear-attn cost --model` tells the cost.
     """
 
-    transformer_class: type
-    accepts: tuple[type, ...]
-    ip_adapter_processors: tuple[type, ...] = ()
+    transformer_class: str
+    accepts: tuple[str, ...]
+    ip_adapter_processors: tuple[str, ...] = ()
     text_first: bool
     default_text_tokens: int
     residuals: tuple[str, ...] = ()
@@ -69,6 +99,9 @@ class ModelAdapter(abc.ABC):
     keywords: str = "joint_attention_kwargs"
     timestep_is_sigma: bool = True
     takes_scale: bool = False
+    training: TrainingAdapter | None = None
+    highres_pipelines: HighresPipelines | None = None
+    architectures: tuple[Architecture, ...] = ()
 
     # Layers
 
@@ -183,3 +216,13 @@ class ModelAdapter(abc.ABC):
     @abc.abstractmethod
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         """Return a tensor of the transformer's output in raster order."""
+
+    # The model
+
+    def rotary_embedding(self, transformer: Any) -> Any | None:
+        """Return the module whose `theta` is read in each call, or None for a model without such an embedding."""
+        return None
+
+    def max_grid_side(self, transformer: Any) -> int | None:
+        """Return the most rows or columns of tokens that have a position, or None without a limit."""
+        return None

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Call
+from clear_attn.models.adapter import Architecture, Call
 from clear_attn.models.flux import Flux
 from clear_attn.models.padding import HIDDEN, check_mask
 from clear_attn.models.publishing import Publishing
@@ -22,7 +21,7 @@ from clear_attn.models.tensor_cache import ReadOnce
 
 class Chroma(Publishing, Flux):
     takes_scale = False
-    transformer_class = ChromaTransformer2DModel
+    transformer_class = "ChromaTransformer2DModel"
     ip_adapter_processors = ()
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
@@ -53,6 +52,10 @@ class Chroma(Publishing, Flux):
 
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return {**super().permute_inputs(kwargs, layout), "attention_mask": None}
+
+    training = None
+    highres_pipelines = None
+    architectures = (Architecture("chroma"),)
 
 
 def _count_ones_at_the_end(mask: Tensor) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers.pipelines.pag.pag_utils import PAGMixin
-
 from clear_attn.models._diffusers import hooks_in, parallel_config_of, skips_attention, smooths_queries
 from clear_attn.models.adapter import ModelAdapter
+from clear_attn.models.class_names import is_exactly, is_instance
 
 # Hooks that diffusers' guiders and caches put on attention layers and projections, and what they take for granted.
 _HOOKS = {
@@ -19,7 +18,7 @@ _HOOKS = {
 
 def check_pipeline(pipe: Any) -> None:
     """Raises RuntimeError for a pipeline that exchanges attention processors while it runs."""
-    if isinstance(pipe, PAGMixin):
+    if is_instance(pipe, ("PAGMixin",)):
         raise RuntimeError(
             f"a {type(pipe).__name__} puts processors of perturbed attention guidance in the place of CLEAR's; use the "
             "pipeline without PAG, made from pipe.components"
@@ -29,7 +28,7 @@ def check_pipeline(pipe: Any) -> None:
 def check_processors(processors: Mapping[str, Any], adapter: ModelAdapter) -> None:
     """Raises RuntimeError for a processor that CLEAR's cannot stand in for."""
     for layer, processor in processors.items():
-        if type(processor) not in (*adapter.accepts, *adapter.ip_adapter_processors):
+        if not is_exactly(processor, (*adapter.accepts, *adapter.ip_adapter_processors)):
             raise RuntimeError(
                 f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
                 "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline anew, then linearize"

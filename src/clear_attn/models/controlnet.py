@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import FluxControlNetModel, SD3ControlNetModel
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Call, InnerHook
+from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerHook
 from clear_attn.models.context_variable import current
 from clear_attn.models.flux import Flux
 from clear_attn.models.publishing import Publishing
 from clear_attn.models.sd3 import SD3, into_tile_order
+from clear_attn.models.training import TrainingAdapter
 
 
 class _ControlNet(Publishing):
@@ -25,9 +25,13 @@ class _ControlNet(Publishing):
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse_permutation]
 
+    training: TrainingAdapter | None = None
+    highres_pipelines: HighresPipelines | None = None
+    architectures: tuple[Architecture, ...] = ()
+
 
 class FluxControlNet(_ControlNet, Flux):
-    transformer_class = FluxControlNetModel
+    transformer_class = "FluxControlNetModel"
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         # The condition may still be an image at the entry.
@@ -40,7 +44,7 @@ class FluxControlNet(_ControlNet, Flux):
 
 
 class SD3ControlNet(_ControlNet, SD3):
-    transformer_class = SD3ControlNetModel
+    transformer_class = "SD3ControlNetModel"
 
     def has_text(self, transformer: Any, layer: str) -> bool:
         return transformer.context_embedder is not None and super().has_text(transformer, layer)

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiTTransformer2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from clear_attn.models.adapter import Call
+from clear_attn.models.class_names import is_instance
 from clear_attn.models.sd3 import SD3
 
 
 class DiT(SD3):
-    transformer_class = DiTTransformer2DModel
-    accepts = (AttnProcessor2_0, AttnProcessor)
+    transformer_class = "DiTTransformer2DModel"
+    accepts = ("AttnProcessor2_0", "AttnProcessor")
     default_text_tokens = 0
     residuals = ()
     keywords = "cross_attention_kwargs"
     timestep_is_sigma = False
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
-        return {name: module for name, module in transformer.named_modules() if isinstance(module, Attention)}
+        return {name: module for name, module in transformer.named_modules() if is_instance(module, ("Attention",))}
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         call = super().parse_call(transformer, kwargs)
@@ -39,3 +38,7 @@ class DiT(SD3):
             "a DiT's timestep is a place in its scheduler's betas, which a call does not tell, and no share of noise; "
             "give a schedule without dense_above_sigma"
         )
+
+    training = None
+    highres_pipelines = None
+    architectures = ()

@@ -6,75 +6,72 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from torch import Tensor
 
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
-from clear_attn.models.adapter import Call, ModelAdapter
-from clear_attn.models.context import ClearContext
-from clear_attn.models.dense_attention import dense_attention
-from clear_attn.models.processors import ClearAttnProcessor, Inputs
+from clear_attn.models.adapter import Architecture, Call, HighresPipelines, ModelAdapter
+from clear_attn.models.class_names import is_instance
+from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.models.tensor_cache import ReadOnce
+from clear_attn.models.training import TrainingAdapter
 
 
-class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
-    """Adds each image token's attention to the few tokens of an IP-Adapter.
+class FluxTraining(TrainingAdapter):
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
+        text, pooled, _ = pipe.encode_prompt(prompts, None, max_sequence_length=text_tokens)
+        return text, pooled
 
-    It has the original processor's own projections, and is one of its kind to diffusers: `set_ip_adapter_scale` and
-    `unload_ip_adapter` find it by its class.
-    """
+    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, pooled = self.encode_prompts(pipe, prompts, text_tokens)
+        return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
-    layer_settings = (*ClearAttnProcessor.layer_settings, "scale")
-    scale: Any
-    to_k_ip: Any
-    to_v_ip: Any
+    def pack(self, latents: Tensor) -> Tensor:
+        patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def __init__(self, *args: Any) -> None:
-        ClearAttnProcessor.__init__(self, *args)
-
-    def __call__(
+    def training_call(
         self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        clear_context: ClearContext | None = None,
-        ip_hidden_states: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        image, text = self.run(attn, inputs, clear_context)
-        # Projected again: here the query is taken without its position.
-        fused = self.adapter.takes_fused(attn)
-        query = attn.to_qkv(hidden_states).chunk(3, dim=-1)[0] if fused else attn.to_q(hidden_states)
-        query = attn.norm_q(query.unflatten(-1, (attn.heads, -1))).transpose(1, 2)
-        dense, adapted = dense_attention(self.attention_backend), torch.zeros_like(image)
-        for tokens, scale, to_key, to_value in zip(
-            ip_hidden_states or (), self.scale, self.to_k_ip, self.to_v_ip, strict=True
-        ):
-            # Several images may be apart in a dimension of their own.
-            parts = (to(tokens).reshape(len(image), -1, *query.shape[1::2]) for to in (to_key, to_value))
-            key, value = (part.transpose(1, 2) for part in parts)
-            attended = dense(query, key, value, query.shape[-1] ** -0.5, None)
-            adapted = adapted + scale * attended.transpose(1, 2).flatten(2, 3)
-        return image, text, adapted
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: float | None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
+        # In float32: bfloat16 cannot tell positions past 256 apart.
+        axes = [torch.arange(length, dtype=torch.float32, device=noisy.device) for length in (1, height, width)]
+        return {
+            "hidden_states": self.pack(noisy),
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "timestep": sigma.to(noisy.dtype),
+            "guidance": None if guidance is None else torch.full_like(sigma, guidance, dtype=noisy.dtype),
+            "img_ids": torch.cartesian_prod(*axes),
+            "txt_ids": torch.zeros(text.shape[1], 3, device=noisy.device),
+            "joint_attention_kwargs": attention_kwargs,
+        }
+
+    def single_stream(self, layer: str) -> bool:
+        return layer.startswith("single_")
 
 
 class Flux(ModelAdapter):
-    transformer_class = FluxTransformer2DModel
-    accepts: tuple[type, ...] = (FluxAttnProcessor,)
-    ip_adapter_processors: tuple[type, ...] = (FluxIPAdapterAttnProcessor,)
+    transformer_class = "FluxTransformer2DModel"
+    accepts: tuple[str, ...] = ("FluxAttnProcessor",)
+    ip_adapter_processors: tuple[str, ...] = ("FluxIPAdapterAttnProcessor",)
     text_first = True
     default_text_tokens = 512
     takes_scale = True
     residuals: tuple[str, ...] = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def make_processor(self, original: Any, method: Method, layer: Layer, group: int) -> ClearAttnProcessor:
-        if not isinstance(original, FluxIPAdapterAttnProcessor):
+        if not is_instance(original, self.ip_adapter_processors):
             return super().make_processor(original, method, layer, group)
+        from clear_attn.models.flux_ip_adapter import IPAdapterProcessor
+
         processor = IPAdapterProcessor(self, method, layer, group)
         processor.scale = original.scale
         processor.to_k_ip, processor.to_v_ip = original.to_k_ip, original.to_v_ip
@@ -109,6 +106,13 @@ class Flux(ModelAdapter):
 
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse_permutation]
+
+    training: TrainingAdapter | None = FluxTraining()
+    highres_pipelines: HighresPipelines | None = HighresPipelines("FluxPipeline", "FluxImg2ImgPipeline")
+    architectures: tuple[Architecture, ...] = (Architecture("flux", {"guidance_embeds": True}),)
+
+    def rotary_embedding(self, transformer: Any) -> Any | None:
+        return transformer.pos_embed
 
 
 class _Positions(NamedTuple):

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import Flux2Transformer2DModel
-from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from torch import Tensor, cat
 
-from clear_attn.models.adapter import Call
+from clear_attn.models.adapter import Architecture, Call
 from clear_attn.models.context import ClearContext
 from clear_attn.models.flux import Flux
 from clear_attn.models.processors import ClearAttnProcessor, Inputs, normalize, rotate, split_heads
@@ -30,8 +28,8 @@ class ParallelProcessor(ClearAttnProcessor):
 
 
 class Flux2(Flux):
-    transformer_class = Flux2Transformer2DModel
-    accepts = (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
+    transformer_class = "Flux2Transformer2DModel"
+    accepts = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
     residuals = ()
     ip_adapter_processors = ()
     takes_scale = False
@@ -63,3 +61,7 @@ class Flux2(Flux):
                 "clear_attn.restore() the model"
             )
         return super().parse_call(transformer, kwargs)
+
+    training = None
+    highres_pipelines = None
+    architectures = (Architecture("flux2"),)

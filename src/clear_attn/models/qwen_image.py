@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import Tensor
 
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout, grid_permutation
-from clear_attn.models.adapter import Call, InnerHook, ModelAdapter
+from clear_attn.models.adapter import Architecture, Call, InnerHook, ModelAdapter
 from clear_attn.models.context import ClearContext
 from clear_attn.models.padding import HIDDEN, check_mask
 from clear_attn.models.processors import ClearAttnProcessor, Inputs
@@ -44,8 +42,8 @@ class QwenProcessor(ClearAttnProcessor):
 
 
 class QwenImage(ModelAdapter):
-    transformer_class = QwenImageTransformer2DModel
-    accepts = (QwenDoubleStreamAttnProcessor2_0,)
+    transformer_class = "QwenImageTransformer2DModel"
+    accepts = ("QwenDoubleStreamAttnProcessor2_0",)
     text_first = True
     default_text_tokens = 512  # the most that its pipelines take; they do not pad
     residuals: tuple[str, ...] = ("controlnet_block_samples",)
@@ -89,11 +87,13 @@ class QwenImage(ModelAdapter):
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse_permutation]
 
+    architectures: tuple[Architecture, ...] = (Architecture("qwen-image"),)
+
 
 class QwenControlNet(QwenImage):
     """Of Qwen-Image; unlike other ControlNets, it passes on the keywords of a call to its layers."""
 
-    transformer_class = QwenImageControlNetModel
+    transformer_class = "QwenImageControlNetModel"
     residuals = ()
     keywords = "joint_attention_kwargs"
 
@@ -102,6 +102,8 @@ class QwenControlNet(QwenImage):
             **super().permute_inputs(kwargs, layout),
             "controlnet_cond": kwargs["controlnet_cond"][:, layout.permutation],
         }
+
+    architectures = ()
 
 
 def _shapes(img_shapes: Any) -> Sequence[Shape]:

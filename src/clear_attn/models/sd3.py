@@ -6,17 +6,60 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
-from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout, grid_permutation
-from clear_attn.models.adapter import Call, InnerHook, ModelAdapter
+from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerHook, ModelAdapter
+from clear_attn.models.training import TrainingAdapter
+
+
+class SD3Training(TrainingAdapter):
+    """SD3 joins CLIP's tokens to the text. No layer is single-stream, so every fourth of all is compared."""
+
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=text_tokens
+        )
+        return text, pooled
+
+    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, pooled = self.encode_prompts(pipe, prompts, text_tokens)
+        negative, negative_pooled = self.encode_prompts(pipe, [""] * len(prompts), text_tokens)
+        return {
+            "prompt_embeds": text,
+            "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": negative,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def training_call(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: float | None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy,
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "timestep": (1000 * sigma).to(noisy.dtype),
+            "joint_attention_kwargs": attention_kwargs,
+        }
+
+
+SD3_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
 
 
 class SD3(ModelAdapter):
-    transformer_class = SD3Transformer2DModel
-    accepts = (JointAttnProcessor2_0, FusedJointAttnProcessor2_0)
+    transformer_class = "SD3Transformer2DModel"
+    accepts = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
     text_first = False
     default_text_tokens = 77 + 256  # CLIP's and T5's
     residuals: tuple[str, ...] = ("block_controlnet_hidden_states",)
@@ -57,6 +100,19 @@ class SD3(ModelAdapter):
         patches = sample.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
         tokens = patches.transpose(3, 4).flatten(2, 3)[:, :, layout.inverse_permutation]
         return tokens.unflatten(2, (rows, columns)).transpose(3, 4).reshape(sample.shape)
+
+    training: TrainingAdapter | None = SD3Training()
+    highres_pipelines: HighresPipelines | None = HighresPipelines(
+        "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", batched_guidance=True
+    )
+    architectures: tuple[Architecture, ...] = (
+        Architecture("sd3-medium", SD3_MEDIUM),
+        Architecture("sd3.5-medium", {**SD3_MEDIUM, "dual_attention_layers": tuple(range(13))}),
+        Architecture("sd3.5-large", SD35_LARGE),
+    )
+
+    def max_grid_side(self, transformer: Any) -> int | None:
+        return getattr(transformer.pos_embed, "pos_embed_max_size", None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -51,7 +51,7 @@ def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
     transformer = unwrap_compiled(getattr(pipe, "transformer", pipe))
     adapter = adapter_for(transformer)
     if adapter is None:
-        supported = ", ".join(adapter.transformer_class.__name__ for adapter in ADAPTERS)
+        supported = ", ".join(adapter.transformer_class for adapter in ADAPTERS)
         given = " with a ".join(dict.fromkeys([type(pipe).__name__, type(transformer).__name__]))
         if hasattr(transformer, "nets"):
             raise TypeError(f"a {given} is not supported; give its ControlNets one by one: for net in controlnet.nets")

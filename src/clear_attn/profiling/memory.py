@@ -71,7 +71,7 @@ def memory_of(
     batch: int,
     height: int,
     width: int,
-    streams: int,
+    activation_factor: int,
 ) -> Memory:
     """Counts the memory of a picture.
 
@@ -81,7 +81,7 @@ def memory_of(
         tokens: text and image.
         batch: pictures at a time.
         height, width: of the picture in pixels.
-        streams: what a forward pass likely holds, in tokens x (heads x head_dim) elements.
+        activation_factor: what a forward pass likely holds, in tokens x (heads x head_dim) elements.
     """
     inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     stream = batch * tokens * inner * _element(transformer)
@@ -92,7 +92,7 @@ def memory_of(
     tiled = _decode(vae, min(tile, height), min(tile, width))
     return Memory(
         weights={name: weight_bytes(model) for name, model in models.items()},
-        activations=Bytes(5 * stream, streams * stream),
+        activations=Bytes(5 * stream, activation_factor * stream),
         decode=whole,
         decode_tiled=Bytes(tiled.least + picture, tiled.likely + 2 * picture),
     )

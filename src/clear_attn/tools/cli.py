@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from clear_attn.models import ADAPTERS
 from clear_attn.tools.bench.bench_command import bench
 from clear_attn.tools.evaluate.evaluate_command import evaluate
 from clear_attn.tools.generate_command import generate
@@ -22,24 +22,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ARCHITECTURES = {size.name: (adapter, size.config) for adapter in ADAPTERS for size in adapter.architectures}
+
 DEMO_CAPTIONS = (
     "a red circle on a blue ground, at the top left",
     "a yellow triangle on a red ground, at the top right",
     "a black triangle on a white ground, in the middle",
     "a black cross on a yellow ground, at the bottom left",
 )
-
-
-class Model(StrEnum):
-    """Architectures whose costs can be told without their weights."""
-
-    flux = "flux"
-    sd3_medium = "sd3-medium"
-    sd35_medium = "sd3.5-medium"
-    sd35_large = "sd3.5-large"
-    flux2 = "flux2"
-    qwen_image = "qwen-image"
-    chroma = "chroma"
 
 
 app.command()(bench)
@@ -72,6 +62,12 @@ def demo(
     typer.echo(f"{report}\n\nSaved {output}")
 
 
+def _check_architecture(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(ARCHITECTURES)}")
+    return name
+
+
 @app.command()
 def cost(
     height: Annotated[int, typer.Option(help="Height of the picture in pixels.")],
@@ -87,7 +83,9 @@ def cost(
         int | None, typer.Option(help="Length of the text sequence.", show_default="512 for flux, 333 for sd3")
     ] = None,
     batch: Annotated[int, typer.Option(help="Pictures in one forward pass.")] = 1,
-    model: Annotated[Model, typer.Option(help="The architecture.")] = Model.flux,
+    model: Annotated[
+        str, typer.Option(help="The architecture.", metavar="|".join(ARCHITECTURES), callback=_check_architecture)
+    ] = "flux",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count the work of attention, dense and linearized."""
@@ -110,27 +108,11 @@ def cost(
     typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else str(counted))
 
 
-def _without_weights(model: Model) -> Any:
-    """A transformer of an architecture on the meta device, at its published size."""
+def _without_weights(architecture: str) -> Any:
+    """Build a transformer of a published size on the meta device."""
     import diffusers
     import torch
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-    sd3_medium = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
-    sd35_large = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+    adapter, config = ARCHITECTURES[architecture]
     with torch.device("meta"):
-        match model:
-            case Model.flux:
-                return FluxTransformer2DModel(guidance_embeds=True)
-            case Model.sd3_medium:
-                return SD3Transformer2DModel(**sd3_medium)
-            case Model.sd35_medium:
-                return SD3Transformer2DModel(**sd3_medium, dual_attention_layers=tuple(range(13)))
-            case Model.sd35_large:
-                return SD3Transformer2DModel(**sd35_large)
-            case Model.flux2:
-                return diffusers.Flux2Transformer2DModel()
-            case Model.qwen_image:
-                return diffusers.QwenImageTransformer2DModel()
-            case Model.chroma:
-                return diffusers.ChromaTransformer2DModel()
+        return getattr(diffusers, adapter.transformer_class)(**config)

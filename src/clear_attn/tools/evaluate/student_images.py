@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from clear_attn.utils.seeded_images import generate_with_seeds
+
 
 class Drawing(NamedTuple):
     """How pictures are drawn; names as in diffusers, None for the pipeline's own.
@@ -45,29 +47,24 @@ class Drawn(NamedTuple):
 
 
 def draw(pipe: Any, prompts: Sequence[str], drawing: Drawing, folder: Path) -> Drawn:
-    """Draws a picture for each prompt into a new folder, as lossless PNG.
-
-    Noise is drawn on the CPU, so that it depends on a picture's seed alone, not on device or batch.
-    """
+    """Draws a picture for each prompt into a new folder, as lossless PNG."""
     folder.mkdir(parents=True)
-    optional = {
-        name: value
-        for name in ("num_inference_steps", "guidance_scale", "max_sequence_length")
-        if (value := getattr(drawing, name)) is not None
-    }
     files, seconds = [], []
     with tqdm(total=len(prompts), desc=folder.name, unit="picture") as progress:
         for start in range(0, len(prompts), drawing.batch_size):
             batch = list(prompts[start : start + drawing.batch_size])
             seeds = range(drawing.seed + start, drawing.seed + start + len(batch))
             started = time.perf_counter()
-            images = pipe(
-                batch,
+            images = generate_with_seeds(
+                pipe,
+                seeds,
+                prompt=batch,
                 height=drawing.height,
                 width=drawing.width,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                **optional,
-            ).images
+                num_inference_steps=drawing.num_inference_steps,
+                guidance_scale=drawing.guidance_scale,
+                max_sequence_length=drawing.max_sequence_length,
+            )
             seconds.append(time.perf_counter() - started)
             for number, image in enumerate(images, start):
                 files.append(folder / f"{number:05}.png")

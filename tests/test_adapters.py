@@ -1,0 +1,49 @@
+"""The registry of models: found by names of diffusers' classes, which are imported only when used."""
+
+import subprocess
+import sys
+
+import pytest
+from diffusers import FluxTransformer2DModel
+
+from clear_attn.models import ADAPTERS, adapter_for
+from clear_attn.models.class_names import is_exactly, is_instance
+from tests import tiny
+
+MODELS = ("diffusers.models.transformers", "diffusers.models.controlnets", "diffusers.pipelines")
+
+
+class Subclass(FluxTransformer2DModel):
+    pass
+
+
+def test_importing_the_package_imports_no_model_of_diffusers():
+    code = f"import sys, clear_attn; print([name for name in sys.modules if name.startswith({MODELS})])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_a_transformer_has_the_adapter_of_its_class(name):
+    transformer = tiny.FAMILIES[name].transformer()
+    assert adapter_for(transformer).transformer_class == type(transformer).__name__
+
+
+def test_every_named_class_exists_and_has_one_adapter():
+    import diffusers
+
+    names = [adapter.transformer_class for adapter in ADAPTERS]
+    assert len({getattr(diffusers, name) for name in names}) == len(names)
+    for adapter in ADAPTERS:
+        if adapter.highres_pipelines:
+            assert getattr(diffusers, adapter.highres_pipelines.text_to_image)
+            assert getattr(diffusers, adapter.highres_pipelines.image_to_image)
+
+
+def test_a_subclass_counts_and_a_namesake_does_not():
+    names = ("FluxTransformer2DModel",)
+    ours, namesake = Subclass.__new__(Subclass), type("FluxTransformer2DModel", (), {})()
+    assert is_instance(ours, names)
+    assert not is_exactly(ours, names)
+    assert not is_instance(namesake, names)
+    assert adapter_for(namesake) is None
