@@ -213,7 +213,7 @@ def _scatter(x: Tensor, index: Tensor) -> Tensor:
 
 def _add(gradient: Tensor, part: Tensor, index: Tensor, shared: int) -> None:
     """Adds `part`, gathered at `index`, of whose places the first ones are the same for all tiles."""
-    # One sum for those, for an addition to the same place by every tile would be slow and, on a GPU, rounded anew.
+    # One sum for those, for an addition to the same place by every tile would be slow and, on a GPU, rounded again.
     own = _scatter(part[:, :, shared:], index).to(gradient.dtype)
     gradient.index_add_(1, index[:, shared:].flatten(), own)
     if shared:

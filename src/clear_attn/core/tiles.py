@@ -16,7 +16,7 @@ from clear_attn.core.window_mask import Coordinates, window_mask
 
 
 def tile_side(window: float, device: torch.device) -> int:
-    """The side of a tile in tokens: small ones compute less that nobody sees, large ones copy fewer keys.
+    """The side of a tile in tokens: small ones compute fewer masked pairs, large ones copy fewer keys.
 
     On a CPU 8 was the fastest for windows up to 16, and 16 for larger ones; elsewhere it is not measured.
     """
@@ -28,7 +28,7 @@ class TileGroup(NamedTuple):
 
     Attributes:
         queries: int64 `[tiles, q]`, positions among the image tokens in tile order.
-        keys: int64 `[tiles, k]`, positions likewise: the keys that at least one query of the tile sees.
+        keys: int64 `[tiles, k]`, positions likewise: the keys that at least one query of the tile attends to.
         mask: bool `[q, k]`, the rule, the same for every tile.
     """
 
@@ -43,7 +43,7 @@ class Tiles(NamedTuple):
     Attributes:
         queries, keys, mask: those of all groups, flattened and joined.
         sizes: int64 `[groups, 3]` on the CPU: the number of tiles, queries and keys of each group.
-        image_keys: int64 `[]` on the CPU: how many image keys there are in all, seen or not.
+        image_keys: int64 `[]` on the CPU: the number of image keys, attended to or not.
     """
 
     queries: Tensor
@@ -131,7 +131,7 @@ def build_tiles(queries: TokenSet, keys: TokenSet, window: float, device: torch.
                 for tokens, index in ((queries, query), (keys, key))
             )
             mask = window_mask(first_query, first_key, radius_sq)
-            seen = mask.any(dim=0)
-            parts = torch.from_numpy(query), torch.from_numpy(key[:, seen.numpy()]), mask[:, seen]
+            attended = mask.any(dim=0)
+            parts = torch.from_numpy(query), torch.from_numpy(key[:, attended.numpy()]), mask[:, attended]
             groups.append(TileGroup(*(part.to(device) for part in parts)))
     return Tiles.join(groups, len(keys.y))

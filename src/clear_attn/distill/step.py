@@ -64,7 +64,7 @@ def distillation_losses(
     noisy = losses.interpolate(batch.latents, noise, sigma)
 
     def predict(role: str) -> tuple[Tensor, dict[str, Tensor]]:
-        # A call of its own, for the door reads ids by the tensor.
+        # A call of its own, since the entry hook caches ids by the tensor.
         outputs = Outputs(matched)
         call = training.training_call(noisy, sigma, batch.text, batch.pooled, guidance, keywords(role, outputs))
         return transformer(**call, return_dict=False)[0], outputs.by_layer

@@ -20,7 +20,7 @@ from clear_attn.methods.method import ImageMethod, Layer, Options, leading_text_
 
 @dataclass(frozen=True)
 class KVCompression(ImageMethod):
-    """A query sees text, and a key and a value for each cell of tokens: weighted sums over the cell.
+    """A query attends to text, and to a key and a value for each cell of tokens: weighted sums over the cell.
 
     Unlike in PixArt-Sigma, keys and values have weights of their own, and neither bias nor norm follows, so that the
     pre-trained model begins with plain means.

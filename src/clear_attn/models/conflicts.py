@@ -31,7 +31,7 @@ def check_processors(processors: Mapping[str, Any], adapter: ModelAdapter) -> No
         if not is_exactly(processor, (*adapter.accepts, *adapter.ip_adapter_processors)):
             raise RuntimeError(
                 f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
-                "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline anew, then linearize"
+                "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline again, then linearize"
             )
 
 

@@ -1,4 +1,4 @@
-"""DiT in diffusers: SD3's doors, a class in place of text, square pictures, and a variance beside the noise."""
+"""DiT in diffusers: as SD3, with a class label instead of text, square images, and a predicted variance."""
 
 from __future__ import annotations
 

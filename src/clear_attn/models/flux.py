@@ -146,7 +146,7 @@ def _parse_ids(ids: Tensor) -> _Positions:
         counted = torch.cartesian_prod(*(torch.arange(len(line), device="cpu") + line[0] for line in (rows, columns)))
         regular.append(torch.cat([part[:, :1], counted, others], dim=1))
     exact = torch.cat(regular)
-    # Counted anew only where that is what the coarser numbers stand for; positions of another kind are left alone.
+    # Replaced only if rounding them gives the coarser numbers; positions of another kind are left alone.
     counts = ids.dtype in (torch.bfloat16, torch.float16) and torch.equal(exact.to(ids.dtype).float(), values)
     return _Positions(tuple(grids), exact.to(ids.device) if counts else None)
 

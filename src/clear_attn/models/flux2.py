@@ -1,4 +1,4 @@
-"""FLUX.2 in diffusers: FLUX.1's doors with ids of four axes, and single blocks that project all in one."""
+"""FLUX.2 in diffusers: as FLUX.1, with ids of four axes, and single blocks with one projection for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether all ranks were given the same call, found out at the door."""
+"""Consistency check at the entry: all ranks must get the same call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What splits the calls of a linearized transformer over ranks: the tokens at its door, and the picture at its end."""
+"""Split the calls of a linearized transformer over ranks: its tokens at the entry, its output at the end."""
 
 from __future__ import annotations
 
