@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import clear_attn as clear
 from clear_attn import methods
@@ -37,7 +39,7 @@ def shaken(transformer):
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for processor in own_processors(transformer):
-            for parameter in processor.parameters():
+            for parameter in processor.parameters(recurse=False):  # not an IP-Adapter's
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
     return transformer
 
@@ -46,17 +48,36 @@ def own_processors(transformer):
     return [module for module in transformer.modules() if isinstance(module, clear.ClearAttnProcessor)]
 
 
+def biases(mask, text):
+    """What a model's mask, with text first, adds to the scores of text queries, and of image queries to text keys.
+
+    The latter as keywords of a rule. Softmax knows no constant, and image keys have none: what they get is taken off.
+    """
+    if mask is None:
+        return None, {}
+    bias = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+    of_image = bias[:, :, -1:]
+    return bias[:, :, :text], {"bias": of_image[..., :text] - of_image[..., -1:]}
+
+
 class RuledProcessor(plain.RasterProcessor):
     """The stock processor, with a method's rule in the place of its softmax attention."""
 
     def attend(self, query, key, value, attn_mask=None, **kwargs):
+        if key.shape != query.shape:  # an IP-Adapter's few tokens
+            return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
         grid, rule, own = self.rule
         qkv = (query, key, value) if self.heads_first else [x.transpose(1, 2) for x in (query, key, value)]
         text = qkv[0].shape[2] - grid[0] * grid[1]
         shift = 0 if self.text_first else text
         query, key, value = (x.roll(shift, 2) for x in qkv)
+        of_text, of_image = biases(attn_mask, text)
         output = torch.cat(
-            [softmax(query[:, :, :text], key, value), rule(query[:, :, text:], key, value, grid, own)], 2
+            [
+                softmax(query[:, :, :text], key, value, bias=of_text).nan_to_num(),  # padding that attends to nothing
+                rule(query[:, :, text:], key, value, grid, own, **of_image),
+            ],
+            2,
         )
         output = output.roll(-shift, 2)
         return output if self.heads_first else output.transpose(1, 2)
@@ -265,26 +286,74 @@ def test_every_model_whose_layers_attend(other, method):
     assert torch.equal(plain.run(clear.restore(ours), call), before)
 
 
+PADDED = {
+    "qwen": lambda transformer: tiny.qwen_call(transformer, GRID, batch=2, padded=(0, 3)),
+    "chroma": lambda transformer: tiny.chroma_call(transformer, GRID, batch=2, padded=(1, 3)),
+    "chroma, hidden": lambda transformer: tiny.chroma_call(
+        transformer, GRID, batch=2, padded=(1, 3), dtype=torch.bool
+    ),
+}
+
+
 @each_method
-@pytest.mark.parametrize("other", ["qwen", "chroma"])
-def test_padded_text(other, method):
-    """Hidden text keys change nothing, or the method says that it cannot hide them."""
-    other = OTHERS[other]
-    transformer = other.transformer()
-    call = other.call(transformer, GRID, batch=2, padded=(2, 3))
-    assert any("mask" in name for name in call)
-    clear.linearize(transformer, method=method, weights=None)
+@pytest.mark.parametrize("padded", PADDED)
+def test_padded_text(padded, method):
+    """Equals the rule with the stock model's own mask, or the method says that it cannot leave out padding."""
+    stock = OTHERS[padded.partition(",")[0]].transformer()
+    call = PADDED[padded](stock)
+    ours = shaken(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
     if not method.supports_bias:
         with pytest.raises(RuntimeError, match="LiT cannot leave out padding in the text"):
-            plain.run(transformer, call)
+            plain.run(ours, call)
         return
-    other_padding = {**call, "encoder_hidden_states": call["encoder_hidden_states"].clone()}
-    hidden = next(~x.bool() for name, x in call.items() if "mask" in name)[:, : call["encoder_hidden_states"].shape[1]]
-    other_padding["encoder_hidden_states"][hidden] += 3.0
-    if other is tiny.QWEN:
-        torch.testing.assert_close(plain.run(transformer, other_padding), plain.run(transformer, call))
-    else:  # Chroma weighs padding and does not hide it
-        assert torch.isfinite(plain.run(transformer, call)).all()
+    output = plain.run(ours, call)
+    expected = plain.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    mask = next(name for name, x in call.items() if "mask" in name and x is not None)
+    assert (plain.run(ours, {**call, mask: None}) - output).abs().max() > 1e-4
+
+
+@each_method
+def test_with_an_ip_adapter(method):
+    stock = tiny.flux_transformer()
+    for block in stock.transformer_blocks:
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 6, num_tokens=(3,), scale=0.7))
+    call = tiny.flux_call(stock, GRID, batch=2)
+    without = plain.run(stock, {**call, "joint_attention_kwargs": {"ip_hidden_states": [torch.zeros(2, 3, 6)]}})
+    call["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(2, 3, 6)]}
+    before = plain.run(stock, call)
+    ours = shaken(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
+    expected = plain.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    torch.testing.assert_close(plain.run(ours, call), expected, atol=1e-5, rtol=0)
+    assert (before - without).abs().max() > 1e-3
+    assert torch.equal(plain.run(clear.restore(ours), call), before)
+
+
+@each_method
+@pytest.mark.parametrize("other", OTHERS)
+def test_every_model_is_trained_saved_and_loaded(other, method, tmp_path):
+    """Under gradient checkpointing, with the gradients of the same calls without."""
+    make = OTHERS[other].transformer
+    ours = shaken(clear.linearize(make(), method=method, weights=None)).train()
+    calls = [
+        {name: x for name, x in OTHERS[other].call(ours, grid, seed=seed).items() if "mask" not in name}
+        for seed, grid in enumerate([(11, 6), (4, 9)])
+    ]
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            ours.enable_gradient_checkpointing()
+        loss = sum(ours(**call).sample.square().mean() for call in calls)
+        gradients.append(torch.autograd.grad(loss, list(ours.parameters()), allow_unused=True))
+    torch.testing.assert_close(*([x for x in each if x is not None] for each in gradients), atol=1e-6, rtol=1e-4)
+    own = {id(parameter) for processor in own_processors(ours) for parameter in processor.parameters()}
+    of_own = [g for g, p in zip(gradients[1], ours.parameters(), strict=True) if id(p) in own]
+    assert all(gradient is not None for gradient in of_own)
+    ours.disable_gradient_checkpointing()
+    clear.save_pretrained(ours.eval(), tmp_path)
+    loaded = clear.linearize(make(), weights=tmp_path)
+    for call in calls:
+        assert torch.equal(plain.run(loaded, call), plain.run(ours, call))
 
 
 def test_reference_pictures():
@@ -333,9 +402,7 @@ def test_student(family, method, tmp_path):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
     call = family.call(transformer, GRID)
     output = transformer(**call).sample
-    gradients = torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
-    last = [x for x in gradients if x is None]
-    assert len(last) == 0
+    gradients = torch.autograd.grad(output.square().mean(), parameters)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     save_values(transformer, method, student_values(transformer), tmp_path)
     loaded = clear.linearize(family.transformer(), weights=tmp_path)

@@ -20,7 +20,7 @@ from clear_attn.methods.method import ImageMethod, Options, leading_text_bias
 
 @dataclass(frozen=True)
 class Agent(ImageMethod):
-    """Agents, means of the image queries over cells of tokens, attend to the image; a query attends to text and the agents.
+    """Agents, means of image queries over cells, attend to the image; a query attends to text and the agents.
 
     To a query an agent is a key, and what it gathered a value. The paper's depth-wise convolution and biases are left
     out, as in the comparison of CLEAR's paper, whose GFLOPs are those of the two softmax attentions alone.
