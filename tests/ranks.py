@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import clear_attn as clear
 from clear_attn.cascade import Stage
 from clear_attn.parallel.communication_volume import traffic
+from clear_attn.patching.state import entry_hook_of
 from clear_attn.tools.bench import measure
 from tests import pipelines as pipelines_of_tests
 from tests import tiny
@@ -98,12 +99,12 @@ def bytes_are_counted():
     call = tiny.flux_call(transformer, grid, batch=2)
     split(transformer, 9, 3)
     run(transformer, call)
-    door = clear.state.entry_hook_of(transformer)
+    hook = entry_hook_of(transformer)
     sent, ranks = Counter(), dist.get_world_size()
 
     def count(name, call, size):
         def wrapped(*args, **kwargs):
-            if kwargs.get("group") is not door.spread.links._control:
+            if kwargs.get("group") is not hook.sharder.links._control:
                 sent[name] += int(size(*args))
             return call(*args, **kwargs)
 
@@ -118,8 +119,8 @@ def bytes_are_counted():
         count("all_reduce", dist.all_reduce, lambda own: 2 * (ranks - 1) * own.nbytes / ranks),
     ):
         run(transformer, call)
-    layout = clear.TokenLayout([grid], 7, door.config)
-    counted = traffic(layout, dist.get_rank(), ranks, heads=2, head_dim=16, element=4, batch=2)
+    layout = clear.TokenLayout([grid], 7)
+    counted = traffic(layout, hook.method, dist.get_rank(), ranks, heads=2, head_dim=16, element=4, batch=2)
     layers = tiny.FLUX.layers
     assert sent["batch_isend_irecv"] == layers * counted.halo
     assert sent["all_gather"] == layers * (counted.pooled + counted.text_lse) + counted.output(8)

@@ -1,4 +1,7 @@
-"""Each method's rule written again: densely, for all pairs, in raster order, text first."""
+"""Each method's rule written again: densely, for all pairs, in raster order, text first.
+
+Each takes the query of the image, all keys and values, the grid, the processor, and a bias of the scores of text keys.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +13,15 @@ def places(grid):
     return torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, 2)
 
 
-def softmax(query, key, value, mask=True):
-    """Of image queries to all keys, text first; the mask is of image tokens, or of what stands for them."""
+def scores_of(query, key, bias):
+    """The scores of all keys; the bias, `[batch, 1, queries or 1, keys]`, is of the first ones, by default none."""
     scores = query @ key.mT / query.shape[-1] ** 0.5
+    return scores if bias is None else scores + F.pad(bias, (0, key.shape[2] - bias.shape[-1]))
+
+
+def softmax(query, key, value, mask=True, bias=None):
+    """Of image queries to all keys, text first; the mask is of image tokens, or of what stands for them."""
+    scores = scores_of(query, key, bias)
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
     if mask is not True:
         seen[:, -mask.shape[1] :] = mask
@@ -20,17 +29,17 @@ def softmax(query, key, value, mask=True):
 
 
 def swin(method, number):
-    def rule(query, key, value, grid, processor):
+    def rule(query, key, value, grid, processor, bias=None):
         move = number % 2 * (method.side - method.side // 2)
         window = (places(grid) + move) // method.side
-        return softmax(query, key, value, (window[:, None] == window).all(-1))
+        return softmax(query, key, value, (window[:, None] == window).all(-1), bias)
 
     return rule
 
 
-def strided(query, key, value, grid, processor):
+def strided(query, key, value, grid, processor, bias=None):
     phase = places(grid) % processor.method.stride
-    return softmax(query, key, value, (phase[:, None] == phase).all(-1))
+    return softmax(query, key, value, (phase[:, None] == phase).all(-1), bias)
 
 
 def cells(x, grid, kernel):
@@ -42,7 +51,7 @@ def cells(x, grid, kernel):
     return torch.einsum("bhtd,tchd->bhcd", x, (weight / member.sum(0)[:, None]).unflatten(2, (x.shape[1], -1)))
 
 
-def compressed(query, key, value, grid, processor):
+def compressed(query, key, value, grid, processor, bias=None):
     text = key.shape[2] - query.shape[2]
     kernels = processor.key_kernel, processor.value_kernel
     return softmax(
@@ -51,24 +60,27 @@ def compressed(query, key, value, grid, processor):
             torch.cat([x[:, :, :text], cells(x[:, :, text:], grid, k)], 2)
             for x, k in zip((key, value), kernels, strict=True)
         ),
+        bias=bias,
     )
 
 
-def agent(query, key, value, grid, processor):
+def agent(query, key, value, grid, processor, bias=None):
     text = key.shape[2] - query.shape[2]
     factor = processor.method.factor
     agents = cells(
         query, grid, torch.full((query.shape[1] * query.shape[3], 1, factor, factor), 1 / factor**2, dtype=query.dtype)
     )
     gathered = softmax(agents, key[:, :, text:], value[:, :, text:])
-    return softmax(query, *(torch.cat([x[:, :, :text], own], 2) for x, own in ((key, agents), (value, gathered))))
+    joined = (torch.cat([x[:, :, :text], own], 2) for x, own in ((key, agents), (value, gathered)))
+    return softmax(query, *joined, bias=bias)
 
 
-def sigmoid(query, key, value, grid, processor):
-    return 1 / (1 + key.shape[2] * (-query @ key.mT / query.shape[-1] ** 0.5).exp()) @ value
+def sigmoid(query, key, value, grid, processor, bias=None):
+    return 1 / (1 + key.shape[2] * (-scores_of(query, key, bias)).exp()) @ value
 
 
-def lit(query, key, value, grid, processor):
+def lit(query, key, value, grid, processor, bias=None):
+    assert bias is None
     own_heads = query.shape[1]
     heads = processor.method.heads or own_heads
     image = value[:, :, key.shape[2] - query.shape[2] :]
@@ -78,7 +90,7 @@ def lit(query, key, value, grid, processor):
     weights = query.relu() @ key.relu().mT
     output = (weights / weights.sum(-1, keepdim=True).clamp_min(1e-30) @ value).transpose(1, 2).flatten(2)
     output = output.unflatten(2, (own_heads, -1)).transpose(1, 2)
-    if processor.convolution is None:
+    if getattr(processor, "convolution", None) is None:
         return output
     offset = (places(grid)[None] - places(grid)[:, None] + processor.method.kernel_size // 2).unbind(-1)
     kernel = F.pad(processor.convolution[:, 0], [max(grid)] * 4)[:, offset[0] + max(grid), offset[1] + max(grid)]

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn.attention.flex_attention import create_block_mask
 from typer.testing import CliRunner
 
-from clear_attn.backends import BACKENDS, flex
+from clear_attn.backends.selection import BACKENDS, flex
 from clear_attn.methods import Clear
 from clear_attn.profiling.cost_report import Cost
 from clear_attn.tools.bench import measure, raster
@@ -47,9 +47,8 @@ def test_one_operation(bench):
         assert row["min_s"] <= row["median_s"] <= row["max_s"]
         assert row["peak_bytes"] > 0
         assert not row["extrapolated"]
-        cost = Cost(row["height"], row["width"], 9, 1, 1, 64, 5, 1)
-        pairs = cost.dense_pairs if row["variant"] == "dense" else cost.pairs
-        assert row["visible_flops"] == 4 * 64 * pairs
+        cost = Cost.of_layer((row["height"], row["width"]), 9, 1, 64, Clear(5))
+        assert row["visible_flops"] == (cost.dense_step_flops if row["variant"] == "dense" else cost.step_flops)
         assert row["flops_per_s"] == row["visible_flops"] / row["median_s"]
         assert row["matmul_flops_per_s"] > 0
     assert "12 x 17 tokens (192 x 272 px)" in result.output
@@ -76,7 +75,7 @@ def test_forward_and_backward(bench):
     result, rows = bench("--grid", "9x11", "--window", "4", "--backward", "--down-factor", "2")
     assert [row["variant"] for row in rows] == ["dense", "tiled"]
     assert max(row["error"] for row in rows) < 1e-5
-    assert rows[1]["visible_flops"] == 14 * 64 * Cost(9, 11, 9, 1, 1, 64, 4, 2).pairs
+    assert rows[1]["visible_flops"] == 3.5 * Cost.of_layer((9, 11), 9, 1, 64, Clear(4, 2)).step_flops
     assert "flex is left out: FlexAttention has no gradients on a CPU" in result.output
 
 
@@ -86,7 +85,7 @@ def test_one_step_of_a_model(bench):
     assert [row["variant"] for row in rows] == ["dense", "tiled", "bound"]
     assert all(row["extrapolated"] and row["blocks"] == 3 for row in rows)
     assert rows[1]["error"] < 1e-5
-    assert rows[1]["visible_flops"] == 57 * 4 * 64 * Cost(8, 9, 9, 1, 1, 64, 3, 1).pairs
+    assert rows[1]["visible_flops"] == 57 * Cost.of_layer((8, 9), 9, 1, 64, Clear(3)).step_flops
     assert rows[2]["visible_flops"] == 0
     assert "scaled from 3 of 57 blocks" in result.output
 

@@ -211,7 +211,7 @@ def test_the_attention_that_is_compared_is_the_models_own():
     layer = "single_transformer_blocks.1.attn"
     outputs = Outputs([layer])
     run(transformer, as_role(TEACHER, call, outputs))
-    order = clear.TokenLayout([(9, 13)], 7, clear.methods.Clear(3)).order
+    order = clear.TokenLayout([(9, 13)], 7).permutation
     expected = torch.cat([seen[0][:, :7], seen[0][:, 7:][:, order]], dim=1)
     torch.testing.assert_close(outputs.by_layer[layer], expected, atol=1e-5, rtol=0)
 

@@ -142,7 +142,7 @@ def test_activations_lie_between_the_bounds(window, dtype):
 def test_cost(transformer):
     counted = clear.cost(transformer, 128, 96, window=3)
     assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 6, 4, 512)
-    assert counted.inner_dim == 32
+    assert counted.heads * counted.head_dim == 32
 
 
 def test_ids_of_a_further_axis_must_agree_in_a_picture(transformer):

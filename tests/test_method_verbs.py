@@ -43,7 +43,7 @@ def shaken(transformer):
 
 
 def own_processors(transformer):
-    return [module for module in transformer.modules() if isinstance(module, methods.MethodProcessor)]
+    return [module for module in transformer.modules() if isinstance(module, clear.ClearAttnProcessor)]
 
 
 class RuledProcessor(plain.RasterProcessor):
@@ -65,10 +65,11 @@ class RuledProcessor(plain.RasterProcessor):
 def put_rule(transformer, grid, linearized, rule_of=None):
     """Makes a stock model's layers compute a linearized one's method densely, in raster order."""
     text_first = adapter_for(transformer).text_first
-    attention = plain.FLUX_ATTENTION if text_first else plain.SD3_ATTENTION
-    family, numbers = adapter_for(transformer), {True: itertools.count(), False: itertools.count()}
+    usual = plain.FLUX_ATTENTION if text_first else plain.SD3_ATTENTION
+    attention = plain.ATTENTION.get(type(transformer).__name__, usual)
+    adapter, numbers = adapter_for(transformer), {True: itertools.count(), False: itertools.count()}
     for name, stock in transformer.attn_processors.items():
-        number = next(numbers[family.has_text(transformer, name.removesuffix(".processor"))])
+        number = next(numbers[adapter.has_text(transformer, name.removesuffix(".processor"))])
         own = linearized.get_submodule(name)
         rule = (rule_of or RULES[type(own.method)])(own.method, number)
         layer = transformer.get_submodule(name.removesuffix(".processor"))
@@ -160,7 +161,7 @@ class TestSaved:
         [
             (
                 {"method": methods.Swin(5)},
-                r"Swin\(side=5\) does not fit weights that were distilled for Swin\(side=4\)",
+                r"Swin\(side=5\) does not fit weights that were distilled for method=Swin\(side=4\)",
             ),
             ({"method": methods.LiT()}, "does not fit weights"),
             ({"window": 4}, r"window=4 is a setting of CLEAR, and this is Swin\(side=4\)"),
@@ -175,7 +176,7 @@ class TestSaved:
 
     def test_for_clear(self, tmp_path):
         clear.save_pretrained(clear.linearize(tiny.flux_transformer(), 4, weights=None), tmp_path)
-        with pytest.raises(ValueError, match="distilled for CLEAR"):
+        with pytest.raises(ValueError, match="distilled for window=4"):
             clear.linearize(tiny.flux_transformer(), method=methods.Swin(), weights=tmp_path)
 
     @pytest.mark.parametrize(
@@ -217,9 +218,10 @@ class TestSavedWhole:
 
     def test_for_another(self, save_whole):
         back = save_whole(methods.Swin(4))
-        for asked in ({"method": methods.Swin(5)}, {"window": 3}):
-            with pytest.raises(ValueError, match=r"does not fit this pipeline, .* method=Swin\(side=4\)"):
-                clear.linearize(back, **asked)
+        with pytest.raises(ValueError, match=r"does not fit this pipeline, .* method=Swin\(side=4\)"):
+            clear.linearize(back, method=methods.Swin(5))
+        with pytest.raises(ValueError, match=r"window=3 is a setting of CLEAR, and this is Swin\(side=4\)"):
+            clear.linearize(back, window=3)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +229,8 @@ class TestSavedWhole:
     [
         ({"method": methods.LiT}, TypeError, r"as clear_attn.methods.LiT\(\), got <class"),
         ({"method": "LiT"}, TypeError, "got 'LiT'"),
-        ({"method": methods.LiT(), "window": 8}, ValueError, "window=8 is a setting of CLEAR"),
-        ({"method": methods.LiT(), "down_factor": 2}, ValueError, "down_factor=2 is a setting of CLEAR"),
+        ({"method": methods.LiT(), "window": 8}, ValueError, "window=8 and method=LiT.* both given"),
+        ({"method": methods.LiT(), "down_factor": 2}, ValueError, "down_factor=2 and method=LiT.* both given"),
         ({"method": methods.LiT(), "backend": "tiled"}, ValueError, "backend='tiled' is one of CLEAR's"),
         ({"method": methods.LiT(), "weights": "auto"}, ValueError, "no weights are published for LiT"),
         ({"method": methods.LiT(heads=3)}, ValueError, "heads=3 does not divide the 32 channels"),
@@ -246,18 +248,48 @@ def test_what_does_not_go_together(transformer, given, error, message):
     assert_same(transformer, before)
 
 
-@pytest.mark.parametrize("other", [tiny.FLUX2, tiny.QWEN, tiny.CHROMA], ids=["flux2", "qwen", "chroma"])
-def test_models_whose_layers_do_more_than_attend(other):
+OTHERS = {"flux2": tiny.FLUX2, "qwen": tiny.QWEN, "chroma": tiny.CHROMA}
+
+
+@each_method
+@pytest.mark.parametrize("other", OTHERS)
+def test_every_model_whose_layers_attend(other, method):
+    other = OTHERS[other]
+    stock = other.transformer()
+    call = {name: x for name, x in other.call(stock, GRID).items() if "mask" not in name}
+    ours = shaken(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
+    expected = plain.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    torch.testing.assert_close(plain.run(ours, call), expected, atol=1e-5, rtol=0)
+    before = plain.run(stock, call)
+    assert (expected - before).abs().max() > 1e-3
+    assert torch.equal(plain.run(clear.restore(ours), call), before)
+
+
+@each_method
+@pytest.mark.parametrize("other", ["qwen", "chroma"])
+def test_padded_text(other, method):
+    """Hidden text keys change nothing, or the method says that it cannot hide them."""
+    other = OTHERS[other]
     transformer = other.transformer()
-    before = photograph(transformer)
-    with pytest.raises(TypeError, match="LiT cannot stand in for"):
-        clear.linearize(transformer, method=methods.LiT(), weights=None)
-    assert_same(transformer, before)
+    call = other.call(transformer, GRID, batch=2, padded=(2, 3))
+    assert any("mask" in name for name in call)
+    clear.linearize(transformer, method=method, weights=None)
+    if not method.supports_bias:
+        with pytest.raises(RuntimeError, match="LiT cannot leave out padding in the text"):
+            plain.run(transformer, call)
+        return
+    other_padding = {**call, "encoder_hidden_states": call["encoder_hidden_states"].clone()}
+    hidden = next(~x.bool() for name, x in call.items() if "mask" in name)[:, : call["encoder_hidden_states"].shape[1]]
+    other_padding["encoder_hidden_states"][hidden] += 3.0
+    if other is tiny.QWEN:
+        torch.testing.assert_close(plain.run(transformer, other_padding), plain.run(transformer, call))
+    else:  # Chroma weighs padding and does not hide it
+        assert torch.isfinite(plain.run(transformer, call)).all()
 
 
 def test_reference_pictures():
     transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(), weights=None)
-    with pytest.raises(ValueError, match="attends in one picture, and this call brings 2"):
+    with pytest.raises(ValueError, match="attends in one image, and this call brings 2"):
         transformer(**tiny.flux_call(transformer, (5, 7), (5, 7)))
 
 
@@ -338,7 +370,7 @@ def test_cost_of_a_linearized_model(transformer):
     clear.linearize(transformer, method=methods.Strided(2), weights=None)
     own = clear.cost(transformer, 160, 240, text_tokens=text)
     assert own == clear.cost(clear.restore(transformer), 160, 240, text_tokens=text, method=methods.Strided(2))
-    with pytest.raises(ValueError, match="window=3 is a setting of CLEAR"):
+    with pytest.raises(ValueError, match=r"window=3 and method=Strided\(stride=2\) are both given"):
         clear.cost(transformer, 160, 240, window=3, method=methods.Strided(2))
 
 
@@ -352,10 +384,10 @@ def test_cost_is_the_sum_over_the_layers():
     cost = clear.cost(transformer, 80, 144, text_tokens=text)
     moved = {"transformer_blocks.0.attn": 0, "transformer_blocks.0.attn2": 0, "transformer_blocks.1.attn": 1}
     for layer, kind in moved.items():
-        assert transformer.get_submodule(layer).processor.kind == kind
+        assert transformer.get_submodule(layer).processor.layer.number == kind
     tokens = grid[0] * grid[1]
-    alone = sum(method.work(grid, 0, 2, 16, 0).values())
-    with_text = sum(sum(method.work(grid, text, 2, 16, number).values()) for number in (0, 1))
+    alone = sum(method.flops(grid, 0, 2, 16).values())
+    with_text = sum(sum(method.for_layer(number).flops(grid, text, 2, 16).values()) for number in (0, 1))
     of_text, dense = 2 * 4 * 32 * text * (text + tokens), 4 * 32 * (text + tokens) ** 2
     assert cost.step_flops == alone + with_text + of_text + dense
 
@@ -363,7 +395,6 @@ def test_cost_is_the_sum_over_the_layers():
 @pytest.mark.parametrize(
     ("model", "given", "error", "message"),
     [
-        (tiny.flux2_transformer, {"method": methods.LiT()}, TypeError, "cannot stand in"),
         (tiny.flux_transformer, {"method": methods.LiT(heads=5)}, ValueError, "heads=5 does not divide"),
         (
             tiny.flux_transformer,
@@ -382,14 +413,12 @@ def test_cost_names_what_is_quadratic():
     of = {method: str(clear.cost(tiny.flux_transformer(), 160, 240, method=method)) for method in METHODS}
     for method, text in of.items():
         assert ("square of the tokens" in text) == (not isinstance(method, (methods.LiT, methods.Swin)))
-    with pytest.raises(ValueError, match="has no window"):
-        clear.cost(tiny.flux_transformer(), 160, 240, method=methods.Swin()).pairs  # noqa: B018
 
 
 def test_lists_are_made_once_for_a_size(monkeypatch):
     made = []
-    prepare = methods.Strided.prepare
-    monkeypatch.setattr(methods.Strided, "prepare", lambda self, layout: made.append(layout) or prepare(self, layout))
+    plan = methods.Strided.plan
+    monkeypatch.setattr(methods.Strided, "plan", lambda self, layout: made.append(layout) or plan(self, layout))
     transformer = clear.linearize(tiny.flux_transformer(), method=methods.Strided(5), weights=None)
     for grid in ((6, 11), (6, 11), (7, 11), (6, 11)):
         plain.run(transformer, tiny.flux_call(transformer, grid))
@@ -418,16 +447,16 @@ def test_a_file_without_its_record_knows_its_method(tmp_path):
     assert torch.equal(plain.run(loaded, call), plain.run(transformer, call))
 
 
-def test_sharpness_where_there_are_no_scores():
+def test_a_scale_where_there_are_no_scores():
     transformer = clear.linearize(tiny.flux_transformer(), method=methods.LiT(), weights=None)
     call = tiny.flux_call(transformer, GRID)
-    with pytest.raises(RuntimeError, match="no scores to sharpen"):
-        transformer(**{**call, "joint_attention_kwargs": {"clear_sharpness": 1.2}})
+    with pytest.raises(RuntimeError, match="no scores to scale"):
+        transformer(**{**call, "joint_attention_kwargs": {"clear_scale_multiplier": 1.2}})
 
 
 def test_many_gpus():
     transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(4), weights=None)
-    with pytest.raises(ValueError, match=r"only CLEAR is split over ranks, and this pipeline has Swin\(side=4\)"):
+    with pytest.raises(ValueError, match=r"only CLEAR is split over ranks, and this is Swin\(side=4\)"):
         clear.parallelize(transformer)
 
 
@@ -435,25 +464,17 @@ class TestOwn:
     """A method of the user's."""
 
     @staticmethod
-    def define(frozen=True, inner=False, **fields):
-        class Processor(methods.MethodProcessor):
-            def __init__(self, method, layer):
-                super().__init__(method, layer)
-                self.window, self.scale = 3, torch.nn.Parameter(torch.rand(1))
-                if inner:
-                    self.mix = torch.nn.Linear(2, 2)
-
-            def forward(self, query, key, value, layout, scale):
-                assert self.window == 3
-                return query * self.scale
-
-        class Template(methods.Method):
+    def define(frozen=True, **fields):
+        class Template(methods.ImageMethod):
             quadratic = None
 
-            def processor(self, attn, layer, number):
-                return Processor(self, layer)
+            def parameters_for(self, layer):
+                return {"scale": torch.linspace(0.1, 0.9, layer.heads)[:, None, None]}
 
-            def work(self, grid, text_tokens, heads, head_dim, number):
+            def attend_image(self, query, key, value, plan, parameters, options):
+                return query * parameters[0]
+
+            def flops(self, grid, text_tokens, heads, head_dim):
                 return {"nothing": 0}
 
         members = {"__annotations__": {name: type(value) for name, value in fields.items()}, **fields}
@@ -478,7 +499,6 @@ class TestOwn:
             ({"frozen": False, "side": 2}, "must be a frozen dataclass"),
             ({"side": frozenset({1, 2})}, "must be a frozen dataclass"),
             ({"side": ((1, 2), (3,))}, "does not come back the same|unhashable"),
-            ({"inner": True}, "has a module or buffer, mix, which would not be saved"),
         ],
     )
     def test_what_could_not_be_saved(self, make, message):

@@ -1,19 +1,26 @@
 """Each method against its rule written again, densely, for all pairs and in raster order."""
 
 import dataclasses
+import math
 import types
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from clear_attn import methods
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import groups
 from clear_attn.methods import sigmoid as sigmoid_of
+from clear_attn.methods.records import method_from_dict
+from clear_attn.models.processors import ClearAttnProcessor
 from tests.rules import RULES
 
 GRIDS = [(5, 7), (13, 9), (1, 1), (20, 3)]
-LAYER = types.SimpleNamespace(heads=2, inner_dim=16)
+
+
+def dense(query, key, value, scale, bias):
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
 CASES = [
@@ -34,21 +41,28 @@ each_case = pytest.mark.parametrize(("method", "number"), CASES, ids=[f"{m}-{n}"
 
 def make(method, number=0, dtype=torch.float64):
     """A processor with random parameters."""
-    processor = method.processor(LAYER, "layer", number)
+    processor = ClearAttnProcessor(None, method, methods.Layer("layer", number, True, 2, 2, 8))
     for parameter in processor.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return processor.to(dtype)
 
 
-def attend(processor, qkv, grid, text, text_first):
-    """The image queries' rows of `processor.attend`, of raster-ordered, text-first query, key and value."""
-    layout = TokenLayout([grid], text, processor.method, text_first=text_first)
-    layout.prepared = processor.method.prepare(layout)
+def run(processor, qkv, plan, bias=None):
+    """Attention of all queries, as a context computes it."""
+    method = processor.method.for_layer(processor.layer.number)
+    options = methods.Options(qkv[0].shape[-1] ** -0.5, "auto", dense, bias)
+    return method.attend(*qkv, plan, list(processor.parameters()), options)
+
+
+def attend(processor, qkv, grid, text, text_first, bias=None):
+    """The image queries' rows of raster-ordered, text-first query, key and value."""
+    layout = TokenLayout([grid], text, text_first=text_first)
+    plan = processor.method.for_layer(processor.layer.number).plan(layout)
     tokens = torch.arange(text + layout.image_tokens)
-    image = tokens[text:][layout.order]
+    image = tokens[text:][layout.permutation]
     into = torch.cat([tokens[:text], image] if text_first else [image, tokens[:text]])
-    joint = processor.attend(*(x[:, :, into] for x in qkv), layout, "auto")
-    return joint[:, into.argsort()][:, text:].unflatten(2, (2, 8)).transpose(1, 2)
+    joint = run(processor, [x[:, :, into] for x in qkv], plan, bias)
+    return joint[:, :, into.argsort()][:, :, text:]
 
 
 def random_qkv(grid, text, dtype=torch.float64):
@@ -93,14 +107,43 @@ def test_bfloat16(method, number):
 @pytest.mark.parametrize("method", {type(method): method for method, _ in CASES}.values(), ids=repr)
 def test_compiled(method):
     processor, qkv = make(method, 0, torch.float32), random_qkv((13, 9), 7, torch.float32)
-    layout = TokenLayout([(13, 9)], 7, method)
-    layout.prepared = method.prepare(layout)
+    plan = method.plan(TokenLayout([(13, 9)], 7))
     torch.compiler.reset()
-    compiled = torch.compile(processor.attend, backend="aot_eager", fullgraph=True)
-    outputs = [call(*qkv, layout, "auto") for call in (compiled, processor.attend)]
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    outputs = [call(processor, qkv, plan) for call in (compiled, run)]
     torch.testing.assert_close(*outputs)
     gradients = [torch.autograd.grad(x.square().sum(), qkv) for x in outputs]
     torch.testing.assert_close(*gradients)
+
+
+@each_case
+@pytest.mark.parametrize("text_first", [True, False])
+def test_hidden_text_keys_are_as_if_they_were_not_there(method, number, text_first):
+    processor, (query, key, value) = make(method, number), random_qkv((5, 7), 7)
+    bias = torch.zeros(2, 7, dtype=torch.float64)
+    bias[:, 5:] = -1000.0
+    qkv = query, key, value
+    if not method.supports_bias:
+        with pytest.raises(RuntimeError, match="cannot leave out padding in the text"):
+            attend(processor, qkv, (5, 7), 7, text_first, bias)
+        return
+    kept = [x[:, :, [*range(5), *range(7, 42)]] for x in qkv]
+    output = attend(processor, qkv, (5, 7), 7, text_first, bias)
+    if isinstance(method, methods.Sigmoid):  # which counts all keys, hidden or not
+        scores = query[:, :, 7:] @ kept[1].mT / 8**0.5 - math.log(42)
+        expected = scores.sigmoid() @ kept[2]
+    else:
+        expected = attend(processor, kept, (5, 7), 5, text_first)
+    torch.testing.assert_close(output, expected)
+
+
+@each_case
+def test_fewer_key_heads_than_query_heads(method, number):
+    processor, (query, key, value) = make(method, number), random_qkv((5, 7), 3)
+    few = key[:, :1], value[:, :1]
+    output = attend(processor, (query, *few), (5, 7), 3, True)
+    expected = attend(processor, (query, *(x.expand(-1, 2, -1, -1) for x in few)), (5, 7), 3, True)
+    torch.testing.assert_close(output, expected)
 
 
 def text_queries(text, image, inner):
@@ -109,7 +152,7 @@ def text_queries(text, image, inner):
 
 def layer_gflops(method):
     """At 1024 x 1024 pixels with 512 text tokens, as in table 2 of CLEAR's paper."""
-    return (sum(method.work((64, 64), 512, 24, 128, 0).values()) + text_queries(512, 4096, 3072)) / 1e9
+    return (sum(method.flops((64, 64), 512, 24, 128).values()) + text_queries(512, 4096, 3072)) / 1e9
 
 
 # The paper prints 67.7 for three of them, of which 67.65 are pairs; compressing takes the rest.
@@ -128,7 +171,7 @@ def test_work_of_the_table(method, gflops):
 
 
 def test_work_of_linear_attention_is_the_tables_with_one_head_and_linear_text_queries():
-    linear = methods.LiT(heads=1, kernel_size=0).work((64, 64), 512, 24, 128, 0)
+    linear = methods.LiT(heads=1, kernel_size=0).flops((64, 64), 512, 24, 128)
     assert sum(linear.values()) + 2 * 512 * 3072**2 == 4 * 4608 * 3072**2 == pytest.approx(174.0e9, abs=0.06e9)
 
 
@@ -140,7 +183,7 @@ def test_work_counts_visible_pairs(method, number, grid):
     key = torch.eye(grid[0] * grid[1], dtype=torch.float64)[None, None]
     processor = types.SimpleNamespace(method=method)
     weights = seen(torch.zeros_like(key), torch.zeros_like(key), key, grid, processor)
-    work = method.work(grid, 3, 2, 8, number)
+    work = method.for_layer(number).flops(grid, 3, 2, 8)
     assert sum(flops for name, flops in work.items() if "text" not in name) == 4 * 16 * int((weights > 0).sum())
     assert work["image queries, text keys"] == 4 * 16 * 3 * grid[0] * grid[1]
 
@@ -160,10 +203,11 @@ def test_settings(method, field):
     with pytest.raises(TypeError, match=f"{field} must be a whole number, got 2.5"):
         method(**{field: 2.5})
     other = dataclasses.replace(method(), **{field: 7})
-    assert methods.named(other.settings()) == other
+    assert method_from_dict(other.to_dict()) == other
 
 
-def test_one_picture_only():
-    for method in (method for method, *_ in CASES):
-        with pytest.raises(ValueError, match="attends in one picture, and this call brings 2"):
-            method.prepare(TokenLayout([(4, 4), (3, 3)], 0, method))
+def test_one_image_only():
+    layout = TokenLayout([(4, 4), (3, 3)], 0)
+    for method in (method for method, *_ in CASES if not method.supports_segments):
+        with pytest.raises(ValueError, match="attends in one image, and this call brings 2"):
+            method.plan(layout)

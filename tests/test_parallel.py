@@ -13,74 +13,81 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import TokenLayout, demo
-from clear_attn.core.window_mask import dense_mask
+from clear_attn.core.window_mask import window_mask
 from clear_attn.parallel.communication_volume import traffic
-from clear_attn.parallel.shard import TILE_ROW, Share, halo_from, tokens_of
+from clear_attn.parallel.shard import TILE_ROW, Shard, ShardPlan, halo_from, tokens_of
 from tests import machine, reference
 
 
 @st.composite
 def pictures(draw):
-    """A layout and a number of ranks."""
+    """A layout, a method and a number of ranks."""
     ranks = draw(st.integers(1, 5), "ranks")
     height = draw(st.integers(TILE_ROW * (ranks - 1) + 1, TILE_ROW * (ranks + 2)), "height")
     others = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=1), "other grids")
     grids = [(height, draw(st.integers(1, 12), "width")), *others]
-    config = clear.methods.Clear(draw(st.integers(1, 20), "window"), draw(st.integers(1, 5), "down_factor"))
-    return TokenLayout(grids, draw(st.integers(0, 3), "text"), draw(st.sampled_from([config, None]))), ranks
+    clear_method = clear.methods.Clear(draw(st.integers(1, 20), "window"), draw(st.integers(1, 5), "down_factor"))
+    method = draw(st.sampled_from([clear_method, clear.methods.Dense()]))
+    return TokenLayout(grids, draw(st.integers(0, 3), "text")), method, ranks
+
+
+def plan_of(shard, method):
+    return ShardPlan(shard, method.halo(), method.pooled_factor or 1)
 
 
 @given(pictures())
-def test_shares_hold_all_tokens_once_and_see_what_they_may(picture):
-    layout, ranks = picture
-    shares = [Share(layout, rank, ranks) for rank in range(ranks)]
-    order = torch.cat([share.order for share in shares])
-    assert torch.equal(order[shares[0].inverse], torch.arange(layout.image_tokens))
-    expected = reference.window_mask(layout.grids, layout.window)
-    for share in shares:
-        assert torch.equal(layout.order[share.in_whole], share.order)
-        assert share.counts[share.rank] == share.image_tokens
-        assert torch.equal(share.within(3).order, share.order)
-        assert torch.equal(share.within(float("inf")).without_text.inverse, share.inverse)
-        there = [share.order, *(shares[peer].order[_to(shares[peer], share.rank)] for peer, _ in share.receives)]
-        raster = torch.cat(there)
-        seen = torch.zeros(share.image_tokens, layout.image_tokens, dtype=torch.bool)
-        for strip in share.strips:
+def test_shards_hold_all_tokens_once_and_attend_to_what_they_may(picture):
+    layout, method, ranks = picture
+    shards = [Shard(layout, rank, ranks) for rank in range(ranks)]
+    plans = [plan_of(shard, method) for shard in shards]
+    permutation = torch.cat([shard.permutation for shard in shards])
+    assert torch.equal(permutation[shards[0].inverse_permutation], torch.arange(layout.image_tokens))
+    expected = reference.window_mask(layout.grids, method.halo())
+    for shard, plan in zip(shards, plans, strict=True):
+        assert torch.equal(layout.permutation[shard.in_whole], shard.permutation)
+        assert shard.counts[shard.rank] == shard.image_tokens
+        assert torch.equal(shard.without_text.inverse_permutation, shard.inverse_permutation)
+        received = [shards[peer].permutation[_to(plans[peer], shard.rank)] for peer, _ in plan.receives]
+        raster = torch.cat([shard.permutation, *received])
+        attended = torch.zeros(shard.image_tokens, layout.image_tokens, dtype=torch.bool)
+        for strip in plan.strips:
             keys = len(strip.image_keys)
             assert (strip.image_keys >= 0).all()
-            assert strip.needs_halo or (strip.image_keys < share.image_tokens).all()
-            mask = dense_mask(strip.query, strip.key, strip.reach)
+            assert strip.needs_halo or (strip.image_keys < shard.image_tokens).all()
+            mask = window_mask(strip.query, strip.key, strip.radius_sq)
             assert mask[:, keys:].all()
-            seen[strip.queries[:, None], raster[strip.image_keys]] = mask[:, :keys]
-        assert torch.equal(seen, expected[share.order])
+            attended[strip.queries[:, None], raster[strip.image_keys]] = mask[:, :keys]
+        assert torch.equal(attended, expected[shard.permutation])
 
 
-def _to(share, rank):
-    return next(message.tokens for message in share.sends if message.peer == rank)
+def _to(plan, rank):
+    return next(message.tokens for message in plan.sends if message.peer == rank)
 
 
 @given(pictures())
 def test_parts_of_pooled_cells_add_up(picture):
-    layout, ranks = picture
+    layout, method, ranks = picture
+    whole = clear.methods.Clear(5, method.pooled_factor or 1).plan(layout)
     values = torch.randn(layout.image_tokens, dtype=torch.float64)  # in raster order
-    total = torch.zeros(layout.pooled_tokens, dtype=torch.float64)
+    total = torch.zeros(whole.pooled_tokens, dtype=torch.float64)
     for rank in range(ranks):
-        share = Share(layout, rank, ranks)
-        parts = (values[share.order][share.pool_index] * share.pool_weight).sum(dim=1)
-        total.index_add_(0, share.cells[rank], parts)
-    expected = (values[layout.order][layout.pool_index] * layout.pool_weight).sum(dim=1)
+        shard = Shard(layout, rank, ranks)
+        plan = plan_of(shard, method)
+        parts = (values[shard.permutation][plan.pool_index] * plan.pool_weight).sum(dim=1)
+        total.index_add_(0, plan.cells[rank], parts)
+    expected = (values[layout.permutation][whole.pool_index] * whole.pool_weight).sum(dim=1)
     torch.testing.assert_close(total, expected, atol=1e-6, rtol=0)
 
 
 def test_shares_are_level():
-    layout = TokenLayout([(8 * 11 - 1, 3)], 0, clear.methods.Clear(4))
+    layout = TokenLayout([(8 * 11 - 1, 3)], 0)
     rows = [len(tokens_of(layout, rank, 4)) // 3 for rank in range(4)]
     assert rows == [16, 24, 24, 23]
 
 
 def test_a_halo_does_not_grow_with_the_height():
     halos = [
-        [len(halo_from(TokenLayout([(height, 24)], 0, clear.methods.Clear(8)), 2, rank, 4)) for rank in (0, 1, 3)]
+        [len(halo_from(TokenLayout([(height, 24)], 0), 2, rank, 4, 8)) for rank in (0, 1, 3)]
         for height in (64, 128, 512)
     ]
     assert halos == [[0, 7 * 24, 7 * 24]] * 3
@@ -88,7 +95,7 @@ def test_a_halo_does_not_grow_with_the_height():
 
 def test_pooled_keys_grow_with_the_picture():
     of = {
-        height: traffic(TokenLayout([(height, 24)], 5, clear.methods.Clear(8, 4)), 1, 4, heads=4, head_dim=8, element=2)
+        height: traffic(TokenLayout([(height, 24)], 5), clear.methods.Clear(8, 4), 1, 4, heads=4, head_dim=8, element=2)
         for height in (64, 128)
     }
     assert of[64].halo == of[128].halo == 2 * 2 * 7 * 24 * 2 * 32
@@ -99,7 +106,7 @@ def test_pooled_keys_grow_with_the_picture():
 
 def test_too_many_ranks():
     with pytest.raises(ValueError, match="4 ranks are too many for a picture of 24 x 9 tokens, which has 3 tile rows"):
-        Share(TokenLayout([(24, 9)], 2, clear.methods.Clear(4)), 0, 4)
+        Shard(TokenLayout([(24, 9)], 2), 0, 4)
 
 
 def test_outside_of_torchrun(pipe):
