@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from diffusers import FluxTransformer2DModel
 
 from clear_attn.models import ADAPTERS, adapter_for
@@ -38,6 +39,15 @@ def test_every_named_class_exists_and_has_one_adapter():
         if adapter.highres_pipelines:
             assert getattr(diffusers, adapter.highres_pipelines.text_to_image)
             assert getattr(diffusers, adapter.highres_pipelines.image_to_image)
+
+
+@pytest.mark.parametrize(
+    "adapter", [each for each in ADAPTERS if each.training], ids=lambda each: each.transformer_class
+)
+def test_a_training_call_has_the_attention_keywords_where_the_adapter_reads_them(adapter):
+    noisy, sigma, text, pooled = torch.zeros(1, 4, 4, 4), torch.ones(1), torch.zeros(1, 3, 8), torch.zeros(1, 8)
+    call = adapter.training.training_call(noisy, sigma, text, pooled, None, {"role": "student"})
+    assert call[adapter.keywords] == {"role": "student"}
 
 
 def test_a_subclass_counts_and_a_namesake_does_not():
