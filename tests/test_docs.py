@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import clear_attn as clear
+from tests import tiny
 from tests.plain import run
 from tests.test_method_verbs import put_rule
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = ROOT / "src"
+GUIDE_MODELS = {**tiny.FAMILIES, "flux2": tiny.FLUX2, "qwen": tiny.QWEN, "chroma": tiny.CHROMA, "dit": tiny.DIT}
 MODULES = [
     ".".join(file.relative_to(SOURCE).with_suffix("").parts)
     for file in sorted(SOURCE.rglob("*.py"))
@@ -45,20 +47,30 @@ def test_code_on_pages(page):
             assert hasattr(clear, name), name
 
 
-def test_the_guides_method(transformer, family):
+@pytest.mark.parametrize("model", GUIDE_MODELS)
+def test_the_guides_method(model):
     page = (ROOT / "docs" / "adding-a-method.md").read_text()
     guide = {}
     exec(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0], guide)
-    call = family.call(transformer, (5, 7))
+    family = GUIDE_MODELS[model]
+    transformer = family.transformer()
+    padding = {"padded": (1, 3)} if model in ("qwen", "chroma") else {}
+    call = family.call(transformer, (7, 7), batch=2, **padding)
     ours = clear.linearize(copy.deepcopy(transformer), method=guide["Cosine"](), weights=None)
 
-    def rule(query, key, value, grid, own):
+    def rule(query, key, value, grid, own, bias=None):
         query, key = (x / x.norm(dim=-1, keepdim=True) for x in (query, key))
-        return (own.temperature * query @ key.mT).softmax(-1) @ value
+        scores = own.temperature * query @ key.mT
+        if bias is not None:
+            scores[..., : bias.shape[-1]] += bias
+        return scores.softmax(-1) @ value
 
-    expected = run(put_rule(transformer, (5, 7), ours, lambda method, number: rule), call)
+    expected = run(put_rule(transformer, (7, 7), ours, lambda method, number: rule), call)
     torch.testing.assert_close(run(ours, call), expected, atol=1e-5, rtol=0)
-    assert clear.cost(ours, 80, 112).ratio == pytest.approx(1)
+    if padding:
+        mask = next(name for name, x in call.items() if "mask" in name and x is not None)
+        assert (run(ours, {**call, mask: None}) - expected).abs().max() > 1e-4
+    assert clear.cost(ours, 112, 112).ratio == pytest.approx(1)
 
 
 def test_the_reference_names_all_that_is_public():

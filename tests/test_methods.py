@@ -138,6 +138,21 @@ def test_hidden_text_keys_are_as_if_they_were_not_there(method, number, text_fir
 
 
 @each_case
+@pytest.mark.parametrize("text_first", [True, False])
+def test_a_bias_of_text_keys_is_the_rules(method, number, text_first):
+    if not method.supports_bias:
+        pytest.skip("it says so, see above")
+    processor, qkv = make(method, number), random_qkv((5, 7), 7)
+    bias = torch.randn(2, 7, dtype=torch.float64)
+    output = attend(processor, qkv, (5, 7), 7, text_first, bias)
+    rule = RULES[type(method)](method, number)
+    expected = rule(qkv[0][:, :, 7:], *qkv[1:], (5, 7), processor, bias[:, None, None])
+    torch.testing.assert_close(output, expected)
+    weight, inputs = torch.randn_like(expected), [*qkv, *processor.parameters()]
+    torch.testing.assert_close(*(torch.autograd.grad((x * weight).sum(), inputs) for x in (output, expected)))
+
+
+@each_case
 def test_fewer_key_heads_than_query_heads(method, number):
     processor, (query, key, value) = make(method, number), random_qkv((5, 7), 3)
     few = key[:, :1], value[:, :1]
