@@ -26,7 +26,7 @@ def peak_bytes() -> int:
 def layout_and_block_lists() -> None:
     import clear_attn as clear
 
-    clear.TokenLayout([GRID], TEXT, clear.methods.Clear(window=16)).block_lists  # noqa: B018
+    clear.methods.Clear(window=16).plan(clear.TokenLayout([GRID], TEXT)).block_indices  # noqa: B018
 
 
 def forward_of_one_block(backend: str) -> None:

@@ -216,6 +216,16 @@ def test_the_attention_that_is_compared_is_the_models_own():
     torch.testing.assert_close(outputs.by_layer[layer], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("other", [tiny.FLUX2, tiny.QWEN, tiny.CHROMA], ids=["flux2", "qwen", "chroma"])
+def test_models_that_cannot_have_a_student_yet(other):
+    transformer = clear.linearize(other.transformer(), 3, weights=None)
+    before = dict(transformer.attn_processors)
+    with pytest.raises(TypeError, match=rf"a {type(transformer).__name__} cannot be distilled"):
+        add_student(transformer)
+    assert transformer.attn_processors == before
+    assert all(parameter.requires_grad for parameter in transformer.parameters())
+
+
 def test_packing_is_diffusers_own():
     latents = torch.randn(2, 4, 6, 10)
     expected = FluxPipeline._pack_latents(latents, *latents.shape)

@@ -89,12 +89,11 @@ def put_rule(transformer, grid, linearized, rule_of=None):
     usual = plain.FLUX_ATTENTION if text_first else plain.SD3_ATTENTION
     attention = plain.ATTENTION.get(type(transformer).__name__, usual)
     adapter, numbers = adapter_for(transformer), {True: itertools.count(), False: itertools.count()}
-    for name, stock in transformer.attn_processors.items():
-        number = next(numbers[adapter.has_text(transformer, name.removesuffix(".processor"))])
-        own = linearized.get_submodule(name)
+    for name, layer in adapter.attention_layers(transformer).items():
+        number = next(numbers[adapter.has_text(transformer, name)])
+        own = linearized.get_submodule(name).processor
         rule = (rule_of or RULES[type(own.method)])(own.method, number)
-        layer = transformer.get_submodule(name.removesuffix(".processor"))
-        layer.set_processor(RuledProcessor(stock, grid, rule, own, text_first, *attention))
+        layer.set_processor(RuledProcessor(layer.processor, grid, rule, own, text_first, *attention))
     return transformer
 
 
@@ -289,9 +288,7 @@ def test_every_model_whose_layers_attend(other, method):
 PADDED = {
     "qwen": lambda transformer: tiny.qwen_call(transformer, GRID, batch=2, padded=(0, 3)),
     "chroma": lambda transformer: tiny.chroma_call(transformer, GRID, batch=2, padded=(1, 3)),
-    "chroma, hidden": lambda transformer: tiny.chroma_call(
-        transformer, GRID, batch=2, padded=(1, 3), dtype=torch.bool
-    ),
+    "chroma, hidden": lambda transformer: tiny.chroma_call(transformer, GRID, batch=2, padded=(1, 3), dtype=torch.bool),
 }
 
 

@@ -19,7 +19,7 @@ from clear_attn.models.class_names import is_instance
 from clear_attn.models.context import RECORDER, ROLE
 from clear_attn.models.processors import ClearAttnProcessor, Inputs
 from clear_attn.patching.linearization import find_transformer
-from clear_attn.patching.state import entry_hook_of
+from clear_attn.patching.state import entry_hook_of, processors_of
 from clear_attn.weights.parameters import own_parameters, projections
 
 TEACHER, STUDENT = "teacher", "student"
@@ -136,6 +136,7 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
 
     Raises:
         RuntimeError: the pipeline is not linearized, or has an IP-Adapter.
+        TypeError: a model that cannot be distilled yet.
         ValueError: a rank below 1.
     """
     transformer, adapter = find_transformer(pipe)
@@ -148,6 +149,14 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
     adapted = next((layer for layer, attn in layers.items() if is_instance(attn.processor, names)), None)
     if adapted:
         raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
+    other = next(
+        (x for x in processors_of(layers).values() if type(x).__call__ is not ClearAttnProcessor.__call__), None
+    )
+    if other:
+        raise TypeError(
+            f"a {type(transformer).__name__} cannot be distilled: its layers call a {type(other).__name__} in their own "
+            "way; give a FLUX.1, Stable Diffusion 3 or DiT"
+        )
     transformer.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
     for layer, attn in layers.items():
