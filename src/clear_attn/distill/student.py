@@ -149,13 +149,11 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
     adapted = next((layer for layer, attn in layers.items() if is_instance(attn.processor, names)), None)
     if adapted:
         raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
-    other = next(
-        (x for x in processors_of(layers).values() if type(x).__call__ is not ClearAttnProcessor.__call__), None
-    )
-    if other:
+    kinds = {type(processor) for processor in processors_of(layers).values()}
+    if any(kind.__call__ is not ClearAttnProcessor.__call__ for kind in kinds):
         raise TypeError(
-            f"a {type(transformer).__name__} cannot be distilled: its layers call a {type(other).__name__} in their own "
-            "way; give a FLUX.1, Stable Diffusion 3 or DiT"
+            f"a {type(transformer).__name__} cannot be distilled: its layers call their processors in a way of their "
+            "own; give a FLUX.1, Stable Diffusion 3 or DiT"
         )
     transformer.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
