@@ -91,7 +91,7 @@ def test_the_published_weights(server, as_flux, window, factor):
     before = photograph(transformer)
     clear.linearize(transformer, window, factor)
     counted = clear.cost(transformer, 64, 64)
-    assert (counted.window, counted.down_factor) == (window, factor)
+    assert (counted.method.window, counted.method.down_factor) == (window, factor)
     assert weights_are(transformer, checkpoint_for(transformer, factor, seed=window))
     clear.restore(transformer)
     assert_same(transformer, before)
@@ -133,7 +133,7 @@ def test_a_named_checkpoint_is_not(server, as_flux, caplog):
     transformer = as_flux("someone/FLUX.1-Kontext-anime")
     clear.linearize(transformer, weights="Huage001/CLEAR/clear_local_8_down_4.safetensors")
     counted = clear.cost(transformer, 64, 64)
-    assert (counted.window, counted.down_factor) == (8, 4)
+    assert (counted.method.window, counted.method.down_factor) == (8, 4)
     clear.linearize(transformer, 32, weights="Huage001/CLEAR")
     assert weights_are(transformer, checkpoint_for(transformer, 1, seed=32))
     assert "by name" not in caplog.text
@@ -221,7 +221,9 @@ class TestRefusals:
             clear.linearize(transformer, 32)
 
     def test_a_window_that_is_not_the_weights_own(self, server, transformer):
-        with pytest.raises(ValueError, match="window=7 does not fit weights that were distilled for window=5"):
+        with pytest.raises(
+            ValueError, match="window=7, down_factor=1 does not fit weights that were distilled for window=5"
+        ):
             clear.linearize(transformer, 7, weights="someone/weights")
 
     def test_interrupted_download(self, server, transformer, monkeypatch):
@@ -237,4 +239,4 @@ def test_the_registry_is_the_published_one():
     """The names of the files at https://huggingface.co/Huage001/CLEAR, by window and down_factor."""
     for (window, factor), name in PAIRS.items():
         assert name == f"clear_local_{window}{f'_down_{factor}' if factor > 1 else ''}.safetensors"
-    assert set(published.FILES) == {(32, 1), (16, 1), (8, 1), (16, 4), (8, 4)}
+    assert set(PAIRS) == {(32, 1), (16, 1), (8, 1), (16, 4), (8, 4)}
