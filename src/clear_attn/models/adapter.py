@@ -17,7 +17,7 @@ from clear_attn.methods import Layer, Method
 from clear_attn.models.context import ClearContext
 from clear_attn.models.processors import ClearAttnProcessor, Inputs, project, project_out
 from clear_attn.models.training import TrainingAdapter
-from clear_attn.utils._torch import forward_hooks, forward_pre_hooks
+from clear_attn.utils._torch import forward_hooks
 
 
 class Call(NamedTuple):
@@ -54,16 +54,14 @@ class Architecture(NamedTuple):
 
 
 class InnerHook(NamedTuple):
-    """A hook inside a transformer: on a module's output, or before it runs, with its keywords."""
+    """A hook on the output of a module inside a transformer."""
 
     module: nn.Module
     hook: Callable[..., Any]
-    before: bool = False
 
     def installed(self) -> bool:
         """Return whether the hook is in place."""
-        hooks = forward_pre_hooks(self.module) if self.before else forward_hooks(self.module)
-        return any(hook is self.hook for hook in hooks.values())
+        return any(hook is self.hook for hook in forward_hooks(self.module).values())
 
 
 class ModelAdapter(abc.ABC):
@@ -83,9 +81,9 @@ class ModelAdapter(abc.ABC):
         keywords: the argument of a call that holds what is passed on to the attention layers.
         timestep_is_sigma: whether sigma follows from a call's timestep.
         takes_scale: whether its dense layers can have their scores scaled, see `proportional_attention`.
-        training: what distillation needs; None for a model that cannot be distilled.
-        highres_pipelines: what `highres` runs; None for a model that it does not support.
-        architectures: published sizes, of which `clear-attn cost --model` tells the cost.
+        training: what distillation needs, not inherited; None for a model that cannot be distilled.
+        highres_pipelines: what `highres` runs, not inherited; None for a model that it does not support.
+        architectures: published sizes, not inherited, of which `clear-attn cost --model` tells the cost.
     """
 
     transformer_class: str
@@ -102,6 +100,12 @@ class ModelAdapter(abc.ABC):
     training: TrainingAdapter | None = None
     highres_pipelines: HighresPipelines | None = None
     architectures: tuple[Architecture, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        # What is known of a class does not hold for the one that inherits its calls and layers.
+        for name in ("training", "highres_pipelines", "architectures"):
+            if name not in vars(cls):
+                setattr(cls, name, getattr(ModelAdapter, name))
 
     # Layers
 
@@ -123,7 +127,7 @@ class ModelAdapter(abc.ABC):
         for name, attn in self.attention_layers(transformer).items():
             has_text = self.has_text(transformer, name)
             head_dim = attn.inner_dim // attn.heads
-            described[name] = Layer(name, next(count[has_text]), has_text, attn.heads, attn.heads, head_dim)
+            described[name] = Layer(name, next(count[has_text]), has_text, attn.heads, head_dim)
         return described
 
     def make_processor(self, original: Any, method: Method, layer: Layer, group: int) -> ClearAttnProcessor:

@@ -53,8 +53,6 @@ class Chroma(Publishing, Flux):
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return {**super().permute_inputs(kwargs, layout), "attention_mask": None}
 
-    training = None
-    highres_pipelines = None
     architectures = (Architecture("chroma"),)
 
 

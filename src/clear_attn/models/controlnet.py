@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerHook
+from clear_attn.models.adapter import Call, InnerHook
 from clear_attn.models.context_variable import current
 from clear_attn.models.flux import Flux
 from clear_attn.models.publishing import Publishing
 from clear_attn.models.sd3 import SD3, into_tile_order
-from clear_attn.models.training import TrainingAdapter
 
 
 class _ControlNet(Publishing):
@@ -24,10 +23,6 @@ class _ControlNet(Publishing):
 
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse_permutation]
-
-    training: TrainingAdapter | None = None
-    highres_pipelines: HighresPipelines | None = None
-    architectures: tuple[Architecture, ...] = ()
 
 
 class FluxControlNet(_ControlNet, Flux):
@@ -51,8 +46,7 @@ class SD3ControlNet(_ControlNet, SD3):
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         embedders = [transformer.pos_embed, transformer.pos_embed_input]
-        hooks = [InnerHook(embedder, into_tile_order) for embedder in embedders if embedder is not None]
-        return hooks
+        return [InnerHook(embedder, into_tile_order) for embedder in embedders if embedder is not None]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

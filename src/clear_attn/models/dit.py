@@ -38,7 +38,3 @@ class DiT(SD3):
             "a DiT's timestep is a place in its scheduler's betas, which a call does not tell, and no share of noise; "
             "give a schedule without dense_above_sigma"
         )
-
-    training = None
-    highres_pipelines = None
-    architectures = ()

@@ -62,6 +62,4 @@ class Flux2(Flux):
             )
         return super().parse_call(transformer, kwargs)
 
-    training = None
-    highres_pipelines = None
     architectures = (Architecture("flux2"),)

@@ -103,8 +103,6 @@ class QwenControlNet(QwenImage):
             "controlnet_cond": kwargs["controlnet_cond"][:, layout.permutation],
         }
 
-    architectures = ()
-
 
 def _shapes(img_shapes: Any) -> Sequence[Shape]:
     """Of one sequence's pictures; a batch brings a list of them for each, or a shape for each."""

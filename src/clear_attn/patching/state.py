@@ -29,7 +29,7 @@ class State(NamedTuple):
     """The hook of a transformer, its processors, and the values of the parameters that are replaced.
 
     Attributes:
-        hook: the entrance hook, or None where there is none.
+        hook: the entry hook, or None where there is none.
         processors: by layer.
         values: by name in a checkpoint, on the CPU.
         metadata: the entry in the transformer's config, or None where there is none.
@@ -42,7 +42,7 @@ class State(NamedTuple):
 
 
 def entry_hook_of(transformer: Any) -> EntryHook | None:
-    """The hook that `linearize` put in, or None."""
+    """Return the hook that `linearize` put in, or None."""
     return next((hook for hook in forward_pre_hooks(transformer).values() if isinstance(hook, EntryHook)), None)
 
 
@@ -58,10 +58,10 @@ def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -
 
 
 def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
-    """The state that restoring leads to. What others have put in place since stays as it is.
+    """Return the state that restoring leads to. What others have put in place since stays as it is.
 
     Raises:
-        RuntimeError: the original weights were given up.
+        RuntimeError: the original weights were discarded.
     """
     hook, processors = entry_hook_of(transformer), processors_of(layers)
     if hook is None:
@@ -108,7 +108,7 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
 
 
 def _free_kept_processors(transformer: Any) -> None:
-    """Takes the library's processors out of what SD3 keeps of its processors while its projections are fused."""
+    """Replace the library's processors among those that SD3 keeps while its projections are fused."""
     hook, kept = entry_hook_of(transformer), getattr(transformer, "original_attn_processors", None) or {}
     for key, processor in kept.items():
         if hook and isinstance(processor, ClearAttnProcessor):
@@ -116,7 +116,7 @@ def _free_kept_processors(transformer: Any) -> None:
 
 
 def match_device_and_dtype(processor: Processor, attn: Any) -> Processor:
-    """Puts a processor's own parameters where the layer's are, and in their dtype."""
+    """Move a processor's own parameters to the device and dtype of the layer's."""
     if isinstance(processor, ClearAttnProcessor):
         reference = next(attn.parameters())
         for weight in processor.parameters(recurse=False):
@@ -130,9 +130,9 @@ def _set_metadata(transformer: Any, metadata: dict[str, Any] | None) -> None:
 
 
 def install_hooks(transformer: Any, hook: EntryHook) -> None:
-    """In the old one's place where there is one, so that the order among others' hooks stays."""
+    """Install an entry hook, in place of the old one if there is one, so that others' hooks keep their order."""
     present = [key for key, each in forward_pre_hooks(transformer).items() if isinstance(each, EntryHook)]
-    # The entrance first: by it the others are found, should one fail to be put in.
+    # The entry hook first: the others are found by it, should one fail to be put in.
     if present:
         wanted = [(inner.module, inner.hook) for inner in hook.inner_hooks(transformer)]
         for inner in forward_pre_hooks(transformer)[present[0]].inner_hooks(transformer):
@@ -144,16 +144,12 @@ def install_hooks(transformer: Any, hook: EntryHook) -> None:
     if not any(isinstance(each, ExitHook) for each in forward_hooks(transformer).values()):
         transformer.register_forward_hook(ExitHook(hook.adapter), with_kwargs=True, prepend=True)
     for inner in hook.inner_hooks(transformer):
-        if inner.installed():
-            continue
-        if inner.before:
-            inner.module.register_forward_pre_hook(inner.hook, with_kwargs=True)
-        else:
+        if not inner.installed():
             inner.module.register_forward_hook(inner.hook)
 
 
 def _remove_hooks_of_ours(transformer: Any) -> None:
-    """By kind, for torch's own handles do not survive a deep copy of the transformer."""
+    """Remove our hooks by class: torch's own handles do not survive a deep copy of the transformer."""
     hook = entry_hook_of(transformer)
     if hook:
         hook.adapter.release(transformer)
