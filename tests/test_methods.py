@@ -41,7 +41,7 @@ each_case = pytest.mark.parametrize(("method", "number"), CASES, ids=[f"{m}-{n}"
 
 def make(method, number=0, dtype=torch.float64):
     """A processor with random parameters."""
-    processor = ClearAttnProcessor(None, method, methods.Layer("layer", number, True, 2, 2, 8))
+    processor = ClearAttnProcessor(None, method, methods.Layer("layer", number, True, 2, 8))
     for parameter in processor.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return processor.to(dtype)

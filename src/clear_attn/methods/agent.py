@@ -12,14 +12,12 @@ from torch import Tensor
 
 from clear_attn.backends.softmax import softmax_attention
 from clear_attn.core.coordinates import Grid
-from clear_attn.core.layout import TokenLayout
-from clear_attn.core.plan import GridPlan
-from clear_attn.methods.image_grid import from_channels, to_channels
-from clear_attn.methods.method import ImageMethod, Options, leading_text_bias
+from clear_attn.methods.image_grid import GridMethod, from_channels, to_channels
+from clear_attn.methods.method import Options, leading_text_bias
 
 
 @dataclass(frozen=True)
-class Agent(ImageMethod):
+class Agent(GridMethod):
     """Agents, means of image queries over cells, attend to the image; a query attends to text and the agents.
 
     To a query an agent is a key, and what it gathered a value. The paper's depth-wise convolution and biases are left
@@ -44,10 +42,6 @@ class Agent(ImageMethod):
 
     def __post_init__(self) -> None:
         self._validate_whole("factor", "it is the side of a cell in tokens, 2 and 4 are usual")
-
-    def plan(self, layout: TokenLayout) -> GridPlan:
-        self.validate_layout(layout)
-        return GridPlan(layout)
 
     def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import GridPlan
+from clear_attn.methods.method import ImageMethod
+
+
+class GridMethod(ImageMethod):
+    """A method that computes on the image as an image with channels."""
+
+    def plan(self, layout: TokenLayout) -> GridPlan:
+        self.validate_layout(layout)
+        return GridPlan(layout)
 
 
 def to_channels(image: Tensor, plan: GridPlan) -> Tensor:

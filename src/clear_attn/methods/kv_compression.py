@@ -12,14 +12,13 @@ from torch import Tensor
 
 from clear_attn.backends.softmax import softmax_attention
 from clear_attn.core.coordinates import Grid
-from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import GridPlan
-from clear_attn.methods.image_grid import from_channels, to_channels
-from clear_attn.methods.method import ImageMethod, Layer, Options, leading_text_bias
+from clear_attn.methods.image_grid import GridMethod, from_channels, to_channels
+from clear_attn.methods.method import Layer, Options, leading_text_bias
 
 
 @dataclass(frozen=True)
-class KVCompression(ImageMethod):
+class KVCompression(GridMethod):
     """A query attends to text, and to a key and a value for each cell of tokens: weighted sums over the cell.
 
     Unlike in PixArt-Sigma, keys and values have weights of their own, and neither bias nor norm follows, so that the
@@ -44,10 +43,6 @@ class KVCompression(ImageMethod):
 
     def __post_init__(self) -> None:
         self._validate_whole("factor", "it is the side of a cell in tokens, 2 and 4 are usual")
-
-    def plan(self, layout: TokenLayout) -> GridPlan:
-        self.validate_layout(layout)
-        return GridPlan(layout)
 
     def parameters_for(self, layer: Layer) -> dict[str, Tensor]:
         """Return `key_kernel` and `value_kernel`, `[channels, 1, factor, factor]`, which start as plain means.

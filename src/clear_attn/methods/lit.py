@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clear_attn.core.coordinates import Grid
-from clear_attn.core.layout import TokenLayout
-from clear_attn.core.plan import GridPlan
-from clear_attn.methods.image_grid import from_channels, to_channels
-from clear_attn.methods.method import ImageMethod, Layer, Options
+from clear_attn.methods.image_grid import GridMethod, from_channels, to_channels
+from clear_attn.methods.method import Layer, Options
 
 
 @dataclass(frozen=True)
-class LiT(ImageMethod):
+class LiT(GridMethod):
     """Linear attention: `relu(q) (relu(k)^T v) / (relu(q) sum relu(k))`, and a convolution of the image's values.
 
     Its work grows with the tokens. Of what keeps a pre-trained model alive it has locality by the convolution alone;
@@ -47,10 +45,6 @@ class LiT(ImageMethod):
         self._validate_whole("kernel_size", "it is the side of a convolution, 0 for none", least=0)
         if self.kernel_size and self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, or 0 for no convolution, got {self.kernel_size}")
-
-    def plan(self, layout: TokenLayout) -> GridPlan:
-        self.validate_layout(layout)
-        return GridPlan(layout)
 
     def parameters_for(self, layer: Layer) -> dict[str, Tensor]:
         """Return `convolution`, `[channels, 1, kernel_size, kernel_size]`, which starts as zeros: at first none."""

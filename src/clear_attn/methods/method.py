@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -41,7 +40,7 @@ class Layer(NamedTuple):
         name: in the model.
         number: its place among the attention layers of its kind, with text or without, from 0.
         has_text: whether text takes part in its attention.
-        heads, key_heads: the number of query heads, and of key and value heads.
+        heads: the number of query heads.
         head_dim: channels of a head.
     """
 
@@ -49,7 +48,6 @@ class Layer(NamedTuple):
     number: int = 0
     has_text: bool = True
     heads: int = 1
-    key_heads: int = 1
     head_dim: int = 64
 
     @property
@@ -220,21 +218,6 @@ class Method(abc.ABC):
         """Return the text that `parse` reads, as `Swin(side=8)`."""
         fields = ", ".join(f"{key}={value!r}" for key, value in self.to_dict()["settings"].items())
         return f"{registered_name(type(self))}({fields})"
-
-    def validate(self) -> None:
-        """Raise TypeError for one that is no frozen dataclass, or that JSON cannot hold."""
-        from clear_attn.methods.records import method_from_dict
-
-        try:
-            hash(self)
-            found = method_from_dict(json.loads(json.dumps(self.to_dict())))
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"method {type(self).__name__} must be a frozen dataclass of numbers, texts and the like, which JSON "
-                f"can hold, with attend_image and flops: {error}"
-            ) from None
-        if found != self:
-            raise TypeError(f"method {self} does not come back the same from a file: {found}; give it plain fields")
 
     def _validate_whole(self, field: str, remedy: str, least: int = 1) -> None:
         """Check that a field is a whole number, and keep it as Python's own int: NumPy's may overflow."""

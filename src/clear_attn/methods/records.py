@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,3 +58,19 @@ def parse(text: str) -> Method:
     elif fitting:
         raise ValueError(f"method={text!r} may be any of {', '.join(fitting)}; write its whole name")
     return method_from_dict({"name": name, "settings": fields})
+
+
+def validate_method(method: object) -> None:
+    """Raise TypeError for what is no method, no frozen dataclass, or holds what JSON cannot."""
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be one of clear_attn.methods, as clear_attn.methods.LiT(), got {method!r}")
+    try:
+        hash(method)
+        found = method_from_dict(json.loads(json.dumps(method.to_dict())))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"method {type(method).__name__} must be a frozen dataclass of numbers, texts and the like, which JSON "
+            f"can hold, with attend_image and flops: {error}"
+        ) from None
+    if found != method:
+        raise TypeError(f"method {method} does not come back the same from a file: {found}; give it plain fields")

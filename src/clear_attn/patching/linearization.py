@@ -236,7 +236,7 @@ def _validate_settings(target: Target, settings: Settings) -> tuple[State, State
     parameters = replaced_parameters(target.layers)
     values = {name: value for name, value in (source.values if source else {}).items() if name in parameters}
     before = capture(target.transformer, target.layers, values.keys() | original.values.keys())
-    if before.values:
+    if original.values and not source:  # with a source it was checked before that was loaded
         check_replaceable(target.layers)
     kept = {name: original.values.get(name, before.values[name]) for name in values} if settings.keep_original else {}
     hook = EntryHook(

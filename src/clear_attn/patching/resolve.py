@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clear_attn.methods import Clear, Method
+from clear_attn.methods.records import validate_method
 from clear_attn.weights.metadata import read_method
 from clear_attn.weights.sources import Checkpoint
 
@@ -44,13 +45,6 @@ def override_method(own: Method, window: int | None, down_factor: int | None, me
         given = ("window", window) if window is not None else ("down_factor", down_factor)
         raise ValueError(f"{given[0]}={given[1]} and method={method} are both given; leave one out")
     return method
-
-
-def validate_method(method: object) -> None:
-    """Raise TypeError for what is no method, or one that a file cannot hold."""
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be one of clear_attn.methods, as clear_attn.methods.LiT(), got {method!r}")
-    method.validate()
 
 
 def resolve_saved(
