@@ -50,7 +50,7 @@ def make(method, number=0, dtype=torch.float64):
 def run(processor, qkv, plan, bias=None):
     """Attention of all queries, as a context computes it."""
     method = processor.method.for_layer(processor.layer.number)
-    options = methods.Options(qkv[0].shape[-1] ** -0.5, "auto", dense, bias)
+    options = methods.Options(qkv[0].shape[-1] ** -0.5, "auto", dense, methods.ScoreBias.on_plan(plan, bias))
     return method.attend(*qkv, plan, list(processor.parameters()), options)
 
 

@@ -5,7 +5,7 @@ from clear_attn.methods.clear import Clear
 from clear_attn.methods.dense import Dense
 from clear_attn.methods.kv_compression import KVCompression
 from clear_attn.methods.lit import LiT
-from clear_attn.methods.method import ImageMethod, Layer, Method, Options
+from clear_attn.methods.method import ImageMethod, Layer, Method, Options, ScoreBias
 from clear_attn.methods.records import parse
 from clear_attn.methods.sigmoid import Sigmoid
 from clear_attn.methods.strided import Strided
@@ -21,6 +21,7 @@ __all__ = [
     "LiT",
     "Method",
     "Options",
+    "ScoreBias",
     "Sigmoid",
     "Strided",
     "Swin",

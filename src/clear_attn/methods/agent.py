@@ -13,7 +13,7 @@ from torch import Tensor
 from clear_attn.backends.softmax import softmax_attention
 from clear_attn.core.coordinates import Grid
 from clear_attn.methods.image_grid import GridMethod, from_channels, to_channels
-from clear_attn.methods.method import Options, leading_text_bias
+from clear_attn.methods.method import Options
 
 
 @dataclass(frozen=True)
@@ -61,4 +61,5 @@ class Agent(GridMethod):
         scale = options.scale
         gathered = F.scaled_dot_product_attention(agents, key[:, :, plan.image], value[:, :, plan.image], scale=scale)
         key, value = (torch.cat([x[:, :, plan.text], own], dim=2) for x, own in ((key, agents), (value, gathered)))
-        return softmax_attention(query, key, value, None, scale, False, leading_text_bias(key.shape[2], options))[0]
+        bias = options.bias.before(key.shape[2]) if options.bias else None
+        return softmax_attention(query, key, value, None, scale, False, bias)[0]

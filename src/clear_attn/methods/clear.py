@@ -16,7 +16,7 @@ from clear_attn.backends.selection import BACKENDS
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import WindowPlan
-from clear_attn.methods.method import Layer, Method, Options, key_bias, proportional_scale, text_query_bias
+from clear_attn.methods.method import Layer, Method, Options, proportional_scale
 
 # The parameter of layers that pool, as in the published checkpoints.
 SPATIAL_WEIGHT = "spatial_weight"
@@ -129,15 +129,15 @@ class ClearPlan(WindowPlan):
         self, query: Tensor, key: Tensor, value: Tensor, pooled: tuple[Tensor, Tensor] | None, options: Options
     ) -> Tensor:
         """Return the attention of all queries, `[batch, heads, tokens, head_dim]`."""
-        bias = key_bias(self, options.text_bias)
+        bias = options.bias
         output: Tensor = clear_attention(
             query,
             key,
             value,
             self,
             pooled=pooled,
-            key_bias=bias if bias is None else F.pad(bias, (0, self.pooled_tokens)),
-            text_bias=text_query_bias(self, options.text_bias, options.text_query_weight),
+            key_bias=F.pad(bias.keys, (0, self.pooled_tokens)) if bias else None,
+            text_bias=bias.text_queries if bias else None,
             backend=options.backend,
             scale=options.scale,
             text_attention=options.dense,

@@ -12,7 +12,7 @@ from torch import Tensor
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan
-from clear_attn.methods.method import Method, Options, key_bias, text_query_bias
+from clear_attn.methods.method import Method, Options
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,10 @@ class DensePlan(Plan):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, pooled: None, options: Options) -> Tensor:
         """Return the attention of all queries, `[batch, heads, tokens, head_dim]`."""
-        bias = key_bias(self, options.text_bias)
-        bias = bias if bias is None else bias[:, None, None]
-        if options.text_query_weight is None:
-            return options.dense(query, key, value, options.scale, bias)
+        bias = options.bias
+        if bias is None or not bias.weighted:
+            return options.dense(query, key, value, options.scale, bias.text_queries if bias else None)
         output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
-        for rows, rows_bias in (
-            (self.text, text_query_bias(self, options.text_bias, options.text_query_weight)),
-            (self.image, bias),
-        ):
+        for rows, rows_bias in ((self.text, bias.text_queries), (self.image, bias.keys[:, None, None])):
             output[:, :, rows] = options.dense(query[:, :, rows], key, value, options.scale, rows_bias)
         return output

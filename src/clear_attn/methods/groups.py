@@ -18,7 +18,7 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan
 from clear_attn.core.region import expand_to_sequence
 from clear_attn.core.tiles import TileGroup, Tiles
-from clear_attn.methods.method import ImageMethod, Options, key_bias
+from clear_attn.methods.method import ImageMethod, Options
 
 # Larger groups are computed in parts of so many queries, each with a list of all keys of its group.
 QUERIES_AT_A_TIME = 1024
@@ -66,9 +66,8 @@ class GroupedMethod(ImageMethod):
         self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
     ) -> Tensor:
         joint = expand_to_sequence(query, plan.tokens, plan.image)
-        output, _ = tiled.attend(
-            joint, key, value, plan, key_bias(plan, options.text_bias), options.scale, return_lse=False
-        )
+        bias = options.bias.keys if options.bias else None
+        output, _ = tiled.attend(joint, key, value, plan, bias, options.scale, return_lse=False)
         return output[:, :, plan.image]
 
 

@@ -14,7 +14,7 @@ from clear_attn.backends.softmax import softmax_attention
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.plan import GridPlan
 from clear_attn.methods.image_grid import GridMethod, from_channels, to_channels
-from clear_attn.methods.method import Layer, Options, leading_text_bias
+from clear_attn.methods.method import Layer, Options
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,8 @@ class KVCompression(GridMethod):
             torch.cat([x[:, :, plan.text], compress(x[:, :, plan.image], plan, kernel)], dim=2)
             for x, kernel in zip((key, value), parameters, strict=True)
         )
-        return softmax_attention(
-            query, key, value, None, options.scale, False, leading_text_bias(key.shape[2], options)
-        )[0]
+        bias = options.bias.before(key.shape[2]) if options.bias else None
+        return softmax_attention(query, key, value, None, options.scale, False, bias)[0]
 
 
 def compress(image: Tensor, plan: GridPlan, kernel: Tensor) -> Tensor:

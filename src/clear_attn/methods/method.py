@@ -56,6 +56,45 @@ class Layer(NamedTuple):
         return self.heads * self.head_dim
 
 
+class ScoreBias(NamedTuple):
+    """What is added to the scaled scores of text keys, made once per call and plan.
+
+    Attributes:
+        text: `[batch, text tokens]`, for each text key.
+        keys: `[batch, tokens]`, for each text and image key, as image queries attend to them; image keys have 0.
+        text_queries: the same for text queries, `[batch, 1, text tokens or 1, tokens]`.
+        weighted: whether text queries differ from image queries, and from each other.
+    """
+
+    text: Tensor
+    keys: Tensor
+    text_queries: Tensor
+    weighted: bool
+
+    @classmethod
+    def on_plan(cls, plan: Plan, text: Tensor | None, text_query_weight: Tensor | None = None) -> ScoreBias | None:
+        """Return the bias on a plan, or None.
+
+        Args:
+            plan: of the layers.
+            text: `[batch, text tokens]`, for each text key; None for none.
+            text_query_weight: `[batch, text tokens]`, multiplies the bias for each text query; None for 1.
+        """
+        if text is None or not plan.text_tokens:
+            return None
+        keys = text.new_zeros(len(text), plan.tokens)
+        keys[:, plan.text] = text
+        text_queries = keys[:, None, None]
+        weighted = text_query_weight is not None
+        if text_query_weight is not None:
+            text_queries = text_queries * text_query_weight[:, None, :, None]
+        return cls(text, keys, text_queries, weighted)
+
+    def before(self, keys: int) -> Tensor:
+        """Return the bias `[batch, 1, 1, keys]` of text keys followed by others, which have 0."""
+        return F.pad(self.text, (0, keys - self.text.shape[1]))[:, None, None]
+
+
 class Options(NamedTuple):
     """What one call asks of a layer's attention beyond query, key and value.
 
@@ -63,15 +102,13 @@ class Options(NamedTuple):
         scale: factor of the scores.
         backend: of `clear_attn.backends`, or "auto".
         dense: computes dense attention, with the kernels that the user chose.
-        text_bias: `[batch, text tokens]`, added to the scores of text keys; None for none.
-        text_query_weight: `[batch, text tokens]`, by which the bias is multiplied for each text query; None for 1.
+        bias: added to the scaled scores, because of padded text; None for none.
     """
 
     scale: float
     backend: str
     dense: DenseAttention
-    text_bias: Tensor | None = None
-    text_query_weight: Tensor | None = None
+    bias: ScoreBias | None = None
 
 
 class Method(abc.ABC):
@@ -239,9 +276,8 @@ class ImageMethod(Method):
         output = expand_to_sequence(image, plan.tokens, plan.image)
         if plan.text_tokens:
             text = query[:, :, plan.text]
-            output[:, :, plan.text] = options.dense(
-                text, key, value, options.scale, text_query_bias(plan, options.text_bias, options.text_query_weight)
-            )
+            bias = options.bias.text_queries if options.bias else None
+            output[:, :, plan.text] = options.dense(text, key, value, options.scale, bias)
         return output
 
     @abc.abstractmethod
@@ -251,36 +287,12 @@ class ImageMethod(Method):
         """Return the attention of the image queries `[batch, heads, image tokens, head_dim]`, as `attend`."""
 
     def _validate_options(self, query: Tensor, options: Options) -> None:
-        if options.text_bias is not None and not self.supports_bias:
+        if options.bias is not None and not self.supports_bias:
             raise RuntimeError(
                 f"{type(self).__name__} cannot leave out padding in the text; give the text without padding"
             )
         if not self.uses_scale and options.scale != query.shape[-1] ** -0.5:
             raise RuntimeError(f"{type(self).__name__} has no scores to scale; leave proportional_attention() out")
-
-
-def key_bias(plan: Plan, text_bias: Tensor | None) -> Tensor | None:
-    """Return the bias per text and image key, `[batch, tokens]`, or None."""
-    if text_bias is None:
-        return None
-    bias = text_bias.new_zeros(len(text_bias), plan.tokens)
-    bias[:, plan.text] = text_bias
-    return bias
-
-
-def leading_text_bias(keys: int, options: Options) -> Tensor | None:
-    """Return the bias `[batch, 1, 1, keys]` where text keys come first and the others have none, or None."""
-    if options.text_bias is None:
-        return None
-    return F.pad(options.text_bias, (0, keys - options.text_bias.shape[1]))[:, None, None]
-
-
-def text_query_bias(plan: Plan, text_bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
-    """Return the bias of the scores of text queries, `[batch, 1, text tokens or 1, tokens]`, or None."""
-    bias = key_bias(plan, text_bias)
-    if bias is None:
-        return None
-    return bias[:, None, None] if weight is None else bias[:, None, None] * weight[:, None, :, None]
 
 
 def proportional_scale(tokens: int) -> float:

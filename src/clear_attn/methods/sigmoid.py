@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clear_attn.core.coordinates import Grid
-from clear_attn.methods.method import ImageMethod, Options, key_bias
+from clear_attn.methods.method import ImageMethod, Options
 
 # How many scores are held at a time.
 MAX_SCORES = 2**26
@@ -40,7 +40,7 @@ class Sigmoid(ImageMethod):
     def attend_image(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
     ) -> Tensor:
-        return sigmoid_attention(query, key, value, options.scale, key_bias(plan, options.text_bias))
+        return sigmoid_attention(query, key, value, options.scale, options.bias.keys if options.bias else None)
 
 
 def sigmoid_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -181,7 +181,7 @@ class ModelAdapter(abc.ABC):
         """
 
     def text_bias(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Return the bias of padded text keys and the weight of text queries, see `clear_attn.methods.Options`.
+        """Return the bias of padded text keys and the weight of text queries, see `ScoreBias.on_plan`.
 
         Raises:
             ValueError: a mask that does not fit the text.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from clear_attn.core.plan import Plan
-from clear_attn.methods import Method, Options
+from clear_attn.methods import Method, Options, ScoreBias
 from clear_attn.methods.dense import DensePlan
 from clear_attn.models.dense_attention import dense_attention
 
@@ -23,6 +23,7 @@ class Group(NamedTuple):
 
     method: Method
     plan: Plan
+    bias: ScoreBias | None = None
 
 
 class ClearContext:
@@ -36,7 +37,6 @@ class ClearContext:
         layout: the `TokenLayout` of the call, or the part of it that this rank has.
         backend: of `clear_attn.backends`, or "auto".
         scale_multiplier: multiplies head_dim^-0.5.
-        text_bias, text_query_weight: see `clear_attn.methods.Options`.
         role: whether the teacher or the student computes, in distillation.
         record: takes a layer's name and attention output, in distillation.
     """
@@ -48,14 +48,11 @@ class ClearContext:
         *,
         backend: str = "auto",
         scale_multiplier: float = 1.0,
-        text_bias: Tensor | None = None,
-        text_query_weight: Tensor | None = None,
         role: str | None = None,
         record: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         self.groups, self.layout = list(groups), layout
         self.backend, self.scale_multiplier = backend, scale_multiplier
-        self.text_bias, self.text_query_weight = text_bias, text_query_weight
         self.role, self.record = role, record
 
     def attend(
@@ -76,8 +73,8 @@ class ClearContext:
             parameters: of the layer.
             attention_backend: of diffusers, for dense attention.
         """
-        method, plan = self.groups[group]
-        options = self._options(plan, query, attention_backend)
+        method, plan, bias = self.groups[group]
+        options = self._options(bias, query, attention_backend)
         return method.attend(query, key, value, plan, parameters, options).transpose(1, 2).flatten(2, 3)
 
     def attend_densely(
@@ -85,14 +82,13 @@ class ClearContext:
     ) -> Tensor:
         """Return dense attention, as `attend`."""
         plan = DensePlan(self.groups[group].plan)
-        options = self._options(plan, query, attention_backend)
+        options = self._options(self.groups[group].bias, query, attention_backend)
         return plan.attend(query, key, value, None, options).transpose(1, 2).flatten(2, 3)
 
-    def _options(self, plan: Plan, query: Tensor, attention_backend: Any) -> Options:
+    def _options(self, bias: ScoreBias | None, query: Tensor, attention_backend: Any) -> Options:
         return Options(
             scale=self.scale_multiplier * query.shape[-1] ** -0.5,
             backend=self.backend,
             dense=dense_attention(attention_backend),
-            text_bias=self.text_bias if plan.text_tokens else None,
-            text_query_weight=self.text_query_weight if plan.text_tokens else None,
+            bias=bias,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clear_attn.backends.selection import BACKENDS, validate_call
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention
-from clear_attn.methods.method import Options, text_query_bias
+from clear_attn.methods.method import Options
 from clear_attn.parallel.communicator import Links, Pending
 from clear_attn.parallel.handles import recall, remember
 from clear_attn.parallel.shard import Shard, ShardPlan, Strip
@@ -50,9 +50,8 @@ class ShardedPlan(ShardPlan):
         """
         parts = [] if pooled is None else list(pooled)
         backend, scale = options.backend, options.scale
-        output = _attend(
-            query, key, value, parts, self.handle, backend, scale, options.text_bias, options.text_query_weight
-        )
+        bias = (options.bias.text, options.bias.text_queries) if options.bias else (None, None)
+        output = _attend(query, key, value, parts, self.handle, backend, scale, *bias)
         return output.transpose(1, 2)
 
 
@@ -66,13 +65,13 @@ def _attend(
     backend: str,
     scale: float,
     text_bias: Tensor | None,
-    text_query_weight: Tensor | None,
+    text_query_bias: Tensor | None,
 ) -> Tensor:
-    return attend(query, key, value, pooled, recall(plan), backend, scale, text_bias, text_query_weight)
+    return attend(query, key, value, pooled, recall(plan), backend, scale, text_bias, text_query_bias)
 
 
 @_attend.register_fake
-def _(query, key, value, pooled, plan, backend, scale, text_bias, text_query_weight):  # type: ignore[no-untyped-def]
+def _(query, key, value, pooled, plan, backend, scale, text_bias, text_query_bias):  # type: ignore[no-untyped-def]
     return query.new_empty(query.transpose(1, 2).shape)
 
 
@@ -85,7 +84,7 @@ def attend(
     backend: str,
     scale: float,
     text_bias: Tensor | None = None,
-    text_query_weight: Tensor | None = None,
+    text_query_bias: Tensor | None = None,
 ) -> Tensor:
     """Return `[batch, tokens, heads, head_dim]`.
 
@@ -99,7 +98,7 @@ def attend(
     cells = _start_pooling(pooled, plan)
     text_part = None
     if plan.text_tokens:
-        text_part = _start_text(query, key, value, plan, scale, text_bias, text_query_weight)
+        text_part = _start_text(query, key, value, plan, scale, text_query_bias)
     shared = [torch.stack([key[:, :, plan.text], value[:, :, plan.text]]), *cells()]
 
     def attend_strip(strip: Strip, tokens: Tensor) -> None:
@@ -163,17 +162,14 @@ def _start_text(
     value: Tensor,
     plan: ShardedPlan,
     scale: float,
-    text_bias: Tensor | None,
-    text_query_weight: Tensor | None,
+    text_query_bias: Tensor | None,
 ) -> Pending[Pending[Tensor]]:
     """The text's attention to the rank's keys; then, in two steps, to all ranks'.
 
     Each rank's part weighs exp(its log-sum-exp - that over all keys). The text's own keys count on the first rank.
     """
     rows = slice(None) if plan.links.rank == 0 else plan.image
-    bias = None
-    if text_bias is not None and plan.links.rank == 0:
-        bias = text_query_bias(plan, text_bias, text_query_weight)
+    bias = text_query_bias if plan.links.rank == 0 else None  # other ranks add image keys alone, which have none
     part, lse = dense_with_lse(query[:, :, plan.text], key[:, :, rows], value[:, :, rows], scale, bias)
     wait = plan.links.gather(lse, [plan.text_tokens] * plan.links.ranks, dim=2)
 

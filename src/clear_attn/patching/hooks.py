@@ -16,7 +16,7 @@ import torch
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan
-from clear_attn.methods import Layer, Method
+from clear_attn.methods import Layer, Method, ScoreBias
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
 from clear_attn.models.adapter import InnerHook
@@ -101,14 +101,11 @@ class EntryHook:
             settings = f"{self.method}, {self.schedule}, backend {backend}"
             layout = self.sharder.shard(transformer, call, layout, settings)
         passed_on = dict(call.get(self.adapter.keywords) or {})
-        text_bias, text_query_weight = self.adapter.text_bias(call)
         context = ClearContext(
-            self._plan_groups(self.methods_of(call), layout, backend),
+            self._plan_groups(call, layout, backend),
             layout,
             backend=backend,
             scale_multiplier=passed_on.pop(SCALE_MULTIPLIER, 1.0),
-            text_bias=text_bias,
-            text_query_weight=text_query_weight,
             role=passed_on.pop(ROLE, None),
             record=passed_on.pop(RECORDER, None),
         )
@@ -128,13 +125,13 @@ class EntryHook:
     def _sigma_of(self, call: dict[str, Any]) -> float | None:
         return self.schedule.sigma_of(self.adapter.sigma(call)) if self.schedule.depends_on_sigma else None
 
-    def _plan_groups(self, methods: list[Method], layout: Any, backend: str) -> list[Group]:
-        groups = []
-        for method, layer in zip(methods, self.representatives, strict=True):
+    def _plan_groups(self, call: dict[str, Any], layout: Any, backend: str) -> list[Group]:
+        groups, text_bias = [], self.adapter.text_bias(call)
+        for method, layer in zip(self.methods_of(call), self.representatives, strict=True):
             own = layout if layer.has_text else layout.without_text
             plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
             plan.prepare(backend)
-            groups.append(Group(method, plan))
+            groups.append(Group(method, plan, ScoreBias.on_plan(plan, *text_bias)))
         return groups
 
     def _select_backend(self, transformer: Any, call: dict[str, Any], device: torch.device) -> str:
