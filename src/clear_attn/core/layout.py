@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class TokenLayout:
         permutation, inverse_permutation: int64 `[image_tokens]`; `x[permutation]` puts raster order into tile order,
             `x[inverse_permutation]` undoes it.
         segments, token_set: coordinates on the CPU.
+        shards: the parts of it that ranks have, by (rank, number of ranks), each made when it is first needed.
 
     Raises:
         TypeError: a number that is not whole.
@@ -77,6 +79,7 @@ class TokenLayout:
         )
         self.text_first, self.device = text_first, torch.device(device)
         self.segments = segments_of(self.grids)
+        self.shards: dict[tuple[int, int], Any] = {}
         self.token_set = select_rows(self.segments, [slice(0, height) for height, _ in self.grids])
         self.image_tokens = len(self.token_set.raster)
         self.tokens = self.text_tokens + self.image_tokens

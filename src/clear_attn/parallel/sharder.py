@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +23,13 @@ from clear_attn.parallel.shard import Shard
 from clear_attn.parallel.sharded_attention import ShardedPlan
 from clear_attn.utils._torch import leaves_of
 
-# The shard of the call that runs, for the hooks inside the transformer.
-_shard: contextvars.ContextVar[Shard | None] = contextvars.ContextVar("clear_attn_shard", default=None)
+# The shard of the call that runs, for the hooks inside the transformer; its layout owns it.
+_shard: contextvars.ContextVar[weakref.ref[Shard] | None] = contextvars.ContextVar("clear_attn_shard", default=None)
+
+
+def _current() -> Shard | None:
+    reference = _shard.get()
+    return None if reference is None else reference()
 
 
 class Sharder:
@@ -37,7 +42,6 @@ class Sharder:
     def __init__(self, links: Links) -> None:
         self.links = links
         self.ranks = links.ranks
-        self._shard_for = functools.lru_cache(maxsize=8)(functools.partial(Shard, rank=links.rank, ranks=links.ranks))
         self.gather = Gather(links)
 
     def __deepcopy__(self, memo: object) -> Sharder:
@@ -62,8 +66,11 @@ class Sharder:
                 "disable_cache() on the transformer, or take off what apply_first_block_cache() put on"
             )
         check_same(self.links, call, f"grids {layout.grids}, {settings}")
-        shard = self._shard_for(layout)
-        _shard.set(shard)
+        key = self.links.rank, self.ranks
+        if key not in layout.shards:
+            layout.shards[key] = Shard(layout, *key)
+        shard: Shard = layout.shards[key]
+        _shard.set(weakref.ref(shard))
         return shard
 
     def plan(self, method: Method, shard: Shard) -> ShardedPlan:
@@ -80,21 +87,21 @@ class Sharder:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def take_shard(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """A forward hook behind the one that puts tokens into tile order."""
-    shard = _shard.get()
+    shard = _current()
     return output if shard is None else output[:, shard.in_whole]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def take_positions(module: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """A forward hook behind the one that joins the positions of text and image tokens, in tile order."""
-    shard = _shard.get()
+    shard = _current()
     if shard is None:
         return output
     text = shard.text_tokens
     return tuple(torch.cat([part[:text], part[text:][shard.in_whole]]) for part in output)
 
 
-# Behind which hooks of families the rank's tokens are taken.
+# The hooks of adapters after which the rank's tokens are taken.
 TAKE: dict[Callable[..., Any], Callable[..., Any]] = {into_tile_order: take_shard, join_positions: take_positions}
 
 
@@ -109,6 +116,6 @@ class Gather:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        shard = _shard.get()
+        shard = _current()
         _shard.set(None)
         return output if shard is None else torch.cat(self.links.gather(output, shard.counts, dim=1)(), dim=1)
