@@ -186,7 +186,7 @@ BAD = [
     ({"stages": []}, ValueError, "stages is empty"),
     ({"stages": ["4x"]}, TypeError, "stages must be clear_attn.Stage each, got a str"),
     ({"stages": clear.Stage(128, 128)}, ValueError, "has a size; give it in a list"),
-    ({"stages": [clear.Stage(96, 96)]}, ValueError, "the last stage draws 96 x 96 px, and the picture is to be 128"),
+    ({"stages": [clear.Stage(96, 96)]}, ValueError, "the last stage draws 96 x 96 px, and the image is to be 128"),
     ({"stages": [clear.Stage(120, 120), clear.Stage(96, 96)]}, ValueError, "96 x 96 px is smaller than the 120 x 120"),
     ({"strength": 0.3}, TypeError, "highres takes no strength; see strength of Stage"),
     ({"generator": None}, TypeError, "highres takes no generator; see seed"),

@@ -38,7 +38,7 @@ ELSEWHERE = {
     "sigmas": "shift and steps of Stage",
     "mu": "shift of Stage",
     "latents": "seed, or image",
-    "num_images_per_prompt": "one call for each picture",
+    "num_images_per_prompt": "one call for each image",
     "output_type": "the result's images",
     "return_dict": "the result",
 }
@@ -82,7 +82,7 @@ def check_schedule(scheduler: Any, shift: float | None) -> None:
 
 
 def check_options(options: dict[str, Any], kind: Kind) -> None:
-    """Raise TypeError where a keyword is not for both pipelines of a family, or a value is no plain data."""
+    """Raise TypeError for a keyword that not both pipelines take, or a value that is no plain data."""
     common = defaults_of(kind.from_text).keys() & defaults_of(kind.from_image).keys()
     known = {name for name in common - OWN - ELSEWHERE.keys() if not any(part in name for part in TENSORS)}
     for name, value in options.items():
@@ -97,7 +97,7 @@ def check_options(options: dict[str, Any], kind: Kind) -> None:
             json.dumps(value)
         except TypeError:
             raise TypeError(
-                f"{name} must be plain data, so that the picture can be made again, got a {type(value).__name__}"
+                f"{name} must be plain data, so that the image can be drawn again, got a {type(value).__name__}"
             ) from None
 
 
@@ -127,7 +127,7 @@ def ranks_of(pipe: Any) -> int:
 
 @contextlib.contextmanager
 def tiled_vae(vae: Any) -> Iterator[None]:
-    """Pictures larger than the autoencoder's tile are encoded and decoded tile by tile; then as it was."""
+    """Encode and decode images larger than the autoencoder's tile tile by tile, for the length of a `with` block."""
     before = vae.use_tiling
     vae.enable_tiling()
     try:

@@ -97,7 +97,7 @@ def make_plan(
         check_grows(before, after)
     if seen[-1] != size:
         raise ValueError(
-            f"the last stage draws {size_name(seen[-1])}, and the picture is to be {size_name(size)}; leave out its "
+            f"the last stage draws {size_name(seen[-1])}, and the image is to be {size_name(size)}; leave out its "
             "height and width"
         )
     # Sizes that were not given are rounded to whole tokens, and differ by that.
@@ -276,7 +276,7 @@ def _filled(
 
 
 def _check_positions(transformer: Any, most: int | None, plan: HighresPlan, token: int) -> None:
-    """Raise ValueError where a model has no positions for so many rows or columns."""
+    """Raise ValueError if a model has no positions for the rows or columns of a size."""
     for each in plan.drawn:
         if most is not None and max(each.size) > most * token:
             raise ValueError(

@@ -51,7 +51,7 @@ class Plan:
 
 
 class GridPlan(Plan):
-    """Of a method that computes on the image as a picture with channels.
+    """Where text and image are, with the grid, for a method that computes on the image with its channels.
 
     Attributes:
         grid: (height, width) in tokens.

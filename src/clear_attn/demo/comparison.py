@@ -52,7 +52,9 @@ def compare(captions: Sequence[str], method: Clear, seed: int, output: Path) -> 
     last[0] = draw_window(last[0], method.window, demo.SIZE // cost.width)
     contact_sheet(rows, captions).save(output)
     times = ", ".join(f"{name.replace(chr(10), ' ')} {each:.1f} s" for name, each in seconds.items())
-    told = f"{cost}\n\nDrawn in: {times}. At 16 x 16 tokens there is little to save; the larger the picture, the more."
+    report = (
+        f"{cost}\n\nDrawn in: {times}. At 16 x 16 tokens there is little to save; the larger the picture, the more."
+    )
     if not fits:
-        told += f"\n\nThe distilled weights in the package are for {trained.as_arguments()}, so they are not shown."
-    return told
+        report += f"\n\nThe distilled weights in the package are for {trained.as_arguments()}, so they are not shown."
+    return report

@@ -235,7 +235,7 @@ class Method(abc.ABC):
         return proportional_scale(tokens)
 
     def validate_backend(self, backend: str) -> None:
-        """Raise ValueError for a backend of which the method has no use."""
+        """Raise ValueError for a backend that the method does not use."""
         if backend != "auto" and not self.uses_backends:
             raise ValueError(f"backend={backend!r} is one of CLEAR's, and this is {self}; leave it out")
 

@@ -27,7 +27,7 @@ class Schedule:
     transformer: steps are counted by pipelines and schedulers, differently for every number of steps, size and
     strength, and not at all in training. `sigma_after_step` turns a number of steps into a sigma.
 
-    Layers are named as in the model. A name stands for every attention layer of that name or inside it
+    Layers are named as in the model. A name matches every attention layer of that name or inside it
     (`"transformer_blocks"` for all of FLUX's double blocks, `"transformer_blocks.0"` for the first); of several that
     fit a layer, the longest counts.
 
@@ -136,7 +136,7 @@ class Schedule:
         return list(keys.values()), groups
 
     def validate_layers(self, layers: Sequence[str], model: str) -> None:
-        """Raise ValueError if a name stands for none of a model's attention layers."""
+        """Raise ValueError if a name matches none of a model's attention layers."""
         for name in (*self.dense_layers, *self.windows):
             if not any(_is_inside(layer, name) for layer in layers):
                 raise ValueError(

@@ -74,7 +74,7 @@ class ModelAdapter(abc.ABC):
         accepts: names of the attention processors that the library's can replace.
         ip_adapter_processors: names of those with an IP-Adapter, whose own attention the replacement keeps.
         text_first: whether text comes before the image where they are joined.
-        default_text_tokens: the length of the text sequence that its pipelines make unless told otherwise.
+        default_text_tokens: the length of the text sequence that its pipelines make by default.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
         fused_qkv_reliable: whether a layer with `fused_projections` has fused weights equal to the separate ones.
         activation_factor: likely peak of a forward pass in tokens x (heads x head_dim) elements, measured on a CPU.
@@ -83,7 +83,7 @@ class ModelAdapter(abc.ABC):
         takes_scale: whether its dense layers can have their scores scaled, see `proportional_attention`.
         training: what distillation needs, not inherited; None for a model that cannot be distilled.
         highres_pipelines: what `highres` runs, not inherited; None for a model that it does not support.
-        architectures: published sizes, not inherited, of which `clear-attn cost --model` tells the cost.
+        architectures: published sizes, not inherited, for `clear-attn cost --model`.
     """
 
     transformer_class: str
@@ -139,7 +139,7 @@ class ModelAdapter(abc.ABC):
         return ClearAttnProcessor
 
     def project(self, attn: Any, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Return query, key and value `[batch, heads, tokens, head_dim]`, and what `project_out` needs besides."""
+        """Return query, key and value `[batch, heads, tokens, head_dim]`, and what else `project_out` needs."""
         return *project(attn, inputs, self.text_first, self.takes_fused(attn)), None  # type: ignore[return-value]
 
     def project_out(self, attn: Any, joint: Tensor, inputs: Inputs, rest: Any) -> Any:

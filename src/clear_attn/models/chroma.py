@@ -31,7 +31,7 @@ class Chroma(Publishing, Flux):
             check_mask("attention_mask", mask, (len(kwargs["hidden_states"]), call.text_tokens + image_tokens))
             if _ones_at_the_end(mask) < image_tokens:
                 raise ValueError(
-                    f"attention_mask must be 1 for all {image_tokens} image tokens, which stand at its end, for a "
+                    f"attention_mask must be 1 for all {image_tokens} image tokens, which are at its end, for a "
                     "linearized model honours it for text alone; pass it as ChromaPipeline does"
                 )
         return call

@@ -189,7 +189,7 @@ class ShardPlan(Plan):
     Attributes:
         strips: the rank's rows from top to bottom.
         sends, receives (`Message`): halo tokens, by peer. Those that are received come after the rank's own.
-        pool_index, pool_weight: as in `WindowPlan`, of the cells of which the rank has a token; the weight is 0 for
+        pool_index, pool_weight: as in `WindowPlan`, of the cells that contain a token of the rank; the weight is 0 for
             tokens that it has not, so that the ranks' sums of a cell add up to it.
         cells: int64, by rank, which of all cells these are.
         all_cells: the number of cells of all ranks.

@@ -33,7 +33,7 @@ def _current() -> Shard | None:
 
 
 class Sharder:
-    """Splits calls over ranks, see `clear_attn.patching.hooks.Sharder`.
+    """Split calls over ranks, see `clear_attn.patching.hooks.Sharder`.
 
     Args:
         links: to the other ranks.

@@ -1,4 +1,4 @@
-"""The verbs of the library for the length of a `with` block."""
+"""Context-manager forms of the public functions."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
 def _replace_hooks(
     table: dict[int, Any], before: dict[int, Any], dense: dict[int, Any], inside: dict[int, Any]
 ) -> None:
-    """A table of hooks as before, but for what came and went between it was dense and now."""
+    """Reset a table of hooks to what it was before, keeping what others added or removed since."""
     stay = {key: hook for key, hook in before.items() if key in inside or key not in dense}
     new = {key: hook for key, hook in inside.items() if key not in dense}
     table.clear()
@@ -87,12 +87,12 @@ def _replace_hooks(
 
 
 def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
-    """The tables in which torch keeps a model's hooks."""
+    """Return the tables in which torch keeps a model's hooks."""
     return [table for module in transformer.modules() for table in hook_tables(module)]
 
 
 def _restore_point(pipe: Any) -> Callable[[], None]:
-    """What puts the present state back in place of any other that the verbs of this library lead to."""
+    """Return a function that puts the present state back, whatever the public functions changed since."""
     transformer, adapter = find_transformer(pipe)
     layers = adapter.attention_layers(transformer)
     hook = entry_hook_of(transformer)

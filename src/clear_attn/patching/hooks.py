@@ -50,7 +50,7 @@ class Sharder(Protocol):
 
 
 class EntryHook:
-    """A forward pre-hook with keywords. Pre-hooks that were there before see raster order, later ones tile order.
+    """A forward pre-hook with keywords. Earlier pre-hooks get raster order, later ones tile order.
 
     Args:
         adapter: of the transformer.
@@ -165,7 +165,7 @@ class EntryHook:
 
 
 class ExitHook:
-    """A forward hook with keywords, the counterpart of `EntryHook`; the first one, so that others see raster order."""
+    """A forward hook with keywords, the counterpart of `EntryHook`; the first one, so that others get raster order."""
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter

@@ -1,4 +1,4 @@
-"""A picture of the rule: what one token sees, and which blocks of the mask there are to compute."""
+"""A plot of the rule: what one token attends to, and which blocks of the mask are computed."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def _draw_view(axes: Any, layout: TokenLayout, plan: WindowPlan, token: tuple[in
     height, width = layout.grids[0]
     y, x = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float().T
     place = Coordinates(*(torch.tensor(float(each)) for each in token))
-    seen = in_window(place, Coordinates(y, x), plan.radius_sq[: layout.image_tokens]).view(height, width)
-    _show(axes, seen.long() * 2)
+    attended = in_window(place, Coordinates(y, x), plan.radius_sq[: layout.image_tokens]).view(height, width)
+    _show(axes, attended.long() * 2)
     axes.add_artist(_square(token, 1, facecolor=TOKEN))
-    title = f"token {token[0]}, {token[1]} sees {int(seen.sum()):,} of {layout.image_tokens:,} image tokens"
+    title = f"token {token[0]}, {token[1]} sees {int(attended.sum()):,} of {layout.image_tokens:,} image tokens"
     if plan.pooled_tokens:
         factor = plan.down_factor
         for cell in torch.cartesian_prod(torch.arange(0, height, factor), torch.arange(0, width, factor)).tolist():
