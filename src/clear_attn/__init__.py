@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from clear_attn.models.processors import ClearAttnProcessor
     from clear_attn.parallel.parallelization import deparallelize, parallelize
     from clear_attn.patching.context_managers import linearized
-    from clear_attn.patching.linearization import is_linearized, linearize, restore
+    from clear_attn.patching.linearization import linearize
+    from clear_attn.patching.restoration import is_linearized, restore
     from clear_attn.patching.saving import push_to_hub, save_pretrained
     from clear_attn.profiling.attention_cost import cost
     from clear_attn.profiling.cost_report import Cost
@@ -72,7 +73,7 @@ _MODULES = {
     "cost": "profiling.attention_cost",
     "deparallelize": "parallel.parallelization",
     "highres": "cascade.large_images",
-    "is_linearized": "patching.linearization",
+    "is_linearized": "patching.restoration",
     "linearize": "patching.linearization",
     "linearized": "patching.context_managers",
     "sigma_after_step": "methods.schedule",
@@ -81,7 +82,7 @@ _MODULES = {
     "plot_window": "profiling.window_plot",
     "proportional_attention": "cascade.attention_scale",
     "push_to_hub": "patching.saving",
-    "restore": "patching.linearization",
+    "restore": "patching.restoration",
     "save_pretrained": "patching.saving",
 }
 

@@ -17,7 +17,7 @@ from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresR
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.context_managers import linearized
-from clear_attn.patching.linearization import restored_state
+from clear_attn.patching.restoration import restored_state
 
 
 def highres(

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
-from clear_attn.patching.linearization import find_transformer
+from clear_attn.patching.target import find_transformer
 from clear_attn.weights.sources import HUB_FILE
 
 FORMAT = 2

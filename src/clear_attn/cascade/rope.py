@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from clear_attn.patching.linearization import find_transformer
+from clear_attn.patching.target import find_transformer
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 

@@ -19,7 +19,7 @@ from clear_attn.distill.data import Example, from_dataset, from_folder
 from clear_attn.distill.drawn_data import Drawing
 from clear_attn.distill.settings import Settings
 from clear_attn.models import training_adapter_for
-from clear_attn.patching.linearization import find_transformer
+from clear_attn.patching.target import find_transformer
 from clear_attn.utils.prompts import read_prompts
 from clear_attn.weights.metadata import metadata_of
 

@@ -27,7 +27,8 @@ from clear_attn.distill.step import Batch, Losses, Weights, distillation_losses
 from clear_attn.distill.student import add_student, student_parameters, student_values
 from clear_attn.methods import Method
 from clear_attn.models import TrainingAdapter, training_adapter_for
-from clear_attn.patching.linearization import find_transformer, linearize
+from clear_attn.patching.linearization import linearize
+from clear_attn.patching.target import find_transformer
 
 RUN = "run"  # a checkpoint's part that is the same for all processes
 

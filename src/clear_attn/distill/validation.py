@@ -15,7 +15,7 @@ from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.student import STUDENT, TEACHER, keywords
 from clear_attn.models import training_adapter_for
-from clear_attn.patching.linearization import find_transformer
+from clear_attn.patching.target import find_transformer
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
 from clear_attn.utils.seeded_images import generate_with_seeds

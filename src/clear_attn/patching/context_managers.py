@@ -11,8 +11,10 @@ from torch import nn
 
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.patching.linearization import PipelineOrTransformer, find_transformer, linearize, restore
+from clear_attn.patching.linearization import linearize
+from clear_attn.patching.restoration import restore
 from clear_attn.patching.state import apply, capture, check_writable, entry_hook_of, original_state
+from clear_attn.patching.target import PipelineOrTransformer, find_transformer
 from clear_attn.utils._torch import hook_tables
 from clear_attn.weights.parameters import check_in_memory
 

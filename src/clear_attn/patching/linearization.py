@@ -1,19 +1,17 @@
-"""Linearize a pipeline in place, and undo it bit for bit."""
+"""Linearize a pipeline in place: resolve the settings, validate everything, apply in one transaction."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from clear_attn.backends.selection import validate_backend, validate_machine
 from clear_attn.methods import Method
-from clear_attn.methods.records import record_as_text
 from clear_attn.methods.schedule import Schedule
-from clear_attn.models import ADAPTERS, ModelAdapter, adapter_for
+from clear_attn.models import ModelAdapter
 from clear_attn.models.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.patching.hooks import EntryHook
@@ -22,14 +20,13 @@ from clear_attn.patching.state import (
     State,
     apply,
     capture,
-    check_writable,
     entry_hook_of,
     match_device_and_dtype,
     original_state,
     processors_of,
 )
-from clear_attn.utils._torch import unwrap_compiled
-from clear_attn.weights.metadata import make_metadata, metadata_of, read_method, read_schedule
+from clear_attn.patching.target import PipelineOrTransformer, find_transformer
+from clear_attn.weights.metadata import make_metadata, read_schedule
 from clear_attn.weights.parameters import (
     check_checkpoint,
     check_in_memory,
@@ -38,25 +35,6 @@ from clear_attn.weights.parameters import (
     replaced_parameters,
 )
 from clear_attn.weights.sources import Checkpoint, load
-
-PipelineOrTransformer = TypeVar("PipelineOrTransformer")
-
-
-def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
-    """Return the transformer of a pipeline, or the transformer given, with its adapter.
-
-    Raises:
-        TypeError: neither is supported.
-    """
-    transformer = unwrap_compiled(getattr(pipe, "transformer", pipe))
-    adapter = adapter_for(transformer)
-    if adapter is None:
-        supported = ", ".join(adapter.transformer_class for adapter in ADAPTERS)
-        given = " with a ".join(dict.fromkeys([type(pipe).__name__, type(transformer).__name__]))
-        if hasattr(transformer, "nets"):
-            raise TypeError(f"a {given} is not supported; give its ControlNets one by one: for net in controlnet.nets")
-        raise TypeError(f"a {given} is not supported; give a diffusers pipeline or transformer of: {supported}")
-    return transformer, adapter
 
 
 class Target(NamedTuple):
@@ -294,64 +272,6 @@ def make_processors(
             name: adapter.make_processor(originals[name], method, layer, hook.groups[name])
             for name, layer in layers.items()
         }
-
-
-def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
-    """Undo `linearize`, bit for bit: parameters, processors, hooks. A pipeline that is not linearized stays so.
-
-    What others changed since then stays: other hooks, LoRAs, the attention backend.
-
-    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded.
-
-    Raises:
-        TypeError: not a supported pipeline.
-        RuntimeError: the original weights were discarded with `keep_original=False`, or cannot be put back:
-            parameters on the meta device, a LoRA fused in.
-    """
-    transformer, adapter = find_transformer(pipe)
-    _warn_if_left_dense(transformer)
-    if entry_hook_of(transformer):
-        layers, original = adapter.attention_layers(transformer), restored_state(pipe)
-        check_writable(transformer, layers, original)
-        apply(transformer, layers, original)
-    return pipe
-
-
-def restored_state(pipe: Any) -> State:
-    """Return the state that `restore` applies; errors as there."""
-    transformer, adapter = find_transformer(pipe)
-    original = original_state(transformer, adapter.attention_layers(transformer))
-    if entry_hook_of(transformer) and original.metadata and original.metadata["weights"]:
-        raise RuntimeError(
-            f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), saved whole "
-            "while it was linearized; for the original load the original pipeline"
-        )
-    return original
-
-
-def is_linearized(pipe: Any) -> bool:
-    """Return whether a pipeline's transformer has been linearized.
-
-    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded.
-
-    Raises:
-        TypeError: not a supported pipeline.
-    """
-    transformer, _ = find_transformer(pipe)
-    _warn_if_left_dense(transformer)
-    return entry_hook_of(transformer) is not None
-
-
-def _warn_if_left_dense(transformer: Any) -> None:
-    metadata = metadata_of(transformer)
-    if metadata and not entry_hook_of(transformer):
-        record = metadata.get("method")  # which need not be known here
-        settings = f"method={record_as_text(record)}" if record else read_method(metadata).as_arguments()
-        warnings.warn(
-            f"this pipeline was saved while it was linearized ({settings}, weights {metadata['weights']}), "
-            "and now runs with dense attention; call clear_attn.linearize(pipe)",
-            stacklevel=3,
-        )
 
 
 def _validate_weights(source: Checkpoint, parameters: Mapping[str, torch.nn.Parameter], model: str) -> None:

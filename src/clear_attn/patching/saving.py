@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.patching.linearization import find_transformer
 from clear_attn.patching.state import entry_hook_of, processors_of
+from clear_attn.patching.target import find_transformer
 from clear_attn.utils.atomic import atomic_file, check_folder
 from clear_attn.weights.metadata import CONFIG_FILE, Record, metadata_of
 from clear_attn.weights.parameters import (

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.patching.context_managers import linearized
-from clear_attn.patching.linearization import find_transformer
+from clear_attn.patching.target import find_transformer
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Judges, make_metrics
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, seconds_of, sheet
