@@ -62,7 +62,8 @@ def test_two_processes_are_one_with_two_batches_to_a_step(kind, settings, tmp_pa
     train(change(settings, gradient_accumulation_steps=PROCESSES))
     ours, theirs = student_of(settings), student_of(spread)
     for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, atol=2e-5, rtol=0)
+        # Over the tensor, not per element: where a gradient is near zero, Adam makes a step of a rounding error.
+        assert (theirs[name] - value).square().mean().sqrt() < 2e-6, name
     parts = {path.name for path in (Path(spread.output_dir) / "checkpoint-3").glob("optimizer-*.json")}
     assert len(parts) == (1 if kind == "ddp" else PROCESSES)
     with pytest.raises(ValueError, match=r"was made with processes=2, distributed='.*', not processes=1"):
