@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 
-from tests import tiny
+from tests.helpers import dummy_models
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
@@ -34,9 +34,9 @@ def fresh_accelerate():
     forget()
 
 
-@pytest.fixture(params=tiny.FAMILIES)
+@pytest.fixture(params=dummy_models.FAMILIES)
 def family(request):
-    return tiny.FAMILIES[request.param]
+    return dummy_models.FAMILIES[request.param]
 
 
 @pytest.fixture
@@ -46,4 +46,4 @@ def transformer(family):
 
 @pytest.fixture
 def pipe():
-    return tiny.flux_pipeline()
+    return dummy_models.flux_pipeline()

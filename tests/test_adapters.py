@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 
 from clear_attn.models import ADAPTERS, adapter_for
 from clear_attn.models.class_names import is_exactly, is_instance
-from tests import tiny
+from tests.helpers import dummy_models
 
 MODELS = ("diffusers.models.transformers", "diffusers.models.controlnets", "diffusers.pipelines")
 
@@ -24,9 +24,9 @@ def test_importing_the_package_imports_no_model_of_diffusers():
     assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", dummy_models.FAMILIES)
 def test_a_transformer_has_the_adapter_of_its_class(name):
-    transformer = tiny.FAMILIES[name].transformer()
+    transformer = dummy_models.FAMILIES[name].transformer()
     assert adapter_for(transformer).transformer_class == type(transformer).__name__
 
 

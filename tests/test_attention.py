@@ -15,7 +15,7 @@ from clear_attn.backends.selection import BACKENDS, select_backend
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.window_mask import window_mask
 from clear_attn.methods import Clear
-from tests import machine, reference
+from tests.helpers import hardware, reference_attention
 
 
 def attend(qkv, grids, text, config, weight, text_first=True, **kwargs):
@@ -52,7 +52,7 @@ def check(backend, grids, text, window, factor, batch, text_first):
     tokens = text + sum(height * width for height, width in grids)
     qkv = torch.randn(3, batch, 2, tokens, 16).unbind()
     weight = 2 * torch.rand(factor, factor) / factor**2  # about the plain mean
-    expected, expected_lse = reference.attention(*qkv, grids, text, config, weight)
+    expected, expected_lse = reference_attention.attention(*qkv, grids, text, config, weight)
     output, lse = attend(qkv, grids, text, config, weight, text_first, backend=backend)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-6)
@@ -70,14 +70,14 @@ def test_reference_is_the_rule(**case):
     check("reference", **case)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 @given(**CASES)
 @settings(max_examples=20)
 def test_flex_is_the_rule(**case):
     check("flex", **case)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 @pytest.mark.parametrize("grid", [(1, 1), (9, 11), (8, 16), (5, 26)])
 def test_flex_with_little_more_or_less_than_one_block(grid):
     for _ in range(5):
@@ -90,7 +90,7 @@ def test_gradients(backend, factor):
     grids, text, config = [(17, 23)], 9, Clear(4, factor)
     inputs = [torch.randn(2, 2, text + 17 * 23, 16, requires_grad=True) for _ in range(3)]
     inputs.append(torch.rand(factor, factor, requires_grad=True))
-    expected = reference.attention(*inputs[:3], grids, text, config, inputs[3])
+    expected = reference_attention.attention(*inputs[:3], grids, text, config, inputs[3])
     results = attend(inputs[:3], grids, text, config, inputs[3], backend=backend)
     directions = [torch.randn_like(x) for x in results]
     used = inputs[: 4 if factor > 1 else 3]
@@ -108,7 +108,7 @@ def test_operators_keep_their_promises():
         torch.library.opcheck(tiled._tiled, (*qkv, list(plan.tiles), plan.image.start, None, 0.25, return_lse))
 
 
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 def test_any_order_of_memory(backend):
     plan = Clear(3).plan(TokenLayout([(9, 11)], 5))
     qkv = torch.randn(3, 1, 2, 16, 104).transpose(-1, -2).unbind()
@@ -148,12 +148,12 @@ def test_gradients_under_autocast(inside):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 def test_half_precision(backend, dtype):
     grids, config = [(17, 23)], Clear(5, 2)
     qkv = torch.randn(3, 1, 2, 20 + 17 * 23, 16).to(dtype).unbind()
     weight = torch.rand(2, 2) / 2
-    expected, _ = reference.attention(*(x.float() for x in qkv), grids, 20, config, weight)
+    expected, _ = reference_attention.attention(*(x.float() for x in qkv), grids, 20, config, weight)
     output, _ = (x.float() for x in attend_half(qkv, grids, config, weight, backend))
     assert (output - expected).abs().max() < 0.05
 
@@ -185,8 +185,8 @@ def test_partial_results_merge_by_their_log_sum_exp():
 
 def test_scale():
     qkv = torch.randn(3, 1, 2, 5 + 99, 16).unbind()
-    expected, _ = reference.attention(*qkv, [(9, 11)], 5, Clear(3), scale=0.7)
-    for backend in machine.BACKENDS:
+    expected, _ = reference_attention.attention(*qkv, [(9, 11)], 5, Clear(3), scale=0.7)
+    for backend in hardware.BACKENDS:
         output, _ = attend(qkv, [(9, 11)], 5, Clear(3), None, backend=backend, scale=0.7)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
@@ -199,7 +199,7 @@ def test_chunks_of_tiles_change_nothing(monkeypatch):
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_flex_inside_an_outer_compiled_graph():
     plan = Clear(6).plan(TokenLayout([(24, 24)], 16))
 
@@ -218,7 +218,7 @@ def test_flex_inside_an_outer_compiled_graph():
 def check_double():
     grids, config = [(17, 23)], Clear(5)
     qkv = torch.randn(3, 1, 2, 20 + 17 * 23, 16, dtype=torch.float64).unbind()
-    expected, _ = reference.attention(*qkv, grids, 20, config)
+    expected, _ = reference_attention.attention(*qkv, grids, 20, config)
     layout = TokenLayout(grids, 20)
     plan = config.plan(layout)
     into = torch.cat([torch.arange(20), 20 + layout.permutation])
@@ -257,7 +257,7 @@ def test_gradients_of_pooled_keys_alone():
         clear_attention(*qkv, plan, pooled=pooled, backend="flex")
 
 
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 @pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("text_first", [True, False])
 def test_a_bias_per_key_and_fewer_key_heads(backend, factor, text_first):

@@ -18,7 +18,7 @@ from clear_attn.tools.bench import model_level as model
 from clear_attn.tools.bench import runner as run
 from clear_attn.tools.bench.measure import Subject
 from clear_attn.tools.cli import app
-from tests import machine, reference
+from tests.helpers import hardware, reference_attention
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--text", "9", "--runs", "2"]
@@ -38,7 +38,7 @@ def bench(monkeypatch, tmp_path):
     return call
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_one_operation(bench):
     result, rows = bench("--grid", "12x17", "--grid", "20x20", "--window", "5")
     assert [row["variant"] for row in rows] == ["dense", "raster-flex", "flex", "tiled"] * 2
@@ -63,7 +63,7 @@ def test_a_share_of_the_dense_queries_is_marked(bench):
     assert "dense (flash_attention) *" in result.output
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_pooled_keys(bench):
     _, rows = bench("--grid", "12x17", "--window", "5", "--down-factor", "3", "--batch", "2")
     assert [row["variant"] for row in rows] == ["dense", "dense-pooled", "raster-flex", "flex", "tiled"]
@@ -148,7 +148,7 @@ def test_refusals_come_before_the_work(bench, monkeypatch, options, message):
     assert rows is None
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 @given(
     grid=st.sampled_from([(16, 16), (7, 37), (30, 9)]),
     text=st.sampled_from([0, 1, 40, 200]),
@@ -160,9 +160,9 @@ def test_raster_order_is_the_rule(grid, text, window, factor):
     tokens, config = text + grid[0] * grid[1], Clear(window, factor)
     query, key, value = torch.randn(3, 1, 2, tokens, 16).unbind()
     weight = torch.full((factor, factor), 1 / factor**2)
-    expected, _ = reference.attention(query, key, value, [grid], text, config, weight)
+    expected, _ = reference_attention.attention(query, key, value, [grid], text, config, weight)
     if factor > 1:
-        pooled = [reference.pool(x[:, :, text:], [grid], factor, weight) for x in (key, value)]
+        pooled = [reference_attention.pool(x[:, :, text:], [grid], factor, weight) for x in (key, value)]
         key, value = (torch.cat(parts, dim=2) for parts in zip((key, value), pooled, strict=True))
     attend = raster.raster_attention(grid, text, window, factor, CPU)
     torch.testing.assert_close(attend(query, key, value, 0.25), expected, atol=1e-5, rtol=0)

@@ -10,8 +10,9 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn.models import training_adapter_for
-from tests import machine, pipelines, tiny
-from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.helpers import dummy_models, dummy_pipelines, hardware
+from tests.helpers.reference_model import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.helpers.snapshots import assert_same, snapshot
 
 # What holds of every family, here of this one.
 from tests.test_families import (
@@ -27,9 +28,7 @@ from tests.test_families import (
 )
 from tests.test_linearize import (
     TestLora,
-    assert_same,
     checkpoint,
-    photograph,
     test_hooks_of_others_see_raster_order,
     test_restore_puts_back_replaced_weights,
 )
@@ -38,18 +37,18 @@ from tests.test_saving import folder, test_there_and_back, trained
 
 @pytest.fixture
 def family():
-    return tiny.CHROMA
+    return dummy_models.CHROMA
 
 
 @given(data=st.data())
 @settings(max_examples=10)
 def test_equals_the_rule_in_raster_order(data):
-    check_rule(tiny.CHROMA, data, ["tiled", "reference"])
+    check_rule(dummy_models.CHROMA, data, ["tiled", "reference"])
 
 
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 def test_each_text_has_its_own_padding(backend, transformer):
-    call = tiny.chroma_call(transformer, (13, 7), text=9, batch=3, padded=(0, 3, 8))
+    call = dummy_models.chroma_call(transformer, (13, 7), text=9, batch=3, padded=(0, 3, 8))
     expected = run(in_raster_order(transformer, [(13, 7)], clear.methods.Clear(4, 2)), call)
     without = run(in_raster_order(transformer, [(13, 7)], clear.methods.Clear(4, 2)), {**call, "attention_mask": None})
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
@@ -59,7 +58,7 @@ def test_each_text_has_its_own_padding(backend, transformer):
 
 
 def test_a_mask_of_booleans_takes_padding_away(transformer):
-    call = tiny.chroma_call(transformer, (6, 5), text=9, padded=[4], dtype=torch.bool)
+    call = dummy_models.chroma_call(transformer, (6, 5), text=9, padded=[4], dtype=torch.bool)
     clear.linearize(transformer, 3, weights=None)
     shorter = {**call, "encoder_hidden_states": call["encoder_hidden_states"][:, :5], "txt_ids": torch.zeros(5, 3)}
     expected = run(transformer, {**shorter, "attention_mask": None})
@@ -67,8 +66,8 @@ def test_a_mask_of_booleans_takes_padding_away(transformer):
 
 
 def test_a_mask_in_half_precision():
-    transformer = tiny.chroma_transformer().bfloat16()
-    call = tiny.chroma_call(transformer, (6, 5), text=30, padded=[20])
+    transformer = dummy_models.chroma_transformer().bfloat16()
+    call = dummy_models.chroma_call(transformer, (6, 5), text=30, padded=[20])
     call = {name: x if "ids" in name else x.bfloat16() for name, x in call.items()}
     stock = run(transformer, call)
     clear.linearize(transformer, 20, weights=None)
@@ -76,7 +75,7 @@ def test_a_mask_in_half_precision():
 
 
 def test_masks_that_do_not_fit(transformer):
-    call = tiny.chroma_call(transformer, (4, 6))
+    call = dummy_models.chroma_call(transformer, (4, 6))
     clear.linearize(transformer, 3, weights=None)
     with pytest.raises(ValueError, match=r"attention_mask must be \[1, 31\], got \[1, 30\]"):
         run(transformer, {**call, "attention_mask": call["attention_mask"][:, 1:]})
@@ -86,7 +85,7 @@ def test_masks_that_do_not_fit(transformer):
 
 @pytest.mark.parametrize("kind", [ChromaPipeline, ChromaImg2ImgPipeline, ChromaInpaintPipeline])
 def test_pipelines_with_guidance(kind):
-    pipe = pipelines.chroma(kind)
+    pipe = dummy_pipelines.chroma(kind)
     side = 2 * pipe.vae_scale_factor
     picture = Image.effect_mandelbrot((9 * side, 7 * side), (-2, -1, 1, 1), 50).convert("RGB")
     # ChromaInpaintPipeline of diffusers 0.42.1 reads it, and the model does not know it.
@@ -118,7 +117,7 @@ def test_what_it_is_refused_for(transformer):
     with pytest.raises(TypeError, match="a ChromaTransformer2DModel cannot be distilled"):
         training_adapter_for(transformer)
     with pytest.raises(TypeError, match="highres does not know a ChromaPipeline"):
-        clear.highres(pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
+        clear.highres(dummy_pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
     refused = pytest.raises(RuntimeError, match=r"a FluxAttnProcessor, whose scores .* cannot scale while")
     with refused, clear.proportional_attention(transformer):
         pass
@@ -131,7 +130,7 @@ def test_a_layer_outside_a_call_says_so(transformer):
 
 
 def test_compiled_blocks(transformer):
-    check_compiled_blocks(transformer, tiny.chroma_call(transformer, (13, 7)))
+    check_compiled_blocks(transformer, dummy_models.chroma_call(transformer, (13, 7)))
 
 
 def test_cost(transformer):

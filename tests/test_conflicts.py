@@ -10,9 +10,9 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 )
 
 import clear_attn as clear
-from tests import tiny
-from tests.plain import run
-from tests.test_linearize import assert_same, photograph
+from tests.helpers import dummy_models
+from tests.helpers.reference_model import run
+from tests.helpers.snapshots import assert_same, snapshot
 
 # What diffusers' guiders put where. By hand, for diffusers 0.42 finds only some of these layers itself.
 HOOKS = {
@@ -29,7 +29,7 @@ def test_hooks_inside_attention(family, transformer, where):
     for model in (transformer, later):
         registry = HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[1].attn.get_submodule(where))
         registry.register_hook(hook, "guidance")
-    before = photograph(transformer)
+    before = snapshot(transformer)
     with pytest.raises(RuntimeError, match=words):
         clear.linearize(transformer, 3, weights=None)
     assert_same(transformer, before)
@@ -40,18 +40,18 @@ def test_hooks_inside_attention(family, transformer, where):
 
 
 def test_smoothing_as_diffusers_puts_it_on():
-    transformer = clear.linearize(tiny.SD3.transformer(), 3, weights=None)
+    transformer = clear.linearize(dummy_models.SD3.transformer(), 3, weights=None)
     config = SmoothedEnergyGuidanceConfig(indices=[1], fqn="transformer_blocks")
     _apply_smoothed_energy_guidance_hook(transformer, config, blur_sigma=1.0)
     with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn has a SmoothedEnergyGuidanceHook"):
-        run(transformer, tiny.SD3.call(transformer, (5, 7)))
+        run(transformer, dummy_models.SD3.call(transformer, (5, 7)))
 
 
 def test_pipelines_of_perturbed_attention_guidance():
-    parts = {name: part for name, part in tiny.sd3_pipeline().components.items() if name != "image_encoder"}
+    parts = {name: part for name, part in dummy_models.sd3_pipeline().components.items() if name != "image_encoder"}
     parts.pop("feature_extractor")
     pipe = StableDiffusion3PAGPipeline(**parts)
-    before = photograph(pipe.transformer)
+    before = snapshot(pipe.transformer)
     with pytest.raises(RuntimeError, match=r"a StableDiffusion3PAGPipeline puts processors .* pipe\.components"):
         clear.linearize(pipe, 3, weights=None)
     assert_same(pipe.transformer, before)

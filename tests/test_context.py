@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from clear_attn.models import context_variable as carrier
 from clear_attn.models.context import ClearContext
 from clear_attn.models.context_checkpoint import ContextCheckpoint, unwrap_checkpointing, wrap_checkpointing
-from tests import machine, tiny
-from tests.plain import FLUX_ATTENTION, SD3_ATTENTION
+from tests.helpers import dummy_models, hardware
+from tests.helpers.reference_model import FLUX_ATTENTION, SD3_ATTENTION
 
 TEXT = 7
 SMALL, LARGE, WIDE = (3, 6), (5, 4), (4, 7)
@@ -120,25 +120,28 @@ class Hooks:
 
 
 def chroma_call(grid, seed=0):
-    return {**tiny.chroma_call(tiny.chroma_transformer(), grid, text=TEXT, seed=seed), "attention_mask": None}
+    return {
+        **dummy_models.chroma_call(dummy_models.chroma_transformer(), grid, text=TEXT, seed=seed),
+        "attention_mask": None,
+    }
 
 
 def sd3_call(grid, seed=0):
-    call = tiny.sd3_call(tiny.sd3_transformer(), grid, text=TEXT, seed=seed)
+    call = dummy_models.sd3_call(dummy_models.sd3_transformer(), grid, text=TEXT, seed=seed)
     return {**call, "controlnet_cond": call["hidden_states"].flip(-1)}
 
 
 def chroma():
-    return tiny.chroma_transformer()
+    return dummy_models.chroma_transformer()
 
 
 def chroma_of_two_layers():
-    return tiny.chroma_transformer(num_layers=1, num_single_layers=1)
+    return dummy_models.chroma_transformer(num_layers=1, num_single_layers=1)
 
 
 def sd3_controlnet():
     torch.manual_seed(1)
-    model = SD3ControlNetModel(**tiny.SD3_CONFIG).eval()
+    model = SD3ControlNetModel(**dummy_models.SD3_CONFIG).eval()
     model._repeated_blocks = ["JointTransformerBlock"]  # diffusers names none for ControlNets
     return model
 
@@ -506,7 +509,7 @@ def test_the_whole_model_compiled_under_checkpointing(kind):
     assert_close(gradients(model, calls, lambda call: outputs(compiled, call)), expected)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_inductor():
     """The models' smallest case, for compiling takes long; the operator alone has all the others."""
     torch.compiler.reset()
@@ -525,7 +528,7 @@ def random_heads(heads, tokens=6):
 
 
 @pytest.mark.parametrize("needed", [(0,), (1, 2), (3,), (0, 1, 2, 3), ()])
-@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("inductor", marks=machine.needs_compiler)])
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("inductor", marks=hardware.needs_compiler)])
 def test_gradients_of_what_needs_one(needed, backend):
     torch.compiler.reset()
     tensors = [random_heads(4), random_heads(2), random_heads(2), torch.rand(1)]

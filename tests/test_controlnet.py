@@ -12,9 +12,9 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn.methods.clear import window_pairs
 from clear_attn.models.context_checkpoint import ContextCheckpoint
-from tests import machine, tiny
-from tests.plain import in_raster_order, run
-from tests.test_linearize import assert_same, photograph
+from tests.helpers import dummy_models, hardware
+from tests.helpers.reference_model import in_raster_order, run
+from tests.helpers.snapshots import assert_same, snapshot
 
 
 def wake(controlnet):
@@ -27,11 +27,11 @@ def wake(controlnet):
 
 
 def flux_controlnet(**changes):
-    return wake(FluxControlNetModel(**{**tiny.FLUX_CONFIG, **changes}))
+    return wake(FluxControlNetModel(**{**dummy_models.FLUX_CONFIG, **changes}))
 
 
 def flux_call(controlnet, grid, text, batch):
-    call = tiny.flux_call(controlnet, grid, text=text, batch=batch)
+    call = dummy_models.flux_call(controlnet, grid, text=text, batch=batch)
     rng = torch.Generator().manual_seed(5)
     if controlnet.input_hint_block is None:
         call["controlnet_cond"] = torch.randn(call["hidden_states"].shape, generator=rng)
@@ -43,11 +43,11 @@ def flux_call(controlnet, grid, text, batch):
 
 
 def sd3_controlnet(**changes):
-    return wake(SD3ControlNetModel(**{**tiny.SD3_CONFIG, **changes}))
+    return wake(SD3ControlNetModel(**{**dummy_models.SD3_CONFIG, **changes}))
 
 
 def sd3_call(controlnet, grid, text, batch):
-    call = tiny.sd3_call(tiny.SD3.transformer(), grid, text=text, batch=batch)
+    call = dummy_models.sd3_call(dummy_models.SD3.transformer(), grid, text=text, batch=batch)
     call["controlnet_cond"] = call["hidden_states"].flip(-1)
     if controlnet.context_embedder is None:
         call["encoder_hidden_states"] = None
@@ -74,7 +74,7 @@ KINDS = {
     window=st.integers(1, 25),
     factor=st.integers(1, 3),
     batch=st.integers(1, 2),
-    backend=st.sampled_from(machine.BACKENDS),
+    backend=st.sampled_from(hardware.BACKENDS),
 )
 @settings(max_examples=8)
 def test_equals_the_rule_in_raster_order(kind, grid, text, window, factor, batch, backend):
@@ -82,7 +82,7 @@ def test_equals_the_rule_in_raster_order(kind, grid, text, window, factor, batch
     controlnet = build(**changes)
     call = make_call(controlnet, grid, text, batch)
     expected = run(in_raster_order(controlnet, [grid], clear.methods.Clear(window, factor)), call)
-    before = photograph(controlnet)
+    before = snapshot(controlnet)
     stock = run(controlnet, call)
     clear.linearize(controlnet, window, factor, weights=None, backend=backend)
     torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
@@ -160,7 +160,7 @@ def test_an_embedder_that_is_replaced_is_found_out():
     controlnet = sd3_controlnet(use_pos_embed=False, joint_attention_dim=None, dual_attention_layers=())
     call = sd3_call(controlnet, (11, 20), 7, 1)
     clear.linearize(controlnet, 4, weights=None)
-    controlnet.pos_embed = copy.deepcopy(tiny.SD3.transformer().pos_embed)
+    controlnet.pos_embed = copy.deepcopy(dummy_models.SD3.transformer().pos_embed)
     with pytest.raises(RuntimeError, match="a PatchEmbed of this SD3ControlNetModel was replaced"):
         run(controlnet, call)
     expected = run(in_raster_order(clear.restore(copy.deepcopy(controlnet)), [(11, 20)], clear.methods.Clear(4)), call)
@@ -182,13 +182,13 @@ def test_several_are_linearized_one_by_one():
 
 
 def test_made_from_a_linearized_transformer_it_carries_no_mark():
-    transformer = clear.linearize(tiny.FLUX.transformer(), 4, weights=None)
+    transformer = clear.linearize(dummy_models.FLUX.transformer(), 4, weights=None)
     heads = {"num_attention_heads": 2, "attention_head_dim": 16}
     controlnet = FluxControlNetModel.from_transformer(transformer, num_layers=1, num_single_layers=1, **heads)
     assert not clear.is_linearized(controlnet)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_compiled():
     controlnet = flux_controlnet()
     call = flux_call(controlnet, (11, 20), 7, 1)

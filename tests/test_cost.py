@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import clear_attn as clear
 from clear_attn.core.window_mask import window_mask
 from clear_attn.methods.clear import window_pairs
-from tests import tiny
+from tests.helpers import dummy_models
 
 
 @pytest.fixture(scope="module")
@@ -86,4 +86,4 @@ def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
 )
 def test_refuses(arguments, error, words):
     with pytest.raises(error, match=words):
-        clear.cost(tiny.flux_transformer(), **{"height": 64, "width": 64, **arguments})
+        clear.cost(dummy_models.flux_transformer(), **{"height": 64, "width": 64, **arguments})

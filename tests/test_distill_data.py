@@ -14,7 +14,7 @@ from clear_attn.distill import buckets, cache
 from clear_attn.distill.cache import Cache, Origin, batches
 from clear_attn.distill.data import from_dataset, from_folder
 from clear_attn.models import training_adapter_for
-from tests.training import fill
+from tests.helpers.training_runs import fill
 
 
 class TestFolder:

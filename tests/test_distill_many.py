@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from clear_attn.distill import checkpoint, config_file, train
 from clear_attn.distill.optimizers import prepare_plugins
 from clear_attn.distill.trainer import RUN
-from tests.training import change, fill, small_settings
+from tests.helpers.training_runs import change, fill, small_settings
 
 PROCESSES = 2
 
@@ -37,7 +37,7 @@ def on_many(kind, settings):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     told = {"zero2": {"ACCELERATE_USE_DEEPSPEED": "true"}, "fsdp2": {"FSDP_VERSION": "2"}}
     run = subprocess.run(
-        [*command, "-m", "tests.worker", kind, json.dumps(dataclasses.asdict(settings))],
+        [*command, "-m", "tests.helpers.training_worker", kind, json.dumps(dataclasses.asdict(settings))],
         capture_output=True,
         text=True,
         timeout=600,

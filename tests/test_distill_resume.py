@@ -14,7 +14,7 @@ import torch
 from clear_attn.distill import checkpoint, train
 from clear_attn.distill import trainer as run_module
 from clear_attn.weights.sources import WEIGHTS_FILE
-from tests.training import change, fill, small_settings, weights_of
+from tests.helpers.training_runs import change, fill, small_settings, weights_of
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from clear_attn.distill.validation import Validation
 from clear_attn.models.flux import FluxTraining
 from clear_attn.utils.image_sheets import contact_sheet
 from clear_attn.weights.sources import WEIGHTS_FILE
-from tests.plain import run
-from tests.training import change, fill, small_settings, weights_of
+from tests.helpers.reference_model import run
+from tests.helpers.training_runs import change, fill, small_settings, weights_of
 
 MODEL = str(demo.path())
 

@@ -25,11 +25,11 @@ from clear_attn.distill.student import (
 )
 from clear_attn.models import training_adapter_for
 from clear_attn.weights.parameters import POOLED, replaced_parameters
-from tests import tiny
-from tests.plain import run
+from tests.helpers import dummy_models
+from tests.helpers.reference_model import run
 
 
-@pytest.fixture(params=tiny.FAMILIES.values(), ids=tiny.FAMILIES)
+@pytest.fixture(params=dummy_models.FAMILIES.values(), ids=dummy_models.FAMILIES)
 def family(request):
     return request.param
 
@@ -44,7 +44,7 @@ def with_student(family, factor=1, backend="auto", **options):
     return transformer, parameters
 
 
-def shaken(parameters):
+def perturb(parameters):
     """Other values than those at the start, the same each time."""
     rng = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -58,7 +58,9 @@ def as_role(role, call, outputs=None):
 
 def batch_for(transformer, grid=(7, 10), batch=2):
     rng = torch.Generator().manual_seed(3)
-    channels = transformer.config.in_channels // (4 if isinstance(transformer, tiny.FluxTransformer2DModel) else 1)
+    channels = transformer.config.in_channels // (
+        4 if isinstance(transformer, dummy_models.FluxTransformer2DModel) else 1
+    )
     latents = torch.randn(batch, channels, 2 * grid[0], 2 * grid[1], generator=rng)
     text = torch.randn(batch, 5, transformer.config.joint_attention_dim, generator=rng)
     pooled = torch.randn(batch, transformer.config.pooled_projection_dim, generator=rng)
@@ -79,7 +81,7 @@ def step(transformer, weights=PAPER, matched=None, wrap=lambda module: module):
 def test_the_teacher_is_the_model_as_it_was(family, factor):
     call = family.call(family.transformer(), (9, 13))
     transformer, parameters = with_student(family, factor)
-    shaken(parameters)
+    perturb(parameters)
     torch.testing.assert_close(
         run(transformer, as_role(TEACHER, call)), run(family.transformer(), call), atol=1e-5, rtol=0
     )
@@ -98,7 +100,7 @@ def test_the_student_starts_as_the_linearized_model(family, factor, options):
 @pytest.mark.parametrize("factor", [1, 2])
 def test_what_was_trained_loads(family, factor, options, tmp_path):
     transformer, parameters = with_student(family, factor, **options)
-    shaken(parameters)
+    perturb(parameters)
     call = family.call(transformer, (9, 13))
     expected = run(transformer, as_role(STUDENT, call))
     save_file(
@@ -134,7 +136,7 @@ def test_gradients_are_those_of_dense_attention(family, factor):
     gradients = []
     for backend in ("auto", "reference"):
         transformer, parameters = with_student(family, factor, backend)
-        shaken(parameters)
+        perturb(parameters)
         gradients.append(torch.autograd.grad(step(transformer).total, parameters))
     for ours, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
@@ -145,7 +147,7 @@ def test_gradients_under_checkpointing(family, use_reentrant):
     results = []
     for checkpointing in (False, True):
         transformer, parameters = with_student(family, 2)
-        shaken(parameters)
+        perturb(parameters)
         if checkpointing:
             transformer.enable_gradient_checkpointing()
         transformer.train()
@@ -157,7 +159,7 @@ def test_gradients_under_checkpointing(family, use_reentrant):
 
 def test_the_losses_of_a_step(family):
     transformer, parameters = with_student(family)
-    shaken(parameters)
+    perturb(parameters)
     training = training_adapter_for(transformer)
     batch, noise, sigma = batch_for(transformer)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
@@ -188,8 +190,8 @@ def test_wrappers_that_copy_what_a_call_is_given():
         def forward(self, **call):
             return self.module(**self.copied(call))
 
-    transformer, parameters = with_student(tiny.FLUX)
-    shaken(parameters)
+    transformer, parameters = with_student(dummy_models.FLUX)
+    perturb(parameters)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
     expected = step(transformer, matched=layers)
     assert expected.attention > 0
@@ -203,9 +205,9 @@ def test_wrappers_that_copy_what_a_call_is_given():
 
 def test_the_attention_that_is_compared_is_the_models_own():
     """Of a layer of one stream, what the layer gives; in raster order, whatever the door does."""
-    transformer, _ = with_student(tiny.FLUX)
-    call = tiny.FLUX.call(transformer, (9, 13))
-    stock, seen = tiny.FLUX.transformer(), []
+    transformer, _ = with_student(dummy_models.FLUX)
+    call = dummy_models.FLUX.call(transformer, (9, 13))
+    stock, seen = dummy_models.FLUX.transformer(), []
     stock.single_transformer_blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append(output))
     run(stock, call)
     layer = "single_transformer_blocks.1.attn"
@@ -216,7 +218,9 @@ def test_the_attention_that_is_compared_is_the_models_own():
     torch.testing.assert_close(outputs.by_layer[layer], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("other", [tiny.FLUX2, tiny.QWEN, tiny.CHROMA], ids=["flux2", "qwen", "chroma"])
+@pytest.mark.parametrize(
+    "other", [dummy_models.FLUX2, dummy_models.QWEN, dummy_models.CHROMA], ids=["flux2", "qwen", "chroma"]
+)
 def test_models_that_cannot_have_a_student_yet(other):
     transformer = clear.linearize(other.transformer(), 3, weights=None)
     before = dict(transformer.attn_processors)
@@ -229,33 +233,33 @@ def test_models_that_cannot_have_a_student_yet(other):
 def test_packing_is_diffusers_own():
     latents = torch.randn(2, 4, 6, 10)
     expected = FluxPipeline._pack_latents(latents, *latents.shape)
-    assert torch.equal(training_adapter_for(tiny.FLUX.transformer()).pack(latents), expected)
+    assert torch.equal(training_adapter_for(dummy_models.FLUX.transformer()).pack(latents), expected)
 
 
 def test_which_layers_are_compared():
     """Of FLUX's 57, the ten that the reference takes; of SD3.5's, every fourth."""
     layers = [f"transformer_blocks.{i}.attn" for i in range(19)]
     layers += [f"single_transformer_blocks.{i}.attn" for i in range(38)]
-    chosen = training_adapter_for(tiny.FLUX.transformer()).matched_layers(layers)
+    chosen = training_adapter_for(dummy_models.FLUX.transformer()).matched_layers(layers)
     assert chosen == [f"single_transformer_blocks.{i}.attn" for i in range(1, 38, 4)]
     assert len(chosen) == 10
-    assert training_adapter_for(tiny.SD3.transformer()).matched_layers(layers) == layers[::4]
+    assert training_adapter_for(dummy_models.SD3.transformer()).matched_layers(layers) == layers[::4]
 
 
 def test_a_deep_copy_is_a_student_of_its_own():
-    transformer, _ = with_student(tiny.FLUX)
-    call = tiny.FLUX.call(transformer, (5, 8))
+    transformer, _ = with_student(dummy_models.FLUX)
+    call = dummy_models.FLUX.call(transformer, (5, 8))
     before = run(transformer, as_role(STUDENT, call))
     twin = copy.deepcopy(transformer)
-    shaken(student_parameters(twin).values())
+    perturb(student_parameters(twin).values())
     assert torch.equal(run(transformer, as_role(STUDENT, call)), before)
     assert not torch.equal(run(twin, as_role(STUDENT, call)), before)
 
 
 def test_refusals():
     with pytest.raises(RuntimeError, match="only a linearized model can have a student"):
-        add_student(tiny.FLUX.transformer())
-    transformer = clear.linearize(tiny.FLUX.transformer(), 3, weights=None)
+        add_student(dummy_models.FLUX.transformer())
+    transformer = clear.linearize(dummy_models.FLUX.transformer(), 3, weights=None)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         add_student(transformer, rank=0)
 

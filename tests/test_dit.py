@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import clear_attn as clear
 from clear_attn.models import training_adapter_for
-from tests import tiny
-from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.helpers import dummy_models
+from tests.helpers.reference_model import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.helpers.snapshots import assert_same, snapshot
 
 # What holds of every family, here of this one.
 from tests.test_families import (
@@ -26,9 +27,7 @@ from tests.test_families import (
     test_the_callers_keywords_are_left_alone,
 )
 from tests.test_linearize import (
-    assert_same,
     checkpoint,
-    photograph,
     test_again_with_other_settings_starts_from_the_original,
     test_in_bfloat16,
     test_other_hooks_stay,
@@ -39,7 +38,7 @@ from tests.test_saving import folder, test_there_and_back, trained
 
 @pytest.fixture
 def family():
-    return tiny.DIT
+    return dummy_models.DIT
 
 
 @given(data=st.data())
@@ -47,8 +46,8 @@ def family():
 def test_equals_the_rule_in_raster_order(data):
     side = data.draw(st.sampled_from([1, 3, 8, 13, 17, 24]), "side")
     window, factor = (data.draw(st.integers(1, SIZES[name]), name) for name in ("window", "factor"))
-    transformer = tiny.dit_transformer(**data.draw(st.sampled_from(tiny.DIT.variants)))
-    call = tiny.dit_call(transformer, (side, side), batch=data.draw(st.integers(1, 3), "batch"))
+    transformer = dummy_models.dit_transformer(**data.draw(st.sampled_from(dummy_models.DIT.variants)))
+    call = dummy_models.dit_call(transformer, (side, side), batch=data.draw(st.integers(1, 3), "batch"))
     expected = run(in_raster_order(transformer, [(side, side)], clear.methods.Clear(window, factor)), call)
     assert expected.shape[1] == transformer.config.out_channels
     clear.linearize(
@@ -58,7 +57,7 @@ def test_equals_the_rule_in_raster_order(data):
 
 
 def test_sizes_in_turn(transformer):
-    calls = {side: tiny.dit_call(transformer, (side, side)) for side in (5, 12)}
+    calls = {side: dummy_models.dit_call(transformer, (side, side)) for side in (5, 12)}
     expected = {
         side: run(in_raster_order(transformer, [(side, side)], clear.methods.Clear(4, 2)), call)
         for side, call in calls.items()
@@ -71,7 +70,7 @@ def test_sizes_in_turn(transformer):
 def test_the_older_processor_comes_back(transformer):
     for block in transformer.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())
-    call, before = tiny.dit_call(transformer, (6, 6)), photograph(transformer)
+    call, before = dummy_models.dit_call(transformer, (6, 6)), snapshot(transformer)
     stock = run(transformer, call)
     clear.linearize(transformer, 9, weights=None)
     torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
@@ -95,7 +94,7 @@ def small_pipeline(transformer):
 
 
 def test_a_pipeline():
-    pipe = small_pipeline(tiny.dit_transformer(num_embeds_ada_norm=1000))  # it takes class 1000 for none
+    pipe = small_pipeline(dummy_models.dit_transformer(num_embeds_ada_norm=1000))  # it takes class 1000 for none
 
     def draw():
         output = pipe(
@@ -112,7 +111,7 @@ def test_a_pipeline():
 
 def test_pictures_that_are_not_square(transformer):
     clear.linearize(transformer, 3, weights=None)
-    call = tiny.dit_call(transformer, (4, 4))
+    call = dummy_models.dit_call(transformer, (4, 4))
     with pytest.raises(ValueError, match=r"must be square, got \[1, 4, 8, 4\]"):
         run(transformer, {**call, "hidden_states": call["hidden_states"][..., :4]})
     with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 4, 7, 7\]"):
@@ -120,11 +119,11 @@ def test_pictures_that_are_not_square(transformer):
 
 
 def test_a_schedule_by_layer_and_none_by_noise(transformer):
-    before = photograph(transformer)
+    before = snapshot(transformer)
     with pytest.raises(ValueError, match=r"dense_above_sigma=0\.9 is a share of noise, which a call of a DiT"):
         clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_above_sigma=0.9))
     assert_same(transformer, before)
-    call = tiny.dit_call(transformer, (8, 8))
+    call = dummy_models.dit_call(transformer, (8, 8))
     stock = run(transformer, call)
     local = run(clear.linearize(transformer, 3, weights=None), call)
     clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_layers=["transformer_blocks"]))
@@ -144,7 +143,7 @@ def test_what_it_is_refused_for(transformer):
 
 
 def test_proportional_attention(transformer):
-    call = tiny.dit_call(transformer, (6, 6))
+    call = dummy_models.dit_call(transformer, (6, 6))
     stock = run(transformer, call)
     with clear.proportional_attention(transformer):
         sharpened = run(transformer, call)
@@ -156,7 +155,7 @@ def test_proportional_attention(transformer):
 
 def test_compiled_blocks(transformer):
     transformer._repeated_blocks = ["BasicTransformerBlock"]  # diffusers names none for DiT
-    check_compiled_blocks(transformer, tiny.dit_call(transformer, (9, 9)))
+    check_compiled_blocks(transformer, dummy_models.dit_call(transformer, (9, 9)))
 
 
 class LinearProcessor:
@@ -177,7 +176,7 @@ class LinearProcessor:
 
 
 def test_lit_comes_back_from_a_folder(transformer, tmp_path):
-    call, stock = tiny.dit_call(transformer, (11, 11), batch=2), copy.deepcopy(transformer)
+    call, stock = dummy_models.dit_call(transformer, (11, 11), batch=2), copy.deepcopy(transformer)
     before = run(transformer, call)
     clear.linearize(transformer, method=clear.methods.LiT(), weights=None)
     for block, plain in zip(transformer.transformer_blocks, stock.transformer_blocks, strict=True):

@@ -11,14 +11,20 @@ import pytest
 import torch
 
 import clear_attn as clear
-from tests import tiny
-from tests.plain import run
+from tests.helpers import dummy_models
+from tests.helpers.reference_model import run
 from tests.test_method_verbs import put_rule
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = ROOT / "src"
-GUIDE_MODELS = {**tiny.FAMILIES, "flux2": tiny.FLUX2, "qwen": tiny.QWEN, "chroma": tiny.CHROMA, "dit": tiny.DIT}
+GUIDE_MODELS = {
+    **dummy_models.FAMILIES,
+    "flux2": dummy_models.FLUX2,
+    "qwen": dummy_models.QWEN,
+    "chroma": dummy_models.CHROMA,
+    "dit": dummy_models.DIT,
+}
 MODULES = [
     ".".join(file.relative_to(SOURCE).with_suffix("").parts)
     for file in sorted(SOURCE.rglob("*.py"))

@@ -39,7 +39,7 @@ from clear_attn.tools.evaluate.student_images import Drawn, read_all
 from clear_attn.utils import optional_dependencies as at_hand
 from clear_attn.utils.image_sheets import CELL, contact_sheet
 from clear_attn.utils.prompts import read_prompts
-from tests import tiny
+from tests.helpers import dummy_models
 
 PROMPTS = ["a red circle on a blue ground, in the middle", "a white cross", "a green square on a black ground"]
 CALL = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 24}
@@ -56,7 +56,7 @@ def judges(tmp_path_factory):
     """Folders of a random CLIP, DINOv2 and DINO, which has no pooler."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("judges")
-    tokenizer = tiny.flux_pipeline().tokenizer
+    tokenizer = dummy_models.flux_pipeline().tokenizer
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **ids}
     # Large weights, or random models find all pictures alike.
@@ -182,7 +182,7 @@ class TestMetrics:
             for metric in metrics.values():
                 metric.update(Batch(teacher, student, PROMPTS))
         processor = CLIPImageProcessorPil.from_pretrained(judges / "clip")
-        model, tokenizer = CLIPModel.from_pretrained(judges / "clip").eval(), tiny.flux_pipeline().tokenizer
+        model, tokenizer = CLIPModel.from_pretrained(judges / "clip").eval(), dummy_models.flux_pipeline().tokenizer
         for number, prompt in enumerate(PROMPTS):
             images = [Image.fromarray(x[number].permute(1, 2, 0).numpy()) for x in (teacher, student)]
             with torch.inference_mode():
@@ -337,7 +337,7 @@ class TestEvaluate:
         assert Image.open(out / "contact_sheet.png").size[0] > 3 * CELL
 
     def test_named_metrics_and_distilled_weights(self, pipe, tmp_path):
-        student = tiny.flux_pipeline()
+        student = dummy_models.flux_pipeline()
         clear.linearize(student, 3, 2, weights=None)
         with torch.no_grad():
             for layer, attn in student.transformer.named_modules():
@@ -359,7 +359,9 @@ class TestEvaluate:
 
     def test_sd3(self, tmp_path):
         call = {**CALL, "height": 32, "width": 48}
-        found = evaluate(tiny.sd3_pipeline(), PROMPTS[:1], tmp_path, weights=None, window=1, metrics=["psnr"], **call)
+        found = evaluate(
+            dummy_models.sd3_pipeline(), PROMPTS[:1], tmp_path, weights=None, window=1, metrics=["psnr"], **call
+        )
         assert 0 < found.means["psnr"]["student"] < 100
 
     def test_equal_pictures_are_infinitely_alike(self):

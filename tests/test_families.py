@@ -16,8 +16,8 @@ from clear_attn.core.layout import grid_permutation
 from clear_attn.models import adapter_for, flux
 from clear_attn.patching import plan_cache
 from clear_attn.patching.state import entry_hook_of
-from tests import machine, tiny
-from tests.plain import in_raster_order, run
+from tests.helpers import dummy_models, hardware
+from tests.helpers.reference_model import in_raster_order, run
 
 GRID = st.sampled_from([(1, 1), (3, 5), (8, 8), (13, 7), (17, 23), (16, 24)])
 
@@ -28,14 +28,14 @@ def keywords_of(transformer):
     return adapter_for(transformer).keywords
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES.values(), ids=tiny.FAMILIES)
+@pytest.mark.parametrize("family", dummy_models.FAMILIES.values(), ids=dummy_models.FAMILIES)
 @given(data=st.data())
 @settings(max_examples=25)
 def test_equals_the_rule_in_raster_order(family, data):
     check_rule(family, data)
 
 
-def check_rule(family, data, backends=machine.BACKENDS):
+def check_rule(family, data, backends=hardware.BACKENDS):
     grids = data.draw(st.lists(GRID, min_size=1, max_size=family.most_grids), "grids")
     text, window, factor = (data.draw(st.integers(1, most), name) for name, most in SIZES.items())
     batch, controlnet = data.draw(st.integers(1, 3), "batch"), data.draw(st.booleans(), "controlnet")
@@ -94,7 +94,7 @@ def test_portrait_and_landscape_in_turn(family, transformer):
             torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 def test_two_threads_see_their_own_layouts(family, transformer, backend):
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     calls = [family.call(transformer, grid) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
@@ -165,7 +165,7 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
         torch.testing.assert_close(ours, plain_one, atol=1e-6, rtol=1e-5)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_compiled_transformer(family, transformer):
     call = family.call(transformer, (13, 7))
     clear.linearize(transformer, 4, 2, weights=None)
@@ -173,7 +173,7 @@ def test_compiled_transformer(family, transformer):
     torch.testing.assert_close(run(torch.compile(transformer), call), expected, atol=1e-5, rtol=0)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_twenty_sizes_stay_within_bounds(family, transformer, monkeypatch):
     """Caches stay bounded, FlexAttention is compiled a handful of times, and nothing takes a dense path."""
     for module in (attention, dense, tiled):

@@ -8,22 +8,22 @@ from torch._dynamo.utils import counters
 
 import clear_attn as clear
 from clear_attn.models import flux
-from tests import machine, tiny
-from tests.plain import in_raster_order, run
+from tests.helpers import dummy_models, hardware
+from tests.helpers.reference_model import in_raster_order, run
 
 
 @pytest.fixture
 def transformer():
-    return tiny.FLUX.transformer()
+    return dummy_models.FLUX.transformer()
 
 
-@machine.needs_compiler
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@hardware.needs_compiler
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 def test_regional_compilation(backend):
     """Of more blocks than torch would compile one by one."""
     torch.compiler.reset()  # compilations are counted for each line of code, over all tests
-    transformer = tiny.FLUX.transformer(num_layers=torch._dynamo.config.recompile_limit + 1)
-    calls = [tiny.FLUX.call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
+    transformer = dummy_models.FLUX.transformer(num_layers=torch._dynamo.config.recompile_limit + 1)
+    calls = [dummy_models.FLUX.call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
     plain = [
         in_raster_order(transformer, [grid], clear.methods.Clear(4)) for grid, text in (((13, 7), 7), ((18, 20), 11))
     ]
@@ -45,13 +45,13 @@ def graphs_of(transformer, calls):
     return [after - before for before, after in itertools.pairwise(counts)], results
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 @pytest.mark.parametrize("backend", ["tiled", "flex"])
 def test_compiled_blocks_settle(backend):
     """Ten sizes and three text lengths take the compilations of the plain model, and FlexAttention's own two."""
-    transformer = tiny.FLUX.transformer()
-    calls = [tiny.FLUX.call(transformer, (9 + 3 * i, 15 + 4 * i), text=(5, 12, 40)[i % 3]) for i in range(10)]
-    of_plain_model, _ = graphs_of(tiny.FLUX.transformer(), calls)
+    transformer = dummy_models.FLUX.transformer()
+    calls = [dummy_models.FLUX.call(transformer, (9 + 3 * i, 15 + 4 * i), text=(5, 12, 40)[i % 3]) for i in range(10)]
+    of_plain_model, _ = graphs_of(dummy_models.FLUX.transformer(), calls)
     clear.linearize(transformer, 4, weights=None, backend=backend)
     expected = [run(transformer, call) for call in calls]
     graphs, results = graphs_of(transformer, calls)
@@ -63,40 +63,40 @@ def test_compiled_blocks_settle(backend):
 
 class TestIds:
     def test_coarse_ids_are_counted_anew(self):
-        ids = tiny.image_ids((2, 600))
+        ids = dummy_models.image_ids((2, 600))
         assert ids.bfloat16().float()[:, 2].unique().numel() < 600
         positions = flux._parse_ids(ids.bfloat16())
         assert positions.grids == ((2, 600),)
         assert torch.equal(positions.exact, ids)
 
     def test_positions_of_another_kind_are_left_alone(self):
-        assert flux._parse_ids((tiny.image_ids((4, 6)) * 1.5).bfloat16()).exact is None
-        assert flux._parse_ids(tiny.image_ids((4, 6))).exact is None
+        assert flux._parse_ids((dummy_models.image_ids((4, 6)) * 1.5).bfloat16()).exact is None
+        assert flux._parse_ids(dummy_models.image_ids((4, 6))).exact is None
 
     def test_batched_ids(self, transformer):
-        call = tiny.FLUX.call(transformer, (4, 6))
+        call = dummy_models.FLUX.call(transformer, (4, 6))
         clear.linearize(transformer, 3, weights=None)
         expected = run(transformer, call)
         assert torch.equal(run(transformer, {**call, "img_ids": call["img_ids"][None]}), expected)
 
     def test_a_changed_tensor_is_read_anew(self):
-        ids = tiny.image_ids((4, 6))
+        ids = dummy_models.image_ids((4, 6))
         assert flux._read_ids(ids).grids == ((4, 6),)
-        ids.copy_(tiny.image_ids((6, 4)))
+        ids.copy_(dummy_models.image_ids((6, 4)))
         assert flux._read_ids(ids).grids == ((6, 4),)
 
     def test_under_inference_mode(self, transformer):
         clear.linearize(transformer, 3, weights=None)
-        expected = run(transformer, tiny.FLUX.call(transformer, (4, 6)))
+        expected = run(transformer, dummy_models.FLUX.call(transformer, (4, 6)))
         with torch.inference_mode():
-            output = transformer(**tiny.FLUX.call(transformer, (4, 6))).sample
+            output = transformer(**dummy_models.FLUX.call(transformer, (4, 6))).sample
         torch.testing.assert_close(output.clone(), expected)
 
     @pytest.mark.parametrize(
         ("ids", "words"),
         [
-            (tiny.image_ids((4, 6))[:-1], "no grid of 6 columns"),
-            (tiny.image_ids((4, 6)).flip(0).roll(3, 0), "row by row"),
+            (dummy_models.image_ids((4, 6))[:-1], "no grid of 6 columns"),
+            (dummy_models.image_ids((4, 6)).flip(0).roll(3, 0), "row by row"),
             (torch.zeros(5, 2), r"got \[5, 2\]"),
         ],
     )
@@ -107,13 +107,13 @@ class TestIds:
     def test_refuses_a_call_without_ids(self, transformer):
         clear.linearize(transformer, 3, weights=None)
         with pytest.raises(ValueError, match=r"img_ids must tell where .* got None"):
-            run(transformer, {**tiny.FLUX.call(transformer, (4, 6)), "img_ids": None})
+            run(transformer, {**dummy_models.FLUX.call(transformer, (4, 6)), "img_ids": None})
 
     def test_refuses_ids_for_another_picture(self, transformer):
-        call = tiny.FLUX.call(transformer, (4, 6))
+        call = dummy_models.FLUX.call(transformer, (4, 6))
         clear.linearize(transformer, 3, weights=None)
         with pytest.raises(ValueError, match="img_ids place 20 image tokens, hidden_states has 24"):
-            run(transformer, {**call, "img_ids": tiny.image_ids((4, 5))})
+            run(transformer, {**call, "img_ids": dummy_models.image_ids((4, 5))})
 
 
 @pytest.mark.parametrize("name", ["native", "_native_math", "flex"])
@@ -121,7 +121,7 @@ def test_the_users_attention_backend_serves_text_queries(transformer, name, monk
     from clear_attn.models import dense_attention
 
     clear.linearize(transformer, 4, weights=None)
-    expected = run(transformer, tiny.FLUX.call(transformer, (9, 9)))
+    expected = run(transformer, dummy_models.FLUX.call(transformer, (9, 9)))
     used = []
     dispatch = dense_attention.dispatch_attention_fn
     monkeypatch.setattr(
@@ -130,7 +130,9 @@ def test_the_users_attention_backend_serves_text_queries(transformer, name, monk
         lambda *args, **kwargs: used.append(kwargs["backend"]) or dispatch(*args, **kwargs),
     )
     transformer.set_attention_backend(name)
-    torch.testing.assert_close(run(transformer, tiny.FLUX.call(transformer, (9, 9))), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        run(transformer, dummy_models.FLUX.call(transformer, (9, 9))), expected, atol=1e-5, rtol=0
+    )
     # diffusers calls FlexAttention uncompiled: never that.
     assert {str(backend.value) for backend in used} == {name if name != "flex" else "native"}
     transformer.set_attention_backend("native")

@@ -10,8 +10,9 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn.models import training_adapter_for
 from clear_attn.models.flux2 import ParallelProcessor
-from tests import machine, pipelines, tiny
-from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.helpers import dummy_models, dummy_pipelines, hardware
+from tests.helpers.reference_model import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.helpers.snapshots import assert_same, snapshot
 
 # What holds of every family, here of this one.
 from tests.test_families import (
@@ -27,9 +28,7 @@ from tests.test_families import (
 )
 from tests.test_linearize import (
     TestLora,
-    assert_same,
     checkpoint,
-    photograph,
     test_hooks_of_others_see_raster_order,
     test_restore_puts_back_replaced_weights,
 )
@@ -39,19 +38,19 @@ from tests.test_saving import folder, test_there_and_back, trained
 
 @pytest.fixture
 def family():
-    return tiny.FLUX2
+    return dummy_models.FLUX2
 
 
 @given(data=st.data())
 @settings(max_examples=10)
 def test_equals_the_rule_in_raster_order(data):
-    check_rule(tiny.FLUX2, data, ["tiled", "reference"])
+    check_rule(dummy_models.FLUX2, data, ["tiled", "reference"])
 
 
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 def test_three_pictures_of_different_size(transformer, backend):
     grids = [(13, 7), (9, 9), (4, 6)]
-    call = tiny.flux2_call(transformer, *grids, batch=2)
+    call = dummy_models.flux2_call(transformer, *grids, batch=2)
     expected = run(in_raster_order(transformer, grids, clear.methods.Clear(4, 2)), call)
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
@@ -59,7 +58,7 @@ def test_three_pictures_of_different_size(transformer, backend):
 
 @pytest.fixture
 def pipe():
-    return pipelines.flux2()
+    return dummy_pipelines.flux2()
 
 
 @pytest.mark.parametrize("references", [[], [(64, 80)], [(72, 64), (64, 64)]])
@@ -71,7 +70,7 @@ def test_pipeline_with_guidance_and_reference_pictures(pipe, references):
     def draw():
         return pipe(
             image=pictures or None,
-            **pipelines.flux2_text(),
+            **dummy_pipelines.flux2_text(),
             height=60,
             width=44,
             num_inference_steps=2,
@@ -84,15 +83,15 @@ def test_pipeline_with_guidance_and_reference_pictures(pipe, references):
 
 
 def test_kept_keys_of_references_are_refused():
-    transformer = clear.linearize(tiny.flux2_transformer(), 3, weights=None)
-    call = tiny.flux2_call(transformer, (4, 6))
+    transformer = clear.linearize(dummy_models.flux2_transformer(), 3, weights=None)
+    call = dummy_models.flux2_call(transformer, (4, 6))
     with pytest.raises(ValueError, match=r"kv_cache_mode='extract' keeps the keys .* use Flux2KleinPipeline"):
         run(transformer, {**call, "kv_cache_mode": "extract", "num_ref_tokens": 4})
 
 
 def test_distilled_weights_hold_what_single_blocks_project(trained, transformer):
     assert isinstance(trained.single_transformer_blocks[0].attn.processor, ParallelProcessor)
-    before = photograph(transformer)["state"]
+    before = snapshot(transformer)["state"]
     changed = {name for name, x in trained.state_dict().items() if name in before and not torch.equal(x, before[name])}
     assert {f"single_transformer_blocks.1.attn.{name}.weight" for name in ("to_qkv_mlp_proj", "to_out")} <= changed
 
@@ -107,7 +106,7 @@ def test_what_it_is_refused_for(pipe):
 
 
 def test_theta_is_scaled_and_scores_are_sharpened(transformer):
-    call = tiny.flux2_call(transformer, (9, 12))
+    call = dummy_models.flux2_call(transformer, (9, 12))
     stock = run(transformer, call)
     with clear.ntk_scaling(transformer, 10):
         assert (run(transformer, call) - stock).abs().max() > 1e-4
@@ -122,14 +121,14 @@ def test_theta_is_scaled_and_scores_are_sharpened(transformer):
 
 
 def test_compiled_blocks(transformer):
-    check_compiled_blocks(transformer, tiny.flux2_call(transformer, (13, 7), (4, 6)))
+    check_compiled_blocks(transformer, dummy_models.flux2_call(transformer, (13, 7), (4, 6)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 8])
 def test_activations_lie_between_the_bounds(window, dtype):
-    transformer, grid = tiny.flux2_transformer(**WIDE, axes_dims_rope=(8, 8, 8, 8)).to(dtype), (24, 32)
-    call = tiny.flux2_call(transformer, grid, text=32)
+    transformer, grid = dummy_models.flux2_transformer(**WIDE, axes_dims_rope=(8, 8, 8, 8)).to(dtype), (24, 32)
+    call = dummy_models.flux2_call(transformer, grid, text=32)
     for name in ("hidden_states", "encoder_hidden_states", "timestep"):
         call[name] = call[name].to(dtype)
     if window:
@@ -146,7 +145,7 @@ def test_cost(transformer):
 
 
 def test_ids_of_a_further_axis_must_agree_in_a_picture(transformer):
-    call = tiny.flux2_call(transformer, (4, 6))
+    call = dummy_models.flux2_call(transformer, (4, 6))
     call["img_ids"] = call["img_ids"].clone()
     call["img_ids"][:, 5, 3] = 1
     clear.linearize(transformer, 3, weights=None)

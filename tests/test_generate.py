@@ -17,7 +17,7 @@ from clear_attn import demo
 from clear_attn.cascade.plan import describe
 from clear_attn.tools import generate_command as command
 from clear_attn.tools.cli import app
-from tests import tiny
+from tests.helpers import dummy_models
 
 FEW_STEPS = (
     *("--prompt", "a red circle", "--width", 160),
@@ -153,7 +153,7 @@ def test_saves_what_was_finished_when_another_rank_failed(tmp_path, start, monke
 
 
 def test_stable_diffusion_3_from_a_folder(tmp_path):
-    tiny.sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    dummy_models.sd3_pipeline().save_pretrained(tmp_path / "sd3")
     options = (*SMALL, "--height", 128, "--negative-prompt", "rain", "--base-steps", 1, "--base-guidance", 2)
     result = generate(tmp_path / "out.png", *options, "--guidance", 3, model=tmp_path / "sd3")
     assert result.exit_code == 0, result.output

@@ -10,13 +10,13 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 import clear_attn as clear
-from tests import machine
+from tests.helpers import hardware
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_text())}
 
 
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_published_code(name, backend):
     transformer = FluxTransformer2DModel(**json.loads((GOLDEN / "transformer_config.json").read_text()))

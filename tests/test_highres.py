@@ -16,16 +16,19 @@ from clear_attn.cascade import stage_runner as cascade
 from clear_attn.demo.scenes import held_out_scenes, read
 from clear_attn.patching import state
 from clear_attn.patching.context_managers import restored
-from tests import tiny
-from tests.highres import BASE, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
-from tests.test_life import by_group
-from tests.test_linearize import assert_same, photograph
+from tests.helpers import dummy_models
+from tests.helpers.large_images import BASE, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
+from tests.helpers.snapshots import assert_same, snapshot
+from tests.test_lifecycle import by_group
 
 
 class TestPicture:
     @pytest.mark.parametrize(
         ("make", "from_image"),
-        [(tiny.flux_pipeline, FluxImg2ImgPipeline), (tiny.sd3_pipeline, StableDiffusion3Img2ImgPipeline)],
+        [
+            (dummy_models.flux_pipeline, FluxImg2ImgPipeline),
+            (dummy_models.sd3_pipeline, StableDiffusion3Img2ImgPipeline),
+        ],
     )
     def test_is_what_diffusers_own_pipelines_draw_one_after_the_other(self, make, from_image):
         pipe = make()
@@ -115,15 +118,15 @@ class TestPicture:
         assert result.image.size == (160, 96)
 
     def test_sd3(self):
-        pipe = tiny.sd3_pipeline()
-        before = photograph(pipe.transformer)
+        pipe = dummy_models.sd3_pipeline()
+        before = snapshot(pipe.transformer)
         result = draw(pipe, 256, 128, base=clear.Base(height=128, width=64, steps=2))
         assert result.plan.stages[0].ntk_factor == 1
         assert result.image.size == (128, 256)
         assert_same(pipe.transformer, before)
 
     def test_guidance_of_each_image_takes_effect(self):
-        pipe = tiny.sd3_pipeline()
+        pipe = dummy_models.sd3_pipeline()
         plain = draw(pipe)
         other_base = draw(pipe, base=replace(BASE, guidance=2.0))
         assert not same(other_base.images[0], plain.images[0])

@@ -14,16 +14,16 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 import clear_attn as clear
 from clear_attn.methods import Clear
 from clear_attn.methods.method import proportional_scale
-from tests import tiny
-from tests.plain import FLUX_ATTENTION, SD3_ATTENTION, run
-from tests.test_linearize import assert_same, photograph
+from tests.helpers import dummy_models
+from tests.helpers.reference_model import FLUX_ATTENTION, SD3_ATTENTION, run
+from tests.helpers.snapshots import assert_same, snapshot
 
 GRID = (9, 12)
 
 
 def with_scale(transformer, call, scale):
     """The stock model's output with another scale of all scores, `scale` times head_dim^-0.5."""
-    text_first = isinstance(transformer, type(tiny.flux_transformer()))
+    text_first = isinstance(transformer, type(dummy_models.flux_transformer()))
     name, plain = (
         (FLUX_ATTENTION[0], dispatch_attention_fn) if text_first else (SD3_ATTENTION[0], F.scaled_dot_product_attention)
     )
@@ -37,20 +37,20 @@ def with_scale(transformer, call, scale):
 
 class TestNtkScaling:
     def test_is_the_rotary_embedding_of_a_larger_theta(self):
-        transformer = tiny.flux_transformer()
-        ids = tiny.image_ids(GRID)
+        transformer = dummy_models.flux_transformer()
+        ids = dummy_models.image_ids(GRID)
         with clear.ntk_scaling(transformer, 10):
             cos, _ = transformer.pos_embed(ids)
         expected = [
             get_1d_rotary_pos_embed(
                 size, ids[:, axis], theta=100_000, repeat_interleave_real=True, use_real=True, freqs_dtype=torch.float64
             )[0]
-            for axis, size in enumerate(tiny.FLUX_CONFIG["axes_dims_rope"])
+            for axis, size in enumerate(dummy_models.FLUX_CONFIG["axes_dims_rope"])
         ]
         assert torch.equal(cos, torch.cat(expected, dim=-1))
 
     def test_leaves_all_as_it_was_also_after_an_error(self, pipe):
-        before = photograph(pipe.transformer), pipe.transformer.pos_embed.theta
+        before = snapshot(pipe.transformer), pipe.transformer.pos_embed.theta
         with clear.ntk_scaling(pipe, 10) as given:
             assert given is pipe
             with clear.ntk_scaling(pipe.transformer, 3):
@@ -64,11 +64,11 @@ class TestNtkScaling:
     @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, "ten", True])
     def test_refuses_what_is_no_factor(self, factor):
         with pytest.raises(ValueError, match="ntk_factor must be a finite number above 0"):
-            clear.ntk_scaling(tiny.flux_transformer(), factor).__enter__()
+            clear.ntk_scaling(dummy_models.flux_transformer(), factor).__enter__()
 
     def test_refuses_a_model_without_rotary_embedding(self):
         with pytest.raises(ValueError, match="ntk_factor=10 needs a rotary embedding, and a SD3Transformer2DModel has"):
-            clear.ntk_scaling(tiny.sd3_transformer(), 10).__enter__()
+            clear.ntk_scaling(dummy_models.sd3_transformer(), 10).__enter__()
 
 
 class TestProportionalAttention:
@@ -108,13 +108,13 @@ class TestProportionalAttention:
     def test_leaves_all_as_it_was_also_after_an_error(self, family, transformer, window):
         if window:
             clear.linearize(transformer, window, weights=None)
-        before = photograph(transformer)
+        before = snapshot(transformer)
         with pytest.raises(ZeroDivisionError), clear.proportional_attention(transformer):
             raise ZeroDivisionError
         assert_same(transformer, before)
 
     def test_fused_projections(self, pipe):
-        call = tiny.flux_call(pipe.transformer, GRID)
+        call = dummy_models.flux_call(pipe.transformer, GRID)
         expected = with_scale(pipe.transformer, call, proportional_scale(115))
         pipe.transformer.fuse_qkv_projections()
         with clear.proportional_attention(pipe):
@@ -152,7 +152,7 @@ class TestProportionalAttention:
         assert layer.processor is own
 
     def test_refuses_a_controlnet(self):
-        net = FluxControlNetModel(**tiny.FLUX_CONFIG)
+        net = FluxControlNetModel(**dummy_models.FLUX_CONFIG)
         with pytest.raises(RuntimeError, match="cannot scale while it is dense"):
             clear.proportional_attention(net).__enter__()
 

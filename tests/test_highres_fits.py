@@ -10,7 +10,7 @@ import torch
 import clear_attn as clear
 from clear_attn.cascade import memory_check as fits
 from clear_attn.profiling.memory import GIB, Bytes, weight_bytes
-from tests.highres import STAGE, assert_as_it_was, draw, everything
+from tests.helpers.large_images import STAGE, assert_as_it_was, draw, everything
 
 
 class TestMemory:

@@ -20,8 +20,8 @@ from clear_attn.cascade import stage_runner as cascade
 from clear_attn.cascade.plan import describe
 from clear_attn.cascade.planning import base_size, between, check_aspect_ratio, check_grows, make_plan
 from clear_attn.cascade.result import HighresResult
-from tests import tiny
-from tests.highres import BASE, FAST, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
+from tests.helpers import dummy_models
+from tests.helpers.large_images import BASE, FAST, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 
 
 class TestPlan:
@@ -247,7 +247,7 @@ def test_refuses_settings(settings, error, words):
 def test_refuses_what_a_model_cannot_do(pipe):
     with pytest.raises(ValueError, match="base and image are both given"):
         clear.highres(pipe, PROMPT, height=128, width=128, base=BASE, image=noise(64, 64))
-    sd3 = tiny.sd3_pipeline()
+    sd3 = dummy_models.sd3_pipeline()
     with pytest.raises(ValueError, match="ntk_factor=10 needs a rotary embedding"):
         draw(sd3, stages=clear.Stage(ntk_factor=10))
     with pytest.raises(ValueError, match="negative_prompt does nothing without guidance"):

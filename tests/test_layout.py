@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from clear_attn.backends.attention import pool
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Clear
-from tests import reference
+from tests.helpers import reference_attention
 
 GRIDS = st.lists(st.tuples(st.integers(1, 37), st.integers(1, 37)), min_size=1, max_size=3)
 
@@ -40,7 +40,7 @@ def test_order_is_nested_tiles():
 def test_coordinates_are_those_of_the_tokens(grids):
     layout = TokenLayout(grids, 5, text_first=False)
     plan = Clear(4).plan(layout)
-    expected = reference.coordinates(grids).float()
+    expected = reference_attention.coordinates(grids).float()
     assert torch.equal(torch.stack(plan.query, dim=1)[layout.inverse_permutation], expected)
     assert torch.equal(plan.key.y[layout.image], plan.query.y)
     assert plan.radius_sq[layout.text].isinf().all()
@@ -53,7 +53,7 @@ def test_pooling_is_a_weighted_mean_of_cells(grids, factor):
     plan = Clear(4, factor).plan(layout)
     weight = torch.rand(1, 1, 1, factor, 1, factor, 1)
     raster = torch.randn(2, 3, layout.image_tokens, 4)
-    expected = reference.pool(raster, grids, factor, weight.view(factor, factor))
+    expected = reference_attention.pool(raster, grids, factor, weight.view(factor, factor))
     torch.testing.assert_close(pool(raster[:, :, layout.permutation], plan, weight), expected)
     ones = torch.ones(1, 1, layout.image_tokens, 1)
     mean = pool(ones, plan, torch.full((factor, factor), 1 / factor**2))

@@ -19,7 +19,7 @@ def layers_of(transformer):
     return adapter_for(transformer).attention_layers(transformer)
 
 
-def photograph(transformer):
+def snapshot(transformer):
     """Everything that linearizing could change, to compare bit for bit."""
     return {
         "state": {name: value.clone() for name, value in transformer.state_dict().items()},
@@ -33,7 +33,7 @@ def photograph(transformer):
 
 
 def assert_same(transformer, before):
-    after = photograph(transformer)
+    after = snapshot(transformer)
     assert after["state"].keys() == before["state"].keys()
     assert all(torch.equal(value, before["state"][name]) for name, value in after["state"].items())
     assert {**after, "state": None} == {**before, "state": None}
@@ -56,7 +56,7 @@ def checkpoint(transformer, tmp_path):
 
 
 def test_linearize_and_restore_a_pipeline(pipe):
-    before = photograph(pipe.transformer)
+    before = snapshot(pipe.transformer)
     assert not clear.is_linearized(pipe)
     assert clear.linearize(pipe, 4, weights=None) is pipe
     assert clear.is_linearized(pipe)
@@ -67,7 +67,7 @@ def test_linearize_and_restore_a_pipeline(pipe):
 
 
 def test_restore_puts_back_replaced_weights(transformer, checkpoint):
-    before = photograph(transformer)
+    before = snapshot(transformer)
     clear.linearize(transformer, 4, weights=checkpoint)
     values = load_file(checkpoint)
     assert all(torch.equal(value, values[name]) for name, value in transformer.state_dict().items() if name in values)
@@ -76,7 +76,7 @@ def test_restore_puts_back_replaced_weights(transformer, checkpoint):
 
 
 def test_restore_of_what_is_not_linearized_changes_nothing(transformer):
-    before = photograph(transformer)
+    before = snapshot(transformer)
     clear.restore(transformer)
     assert_same(transformer, before)
 
@@ -84,20 +84,20 @@ def test_restore_of_what_is_not_linearized_changes_nothing(transformer):
 def test_other_hooks_stay(family, transformer):
     calls = []
     transformer.register_forward_pre_hook(lambda *_: calls.append("before"))
-    before = photograph(transformer)
+    before = snapshot(transformer)
     clear.linearize(transformer, 4, weights=None)
     transformer.register_forward_hook(lambda *_: calls.append("after"))
     clear.restore(transformer)
     transformer(**family.call(transformer, (3, 3)))
     assert calls == ["before", "after"]
-    assert photograph(transformer)["hooks"][0] == before["hooks"][0]
+    assert snapshot(transformer)["hooks"][0] == before["hooks"][0]
 
 
 def test_again_with_other_settings_starts_from_the_original(transformer, checkpoint):
-    before = photograph(transformer)
+    before = snapshot(transformer)
     clear.linearize(transformer, 4, weights=checkpoint)
     clear.linearize(transformer, 3, weights=None)
-    current = photograph(transformer)["state"]
+    current = snapshot(transformer)["state"]
     assert all(torch.equal(value, current[name]) for name, value in before["state"].items())
     clear.linearize(transformer, 5, weights=checkpoint)
     clear.restore(transformer)
@@ -117,7 +117,7 @@ def test_fused_projections_follow_the_weights(family, transformer, checkpoint):
     expected = transformer(**call).sample
     clear.restore(transformer)
     transformer.fuse_qkv_projections()
-    before = photograph(transformer)
+    before = snapshot(transformer)
     clear.linearize(transformer, 3, weights=checkpoint)
     torch.testing.assert_close(transformer(**call).sample, expected, atol=1e-5, rtol=0)
     clear.restore(transformer)
@@ -148,7 +148,7 @@ def test_in_bfloat16(family, transformer):
 
 class TestLinearized:
     def test_returns_to_a_stock_pipeline(self, transformer, checkpoint):
-        before = photograph(transformer)
+        before = snapshot(transformer)
         with clear.linearized(transformer, 4, weights=checkpoint) as inside:
             assert inside is transformer
             assert clear.is_linearized(transformer)
@@ -158,17 +158,17 @@ class TestLinearized:
         call = family.call(transformer, (11, 20))
         clear.linearize(transformer, 3, weights=checkpoint)
         expected, config = transformer(**call).sample, clear.cost(transformer, 64, 64)
-        before = photograph(transformer)
+        before = snapshot(transformer)
         with clear.linearized(transformer, 8, weights=None):
             assert not torch.allclose(transformer(**call).sample, expected)
-        after = photograph(transformer)
+        after = snapshot(transformer)
         assert all(torch.equal(value, after["state"][name]) for name, value in before["state"].items())
         assert after["processors"] == before["processors"]
         assert clear.cost(transformer, 64, 64) == config
         assert torch.equal(transformer(**call).sample, expected)
 
     def test_returns_after_an_error_and_after_other_verbs(self, transformer, checkpoint):
-        before = photograph(transformer)
+        before = snapshot(transformer)
 
         def interrupted():
             with clear.linearized(transformer, 4, weights=None):
@@ -192,14 +192,14 @@ class TestKeepOriginal:
 
     def test_given_up(self, transformer, checkpoint):
         clear.linearize(transformer, 4, weights=checkpoint, keep_original=False)
-        before = photograph(transformer)
+        before = snapshot(transformer)
         for verb in (clear.restore, lambda x: clear.linearize(x, 4, weights=None)):
             with pytest.raises(RuntimeError, match="discarded by linearize"):
                 verb(transformer)
             assert_same(transformer, before)
 
     def test_nothing_to_give_up_without_weights(self, transformer):
-        before = photograph(transformer)
+        before = snapshot(transformer)
         clear.linearize(transformer, 4, weights=None, keep_original=False)
         clear.restore(transformer)
         assert_same(transformer, before)
@@ -217,7 +217,7 @@ def test_an_error_at_any_step_leaves_everything_as_it_was(
     if linearized_before:
         clear.linearize(transformer, 7, weights=checkpoint)
     call = family.call(transformer, (5, 7))
-    expected, before = transformer(**call).sample, photograph(transformer)
+    expected, before = transformer(**call).sample, snapshot(transformer)
     steps = []
 
     def failing(function):
@@ -240,7 +240,7 @@ def test_an_error_at_any_step_leaves_everything_as_it_was(
         with pytest.raises(error):
             clear.linearize(transformer, 4, weights=checkpoint)
     assert torch.equal(transformer(**call).sample, expected)
-    after = photograph(transformer)
+    after = snapshot(transformer)
     assert all(torch.equal(value, after["state"][name]) for name, value in before["state"].items())
     assert after["processors"] == before["processors"]
     assert after["hooks"] == before["hooks"]
@@ -253,7 +253,7 @@ class TestRefusals:
 
     @pytest.fixture(autouse=True)
     def untouched(self, transformer):
-        before = photograph(transformer)
+        before = snapshot(transformer)
         yield
         assert_same(transformer, before)
 
@@ -337,7 +337,7 @@ class TestRefusals:
         fused.fuse_qkv_projections()
         with torch.no_grad():
             fused.transformer_blocks[1].attn.to_qkv.weight.add_(1)
-        before = photograph(fused)
+        before = snapshot(fused)
         with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn\.to_qkv\.weight is no longer what"):
             clear.linearize(fused, weights=checkpoint)
         assert_same(fused, before)
@@ -400,7 +400,7 @@ class TestRefusals:
         values["transformer_blocks.1.attn.to_v.bias"][3] = 1e6
         save_file(values, checkpoint)
         half = family.transformer().half()
-        before = photograph(half)
+        before = snapshot(half)
         with pytest.raises(ValueError, match=r"NaN or infinity, as torch\.float16, in .*to_v\.bias"):
             clear.linearize(half, weights=checkpoint)
         assert_same(half, before)
@@ -409,7 +409,7 @@ class TestRefusals:
         quantized = family.transformer()
         to_k = quantized.transformer_blocks[1].attn.to_k
         to_k.weight = torch.nn.Parameter(to_k.weight.detach().to(torch.int8), requires_grad=False)
-        before = photograph(quantized)
+        before = snapshot(quantized)
         with pytest.raises(
             RuntimeError, match=r"transformer_blocks\.1\.attn\.to_k\.weight is .* as in a quantized model"
         ):
@@ -429,7 +429,7 @@ class TestRefusals:
 
 
 def test_a_pipeline_survives_a_deep_copy(pipe):
-    before = photograph(pipe.transformer)
+    before = snapshot(pipe.transformer)
     clear.linearize(pipe, 4, weights=None)
     twin = copy.deepcopy(pipe)
     clear.restore(pipe)
@@ -454,7 +454,7 @@ def test_a_file_that_only_starts_like_a_pickle(transformer, tmp_path, header):
 
 
 def test_restore_waits_until_offloaded_weights_are_back(transformer, checkpoint):
-    before = photograph(transformer)
+    before = snapshot(transformer)
     clear.linearize(transformer, 4, weights=checkpoint)
     accelerate.cpu_offload(transformer, execution_device="cpu")
     with pytest.raises(RuntimeError, match=r"meta device.*remove_all_hooks"):
@@ -462,7 +462,7 @@ def test_restore_waits_until_offloaded_weights_are_back(transformer, checkpoint)
     assert clear.is_linearized(transformer)
     accelerate.hooks.remove_hook_from_module(transformer, recurse=True)
     clear.restore(transformer)
-    after = photograph(transformer)
+    after = snapshot(transformer)
     assert all(torch.equal(value, after["state"][name]) for name, value in before["state"].items())
 
 
@@ -492,13 +492,13 @@ class TestLora:
             clear.linearized(transformer, 5, weights=None),
         ):
             transformer.fuse_lora()
-            before = photograph(transformer)
+            before = snapshot(transformer)
         assert_same(transformer, before)
 
     def test_fused_is_refused_where_its_weights_would_be_replaced(self, transformer, checkpoint):
         clear.linearize(transformer, 4, weights=checkpoint)
         transformer.fuse_lora()
-        before = photograph(transformer)
+        before = snapshot(transformer)
         for verb in (clear.restore, lambda x: clear.linearize(x, 4, weights=checkpoint)):
             with pytest.raises(
                 RuntimeError, match=r"to_q has the LoRA default fused .* call pipe.unfuse_lora\(\) first"

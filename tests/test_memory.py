@@ -9,7 +9,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import clear_attn as clear
 from clear_attn.profiling.memory import weight_bytes
 from clear_attn.tools.bench.measure import Subject, _peak_bytes
-from tests import tiny
+from tests.helpers import dummy_models
 
 
 def peak(call):
@@ -28,11 +28,11 @@ WIDE = {"num_attention_heads": 8, "attention_head_dim": 32}
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_activations_lie_between_the_bounds(family, window, dtype):
     own = {"axes_dims_rope": (8, 12, 12)} if family == "flux" else {"caption_projection_dim": 256}
-    transformer = tiny.FAMILIES[family].transformer(**WIDE, **own).to(dtype)
+    transformer = dummy_models.FAMILIES[family].transformer(**WIDE, **own).to(dtype)
     grid = (24, 32)
     call = {
         name: value.to(dtype) if name != "img_ids" and torch.is_tensor(value) else value
-        for name, value in tiny.FAMILIES[family].call(transformer, grid, text=32).items()
+        for name, value in dummy_models.FAMILIES[family].call(transformer, grid, text=32).items()
     }
     if window:
         clear.linearize(transformer, window, weights=None)

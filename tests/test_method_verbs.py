@@ -17,9 +17,9 @@ from clear_attn import methods
 from clear_attn.distill.student import add_student, student_values
 from clear_attn.models import adapter_for
 from clear_attn.patching.saving import save_values
-from tests import plain, tiny
-from tests.rules import RULES, softmax
-from tests.test_linearize import assert_same, photograph
+from tests.helpers import dummy_models, reference_model
+from tests.helpers.method_rules import RULES, softmax
+from tests.helpers.snapshots import assert_same, snapshot
 
 GRID = (9, 13)
 METHODS = [
@@ -34,7 +34,7 @@ METHODS = [
 each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
-def shaken(transformer):
+def perturb(transformer):
     """With other parameters in its processors than those at the start."""
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def biases(mask, text):
     return bias[:, :, :text], {"bias": of_image[..., :text] - of_image[..., -1:]}
 
 
-class RuledProcessor(plain.RasterProcessor):
+class RuledProcessor(reference_model.RasterProcessor):
     """The stock processor, with a method's rule in the place of its softmax attention."""
 
     def attend(self, query, key, value, attn_mask=None, **kwargs):
@@ -86,8 +86,8 @@ class RuledProcessor(plain.RasterProcessor):
 def put_rule(transformer, grid, linearized, rule_of=None):
     """Makes a stock model's layers compute a linearized one's method densely, in raster order."""
     text_first = adapter_for(transformer).text_first
-    usual = plain.FLUX_ATTENTION if text_first else plain.SD3_ATTENTION
-    attention = plain.ATTENTION.get(type(transformer).__name__, usual)
+    usual = reference_model.FLUX_ATTENTION if text_first else reference_model.SD3_ATTENTION
+    attention = reference_model.ATTENTION.get(type(transformer).__name__, usual)
     adapter, numbers = adapter_for(transformer), {True: itertools.count(), False: itertools.count()}
     for name, layer in adapter.attention_layers(transformer).items():
         number = next(numbers[adapter.has_text(transformer, name)])
@@ -102,25 +102,25 @@ def put_rule(transformer, grid, linearized, rule_of=None):
 def test_equals_the_rule_in_raster_order(family, method, batch):
     stock = family.transformer()
     call = family.call(stock, GRID, batch=batch, controlnet=True)
-    ours = shaken(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
-    expected = plain.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
-    torch.testing.assert_close(plain.run(ours, call), expected, atol=1e-5, rtol=0)
-    assert (expected - plain.run(stock, call)).abs().max() > 1e-3
+    ours = perturb(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
+    expected = reference_model.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    torch.testing.assert_close(reference_model.run(ours, call), expected, atol=1e-5, rtol=0)
+    assert (expected - reference_model.run(stock, call)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("method", [methods.Swin(40), methods.Strided(1)], ids=repr)
 def test_one_that_leaves_nothing_out_is_the_stock_model(family, transformer, method):
     call = family.call(transformer, GRID)
-    stock = plain.run(transformer, call)
+    stock = reference_model.run(transformer, call)
     clear.linearize(transformer, method=method, weights=None)
-    torch.testing.assert_close(plain.run(transformer, call), stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference_model.run(transformer, call), stock, atol=1e-5, rtol=0)
 
 
 @each_method
 def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transformer, method):
     sizes = (11, 6), (4, 9)
     calls = [family.call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
-    ours = shaken(clear.linearize(copy.deepcopy(transformer), method=method, weights=None)).train()
+    ours = perturb(clear.linearize(copy.deepcopy(transformer), method=method, weights=None)).train()
     ruled = [put_rule(copy.deepcopy(transformer), grid, ours).train() for grid in sizes]
     names = [name for name, _ in transformer.named_parameters()]
     own = [parameter for processor in own_processors(ours) for parameter in processor.parameters()]
@@ -143,16 +143,16 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
 @each_method
 def test_restore_is_bit_for_bit(family, transformer, method):
     call = family.call(transformer, GRID)
-    before, stock = photograph(transformer), plain.run(transformer, call)
+    before, stock = snapshot(transformer), reference_model.run(transformer, call)
     clear.linearize(transformer, method=method, weights=None)
     assert clear.is_linearized(transformer)
     clear.linearize(transformer, 4, weights=None)
     clear.linearize(transformer, method=method, weights=None)
     clear.restore(transformer)
     assert_same(transformer, before)
-    assert torch.equal(plain.run(transformer, call), stock)
+    assert torch.equal(reference_model.run(transformer, call), stock)
     with clear.linearized(transformer, method=method, weights=None):
-        assert not torch.equal(plain.run(transformer, call), stock)
+        assert not torch.equal(reference_model.run(transformer, call), stock)
     assert_same(transformer, before)
 
 
@@ -160,19 +160,19 @@ class TestSaved:
     @each_method
     def test_and_loaded(self, family, transformer, method, tmp_path):
         call = family.call(transformer, GRID)
-        shaken(clear.linearize(transformer, method=method, weights=None))
+        perturb(clear.linearize(transformer, method=method, weights=None))
         with torch.no_grad():
             transformer.transformer_blocks[0].attn.to_q.weight.mul_(1.5)
-        expected = plain.run(transformer, call)
+        expected = reference_model.run(transformer, call)
         clear.save_pretrained(transformer, tmp_path)
         other = clear.linearize(family.transformer(), weights=tmp_path)
-        assert torch.equal(plain.run(other, call), expected)
+        assert torch.equal(reference_model.run(other, call), expected)
         assert clear.linearize(family.transformer(), method=method, weights=tmp_path)
         assert type(method).__name__ in (tmp_path / "README.md").read_text()
 
     @pytest.fixture
     def folder(self, tmp_path):
-        transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(4), weights=None)
+        transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(4), weights=None)
         clear.save_pretrained(transformer, tmp_path)
         return tmp_path
 
@@ -188,16 +188,16 @@ class TestSaved:
         ],
     )
     def test_for_another(self, folder, given, message):
-        transformer = tiny.flux_transformer()
-        before = photograph(transformer)
+        transformer = dummy_models.flux_transformer()
+        before = snapshot(transformer)
         with pytest.raises(ValueError, match=message):
             clear.linearize(transformer, weights=folder, **given)
         assert_same(transformer, before)
 
     def test_for_clear(self, tmp_path):
-        clear.save_pretrained(clear.linearize(tiny.flux_transformer(), 4, weights=None), tmp_path)
+        clear.save_pretrained(clear.linearize(dummy_models.flux_transformer(), 4, weights=None), tmp_path)
         with pytest.raises(ValueError, match="distilled for window=4"):
-            clear.linearize(tiny.flux_transformer(), method=methods.Swin(), weights=tmp_path)
+            clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(), weights=tmp_path)
 
     @pytest.mark.parametrize(
         "settings",
@@ -211,7 +211,7 @@ class TestSaved:
         file = folder / "clear_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "method": settings}))
         with pytest.raises(ValueError, match=r"Unheard|depth|side must be at least 1"):
-            clear.linearize(tiny.flux_transformer(), weights=folder)
+            clear.linearize(dummy_models.flux_transformer(), weights=folder)
 
 
 class TestSavedWhole:
@@ -229,8 +229,8 @@ class TestSavedWhole:
         with pytest.warns(UserWarning, match=r"method=Swin\(side=4\)"):
             assert not clear.is_linearized(back)
         clear.linearize(back)
-        call = tiny.flux_call(pipe.transformer, (5, 9), text=11)
-        assert torch.equal(plain.run(back.transformer, call), plain.run(pipe.transformer, call))
+        call = dummy_models.flux_call(pipe.transformer, (5, 9), text=11)
+        assert torch.equal(reference_model.run(back.transformer, call), reference_model.run(pipe.transformer, call))
 
     def test_with_parameters_of_its_own_is_refused(self, save_whole):
         with pytest.raises(ValueError, match="trained weights of their own"):
@@ -262,13 +262,13 @@ class TestSavedWhole:
     ],
 )
 def test_what_does_not_go_together(transformer, given, error, message):
-    before = photograph(transformer)
+    before = snapshot(transformer)
     with pytest.raises(error, match=message):
         clear.linearize(transformer, **{"weights": None, **given})
     assert_same(transformer, before)
 
 
-OTHERS = {"flux2": tiny.FLUX2, "qwen": tiny.QWEN, "chroma": tiny.CHROMA}
+OTHERS = {"flux2": dummy_models.FLUX2, "qwen": dummy_models.QWEN, "chroma": dummy_models.CHROMA}
 
 
 @each_method
@@ -277,18 +277,20 @@ def test_every_model_whose_layers_attend(other, method):
     other = OTHERS[other]
     stock = other.transformer()
     call = {name: x for name, x in other.call(stock, GRID).items() if "mask" not in name}
-    ours = shaken(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
-    expected = plain.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
-    torch.testing.assert_close(plain.run(ours, call), expected, atol=1e-5, rtol=0)
-    before = plain.run(stock, call)
+    ours = perturb(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
+    expected = reference_model.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    torch.testing.assert_close(reference_model.run(ours, call), expected, atol=1e-5, rtol=0)
+    before = reference_model.run(stock, call)
     assert (expected - before).abs().max() > 1e-3
-    assert torch.equal(plain.run(clear.restore(ours), call), before)
+    assert torch.equal(reference_model.run(clear.restore(ours), call), before)
 
 
 PADDED = {
-    "qwen": lambda transformer: tiny.qwen_call(transformer, GRID, batch=2, padded=(0, 3)),
-    "chroma": lambda transformer: tiny.chroma_call(transformer, GRID, batch=2, padded=(1, 3)),
-    "chroma, hidden": lambda transformer: tiny.chroma_call(transformer, GRID, batch=2, padded=(1, 3), dtype=torch.bool),
+    "qwen": lambda transformer: dummy_models.qwen_call(transformer, GRID, batch=2, padded=(0, 3)),
+    "chroma": lambda transformer: dummy_models.chroma_call(transformer, GRID, batch=2, padded=(1, 3)),
+    "chroma, hidden": lambda transformer: dummy_models.chroma_call(
+        transformer, GRID, batch=2, padded=(1, 3), dtype=torch.bool
+    ),
 }
 
 
@@ -298,32 +300,34 @@ def test_padded_text(padded, method):
     """Equals the rule with the stock model's own mask, or the method says that it cannot leave out padding."""
     stock = OTHERS[padded.partition(",")[0]].transformer()
     call = PADDED[padded](stock)
-    ours = shaken(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
+    ours = perturb(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
     if not method.supports_bias:
         with pytest.raises(RuntimeError, match="LiT cannot leave out padding in the text"):
-            plain.run(ours, call)
+            reference_model.run(ours, call)
         return
-    output = plain.run(ours, call)
-    expected = plain.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    output = reference_model.run(ours, call)
+    expected = reference_model.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
     mask = next(name for name, x in call.items() if "mask" in name and x is not None)
-    assert (plain.run(ours, {**call, mask: None}) - output).abs().max() > 1e-4
+    assert (reference_model.run(ours, {**call, mask: None}) - output).abs().max() > 1e-4
 
 
 @each_method
 def test_with_an_ip_adapter(method):
-    stock = tiny.flux_transformer()
+    stock = dummy_models.flux_transformer()
     for block in stock.transformer_blocks:
         block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 6, num_tokens=(3,), scale=0.7))
-    call = tiny.flux_call(stock, GRID, batch=2)
-    without = plain.run(stock, {**call, "joint_attention_kwargs": {"ip_hidden_states": [torch.zeros(2, 3, 6)]}})
+    call = dummy_models.flux_call(stock, GRID, batch=2)
+    without = reference_model.run(
+        stock, {**call, "joint_attention_kwargs": {"ip_hidden_states": [torch.zeros(2, 3, 6)]}}
+    )
     call["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(2, 3, 6)]}
-    before = plain.run(stock, call)
-    ours = shaken(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
-    expected = plain.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
-    torch.testing.assert_close(plain.run(ours, call), expected, atol=1e-5, rtol=0)
+    before = reference_model.run(stock, call)
+    ours = perturb(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
+    expected = reference_model.run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    torch.testing.assert_close(reference_model.run(ours, call), expected, atol=1e-5, rtol=0)
     assert (before - without).abs().max() > 1e-3
-    assert torch.equal(plain.run(clear.restore(ours), call), before)
+    assert torch.equal(reference_model.run(clear.restore(ours), call), before)
 
 
 @each_method
@@ -331,7 +335,7 @@ def test_with_an_ip_adapter(method):
 def test_every_model_is_trained_saved_and_loaded(other, method, tmp_path):
     """Under gradient checkpointing, with the gradients of the same calls without."""
     make = OTHERS[other].transformer
-    ours = shaken(clear.linearize(make(), method=method, weights=None)).train()
+    ours = perturb(clear.linearize(make(), method=method, weights=None)).train()
     calls = [
         {name: x for name, x in OTHERS[other].call(ours, grid, seed=seed).items() if "mask" not in name}
         for seed, grid in enumerate([(11, 6), (4, 9)])
@@ -350,13 +354,13 @@ def test_every_model_is_trained_saved_and_loaded(other, method, tmp_path):
     clear.save_pretrained(ours.eval(), tmp_path)
     loaded = clear.linearize(make(), weights=tmp_path)
     for call in calls:
-        assert torch.equal(plain.run(loaded, call), plain.run(ours, call))
+        assert torch.equal(reference_model.run(loaded, call), reference_model.run(ours, call))
 
 
 def test_reference_pictures():
-    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(), weights=None)
+    transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(), weights=None)
     with pytest.raises(ValueError, match="attends in one image, and this call brings 2"):
-        transformer(**tiny.flux_call(transformer, (5, 7), (5, 7)))
+        transformer(**dummy_models.flux_call(transformer, (5, 7), (5, 7)))
 
 
 def test_highres(pipe):
@@ -367,23 +371,23 @@ def test_highres(pipe):
 
 def test_dense_layers_and_steps(family, transformer):
     call = family.call(transformer, GRID)
-    stock = plain.run(transformer, call)
+    stock = reference_model.run(transformer, call)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
     for schedule in (clear.Schedule(dense_layers=layers), clear.Schedule(dense_above_sigma=0)):
         clear.linearize(transformer, method=methods.LiT(), weights=None, schedule=schedule)
-        torch.testing.assert_close(plain.run(transformer, call), stock, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reference_model.run(transformer, call), stock, atol=1e-5, rtol=0)
     clear.linearize(transformer, method=methods.LiT(), weights=None, schedule=clear.Schedule(dense_layers=layers[:-1]))
-    assert (plain.run(transformer, call) - stock).abs().max() > 1e-3
+    assert (reference_model.run(transformer, call) - stock).abs().max() > 1e-3
 
 
 @each_method
 def test_in_half_precision(family, method):
-    transformer = shaken(clear.linearize(family.transformer(), method=method, weights=None))
+    transformer = perturb(clear.linearize(family.transformer(), method=method, weights=None))
     call = family.call(transformer, GRID)
-    expected = plain.run(transformer, call)
+    expected = reference_model.run(transformer, call)
     half = {key: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in call.items()}
     half |= {key: x for key, x in call.items() if key.endswith("_ids")}
-    output = plain.run(transformer.bfloat16(), half)
+    output = reference_model.run(transformer.bfloat16(), half)
     assert output.dtype == torch.bfloat16
     assert (output - expected).abs().max() < 0.1 * expected.abs().max()
 
@@ -403,7 +407,7 @@ def test_student(family, method, tmp_path):
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     save_values(transformer, method, student_values(transformer), tmp_path)
     loaded = clear.linearize(family.transformer(), weights=tmp_path)
-    torch.testing.assert_close(plain.run(loaded, call), output.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference_model.run(loaded, call), output.detach(), atol=1e-5, rtol=0)
 
 
 # CLEAR's table 2: FLUX.1-dev at 1024 px; linear attention there is one head as wide as the layer, text queries too.
@@ -420,7 +424,7 @@ def test_student(family, method, tmp_path):
 )
 def test_cost_is_that_of_the_paper(method, gflops):
     with torch.device("meta"):
-        transformer = tiny.FluxTransformer2DModel()
+        transformer = dummy_models.FluxTransformer2DModel()
     cost = clear.cost(transformer, 1024, 1024, method=method)
     assert cost.layer_gflops == pytest.approx(gflops, abs=0.06)
     assert cost.ratio == pytest.approx(cost.dense_layer_gflops / cost.layer_gflops)
@@ -440,7 +444,7 @@ def test_cost_of_a_linearized_model(transformer):
 
 def test_cost_is_the_sum_over_the_layers():
     """In SD3.5 windows move in every second layer with text, and in every second one without."""
-    transformer, grid, text = tiny.sd3_transformer(), (5, 9), 7
+    transformer, grid, text = dummy_models.sd3_transformer(), (5, 9), 7
     method = methods.Swin(4)
     clear.linearize(
         transformer, method=method, weights=None, schedule=clear.Schedule(dense_layers=["transformer_blocks.2"])
@@ -459,9 +463,9 @@ def test_cost_is_the_sum_over_the_layers():
 @pytest.mark.parametrize(
     ("model", "given", "error", "message"),
     [
-        (tiny.flux_transformer, {"method": methods.LiT(heads=5)}, ValueError, "heads=5 does not divide"),
+        (dummy_models.flux_transformer, {"method": methods.LiT(heads=5)}, ValueError, "heads=5 does not divide"),
         (
-            tiny.flux_transformer,
+            dummy_models.flux_transformer,
             {"method": methods.LiT(), "schedule": clear.Schedule(windows={"transformer_blocks": 3})},
             ValueError,
             "window of their own",
@@ -474,7 +478,7 @@ def test_cost_refuses_what_linearize_refuses(model, given, error, message):
 
 
 def test_cost_names_what_is_quadratic():
-    of = {method: str(clear.cost(tiny.flux_transformer(), 160, 240, method=method)) for method in METHODS}
+    of = {method: str(clear.cost(dummy_models.flux_transformer(), 160, 240, method=method)) for method in METHODS}
     for method, text in of.items():
         assert ("square of the tokens" in text) == (not isinstance(method, (methods.LiT, methods.Swin)))
 
@@ -483,43 +487,43 @@ def test_lists_are_made_once_for_a_size(monkeypatch):
     made = []
     plan = methods.Strided.plan
     monkeypatch.setattr(methods.Strided, "plan", lambda self, layout: made.append(layout) or plan(self, layout))
-    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Strided(5), weights=None)
+    transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Strided(5), weights=None)
     for grid in ((6, 11), (6, 11), (7, 11), (6, 11)):
-        plain.run(transformer, tiny.flux_call(transformer, grid))
+        reference_model.run(transformer, dummy_models.flux_call(transformer, grid))
     assert [layout.grids for layout in made] == [((6, 11),), ((7, 11),)]
 
 
 def test_fused_projections_are_used():
-    transformer = tiny.flux_transformer()
+    transformer = dummy_models.flux_transformer()
     transformer.fuse_qkv_projections()
     with torch.no_grad():
         transformer.transformer_blocks[0].attn.to_qkv.weight.mul_(1.3)
-    call = tiny.flux_call(transformer, GRID)
-    expected = plain.run(transformer, call)
+    call = dummy_models.flux_call(transformer, GRID)
+    expected = reference_model.run(transformer, call)
     clear.linearize(transformer, method=methods.Strided(1), weights=None)
-    torch.testing.assert_close(plain.run(transformer, call), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(reference_model.run(transformer, call), expected, atol=1e-5, rtol=0)
 
 
 def test_a_file_without_its_record_knows_its_method(tmp_path):
-    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(4), weights=None)
+    transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(4), weights=None)
     clear.save_pretrained(transformer, tmp_path)
     alone = tmp_path / "alone.safetensors"
     (tmp_path / "clear_weights.safetensors").rename(alone)
     (tmp_path / "clear_config.json").unlink()
-    loaded = clear.linearize(tiny.flux_transformer(), weights=alone)
-    call = tiny.flux_call(transformer, GRID)
-    assert torch.equal(plain.run(loaded, call), plain.run(transformer, call))
+    loaded = clear.linearize(dummy_models.flux_transformer(), weights=alone)
+    call = dummy_models.flux_call(transformer, GRID)
+    assert torch.equal(reference_model.run(loaded, call), reference_model.run(transformer, call))
 
 
 def test_a_scale_where_there_are_no_scores():
-    transformer = clear.linearize(tiny.flux_transformer(), method=methods.LiT(), weights=None)
-    call = tiny.flux_call(transformer, GRID)
+    transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.LiT(), weights=None)
+    call = dummy_models.flux_call(transformer, GRID)
     with pytest.raises(RuntimeError, match="no scores to scale"):
         transformer(**{**call, "joint_attention_kwargs": {"clear_scale_multiplier": 1.2}})
 
 
 def test_many_gpus():
-    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(4), weights=None)
+    transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(4), weights=None)
     with pytest.raises(ValueError, match=r"only CLEAR is split over ranks, and this is Swin\(side=4\)"):
         clear.parallelize(transformer)
 
@@ -546,13 +550,13 @@ class TestOwn:
         return dataclasses.dataclass(frozen=frozen)(made)
 
     def test_is_saved_under_its_modules_name(self, tmp_path):
-        transformer = clear.linearize(tiny.flux_transformer(), method=self.define(side=2)(), weights=None)
+        transformer = clear.linearize(dummy_models.flux_transformer(), method=self.define(side=2)(), weights=None)
         clear.linearize(transformer, method=self.define(side=2)(side=3), weights=None)  # defined anew
         clear.save_pretrained(transformer, tmp_path)
         again = self.define(side=2)
-        loaded = clear.linearize(tiny.flux_transformer(), method=again(side=3), weights=tmp_path)
-        call = tiny.flux_call(transformer, GRID)
-        assert torch.equal(plain.run(loaded, call), plain.run(transformer, call))
+        loaded = clear.linearize(dummy_models.flux_transformer(), method=again(side=3), weights=tmp_path)
+        call = dummy_models.flux_call(transformer, GRID)
+        assert torch.equal(reference_model.run(loaded, call), reference_model.run(transformer, call))
         record = json.loads((tmp_path / "clear_config.json").read_text())
         assert record["method"] == {"name": "notebook.Own", "settings": {"side": 3}}
         assert methods.parse("Own(side=4)") == again(side=4)
@@ -566,14 +570,14 @@ class TestOwn:
         ],
     )
     def test_what_could_not_be_saved(self, make, message):
-        transformer = tiny.flux_transformer()
-        before = photograph(transformer)
+        transformer = dummy_models.flux_transformer()
+        before = snapshot(transformer)
         with pytest.raises(TypeError, match=message):
             clear.linearize(transformer, method=self.define(**make)(), weights=None)
         assert_same(transformer, before)
 
 
 def test_numbers_of_other_libraries(tmp_path):
-    transformer = clear.linearize(tiny.flux_transformer(), method=methods.Swin(np.int64(4)), weights=None)
+    transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(np.int64(4)), weights=None)
     clear.save_pretrained(transformer, tmp_path)
     assert type(methods.Swin(np.int64(4)).side) is int

@@ -16,7 +16,7 @@ from clear_attn import TokenLayout, demo
 from clear_attn.core.window_mask import window_mask
 from clear_attn.parallel.communication_volume import traffic
 from clear_attn.parallel.shard import TILE_ROW, Shard, ShardPlan, halo_from, tokens_of
-from tests import machine, reference
+from tests.helpers import hardware, reference_attention
 
 
 @st.composite
@@ -42,7 +42,7 @@ def test_shards_hold_all_tokens_once_and_attend_to_what_they_may(picture):
     plans = [plan_of(shard, method) for shard in shards]
     permutation = torch.cat([shard.permutation for shard in shards])
     assert torch.equal(permutation[shards[0].inverse_permutation], torch.arange(layout.image_tokens))
-    expected = reference.window_mask(layout.grids, method.halo())
+    expected = reference_attention.window_mask(layout.grids, method.halo())
     for shard, plan in zip(shards, plans, strict=True):
         assert torch.equal(layout.permutation[shard.in_whole], shard.permutation)
         assert shard.counts[shard.rank] == shard.image_tokens
@@ -127,7 +127,7 @@ CHECKS = {
     2: [
         "equal",
         "equal_in_all_families",
-        *(["equal_with_flex"] if "flex" in machine.BACKENDS else []),
+        *(["equal_with_flex"] if "flex" in hardware.BACKENDS else []),
         "bytes_are_counted",
         "differing_calls",
         "refusals",
@@ -149,7 +149,7 @@ STOPPED = ["a_rank_dies", "a_rank_hangs"]
 def ran():
     """All checks on ranks, in one start."""
     jobs = [f"{ranks}:{','.join(checks)}" for ranks, checks in CHECKS.items()]
-    return _run(sys.executable, "-m", "tests.ranks", *jobs, *(f"3:{check}" for check in STOPPED))
+    return _run(sys.executable, "-m", "tests.helpers.rank_checks", *jobs, *(f"3:{check}" for check in STOPPED))
 
 
 @pytest.mark.parametrize(("ranks", "check"), [(ranks, check) for ranks, checks in CHECKS.items() for check in checks])

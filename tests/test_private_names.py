@@ -15,7 +15,7 @@ from torch import nn
 import clear_attn
 from clear_attn.models import _diffusers
 from clear_attn.utils import _torch
-from tests import tiny
+from tests.helpers import dummy_models
 
 PACKAGE = Path(clear_attn.__file__).parent
 HELPERS = {Path(_torch.__file__), Path(_diffusers.__file__)}
@@ -214,7 +214,7 @@ def test_names_in_nested_values():
 
 
 def test_a_config_without_an_entry():
-    transformer = tiny.flux_pipeline().transformer
+    transformer = dummy_models.flux_pipeline().transformer
     values = {name: value for name, value in transformer.config.items() if name != "guidance_embeds"}
     _diffusers.replace_config(transformer, values)
     assert dict(transformer.config) == values

@@ -16,9 +16,10 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn.models import training_adapter_for
-from tests import machine, pipelines, tiny
-from tests.plain import check_compiled_blocks, check_pipeline, in_raster_order, run
-from tests.test_controlnet import wake
+from tests.helpers import dummy_models, dummy_pipelines, hardware
+from tests.helpers.dummy_controlnets import wake
+from tests.helpers.reference_model import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.helpers.snapshots import assert_same, snapshot
 
 # What holds of every family, here of this one.
 from tests.test_families import (
@@ -34,9 +35,7 @@ from tests.test_families import (
 )
 from tests.test_linearize import (
     TestLora,
-    assert_same,
     checkpoint,
-    photograph,
     test_hooks_of_others_see_raster_order,
     test_restore_puts_back_replaced_weights,
 )
@@ -45,34 +44,34 @@ from tests.test_saving import folder, test_there_and_back, trained
 
 @pytest.fixture
 def family():
-    return tiny.QWEN
+    return dummy_models.QWEN
 
 
 @given(data=st.data())
 @settings(max_examples=10)
 def test_equals_the_rule_in_raster_order(data):
-    check_rule(tiny.QWEN, data, ["tiled", "reference"])
+    check_rule(dummy_models.QWEN, data, ["tiled", "reference"])
 
 
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 @pytest.mark.parametrize("changes", [{}, {"use_layer3d_rope": True}], ids=["references", "layers"])
 def test_padded_text_is_not_seen(changes, backend):
     """Each text of a batch as if it were drawn alone, without its padding."""
-    transformer, grids = tiny.qwen_transformer(**changes), [(13, 7), (9, 9)]
-    call = tiny.qwen_call(transformer, *grids, text=9, batch=3, padded=(0, 3, 8))
+    transformer, grids = dummy_models.qwen_transformer(**changes), [(13, 7), (9, 9)]
+    call = dummy_models.qwen_call(transformer, *grids, text=9, batch=3, padded=(0, 3, 8))
     expected = run(in_raster_order(transformer, grids, clear.methods.Clear(4, 2)), call)
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     output = run(transformer, call)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
     for row, length in enumerate((9, 6, 1)):
-        alone = {**tiny.qwen_call(transformer, *grids), "timestep": call["timestep"][:1]}
+        alone = {**dummy_models.qwen_call(transformer, *grids), "timestep": call["timestep"][:1]}
         alone["hidden_states"] = call["hidden_states"][row : row + 1]
         alone["encoder_hidden_states"] = call["encoder_hidden_states"][row : row + 1, :length]
         torch.testing.assert_close(run(transformer, alone), output[row : row + 1], atol=1e-5, rtol=0)
 
 
 def test_padding_of_any_pattern_and_its_gradients(transformer):
-    call = tiny.qwen_call(transformer, (5, 8), text=4, batch=2, padded=(1, 1))
+    call = dummy_models.qwen_call(transformer, (5, 8), text=4, batch=2, padded=(1, 1))
     call["encoder_hidden_states_mask"] = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]])
     call["encoder_hidden_states"].requires_grad_()
     plain = in_raster_order(transformer, [(5, 8)], clear.methods.Clear(3))
@@ -88,8 +87,8 @@ def test_padding_of_any_pattern_and_its_gradients(transformer):
 
 
 def test_padding_in_half_precision():
-    transformer = tiny.qwen_transformer().bfloat16()
-    call = tiny.qwen_call(transformer, (5, 8), text=9, batch=2, padded=(0, 6))
+    transformer = dummy_models.qwen_transformer().bfloat16()
+    call = dummy_models.qwen_call(transformer, (5, 8), text=9, batch=2, padded=(0, 6))
     call = {name: x.bfloat16() if getattr(x, "is_floating_point", bool)() else x for name, x in call.items()}
     stock = run(transformer, call)
     clear.linearize(transformer, 20, weights=None)
@@ -114,12 +113,12 @@ def test_padding_in_half_precision():
 def test_calls_that_do_not_fit(transformer, change, words):
     clear.linearize(transformer, 3, weights=None)
     with pytest.raises(ValueError, match=words):
-        run(transformer, {**tiny.qwen_call(transformer, (4, 6)), **change})
+        run(transformer, {**dummy_models.qwen_call(transformer, (4, 6)), **change})
 
 
 def settings_of(**text):
     size = {"height": 13 * 16, "width": 7 * 16}
-    return {**pipelines.qwen_text(**text), **size, "num_inference_steps": 2, "output_type": "latent"}
+    return {**dummy_pipelines.qwen_text(**text), **size, "num_inference_steps": 2, "output_type": "latent"}
 
 
 def a_picture(height, width):
@@ -127,13 +126,13 @@ def a_picture(height, width):
 
 
 def test_pipeline_with_guidance_and_padded_text():
-    pipe = pipelines.qwen(QwenImagePipeline)
+    pipe = dummy_pipelines.qwen(QwenImagePipeline)
     call = settings_of(batch=2, padded=4)
     check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
 
 
 def test_image_to_image():
-    pipe, call = pipelines.qwen(QwenImageImg2ImgPipeline), settings_of()
+    pipe, call = dummy_pipelines.qwen(QwenImageImg2ImgPipeline), settings_of()
     call |= {"image": a_picture(208, 112), "strength": 1.0}
     check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
 
@@ -142,7 +141,7 @@ def test_edit_with_a_reference_picture(monkeypatch):
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit
 
     monkeypatch.setattr(edit, "VAE_IMAGE_SIZE", 8 * 16 * 8 * 16)
-    pipe, call = pipelines.qwen(QwenImageEditPlusPipeline, processor=None), settings_of()
+    pipe, call = dummy_pipelines.qwen(QwenImageEditPlusPipeline, processor=None), settings_of()
     call["image"] = [a_picture(128, 128)]
     check_pipeline(pipe, [(13, 7), (8, 8)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
 
@@ -150,14 +149,14 @@ def test_edit_with_a_reference_picture(monkeypatch):
 class TestControlNet:
     def build(self):
         torch.manual_seed(5)
-        return wake(QwenImageControlNetModel(**{**tiny.QWEN_CONFIG, "num_layers": 2}))
+        return wake(QwenImageControlNetModel(**{**dummy_models.QWEN_CONFIG, "num_layers": 2}))
 
     def test_equals_the_rule_in_raster_order(self):
         controlnet = self.build()
-        call = tiny.qwen_call(controlnet, (13, 7), batch=2, padded=(0, 3))
+        call = dummy_models.qwen_call(controlnet, (13, 7), batch=2, padded=(0, 3))
         call["controlnet_cond"] = call["hidden_states"].flip(1)
         stock = run(controlnet, call)
-        before = photograph(controlnet)
+        before = snapshot(controlnet)
         expected = run(in_raster_order(controlnet, [(13, 7)], clear.methods.Clear(4, 2)), call)
         clear.linearize(controlnet, 4, 2, weights=None)
         torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5, rtol=0)
@@ -167,7 +166,7 @@ class TestControlNet:
 
     def test_gradients_under_checkpointing(self):
         controlnet = self.build()
-        call = tiny.qwen_call(controlnet, (6, 5))
+        call = dummy_models.qwen_call(controlnet, (6, 5))
         call["controlnet_cond"] = call["hidden_states"].flip(1).requires_grad_()
 
         def gradient(model):
@@ -179,14 +178,14 @@ class TestControlNet:
         torch.testing.assert_close(gradient(controlnet.train()), expected, atol=1e-6, rtol=1e-5)
 
     def test_pipeline(self):
-        pipe, call = pipelines.qwen(QwenImageControlNetPipeline, controlnet=self.build()), settings_of()
+        pipe, call = dummy_pipelines.qwen(QwenImageControlNetPipeline, controlnet=self.build()), settings_of()
         call |= {"control_image": a_picture(208, 112), "controlnet_conditioning_scale": 1.0}
         check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
         assert "ControlNet 1, dense" in str(clear.cost(pipe, 208, 112, window=3))
 
 
 def test_what_it_is_refused_for(transformer):
-    pipe = pipelines.qwen(QwenImagePipeline)
+    pipe = dummy_pipelines.qwen(QwenImagePipeline)
     with pytest.raises(TypeError, match="a QwenImageTransformer2DModel cannot be distilled"):
         training_adapter_for(transformer)
     with pytest.raises(TypeError, match="highres does not know a QwenImagePipeline"):
@@ -198,7 +197,7 @@ def test_what_it_is_refused_for(transformer):
 
 
 def test_compiled_blocks(transformer):
-    check_compiled_blocks(transformer, tiny.qwen_call(transformer, (13, 7), padded=(3,)))
+    check_compiled_blocks(transformer, dummy_models.qwen_call(transformer, (13, 7), padded=(3,)))
 
 
 def test_cost(transformer):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import clear_attn as clear
 from clear_attn.patching import saving
 from clear_attn.patching.state import entry_hook_of
-from tests import tiny
-from tests.plain import run
-from tests.test_linearize import assert_same, checkpoint_for, photograph
+from tests.helpers import dummy_models
+from tests.helpers.reference_model import run
+from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_lora_is_not_saved(family, trained, folder, transformer, tmp_path):
 
 
 def test_the_model_card_names_base_and_licence(tmp_path):
-    transformer = tiny.FLUX.transformer()
+    transformer = dummy_models.FLUX.transformer()
     transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
     clear.linearize(transformer, 8, 4, weights=None)
     clear.save_pretrained(transformer, tmp_path)
@@ -96,7 +96,7 @@ def test_the_model_card_names_base_and_licence(tmp_path):
 
 def test_the_licence_goes_with_the_weights(tmp_path):
     """Also from a copy of a published file, for another model, through a save in between."""
-    transformer = tiny.FLUX.transformer()
+    transformer = dummy_models.FLUX.transformer()
     transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-schnell")
     save_file(checkpoint_for(transformer), tmp_path / "clear_local_8.safetensors")
     clear.linearize(transformer, weights=tmp_path / "clear_local_8.safetensors")
@@ -189,7 +189,7 @@ SCHEDULE = clear.Schedule(0.9, ("single_transformer_blocks.0",), {"transformer_b
     [("clear", clear.methods.Clear(4, 2), SCHEDULE), ("swin", clear.methods.Swin(side=4), clear.Schedule())],
 )
 def test_weights_saved_in_format_1_load(name, method, schedule):
-    transformer = clear.linearize(tiny.FLUX.transformer(), weights=FORMAT_1 / name)
+    transformer = clear.linearize(dummy_models.FLUX.transformer(), weights=FORMAT_1 / name)
     hook = entry_hook_of(transformer)
     assert (hook.method, hook.schedule) == (method, schedule)
     saved = load_file(FORMAT_1 / name / "clear_weights.safetensors")
@@ -259,7 +259,7 @@ class TestRefusals:
     )
     def test_folders(self, transformer, folder, change, error, words):
         change(folder)
-        before = photograph(transformer)
+        before = snapshot(transformer)
         with pytest.raises(error, match=words):
             clear.linearize(transformer, weights=folder)
         assert_same(transformer, before)
@@ -296,7 +296,7 @@ class TestSavedWhole:
         return save_whole
 
     def call(self, pipe):
-        return tiny.flux_call(pipe.transformer, (11, 20))
+        return dummy_models.flux_call(pipe.transformer, (11, 20))
 
     @pytest.mark.parametrize(("factor", "distilled"), [(1, False), (1, True)])
     def test_comes_back(self, pipe, save_whole, factor, distilled):
@@ -310,7 +310,7 @@ class TestSavedWhole:
 
     def test_without_its_pooled_weights_it_needs_the_folder(self, pipe, save_whole, tmp_path):
         back = save_whole(2, distilled=True)
-        before = photograph(back.transformer)
+        before = snapshot(back.transformer)
         with pytest.raises(ValueError, match=r"nothing was trained since, '.*weights\.safetensors', which it had"):
             clear.linearize(back)
         assert_same(back.transformer, before)
@@ -324,7 +324,7 @@ class TestSavedWhole:
 
     def test_the_original_is_not_in_it(self, save_whole):
         back = save_whole(1, distilled=True)
-        before = photograph(back.transformer)
+        before = snapshot(back.transformer)
         with clear.linearized(back):
             pass
         assert_same(back.transformer, before)
@@ -340,7 +340,7 @@ class TestSavedWhole:
         assert clear.cost(back, 128, 128).method.window == 5
 
     def test_training_free_can_be_restored(self, pipe, save_whole):
-        expected = run(tiny.flux_pipeline().transformer, self.call(pipe))
+        expected = run(dummy_models.flux_pipeline().transformer, self.call(pipe))
         back = save_whole(2, distilled=False)
         with pytest.raises(ValueError, match="nothing was trained since, None, which initializes them again"):
             clear.linearize(back)

@@ -10,9 +10,9 @@ from diffusers import FirstBlockCacheConfig
 
 import clear_attn as clear
 from clear_attn import Schedule
-from tests import machine, tiny
-from tests.plain import in_raster_order, run
-from tests.test_linearize import assert_same, photograph
+from tests.helpers import dummy_models, hardware
+from tests.helpers.reference_model import in_raster_order, run
+from tests.helpers.snapshots import assert_same, snapshot
 
 GRID = (11, 20)
 # Of both families: the first block, and one inside the next.
@@ -36,10 +36,10 @@ def plain_model(transformer, grid, window, factor, schedule):
 
 def at(family, call, noise):
     """The call at a share of noise."""
-    return {**call, "timestep": torch.full_like(call["timestep"], noise * (1000 if family is tiny.SD3 else 1))}
+    return {**call, "timestep": torch.full_like(call["timestep"], noise * (1000 if family is dummy_models.SD3 else 1))}
 
 
-@pytest.mark.parametrize("backend", machine.BACKENDS)
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
 @pytest.mark.parametrize("factor", [1, 3])
 def test_layers_follow_the_rule_of_their_own_window(family, transformer, factor, backend):
     call = family.call(transformer, GRID, batch=2)
@@ -72,7 +72,7 @@ def test_noisy_calls_are_the_stock_model(family, transformer, factor):
 
 def test_pictures_of_one_call_on_both_sides_are_refused(family, transformer):
     call = family.call(transformer, GRID, batch=2)
-    call["timestep"] = torch.tensor([0.9, 0.1]) * (1000 if family is tiny.SD3 else 1)
+    call["timestep"] = torch.tensor([0.9, 0.1]) * (1000 if family is dummy_models.SD3 else 1)
     clear.linearize(transformer, 3, weights=None, schedule=Schedule(dense_above_sigma=0.5))
     with pytest.raises(ValueError, match=r"dense_above_sigma=0.5 lies between .* \[0\.9, 0\.1\]"):
         run(transformer, call)
@@ -105,10 +105,10 @@ def test_gradients_under_checkpointing_with_two_steps_in_flight(family, transfor
 
 def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
     """A cached residual is added steps later, so all steps must keep their tokens in one order."""
-    transformer = tiny.FLUX.transformer()
+    transformer = dummy_models.FLUX.transformer()
     schedule = Schedule(dense_above_sigma=0.65, windows={"single_transformer_blocks": 6})
-    call = tiny.FLUX.call(transformer, GRID)
-    steps = [{**at(tiny.FLUX, call, noise)} for noise in (0.651, 0.65001, 0.649, 0.648, 0.1)]
+    call = dummy_models.FLUX.call(transformer, GRID)
+    steps = [{**at(dummy_models.FLUX, call, noise)} for noise in (0.651, 0.65001, 0.649, 0.648, 0.1)]
     stock, local = copy.deepcopy(transformer), plain_model(transformer, GRID, 8, 1, schedule)
     clear.linearize(transformer, 8, weights=None, schedule=schedule)
 
@@ -134,11 +134,11 @@ def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
     torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=0)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_compiled_blocks_settle():
     torch.compiler.reset()  # compilations are counted for each line of code, over all tests
-    transformer = tiny.FLUX.transformer(num_layers=5, num_single_layers=5)
-    calls = [at(tiny.FLUX, tiny.FLUX.call(transformer, GRID), noise) for noise in (0.9, 0.2, 0.8, 0.1)]
+    transformer = dummy_models.FLUX.transformer(num_layers=5, num_single_layers=5)
+    calls = [at(dummy_models.FLUX, dummy_models.FLUX.call(transformer, GRID), noise) for noise in (0.9, 0.2, 0.8, 0.1)]
     schedule = Schedule(
         0.5, ("transformer_blocks.1",), {"single_transformer_blocks.1": 5, "single_transformer_blocks.3": 5}
     )
@@ -156,7 +156,7 @@ def test_compiled_blocks_settle():
 
 def test_is_undone_and_copied(family, transformer):
     call = family.call(transformer, GRID)
-    before = photograph(transformer)
+    before = snapshot(transformer)
     with clear.linearized(transformer, 3, weights=None, schedule=LAYERS):
         outer = run(transformer, call)
         with clear.linearized(transformer, 3, weights=None):
@@ -254,7 +254,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["transformer_blocks.99", "transformer_block", "norm_out", ""])
     def test_layers_beyond_the_model(self, transformer, name):
-        before = photograph(transformer)
+        before = snapshot(transformer)
         for schedule in (Schedule(dense_layers=(name,)), Schedule(windows={name: 3})):
             with pytest.raises(ValueError, match=f"names '{name}', and this .* it has transformer_blocks.0.attn to"):
                 clear.linearize(transformer, 3, weights=None, schedule=schedule)

@@ -10,8 +10,8 @@ from safetensors.torch import save
 
 import clear_attn as clear
 from clear_attn.weights import published
-from tests import hub, tiny
-from tests.test_linearize import assert_same, checkpoint_for, photograph
+from tests.helpers import dummy_models, fake_hub
+from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 
 SECRET = "hf_secret"
 
@@ -21,7 +21,7 @@ PAIRS = {(method.window, method.down_factor): name for method, name in published
 
 @pytest.fixture
 def transformer():
-    return tiny.FLUX.transformer()
+    return dummy_models.FLUX.transformer()
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def repos(transformer):
 
 @pytest.fixture
 def server(repos, monkeypatch, tmp_path):
-    with hub.serve(repos) as server:
+    with fake_hub.serve(repos) as server:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
         template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -88,7 +88,7 @@ def weights_are(transformer, values):
 @pytest.mark.parametrize(("window", "factor"), PAIRS)
 def test_the_published_weights(server, as_flux, window, factor):
     transformer = as_flux("black-forest-labs/FLUX.1-dev")
-    before = photograph(transformer)
+    before = snapshot(transformer)
     clear.linearize(transformer, window, factor)
     counted = clear.cost(transformer, 64, 64)
     assert (counted.method.window, counted.method.down_factor) == (window, factor)
@@ -107,9 +107,9 @@ def test_window_and_down_factor_left_out(server, as_flux, caplog):
 
 def test_a_second_time_comes_from_the_cache(server, as_flux):
     transformer = as_flux("black-forest-labs/FLUX.1-dev")
-    clear.linearize(transformer, 8, revision=hub.COMMIT)
+    clear.linearize(transformer, 8, revision=fake_hub.COMMIT)
     server.asked.clear()
-    clear.linearize(transformer, 8, revision=hub.COMMIT)
+    clear.linearize(transformer, 8, revision=fake_hub.COMMIT)
     assert not server.asked
 
 
@@ -150,7 +150,7 @@ class TestRefusals:
 
     @pytest.fixture(autouse=True)
     def untouched(self, transformer):
-        before = photograph(transformer)
+        before = snapshot(transformer)
         before["config"].pop("_name_or_path", None)
         yield
         transformer._internal_dict = {
@@ -172,7 +172,7 @@ class TestRefusals:
             clear.linearize(as_flux("black-forest-labs/FLUX.1-Kontext-dev"))
 
     def test_another_family(self):
-        other = tiny.SD3.transformer()
+        other = dummy_models.SD3.transformer()
         with pytest.raises(ValueError, match=r"this is a SD3Transformer2DModel; give weights=None"):
             clear.linearize(other)
 

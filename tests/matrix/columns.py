@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tests import machine
-from tests.matrix.deeds import (
+from tests.helpers import hardware
+from tests.matrix.operations import (
     Deed,
     anew,
     attention_broadcast,
@@ -147,9 +147,9 @@ COLUMNS = {
         compile_blocks,
         same=nothing,
         not_in_diffusers={"SD3": "_repeated_blocks"},
-        marks=(machine.needs_compiler,),
+        marks=(hardware.needs_compiler,),
     ),
-    "`torch.compile`": Column(compile_whole, same=nothing, marks=(machine.needs_compiler,)),
+    "`torch.compile`": Column(compile_whole, same=nothing, marks=(hardware.needs_compiler,)),
     "FirstBlockCache": Column(first_block_cache, changes=True, call=STEPS, not_in_diffusers=NO_FIRST_BLOCK_CACHE),
     "PyramidAttentionBroadcast": Column(attention_broadcast, changes=True, call=STEPS, not_in_diffusers=NO_BROADCAST),
     "TaylorSeer": Column(taylor_seer, changes=True, call=STEPS, not_in_diffusers=NO_CACHE),

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from tests import pipelines, tiny
-from tests.test_controlnet import sd3_controlnet, wake
+from tests.helpers import dummy_models, dummy_pipelines
+from tests.helpers.dummy_controlnets import sd3_controlnet, wake
 
 HEIGHT, WIDTH, TOKEN = 72, 96, 8  # pixels; the small autoencoder's tokens have a side of 8
 GRID = HEIGHT // TOKEN, WIDTH // TOKEN
@@ -90,22 +90,26 @@ def _values(seed: int, *shape: int) -> Tensor:
 
 def flux(name: str, *, channels: int = 16, **parts: Any) -> Any:
     """A FLUX pipeline of the class of this name with a random transformer, the rest from the small FLUX."""
-    others = {part: tiny.small_flux().components[part] for part in FLUX_PARTS}
+    others = {part: dummy_models.small_flux().components[part] for part in FLUX_PARTS}
     sizes = {"joint_attention_dim": 128, "pooled_projection_dim": 64}
-    transformer = tiny.flux_transformer(guidance=True, in_channels=channels, out_channels=16, **sizes)
+    transformer = dummy_models.flux_transformer(guidance=True, in_channels=channels, out_channels=16, **sizes)
     return getattr(diffusers, name)(**others, transformer=transformer, **parts)
 
 
 def flux_controlnet() -> FluxControlNetModel:
     torch.manual_seed(5)
     sizes = {"joint_attention_dim": 128, "pooled_projection_dim": 64, "in_channels": 16, "guidance_embeds": True}
-    return wake(FluxControlNetModel(**{**tiny.FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1, **sizes}))
+    return wake(FluxControlNetModel(**{**dummy_models.FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1, **sizes}))
 
 
 def sd3(name: str, *, dual: bool = False, **parts: Any) -> Any:
     """An SD3 pipeline, or with dual attention an SD3.5."""
     sizes = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "num_layers": 4}
-    components = {**tiny.small_sd3().components, "transformer": tiny.sd3_transformer(dual=dual, **sizes), **parts}
+    components = {
+        **dummy_models.small_sd3().components,
+        "transformer": dummy_models.sd3_transformer(dual=dual, **sizes),
+        **parts,
+    }
     return getattr(diffusers, name)(**components)
 
 
@@ -140,7 +144,7 @@ def load_ip_adapter(pipe: Any) -> None:
 @functools.cache
 def _redux_prior() -> Any:
     """Makes the text's tokens and behind them a picture's, for any FLUX."""
-    parts = tiny.small_flux().components
+    parts = dummy_models.small_flux().components
     torch.manual_seed(4)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8))
@@ -182,7 +186,7 @@ def _embedded(pipe: Any, text: dict[str, Any], token: int, **others: Any) -> dic
 
 
 def _flux2_call(pipe: Any, **others: Any) -> dict[str, Any]:
-    text = pipelines.flux2_text(negative=9)  # as long as the other, for its own encoder pads both
+    text = dummy_pipelines.flux2_text(negative=9)  # as long as the other, for its own encoder pads both
     return _embedded(pipe, text, 4, guidance_scale=3.0, **others)
 
 
@@ -254,31 +258,31 @@ ROWS = {
         lambda _: {**GUIDED, **SKIPPING},
         dress=shorten_prompts,
     ),
-    "FLUX.2 text-to-image": Row("FLUX.2", pipelines.flux2, _flux2_call, keywords="attention_kwargs"),
+    "FLUX.2 text-to-image": Row("FLUX.2", dummy_pipelines.flux2, _flux2_call, keywords="attention_kwargs"),
     "FLUX.2 a reference picture": Row(
         "FLUX.2",
-        pipelines.flux2,
+        dummy_pipelines.flux2,
         lambda pipe: _flux2_call(pipe, image=[picture(*FLUX2_REFERENCE)]),
         (GRID, (FLUX2_REFERENCE[0] // 4, FLUX2_REFERENCE[1] // 4)),
         keywords="attention_kwargs",
     ),
     "Qwen-Image text-to-image": Row(
         "Qwen-Image",
-        lambda: pipelines.qwen(diffusers.QwenImagePipeline),
-        lambda pipe: _embedded(pipe, pipelines.qwen_text(batch=2, padded=4), 16),
+        lambda: dummy_pipelines.qwen(diffusers.QwenImagePipeline),
+        lambda pipe: _embedded(pipe, dummy_pipelines.qwen_text(batch=2, padded=4), 16),
         keywords="attention_kwargs",
     ),
     "Qwen-Image Edit": Row(
         "Qwen-Image",
-        lambda: pipelines.qwen(diffusers.QwenImageEditPlusPipeline, processor=None),
-        lambda pipe: _embedded(pipe, pipelines.qwen_text(), 16, image=[picture(*EDITED)]),
+        lambda: dummy_pipelines.qwen(diffusers.QwenImageEditPlusPipeline, processor=None),
+        lambda pipe: _embedded(pipe, dummy_pipelines.qwen_text(), 16, image=[picture(*EDITED)]),
         (GRID, (EDITED[0] // 16, EDITED[1] // 16)),
         keywords="attention_kwargs",
         meanwhile=_small_references,
     ),
     "Chroma text-to-image": Row(
         "Chroma",
-        lambda: pipelines.chroma(diffusers.ChromaPipeline),
+        lambda: dummy_pipelines.chroma(diffusers.ChromaPipeline),
         lambda _: {"negative_prompt": "blue", "guidance_scale": 3.0},
     ),
 }

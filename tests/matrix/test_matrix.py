@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 import clear_attn as clear
 from clear_attn.weights.parameters import POOLED, copy_values
+from tests.helpers.reference_model import put_in_raster_order
+from tests.helpers.snapshots import checkpoint_for, snapshot
 from tests.matrix.columns import BEFORE, COLUMNS
-from tests.matrix.deeds import Cell, nothing
+from tests.matrix.operations import Cell, nothing
 from tests.matrix.page import PAGE, notes, sections, tables
 from tests.matrix.rows import ROWS
-from tests.plain import put_in_raster_order
-from tests.test_linearize import checkpoint_for, photograph
 
 WINDOW, FACTOR = 3, 2
 EVERY_COLUMN = "FLUX text-to-image", "SD3 text-to-image"
@@ -45,7 +45,7 @@ def distilled(transformer):
 
 def assert_untouched(transformer, before):
     """As `assert_same`, but for values on the meta device and packed ones, which torch does not compare."""
-    after = photograph(transformer)
+    after = snapshot(transformer)
     for values in (after["state"], before["state"]):
         for name in [name for name, value in values.items() if type(value) is not torch.Tensor or value.is_meta]:
             values[name] = None
@@ -99,7 +99,7 @@ def test_cell(row, column, order, tmp_path, record_property):
     first, second = deeds if order == BEFORE else reversed(deeds)
     pipe = first(pipe, cell) or pipe
     if refusal:
-        before = photograph(pipe.transformer)
+        before = snapshot(pipe.transformer)
         with pytest.raises(RuntimeError, match=refusal.words) as error:  # noqa: PT012
             second(pipe, cell)
             row.draw(pipe, **column.call)

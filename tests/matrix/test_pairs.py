@@ -7,12 +7,12 @@ from torch._dynamo.utils import counters
 
 import clear_attn as clear
 from clear_attn.distill.student import add_student
-from tests import machine, tiny
-from tests.matrix import deeds
-from tests.matrix.deeds import Cell
+from tests.helpers import dummy_models, hardware
+from tests.helpers.reference_model import in_raster_order, put_in_raster_order, run
+from tests.helpers.snapshots import checkpoint_for, snapshot
+from tests.matrix import operations
+from tests.matrix.operations import Cell
 from tests.matrix.rows import GRID, ROWS, controlled, flux, flux_controlnet, load_ip_adapter
-from tests.plain import in_raster_order, put_in_raster_order, run
-from tests.test_linearize import checkpoint_for, photograph
 
 CONFIG = clear.methods.Clear(3, 2)
 
@@ -31,19 +31,19 @@ def linearize(pipe):
 
 
 @pytest.mark.parametrize(
-    "offload", [deeds.offload_whole, deeds.offload_sequentially, deeds.offload_groups("leaf_level")]
+    "offload", [operations.offload_whole, operations.offload_sequentially, operations.offload_groups("leaf_level")]
 )
 @pytest.mark.parametrize("name", ["FLUX text-to-image", "SD3 text-to-image"])
 def test_loras_under_offloading(name, offload, tmp_path):
     row = ROWS[name]
     cell = Cell(row, tmp_path, linearize)
     pipe = row.pipeline()
-    deeds.two_loras(pipe, cell)
+    operations.two_loras(pipe, cell)
     expected = row.draw(plainly(pipe))
     pipe = row.pipeline()
-    deeds.one_lora(pipe, cell)
+    operations.one_lora(pipe, cell)
     linearize(pipe)
-    deeds.lora(12, "two")(pipe, cell)
+    operations.lora(12, "two")(pipe, cell)
     pipe.set_adapters(["one", "two"], [0.7, -0.4])
     offload(pipe, cell)
     assert_close(row.draw(pipe), expected)
@@ -53,11 +53,11 @@ def test_distilled_weights_for_a_gguf_file(tmp_path):
     row = ROWS["FLUX text-to-image"]
     pipe = row.pipeline()
     save_file(checkpoint_for(pipe.transformer), tmp_path / "weights.safetensors")
-    deeds.gguf_file(pipe, Cell(row, tmp_path, linearize))
-    before = photograph(pipe.transformer)
+    operations.gguf_file(pipe, Cell(row, tmp_path, linearize))
+    before = snapshot(pipe.transformer)
     with pytest.raises(RuntimeError, match=r"is a GGUFParameter .* as in a quantized model"):
         clear.linearize(pipe, 3, weights=tmp_path / "weights.safetensors")
-    after = photograph(pipe.transformer)
+    after = snapshot(pipe.transformer)
     assert {**after, "state": None} == {**before, "state": None}
 
 
@@ -66,7 +66,7 @@ def test_what_was_quantized_since_is_not_overwritten(tmp_path):
     pipe = row.pipeline()
     save_file(checkpoint_for(pipe.transformer), tmp_path / "weights.safetensors")
     clear.linearize(pipe, 3, weights=tmp_path / "weights.safetensors")
-    deeds.int8(pipe, Cell(row, tmp_path, linearize))
+    operations.int8(pipe, Cell(row, tmp_path, linearize))
     expected = row.draw(pipe)
     for verb in (clear.restore, linearize, lambda pipe: clear.save_pretrained(pipe, tmp_path / "saved")):
         with pytest.raises(RuntimeError, match=r"as in a quantized model, .* load the model anew in bfloat16"):
@@ -149,12 +149,12 @@ class TestIPAdapter:
             add_student(pipe)
 
 
-@machine.needs_compiler
+@hardware.needs_compiler
 def test_compiled_at_changing_sizes():
     """The second round of sizes compiles nothing. For FLUX see `test_compiled_blocks_settle`."""
-    transformer = tiny.SD3.transformer(num_layers=2)
+    transformer = dummy_models.SD3.transformer(num_layers=2)
     grids = [(9, 12), (5, 15), (12, 9)]
-    calls = [tiny.SD3.call(transformer, grid) for grid in grids]
+    calls = [dummy_models.SD3.call(transformer, grid) for grid in grids]
     plain = [in_raster_order(transformer, [grid], CONFIG) for grid in grids]
     torch.compiler.reset()
     compiled, model = [], torch.compile(linearize(transformer), backend="eager")

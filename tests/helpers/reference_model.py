@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import clear_attn as clear
 from clear_attn.models import adapter_for
-from tests import reference
+from tests.helpers import reference_attention
 
 # What each family's stock processor calls, and whether heads come before tokens there.
 FLUX_ATTENTION = "diffusers.models.transformers.transformer_flux.dispatch_attention_fn", False
@@ -41,7 +41,7 @@ class RasterProcessor(torch.nn.Module):
         # The reference has text first.
         shift = 0 if self.text_first else text
         qkv = (x.to(torch.promote_types(x.dtype, torch.float32)).roll(shift, 2) for x in qkv)
-        output, _ = reference.attention(*qkv, grids, text, *rule, bias=attn_mask)
+        output, _ = reference_attention.attention(*qkv, grids, text, *rule, bias=attn_mask)
         output = output.roll(-shift, 2).to(query.dtype)
         return output if self.heads_first else output.transpose(1, 2)
 

@@ -3,7 +3,7 @@
 import torch
 from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
-from tests import tiny
+from tests.helpers import dummy_models
 
 
 def _quiet(pipe):
@@ -13,7 +13,7 @@ def _quiet(pipe):
 
 def unasked():
     """Stands where a text encoder does, for a pipeline learns from it on which device it computes."""
-    return tiny.small_sd3().text_encoder_3
+    return dummy_models.small_sd3().text_encoder_3
 
 
 def flux2():
@@ -29,7 +29,7 @@ def flux2():
         mid_block_add_attention=False,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return _quiet(Flux2KleinPipeline(scheduler, vae.eval(), unasked(), None, tiny.flux2_transformer()))
+    return _quiet(Flux2KleinPipeline(scheduler, vae.eval(), unasked(), None, dummy_models.flux2_transformer()))
 
 
 def flux2_text(negative=5):
@@ -51,7 +51,7 @@ def qwen(kind, **parts):
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    scheduler, transformer = FlowMatchEulerDiscreteScheduler(shift=3.0), tiny.qwen_transformer()
+    scheduler, transformer = FlowMatchEulerDiscreteScheduler(shift=3.0), dummy_models.qwen_transformer()
     others = {"text_encoder": unasked(), "tokenizer": None, **parts}
     return _quiet(kind(scheduler=scheduler, vae=vae.eval(), transformer=transformer, **others))
 
@@ -73,7 +73,7 @@ def qwen_text(batch=1, padded=0):
 
 def chroma(kind):
     """A Chroma pipeline of this class around the small SD3.5's third text encoder, which pads and masks the text."""
-    parts = tiny.small_sd3().components
+    parts = dummy_models.small_sd3().components
     channels = 4 * parts["vae"].config.latent_channels
     return _quiet(
         kind(
@@ -81,6 +81,6 @@ def chroma(kind):
             vae=parts["vae"],
             text_encoder=parts["text_encoder_3"],
             tokenizer=parts["tokenizer_3"],
-            transformer=tiny.chroma_transformer(in_channels=channels, joint_attention_dim=32),
+            transformer=dummy_models.chroma_transformer(in_channels=channels, joint_attention_dim=32),
         )
     )

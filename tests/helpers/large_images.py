@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 import clear_attn as clear
-from tests.test_linearize import assert_same, photograph
+from tests.helpers.snapshots import assert_same, snapshot
 
 PROMPT = "a red circle on a blue ground, at the top left"
 # Small and few, for it is not the pictures that are looked at.
@@ -30,7 +30,7 @@ def same(first, second):
 
 def everything(pipe):
     return (
-        photograph(pipe.transformer),
+        snapshot(pipe.transformer),
         pipe.transformer.pos_embed.theta,
         pipe.vae.use_tiling,
         dict(pipe.scheduler.config),

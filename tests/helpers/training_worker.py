@@ -1,6 +1,6 @@
 """One process of a distillation on several, for tests on a CPU, where accelerate knows neither ZeRO-2 nor FSDP2.
 
-torchrun --nproc_per_node 2 -m tests.worker KIND SETTINGS_AS_JSON
+torchrun --nproc_per_node 2 -m tests.helpers.training_worker KIND SETTINGS_AS_JSON
 """
 
 import json

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import clear_attn as clear
 from clear_attn import demo
-from tests.plain import run
-from tests.test_linearize import assert_same, checkpoint_for, photograph
+from tests.helpers.reference_model import run
+from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_loading_options(options, tmp_path):
 
 def test_pipelines_that_share_a_transformer_are_one(pipe):
     other = FluxImg2ImgPipeline(**pipe.components)
-    before = photograph(pipe.transformer)
+    before = snapshot(pipe.transformer)
     clear.linearize(pipe, 4, weights=None)
     assert clear.is_linearized(other)
     clear.linearize(other, 5, weights=None)
@@ -99,7 +99,7 @@ def test_pipelines_that_share_a_transformer_are_one(pipe):
 
 def test_nested_blocks(family, transformer, checkpoint):
     call = family.call(transformer, (11, 20))
-    before = photograph(transformer)
+    before = snapshot(transformer)
     with clear.linearized(transformer, 4, weights=checkpoint):
         outer = run(transformer, call)
         with clear.linearized(transformer, 6, 3, weights=None):

@@ -1,4 +1,4 @@
-"""Checks on several ranks: python -m tests.ranks RANKS:CHECK[,CHECK...] ... It forks them, so that one import does.
+"""Checks on several ranks: python -m tests.helpers.rank_checks RANKS:CHECK[,CHECK...] ... It forks them, so that one import does.
 
 Every check runs on every rank. What a rank raises ends the checks that run with it, and its traceback is printed.
 """
@@ -25,10 +25,9 @@ from clear_attn.cascade import Stage
 from clear_attn.parallel.communication_volume import traffic
 from clear_attn.patching.state import entry_hook_of
 from clear_attn.tools.bench import measure
-from tests import pipelines as pipelines_of_tests
-from tests import tiny
+from tests.helpers import dummy_models, dummy_pipelines
+from tests.helpers.reference_model import run
 from tests.matrix.rows import ROWS
-from tests.plain import run
 
 TIMEOUT = 12  # seconds
 CPU = torch.device("cpu")
@@ -56,35 +55,35 @@ def check_equal(family, grids, window, factor, variant=None, backend="tiled", sc
 
 def equal():
     height = 8 * dist.get_world_size() - 3  # as many tile rows as ranks
-    check_equal(tiny.FLUX, [(height - 4, 11)], 3, 1, controlnet=True)  # of the last one, a single row of tokens
-    check_equal(tiny.FLUX, [(height, 11)], 20, 1, batch=2)
-    check_equal(tiny.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="reference")
-    check_equal(tiny.FLUX, [(height + 30, 5)], 9, 5)  # shares of many tile rows, and not of the same number
-    check_equal(tiny.FLUX, [(height, 7), (13, 9)], 6, 3)
-    check_equal(tiny.FLUX, [(height, 7), (2, 3)], 6, 1)
-    check_equal(tiny.SD3, [(height + 4, 9)], 4, 4, batch=2, controlnet=True)
-    check_equal(tiny.SD3, [(height, 9)], 9, 1, variant={"dual": False})
+    check_equal(dummy_models.FLUX, [(height - 4, 11)], 3, 1, controlnet=True)  # of the last one, a single row of tokens
+    check_equal(dummy_models.FLUX, [(height, 11)], 20, 1, batch=2)
+    check_equal(dummy_models.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="reference")
+    check_equal(dummy_models.FLUX, [(height + 30, 5)], 9, 5)  # shares of many tile rows, and not of the same number
+    check_equal(dummy_models.FLUX, [(height, 7), (13, 9)], 6, 3)
+    check_equal(dummy_models.FLUX, [(height, 7), (2, 3)], 6, 1)
+    check_equal(dummy_models.SD3, [(height + 4, 9)], 4, 4, batch=2, controlnet=True)
+    check_equal(dummy_models.SD3, [(height, 9)], 9, 1, variant={"dual": False})
 
 
 def equal_in_all_families():
     """Also with a schedule."""
     height = 8 * dist.get_world_size() - 3
     layers = clear.Schedule(dense_layers=["transformer_blocks.1"], windows={"transformer_blocks.0": 9})
-    check_equal(tiny.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
-    check_equal(tiny.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above_sigma=0.5))
-    check_equal(tiny.FLUX2, [(height, 7), (9, 5)], 6, 2)
-    check_equal(tiny.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
-    check_equal(tiny.CHROMA, [(height, 7)], 6, 2, batch=2)
+    check_equal(dummy_models.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
+    check_equal(dummy_models.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above_sigma=0.5))
+    check_equal(dummy_models.FLUX2, [(height, 7), (9, 5)], 6, 2)
+    check_equal(dummy_models.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
+    check_equal(dummy_models.CHROMA, [(height, 7)], 6, 2, batch=2)
 
 
 def equal_with_flex():
-    check_equal(tiny.FLUX, [(32, 24)], 3, 2, backend="flex")  # compiles once
+    check_equal(dummy_models.FLUX, [(32, 24)], 3, 2, backend="flex")  # compiles once
 
 
 def memory_is_shared():
     """What a rank holds at most is its share and its halo of what one process holds: all keys would be too much."""
-    transformer, ranks = tiny.flux_transformer(num_single_layers=1), dist.get_world_size()
-    call = tiny.flux_call(transformer, (64 * ranks, 16))
+    transformer, ranks = dummy_models.flux_transformer(num_single_layers=1), dist.get_world_size()
+    call = dummy_models.flux_call(transformer, (64 * ranks, 16))
     peaks = []
     for verb in (functools.partial(clear.linearize, window=3, weights=None), clear.parallelize):
         verb(transformer)
@@ -95,8 +94,8 @@ def memory_is_shared():
 
 def bytes_are_counted():
     """What is sent is what `traffic` says."""
-    transformer, grid = tiny.flux_transformer(), (8 * dist.get_world_size() + 20, 13)
-    call = tiny.flux_call(transformer, grid, batch=2)
+    transformer, grid = dummy_models.flux_transformer(), (8 * dist.get_world_size() + 20, 13)
+    call = dummy_models.flux_call(transformer, grid, batch=2)
     split(transformer, 9, 3)
     run(transformer, call)
     hook = entry_hook_of(transformer)
@@ -121,7 +120,7 @@ def bytes_are_counted():
         run(transformer, call)
     layout = clear.TokenLayout([grid], 7)
     counted = traffic(layout, hook.method, dist.get_rank(), ranks, heads=2, head_dim=16, element=4, batch=2)
-    layers = tiny.FLUX.layers
+    layers = dummy_models.FLUX.layers
     assert sent["batch_isend_irecv"] == layers * counted.halo
     assert sent["all_gather"] == layers * (counted.pooled + counted.text_lse) + counted.output(8)
     assert sent["all_reduce"] == layers * counted.text_sum
@@ -129,10 +128,10 @@ def bytes_are_counted():
 
 def differing_calls():
     """Every rank finds out, and the next call is fine."""
-    transformer, rank = tiny.flux_transformer(), dist.get_rank()
+    transformer, rank = dummy_models.flux_transformer(), dist.get_rank()
     split(transformer)
     last = dist.get_world_size() - 1
-    call = tiny.flux_call(transformer, (32, 8))
+    call = dummy_models.flux_call(transformer, (32, 8))
     expected = run(transformer, call)
 
     def refuses(said, **changes):
@@ -148,24 +147,24 @@ def differing_calls():
     ids = torch.zeros(84, 3)
     call |= {"encoder_hidden_states": text, "txt_ids": ids}
     refuses(f"encoder_hidden_states.* of rank {last} is not rank 0's", encoder_hidden_states=other)
-    call = tiny.flux_call(transformer, (32, 8))
+    call = dummy_models.flux_call(transformer, (32, 8))
     torch.testing.assert_close(run(transformer, call), expected, atol=0, rtol=0)
 
 
 def refusals():
-    transformer = tiny.flux_transformer()
+    transformer = dummy_models.flux_transformer()
     with pytest.raises(ValueError, match="only a linearized pipeline can be split"):
         clear.parallelize(transformer)
     clear.linearize(transformer, 3, weights=None)
     with pytest.raises(TypeError, match="zero_cond_t"):
-        split(tiny.qwen_transformer(zero_cond_t=True))
+        split(dummy_models.qwen_transformer(zero_cond_t=True))
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "rows"))
     with pytest.raises(ValueError, match=r"mesh has 2 dimensions, \('data', 'rows'\)"):
         clear.parallelize(transformer, mesh)
     with pytest.raises(TypeError, match="got a str"):
         clear.parallelize(transformer, "rows")
     clear.parallelize(transformer, mesh["rows"])
-    call = tiny.flux_call(transformer, (5, 9))
+    call = dummy_models.flux_call(transformer, (5, 9))
     with pytest.raises(RuntimeError, match="gives no gradients"):
         transformer(**call)
     transformer.enable_cache(FirstBlockCacheConfig())
@@ -180,8 +179,8 @@ def refusals():
 def data_and_rows():
     """Two pictures at a time, each on two ranks, while a mesh has both."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "rows"))
-    transformer = tiny.sd3_transformer()
-    call = tiny.sd3_call(transformer, (19, 6), seed=mesh["data"].get_local_rank())
+    transformer = dummy_models.sd3_transformer()
+    call = dummy_models.sd3_call(transformer, (19, 6), seed=mesh["data"].get_local_rank())
     clear.linearize(transformer, 4, 2, weights=None)
     expected = run(transformer, call)
     clear.parallelize(transformer, mesh["rows"])
@@ -192,9 +191,9 @@ def data_and_rows():
 
 
 def compiled():
-    transformer = tiny.flux_transformer(num_layers=1, num_single_layers=1)
+    transformer = dummy_models.flux_transformer(num_layers=1, num_single_layers=1)
     clear.linearize(transformer, 5, 2, weights=None)
-    call = tiny.flux_call(transformer, (17, 9))
+    call = dummy_models.flux_call(transformer, (17, 9))
     expected = run(transformer, call)
     clear.parallelize(transformer)
     transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -203,7 +202,7 @@ def compiled():
 
 def pipelines():
     """The seed gives the picture that one process draws; also with a LoRA, guidance in a batch, and in a cascade."""
-    for make, options in ((tiny.flux_pipeline, {}), (tiny.sd3_pipeline, {"guidance_scale": 3.0})):
+    for make, options in ((dummy_models.flux_pipeline, {}), (dummy_models.sd3_pipeline, {"guidance_scale": 3.0})):
         pipe = make()
         lora = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
         torch.manual_seed(3)
@@ -237,8 +236,8 @@ def _draw(pipe, **options):
 
 def decoding():
     """Also by a video's autoencoder; all are told of a rank that comes to it in another step, and of a failure."""
-    pipe, rank = pipelines_of_tests.qwen(QwenImagePipeline), dist.get_rank()
-    call = {**pipelines_of_tests.qwen_text(), "height": 144, "width": 160, "output_type": "pt"}
+    pipe, rank = dummy_pipelines.qwen(QwenImagePipeline), dist.get_rank()
+    call = {**dummy_pipelines.qwen_text(), "height": 144, "width": 160, "output_type": "pt"}
     clear.linearize(pipe, 3, weights=None)
 
     def draw(steps):
@@ -259,7 +258,7 @@ def decoding():
 
 
 def cascade():
-    pipe = tiny.flux_pipeline()
+    pipe = dummy_models.flux_pipeline()
     stage = Stage(steps=2, strength=0.5, low_resolution_guidance=1)
     options = {"height": 192, "width": 128, "window": 4, "down_factor": 2, "weights": None, "stages": stage, "seed": 1}
     draw = functools.partial(clear.highres, pipe, "a red circle", **options, base=clear.Base(steps=2))
@@ -273,7 +272,7 @@ def cascade():
 
 def too_many_ranks_for_a_stage():
     """Said before anything is drawn."""
-    pipe, finished = clear.parallelize(clear.linearize(tiny.flux_pipeline(), 3, weights=None)), []
+    pipe, finished = clear.parallelize(clear.linearize(dummy_models.flux_pipeline(), 3, weights=None)), []
     with pytest.raises(ValueError, match="the stage of 64 x 96 px: 2 ranks are too many for a picture of 8 x 12"):
         clear.highres(
             pipe,
@@ -289,9 +288,9 @@ def too_many_ranks_for_a_stage():
 
 def _stopped_in_a_layer(name, stop):
     """Rank 1 stops in the middle of a step; the others say so in time."""
-    transformer = tiny.flux_transformer()
+    transformer = dummy_models.flux_transformer()
     split(transformer)
-    call = tiny.flux_call(transformer, (24, 8))
+    call = dummy_models.flux_call(transformer, (24, 8))
     run(transformer, call)
     if dist.get_rank() == 1:
         transformer.transformer_blocks[1].register_forward_pre_hook(lambda *_: stop())
