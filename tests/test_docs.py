@@ -13,7 +13,7 @@ import torch
 import clear_attn as clear
 from tests.helpers import dummy_models
 from tests.helpers.reference_model import run
-from tests.test_method_verbs import put_rule
+from tests.models.test_methods_in_models import put_rule
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

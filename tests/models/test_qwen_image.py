@@ -22,7 +22,7 @@ from tests.helpers.reference_model import check_compiled_blocks, check_pipeline,
 from tests.helpers.snapshots import assert_same, snapshot
 
 # What holds of every family, here of this one.
-from tests.test_families import (
+from tests.models.test_families import (
     check_rule,
     test_a_deep_copy_is_independent,
     test_a_window_that_covers_the_grid_is_the_stock_model,
@@ -33,13 +33,13 @@ from tests.test_families import (
     test_positional_arguments_and_dataclass_output,
     test_the_callers_keywords_are_left_alone,
 )
-from tests.test_linearize import (
+from tests.patching.test_linearization import (
     TestLora,
     checkpoint,
     test_hooks_of_others_see_raster_order,
     test_restore_puts_back_replaced_weights,
 )
-from tests.test_saving import folder, test_there_and_back, trained
+from tests.patching.test_saving import folder, test_there_and_back, trained
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
 
 def test_a_checkpoint_of_format_1():
     """Of a LoRA student with pooled weights, after one step of AdamW."""
-    folder = Path(__file__).parent / "data" / "format_1" / "checkpoint-1"
+    folder = Path(__file__).parents[1] / "data" / "format_1" / "checkpoint-1"
     state = checkpoint.read(folder, run_module.RUN)
     assert list(state) == ["step", "student", "average", "schedule"]
     assert (state["step"], state["average"], state["schedule"]["last_epoch"]) == (1, {}, 1)

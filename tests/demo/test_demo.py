@@ -20,7 +20,7 @@ from clear_attn import demo
 from clear_attn.demo.scenes import PLACES, SHAPES, Scene, all_scenes, draw, held_out_scenes, read, training_scenes
 from clear_attn.tools.cli import app
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name):

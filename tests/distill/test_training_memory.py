@@ -18,7 +18,7 @@ from clear_attn.weights.parameters import replaced_parameters
 from tests.helpers import dummy_models
 
 GB = 1e9
-DOCS = Path(__file__).parents[1] / "docs" / "distilling.md"
+DOCS = Path(__file__).parents[2] / "docs" / "distilling.md"
 
 
 def test_flux_dev():

@@ -342,7 +342,7 @@ class TestAuto:
         choice = select_backend(CPU, torch.float32, 64, needs_grad=False)
         assert "benchmarks/results/auto-cpu-*.json" in choice.reason
         times = defaultdict(dict)
-        for file in (Path(__file__).parents[1] / "benchmarks/results").glob("auto-cpu-*.json"):
+        for file in (Path(__file__).parents[2] / "benchmarks/results").glob("auto-cpu-*.json"):
             for row in json.loads(file.read_text()):
                 if row["variant"] in ("flex", "tiled"):
                     times[file.name, row["height"], row["window"]][row["variant"]] = row["median_s"]

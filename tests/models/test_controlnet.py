@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxMultiControlNetModel, SD3ControlNetModel
+from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxMultiControlNetModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,21 +13,9 @@ import clear_attn as clear
 from clear_attn.methods.clear import window_pairs
 from clear_attn.models.context_checkpoint import ContextCheckpoint
 from tests.helpers import dummy_models, hardware
+from tests.helpers.dummy_controlnets import flux_controlnet, sd3_controlnet, wake
 from tests.helpers.reference_model import in_raster_order, run
 from tests.helpers.snapshots import assert_same, snapshot
-
-
-def wake(controlnet):
-    """Random values for what is zero until it is trained."""
-    torch.manual_seed(3)
-    for parameter in controlnet.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
-    return controlnet.eval()
-
-
-def flux_controlnet(**changes):
-    return wake(FluxControlNetModel(**{**dummy_models.FLUX_CONFIG, **changes}))
 
 
 def flux_call(controlnet, grid, text, batch):
@@ -40,10 +28,6 @@ def flux_call(controlnet, grid, text, batch):
     if controlnet.union:
         call["controlnet_mode"] = torch.ones(batch, 1, dtype=torch.long)
     return call
-
-
-def sd3_controlnet(**changes):
-    return wake(SD3ControlNetModel(**{**dummy_models.SD3_CONFIG, **changes}))
 
 
 def sd3_call(controlnet, grid, text, batch):

@@ -87,7 +87,7 @@ class TestPlan:
         assert clear.HighresPlan.load(tmp_path / "out.json") == result.plan
 
     def test_format_1(self):
-        plan = clear.HighresPlan.load(Path(__file__).parent / "data" / "format_1" / "plan.json")
+        plan = clear.HighresPlan.load(Path(__file__).parents[1] / "data" / "format_1" / "plan.json")
         assert plan.base == clear.Base(64, 64, steps=2, guidance=3.5)
         assert plan.stages == (clear.Stage(128, 128, strength=0.5, steps=4, ntk_factor=10.0),)
         assert (plan.window, plan.down_factor, plan.weights, plan.seed) == (4, 1, None, 5)

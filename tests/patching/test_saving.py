@@ -180,7 +180,7 @@ def test_push_to_hub(trained, monkeypatch):
     assert (upload["repo_id"], upload["token"]) == ("me/my-clear", "secret")
 
 
-FORMAT_1 = Path(__file__).parent / "data" / "format_1"
+FORMAT_1 = Path(__file__).parents[1] / "data" / "format_1"
 SCHEDULE = clear.Schedule(0.9, ("single_transformer_blocks.0",), {"transformer_blocks.0": 5})
 
 

@@ -18,7 +18,7 @@ from tests.helpers.reference_model import check_compiled_blocks, check_pipeline,
 from tests.helpers.snapshots import assert_same, snapshot
 
 # What holds of every family, here of this one.
-from tests.test_families import (
+from tests.models.test_families import (
     SIZES,
     test_a_deep_copy_is_independent,
     test_a_window_that_covers_the_grid_is_the_stock_model,
@@ -26,14 +26,14 @@ from tests.test_families import (
     test_positional_arguments_and_dataclass_output,
     test_the_callers_keywords_are_left_alone,
 )
-from tests.test_linearize import (
+from tests.patching.test_linearization import (
     checkpoint,
     test_again_with_other_settings_starts_from_the_original,
     test_in_bfloat16,
     test_other_hooks_stay,
     test_restore_puts_back_replaced_weights,
 )
-from tests.test_saving import folder, test_there_and_back, trained
+from tests.patching.test_saving import folder, test_there_and_back, trained
 
 
 @pytest.fixture
