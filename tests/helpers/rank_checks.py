@@ -1,4 +1,4 @@
-"""Checks on several ranks: python -m tests.helpers.rank_checks RANKS:CHECK[,CHECK...] ... Forked, so one import is enough.
+"""Checks on several ranks: python -m tests.helpers.rank_checks RANKS:CHECK[,CHECK...] ... They share an import by fork.
 
 Every check runs on every rank. What a rank raises ends the checks that run with it, and its traceback is printed.
 """
