@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import clear_attn as clear
 from clear_attn.cascade import Stage
 from clear_attn.parallel.communication_volume import traffic
-from clear_attn.patching.state import entry_hook_of
+from clear_attn.patching.target import entry_hook_of
 from clear_attn.tools.bench import measure
 from tests.helpers import dummy_models, dummy_pipelines
 from tests.helpers.reference_model import run

@@ -15,7 +15,7 @@ from clear_attn.backends import reference as dense
 from clear_attn.core.layout import grid_permutation
 from clear_attn.models import adapter_for, flux
 from clear_attn.patching import plan_cache
-from clear_attn.patching.state import entry_hook_of
+from clear_attn.patching.target import entry_hook_of
 from tests.helpers import dummy_models, hardware
 from tests.helpers.reference_model import in_raster_order, run
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import clear_attn as clear
 from clear_attn.patching import saving
-from clear_attn.patching.state import entry_hook_of
+from clear_attn.patching.target import entry_hook_of
 from tests.helpers import dummy_models
 from tests.helpers.reference_model import run
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot

@@ -17,8 +17,7 @@ from clear_attn.models._diffusers import attention_backend_of, parallel_config_o
 from clear_attn.models.class_names import is_exactly
 from clear_attn.models.context import SCALE_MULTIPLIER
 from clear_attn.models.processors import ClearAttnProcessor, Inputs
-from clear_attn.patching.state import entry_hook_of, processors_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.target import entry_hook_of, find_transformer, processors_of
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 

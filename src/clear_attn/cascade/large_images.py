@@ -18,6 +18,7 @@ from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.restoration import restored_state
+from clear_attn.patching.target import find_target
 
 
 def highres(
@@ -95,7 +96,7 @@ def highres(
         options=options,
     )
     if plan.base:
-        restored_state(pipe)  # it is drawn with the original weights, which may have been given up
+        restored_state(find_target(pipe))  # it is drawn with the original weights, which may have been given up
     check_fits(pipe, plan)
     callbacks = {
         "callback_on_step_end": callback_on_step_end,

@@ -13,8 +13,7 @@ import diffusers
 from clear_attn.cascade.stages import check_number
 from clear_attn.models import ADAPTERS
 from clear_attn.models.class_names import is_instance
-from clear_attn.patching.state import entry_hook_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.target import entry_hook_of, find_transformer
 
 
 class Kind(NamedTuple):

@@ -29,8 +29,7 @@ from clear_attn.cascade.rope import check_ntk_factor, has_rotary_embedding
 from clear_attn.cascade.stages import Base, Size, Stage, size_name
 from clear_attn.methods.schedule import Schedule
 from clear_attn.parallel.shard import check_ranks
-from clear_attn.patching.state import entry_hook_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.target import entry_hook_of, find_transformer
 from clear_attn.utils.validation import check_whole_number
 from clear_attn.weights.metadata import metadata_of
 

@@ -13,8 +13,8 @@ from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import linearize
 from clear_attn.patching.restoration import restore
-from clear_attn.patching.state import apply, capture, check_writable, entry_hook_of, original_state
-from clear_attn.patching.target import PipelineOrTransformer, find_transformer
+from clear_attn.patching.state import apply, capture, check_writable, original_state
+from clear_attn.patching.target import PipelineOrTransformer, entry_hook_of, find_target, find_transformer
 from clear_attn.utils._torch import hook_tables
 from clear_attn.weights.parameters import check_in_memory
 
@@ -95,21 +95,20 @@ def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
 
 def _restore_point(pipe: Any) -> Callable[[], None]:
     """Return a function that puts the present state back, whatever the public functions changed since."""
-    transformer, adapter = find_transformer(pipe)
-    layers = adapter.attention_layers(transformer)
-    hook = entry_hook_of(transformer)
+    target = find_target(pipe)
+    hook = target.hook
     if hook and hook.original.values:
-        check_in_memory(transformer, layers)
-    before = capture(transformer, layers, hook.original.values if hook else ())
+        check_in_memory(target.transformer, target.layers)
+    before = capture(target, hook.original.values if hook else ())
 
     def back() -> None:
-        stock = original_state(transformer, layers)
-        wanted = before._replace(values={**stock.values, **before.values}) if before.hook else stock
-        check_writable(transformer, layers, wanted)
+        original = original_state(target)
+        wanted = before._replace(values={**original.values, **before.values}) if before.hook else original
+        check_writable(target, wanted)
         try:
-            apply(transformer, layers, wanted)
+            apply(target, wanted)
         except BaseException:
-            apply(transformer, layers, wanted)
+            apply(target, wanted)
             raise
 
     return back

@@ -16,16 +16,8 @@ from clear_attn.models.conflicts import check_hooks, check_parallelism, check_pi
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.patching.resolve import parameters_lost, resolve_method, resolve_saved
-from clear_attn.patching.state import (
-    State,
-    apply,
-    capture,
-    entry_hook_of,
-    match_device_and_dtype,
-    original_state,
-    processors_of,
-)
-from clear_attn.patching.target import PipelineOrTransformer, find_transformer
+from clear_attn.patching.state import State, apply, capture, match_device_and_dtype, original_state
+from clear_attn.patching.target import PipelineOrTransformer, Target, find_target
 from clear_attn.weights.metadata import make_metadata, read_schedule
 from clear_attn.weights.parameters import (
     check_checkpoint,
@@ -35,28 +27,6 @@ from clear_attn.weights.parameters import (
     replaced_parameters,
 )
 from clear_attn.weights.sources import Checkpoint, load
-
-
-class Target(NamedTuple):
-    """What is linearized.
-
-    Attributes:
-        pipe: as given.
-        transformer, adapter: of it.
-        layers: the attention modules by name.
-        original: the state that restoring leads to.
-    """
-
-    pipe: Any
-    transformer: Any
-    adapter: ModelAdapter
-    layers: dict[str, Any]
-    original: State
-
-    @property
-    def model(self) -> str:
-        """The class of the transformer."""
-        return type(self.transformer).__name__
 
 
 class Settings(NamedTuple):
@@ -140,14 +110,15 @@ def linearize(
         >>> clear.is_linearized(clear.restore(pipe))
         False
     """
-    target = _find_target(pipe)
-    _validate_target(target)
+    target = find_target(pipe)
+    original = original_state(target)
+    _validate_target(target, original)
     wanted = resolve_method(window, down_factor, method)
     validate_backend(backend)
     validate_machine(backend)
     if schedule is not None:
         _validate_schedule(target, schedule)
-    metadata = target.original.metadata
+    metadata = original.metadata
     if weights == "auto" and metadata:
         saved = resolve_saved(window, down_factor, method, metadata)
         settings = Settings(saved, schedule or read_schedule(metadata), backend, keep_original, None, saved=True)
@@ -156,22 +127,16 @@ def linearize(
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
-    _apply_change(target, *_validate_settings(target, settings))
+    _apply_change(target, *_validate_settings(target, original, settings))
     return pipe
 
 
-def _find_target(pipe: Any) -> Target:
-    transformer, adapter = find_transformer(pipe)
-    layers = adapter.attention_layers(transformer)
-    return Target(pipe, transformer, adapter, layers, original_state(transformer, layers))
-
-
-def _validate_target(target: Target) -> None:
+def _validate_target(target: Target, original: State) -> None:
     """Raise RuntimeError for a pipeline that cannot be linearized as it is."""
     check_pipeline(target.pipe)
     check_in_memory(target.transformer, target.layers)
-    check_processors(target.original.processors, target.adapter)
-    check_parallelism(processors_of(target.layers))
+    check_processors(original.processors, target.adapter)
+    check_parallelism(target.processors)
     check_hooks(target.layers)
 
 
@@ -199,21 +164,19 @@ def _load_weights(
     return load(weights, target.pipe, target.transformer, wanted, revision, token)
 
 
-def _validate_settings(target: Target, settings: Settings) -> tuple[State, State]:
+def _validate_settings(target: Target, original: State, settings: Settings) -> tuple[State, State]:
     """Return the present state of a target and the one to apply; the target is not changed."""
     method, schedule, source = settings.method, settings.schedule, settings.source
     method.validate_backend(settings.backend)
     if source:
         schedule.validate_layers(list(target.layers), target.model)
-    present = entry_hook_of(target.transformer)
-    sharder = present.sharder if present else None
+    sharder = target.hook.sharder if target.hook else None
     if sharder:
         method.halo()  # raises for a method that is not split over ranks
     described = target.adapter.describe_layers(target.transformer)
-    original = target.original
     parameters = replaced_parameters(target.layers)
     values = {name: value for name, value in (source.values if source else {}).items() if name in parameters}
-    before = capture(target.transformer, target.layers, values.keys() | original.values.keys())
+    before = capture(target, values.keys() | original.values.keys())
     if original.values and not source:  # with a source it was checked before that was loaded
         check_replaceable(target.layers)
     kept = {name: original.values.get(name, before.values[name]) for name in values} if settings.keep_original else {}
@@ -248,9 +211,9 @@ def _validate_settings(target: Target, settings: Settings) -> tuple[State, State
 def _apply_change(target: Target, before: State, after: State) -> None:
     """Change the transformer in one transaction."""
     try:
-        apply(target.transformer, target.layers, after)
+        apply(target, after)
     except BaseException:
-        apply(target.transformer, target.layers, before)
+        apply(target, before)
         raise
 
 

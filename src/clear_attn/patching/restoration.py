@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 from clear_attn.methods.records import record_as_text
-from clear_attn.patching.state import State, apply, check_writable, entry_hook_of, original_state
-from clear_attn.patching.target import PipelineOrTransformer, find_transformer
+from clear_attn.patching.state import State, apply, check_writable, original_state
+from clear_attn.patching.target import PipelineOrTransformer, Target, entry_hook_of, find_target, find_transformer
 from clear_attn.weights.metadata import metadata_of, read_method
 
 
@@ -23,20 +23,19 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
         RuntimeError: the original weights were discarded with `keep_original=False`, or cannot be put back:
             parameters on the meta device, a LoRA fused in.
     """
-    transformer, adapter = find_transformer(pipe)
-    _warn_if_left_dense(transformer)
-    if entry_hook_of(transformer):
-        layers, original = adapter.attention_layers(transformer), restored_state(pipe)
-        check_writable(transformer, layers, original)
-        apply(transformer, layers, original)
+    target = find_target(pipe)
+    _warn_if_left_dense(target.transformer)
+    if target.hook:
+        original = restored_state(target)
+        check_writable(target, original)
+        apply(target, original)
     return pipe
 
 
-def restored_state(pipe: Any) -> State:
+def restored_state(target: Target) -> State:
     """Return the state that `restore` applies; errors as there."""
-    transformer, adapter = find_transformer(pipe)
-    original = original_state(transformer, adapter.attention_layers(transformer))
-    if entry_hook_of(transformer) and original.metadata and original.metadata["weights"]:
+    original = original_state(target)
+    if target.hook and original.metadata and original.metadata["weights"]:
         raise RuntimeError(
             f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), saved whole "
             "while it was linearized; for the original load the original pipeline"

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.patching.state import entry_hook_of, processors_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.target import find_target, find_transformer
 from clear_attn.utils.atomic import atomic_file, check_folder
 from clear_attn.weights.metadata import CONFIG_FILE, Record, metadata_of
 from clear_attn.weights.parameters import (
@@ -51,14 +50,13 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
             eight bits, or mixed with a fused LoRA.
         NotADirectoryError: ``directory`` is a file.
     """
-    transformer, adapter = find_transformer(pipe)
-    hook = entry_hook_of(transformer)
+    target = find_target(pipe)
+    hook, layers = target.hook, target.layers
     if hook is None:
         raise RuntimeError("this pipeline is not linearized, so there is nothing to save; call clear_attn.linearize()")
     folder = check_folder(directory)
-    layers = adapter.attention_layers(transformer)
-    hook.validate_installed(transformer)
-    check_in_memory(transformer, layers)
+    hook.validate_installed(target.transformer)
+    check_in_memory(target.transformer, layers)
     check_replaceable(layers)
     values = {name: parameter.detach() for name, parameter in replaced_parameters(layers).items()}
     coarse = next((value.dtype for value in values.values() if value.dtype not in DTYPES), None)
@@ -67,7 +65,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
             f"this model's weights are stored in {coarse} by layerwise casting, and would be saved so; save before "
             "enable_layerwise_casting()"
         )
-    values |= {name: own.detach() for name, own in own_parameters(processors_of(layers)).items()}
+    values |= {name: own.detach() for name, own in own_parameters(target.processors).items()}
     save_values(pipe, hook.method, values, folder, hook.schedule)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from clear_attn.models._diffusers import replace_config
 from clear_attn.models.processors import ClearAttnProcessor
 from clear_attn.patching.hooks import EntryHook, ExitHook
+from clear_attn.patching.target import Target, entry_hook_of
 from clear_attn.utils._torch import forward_hooks, forward_pre_hooks, remove_forward_hooks
 from clear_attn.weights.metadata import CONFIG_ENTRY, metadata_of
 from clear_attn.weights.parameters import (
@@ -41,31 +42,22 @@ class State(NamedTuple):
     metadata: dict[str, Any] | None
 
 
-def entry_hook_of(transformer: Any) -> EntryHook | None:
-    """Return the hook that `linearize` put in, or None."""
-    return next((hook for hook in forward_pre_hooks(transformer).values() if isinstance(hook, EntryHook)), None)
-
-
-def processors_of(layers: Mapping[str, Any]) -> dict[str, Any]:
-    return {layer: attn.get_processor() for layer, attn in layers.items()}
-
-
-def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -> State:
+def capture(target: Target, names: Iterable[str]) -> State:
     """Return the present state, with copies of the named parameters' values."""
-    parameters = replaced_parameters(layers)
+    parameters = replaced_parameters(target.layers)
     values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
-    return State(entry_hook_of(transformer), processors_of(layers), values, metadata_of(transformer))
+    return State(target.hook, target.processors, values, metadata_of(target.transformer))
 
 
-def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
+def original_state(target: Target) -> State:
     """Return the state that restoring leads to. What others have put in place since stays as it is.
 
     Raises:
         RuntimeError: the original weights were discarded.
     """
-    hook, processors = entry_hook_of(transformer), processors_of(layers)
+    hook, processors = target.hook, target.processors
     if hook is None:
-        return State(None, processors, {}, metadata_of(transformer))
+        return State(None, processors, {}, metadata_of(target.transformer))
     if hook.originals_discarded:
         raise RuntimeError(
             "the original weights of this pipeline were discarded by linearize(..., keep_original=False); load the "
@@ -77,23 +69,24 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
     return State(None, processors, hook.original.values, hook.original.metadata)
 
 
-def check_writable(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
+def check_writable(target: Target, state: State) -> None:
     """Raise RuntimeError if the values of a state cannot be copied in."""
     if state.values:
-        check_in_memory(transformer, layers)
-        check_replaceable(layers)
+        check_in_memory(target.transformer, target.layers)
+        check_replaceable(target.layers)
 
 
-def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
+def apply(target: Target, state: State) -> None:
     """Put a state in place of the present one. Interrupted, it can be called again.
 
     Install the hook first and remove it last, so that a partial state is always detectable.
     """
+    transformer = target.transformer
     _free_kept_processors(transformer)  # while the hook that knows their originals is there
     if state.hook:
         install_hooks(transformer, state.hook)
-    copy_values(state.values, layers)
-    for layer, attn in layers.items():
+    copy_values(state.values, target.layers)
+    for layer, attn in target.layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
             # What the user set with set_attention_backend(), enable_parallelism() or set_ip_adapter_scale().

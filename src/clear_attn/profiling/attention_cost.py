@@ -13,8 +13,7 @@ from clear_attn.methods import Clear, Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
 from clear_attn.patching.resolve import override_method
-from clear_attn.patching.state import entry_hook_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.target import entry_hook_of, find_transformer
 from clear_attn.profiling.cost_report import Cost, LayerGroup
 from clear_attn.profiling.memory import memory_of
 from clear_attn.utils.validation import check_whole_number
