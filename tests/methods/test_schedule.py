@@ -12,7 +12,7 @@ import clear_attn as clear
 from clear_attn import Schedule
 from tests.helpers import dummy_models, hardware
 from tests.helpers.reference_model import in_raster_order, run
-from tests.helpers.snapshots import assert_same, snapshot
+from tests.helpers.snapshots import assert_same, snapshot, train
 
 GRID = (11, 20)
 # Of both families: the first block, and one inside the next.
@@ -170,6 +170,7 @@ def test_travels_with_the_weights(family, transformer, tmp_path):
     schedule = Schedule(0.6, LAYERS.dense_layers, LAYERS.windows)
     call = at(family, family.call(transformer, GRID), 0.3)
     clear.linearize(transformer, 3, weights=None, schedule=schedule)
+    train(transformer)
     expected = run(transformer, call)
     clear.save_pretrained(transformer, tmp_path / "clear")
     fresh = family.transformer()

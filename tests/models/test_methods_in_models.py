@@ -19,7 +19,7 @@ from clear_attn.models import adapter_for
 from clear_attn.patching.saving import save_values
 from tests.helpers import dummy_models, reference_model
 from tests.helpers.method_rules import RULES, softmax
-from tests.helpers.snapshots import assert_same, snapshot
+from tests.helpers.snapshots import assert_same, snapshot, train
 
 GRID = (9, 13)
 METHODS = [
@@ -173,6 +173,7 @@ class TestSaved:
     @pytest.fixture
     def folder(self, tmp_path):
         transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(4), weights=None)
+        train(transformer)
         clear.save_pretrained(transformer, tmp_path)
         return tmp_path
 
@@ -195,7 +196,9 @@ class TestSaved:
         assert_same(transformer, before)
 
     def test_for_clear(self, tmp_path):
-        clear.save_pretrained(clear.linearize(dummy_models.flux_transformer(), 4, weights=None), tmp_path)
+        transformer = clear.linearize(dummy_models.flux_transformer(), 4, weights=None)
+        train(transformer)
+        clear.save_pretrained(transformer, tmp_path)
         with pytest.raises(ValueError, match="distilled for window=4"):
             clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(), weights=tmp_path)
 
@@ -551,7 +554,8 @@ class TestOwn:
 
     def test_is_saved_under_its_modules_name(self, tmp_path):
         transformer = clear.linearize(dummy_models.flux_transformer(), method=self.define(side=2)(), weights=None)
-        clear.linearize(transformer, method=self.define(side=2)(side=3), weights=None)  # defined anew
+        clear.linearize(transformer, method=self.define(side=2)(side=3), weights=None)  # defined again
+        train(transformer)
         clear.save_pretrained(transformer, tmp_path)
         again = self.define(side=2)
         loaded = clear.linearize(dummy_models.flux_transformer(), method=again(side=3), weights=tmp_path)
@@ -579,5 +583,6 @@ class TestOwn:
 
 def test_numbers_of_other_libraries(tmp_path):
     transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(np.int64(4)), weights=None)
+    train(transformer)
     clear.save_pretrained(transformer, tmp_path)
     assert type(methods.Swin(np.int64(4)).side) is int

@@ -285,7 +285,7 @@ class TestRefusals:
         whole = checkpoint.read_bytes()
         for length in (0, 5, 100, len(whole) - 1):
             checkpoint.write_bytes(whole[:length])
-            with pytest.raises(ValueError, match="no whole safetensors file"):
+            with pytest.raises(ValueError, match="not a complete safetensors file"):
                 clear.linearize(transformer, weights=checkpoint)
 
     def test_an_empty_file(self, transformer, tmp_path):

@@ -16,7 +16,7 @@ from clear_attn.patching import saving
 from clear_attn.patching.target import entry_hook_of
 from tests.helpers import dummy_models
 from tests.helpers.reference_model import run
-from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
+from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot, train
 
 
 @pytest.fixture
@@ -86,6 +86,7 @@ def test_the_model_card_names_base_and_licence(tmp_path):
     transformer = dummy_models.FLUX.transformer()
     transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
     clear.linearize(transformer, 8, 4, weights=None)
+    train(transformer)
     clear.save_pretrained(transformer, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "base_model: black-forest-labs/FLUX.1-dev" in card
@@ -253,8 +254,16 @@ class TestRefusals:
                 ValueError,
                 "distilled for a Other2DModel, and this is",
             ),
-            (lambda f: (f / "clear_config.json").write_text('{"format": 1'), ValueError, "no whole clear_config"),
-            (lambda f: (f / "clear_config.json").write_text("[]"), ValueError, "no whole clear_config"),
+            (
+                lambda f: (f / "clear_config.json").write_text('{"format": 1'),
+                ValueError,
+                r"clear_config.json is not readable as JSON",
+            ),
+            (
+                lambda f: (f / "clear_config.json").write_text("[]"),
+                ValueError,
+                r"clear_config.json must hold a JSON object",
+            ),
         ],
     )
     def test_folders(self, transformer, folder, change, error, words):

@@ -30,7 +30,7 @@ from clear_attn.cascade.stages import Base, Size, Stage, size_name
 from clear_attn.methods.schedule import Schedule
 from clear_attn.parallel.shard import check_ranks
 from clear_attn.patching.target import entry_hook_of, find_transformer
-from clear_attn.utils.validation import check_whole_number
+from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.metadata import metadata_of
 
 PUBLISHED_NTK_FACTOR = 10.0
@@ -74,13 +74,16 @@ def make_plan(
         first = base.size
     else:
         first = _check_image(image, base)
+    if seed is None:
+        seed = int(random_seed())
+    seed = check_whole_number("seed", seed, "any will do", least=0, most=LARGEST_SEED)
     plan = HighresPlan(
         prompt=prompt,
         height=size[0],
         width=size[1],
         base=base,
         stages=_filled(stages, first, size, token, transformer),
-        seed=int(random_seed()) if seed is None else check_whole_number("seed", seed, "any will do", least=0),
+        seed=seed,
         window=window,
         down_factor=down_factor,
         weights=None if weights is None else os.fspath(weights),

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.layout import TokenLayout
@@ -75,7 +77,10 @@ class EntryHook:
         sharder: Sharder | None = None,
     ) -> None:
         self.adapter, self.method, self.schedule, self.backend = adapter, method, schedule, backend
-        self.original, self.originals_discarded, self.sharder = original, originals_discarded, sharder
+        self.original, self.originals_discarded = original, originals_discarded
+        self.sharder = sharder
+        # A few values of each parameter that linearizing replaces or adds, to notice later changes.
+        self.samples: Mapping[str, Tensor] = {}
         self.representatives, self.groups = schedule.group(method, layers.values())
         self.cache = PlanCache()
 

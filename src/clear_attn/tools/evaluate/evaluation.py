@@ -22,7 +22,7 @@ from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, seconds_of, sheet
 from clear_attn.tools.evaluate.student_images import Drawing, Drawn, draw, read_all
 from clear_attn.utils.atomic import atomic_contents
-from clear_attn.utils.validation import check_whole_number
+from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.metadata import metadata_of
 from clear_attn.weights.published import name_of
 
@@ -93,7 +93,7 @@ def evaluate(
     drawing = Drawing(
         _whole_tokens(pipe, "height", height),
         _whole_tokens(pipe, "width", width),
-        check_whole_number("seed", seed, "it is the first picture's", least=0),
+        check_whole_number("seed", seed, "it is the first image's", least=0, most=LARGEST_SEED),
         num_inference_steps,
         guidance_scale,
         max_sequence_length,
