@@ -17,6 +17,7 @@ from clear_attn.utils.validation import check_whole_number
 
 # Fields of records of format 1, by their name today.
 RENAMED = {"dense_above": "dense_above_sigma"}
+CONTAINERS = {"dense_layers": list | tuple, "windows": dict}
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Schedule:
         values = validate_record(record, {}, where)
         renamed = {RENAMED.get(name, name): value for name, value in values.items()}
         try:
-            validate_record(renamed, {"dense_layers": list | tuple | None, "windows": dict | None}, where)
+            validate_record(renamed, {name: kind for name, kind in CONTAINERS.items() if name in renamed}, where)
             return cls(**renamed)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: the schedule cannot be read ({error})") from error

@@ -22,6 +22,7 @@ FORMAT = 2
 READABLE = (1, 2)
 # The entry in a linearized transformer's config, by which one that was saved whole is recognized.
 CONFIG_ENTRY = "clear_attn"
+IN_CONFIG = f"the entry {CONFIG_ENTRY} in the config of this transformer"
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Record:
         return json.dumps(values, indent=2) + "\n"
 
 
-def read_method(values: Mapping[str, Any], where: str = "the record") -> Method:
-    """Return the method of a record.
+def read_method(values: Mapping[str, Any], where: str = IN_CONFIG) -> Method:
+    """Return the method of a record, which errors name as `where`.
 
     Raises:
         ValueError: it is not there or cannot be read; an unknown method.
@@ -71,8 +72,8 @@ def read_method(values: Mapping[str, Any], where: str = "the record") -> Method:
     )
 
 
-def read_schedule(values: Mapping[str, Any], where: str = "the record") -> Schedule:
-    """Return the schedule of a record, which may have none.
+def read_schedule(values: Mapping[str, Any], where: str = IN_CONFIG) -> Schedule:
+    """Return the schedule of a record, which may have none; errors name the record as `where`.
 
     Raises:
         ValueError: it cannot be read.
@@ -132,10 +133,9 @@ def metadata_of(transformer: Any) -> dict[str, Any] | None:
     entry = transformer.config.get(CONFIG_ENTRY)
     if entry is None:
         return None
-    where = f"the entry {CONFIG_ENTRY} in the config of this transformer"
     try:
-        check_format(entry, where)
-        metadata = validate_record(entry, {"architecture": str, "weights": str | None, "source": str | None}, where)
+        check_format(entry, IN_CONFIG)
+        metadata = validate_record(entry, {"architecture": str, "weights": str | None, "source": str | None}, IN_CONFIG)
     except ValueError as error:
         remedy = f"or remove the entry by transformer.register_to_config({CONFIG_ENTRY}=None)"
         raise ValueError(f"{error}, {remedy}") from error

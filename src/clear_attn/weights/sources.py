@@ -124,7 +124,7 @@ def _load_file(path: Path, name: str, published: Method | None, source: str | No
     values, recorded = read_checkpoint(path)
     factor = pooled_factor(values)
     method = published and published.with_settings(None, factor)
-    if recorded:
+    if recorded is not None:
         method = method_from_dict(recorded, str(path))
     return Checkpoint(values, name, name, method, factor, source=source)
 
