@@ -60,6 +60,7 @@ class EntryHook:
         schedule: which calls and layers differ.
         layers: of the transformer, by name.
         backend: of its calls, or "auto".
+        weights: where its distilled weights are from, as given to `linearize`; None for its own.
         original: the transformer's state before, for `restore`.
         originals_discarded: whether the values that were replaced have not been kept.
         sharder: splits its calls; None if this process computes all.
@@ -72,11 +73,13 @@ class EntryHook:
         schedule: Schedule,
         layers: dict[str, Layer],
         backend: str,
+        weights: str | None,
         original: State,
         originals_discarded: bool,
         sharder: Sharder | None = None,
     ) -> None:
-        self.adapter, self.method, self.schedule, self.backend = adapter, method, schedule, backend
+        self.adapter, self.method, self.schedule = adapter, method, schedule
+        self.backend, self.weights = backend, weights
         self.original, self.originals_discarded = original, originals_discarded
         self.sharder = sharder
         # A few values of each parameter that linearizing replaces or adds, to notice later changes.

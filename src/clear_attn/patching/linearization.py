@@ -184,12 +184,15 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> t
     if original.values and not source:  # with a source it was checked before that was loaded
         check_replaceable(target.layers)
     kept = {name: original.values.get(name, before.values[name]) for name in values} if settings.keep_original else {}
+    metadata = original.metadata
+    unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
     hook = EntryHook(
         target.adapter,
         method,
         schedule,
         described,
         settings.backend,
+        source.name if source else unchanged[0],
         original._replace(values=kept),
         originals_discarded=bool(values) and not settings.keep_original,
         sharder=sharder,
@@ -207,8 +210,6 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> t
         match_device_and_dtype(processors[layer], attn).requires_grad_(next(attn.parameters()).requires_grad)
     written = {name: value.to(parameters[name].dtype) for name, value in sample({**original.values, **values}).items()}
     hook.samples = {**sample({**parameters, **own}), **written}
-    metadata = original.metadata
-    unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
     weights = (source.label, source.source) if source else unchanged
     entry = make_metadata(target.transformer, method, schedule, *weights)
     return before, State(hook, dict(processors), {**original.values, **values}, entry)

@@ -57,6 +57,22 @@ class Checkpoint(NamedTuple):
     schedule: Schedule = Schedule()
 
 
+def with_absolute_path(weights: str | os.PathLike[str] | None) -> str | None:
+    """Return the argument of `linearize` with a local path made absolute.
+
+    A relative path looks like a Hub id from another working directory.
+    """
+    if weights is None:
+        return None
+    path = Path(weights).expanduser()
+    return str(path.resolve()) if path.exists() else os.fspath(weights)
+
+
+def shared_name(weights: str) -> str:
+    """Return a Hub id, or the name of a local file or folder without its absolute path."""
+    return weights if HUB_FILE.fullmatch(weights) else Path(weights).name
+
+
 def load(
     weights: str | os.PathLike[str],
     pipe: Any,

@@ -24,7 +24,7 @@ from clear_attn.tools.evaluate.student_images import Drawing, Drawn, draw, read_
 from clear_attn.utils.atomic import atomic_contents
 from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.metadata import metadata_of
-from clear_attn.weights.published import name_of
+from clear_attn.weights.published import shared_name_of
 
 LIBRARIES = ("clear_attn", "torch", "diffusers", "transformers", "torchmetrics")
 
@@ -112,7 +112,7 @@ def evaluate(
         _compare(made, teacher, student, prompts, batch_size, execution_device_of(pipe))
         evaluation = Evaluation(
             settings={
-                "model": name_of(pipe, transformer),
+                "model": shared_name_of(pipe, transformer),
                 "weights": metadata["weights"],
                 "method": metadata["method"],
                 "schedule": metadata["schedule"],
