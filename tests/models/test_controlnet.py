@@ -11,7 +11,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn.methods.clear import window_pairs
-from clear_attn.models.context_checkpoint import ContextCheckpoint
+from clear_attn.models.context.context_checkpoint import ContextCheckpoint
 from tests.helpers import dummy_models, hardware
 from tests.helpers.dummy_controlnets import flux_controlnet, sd3_controlnet, wake
 from tests.helpers.reference_model import in_raster_order, run

@@ -118,7 +118,7 @@ class TestIds:
 
 @pytest.mark.parametrize("name", ["native", "_native_math", "flex"])
 def test_the_users_attention_backend_serves_text_queries(transformer, name, monkeypatch):
-    from clear_attn.models import dense_attention
+    from clear_attn.models.context import dense_attention
 
     clear.linearize(transformer, 4, weights=None)
     expected = run(transformer, dummy_models.FLUX.call(transformer, (9, 9)))

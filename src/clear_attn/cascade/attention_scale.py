@@ -15,8 +15,8 @@ from clear_attn.methods.method import proportional_scale
 from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import attention_backend_of, parallel_config_of
 from clear_attn.models.class_names import is_exactly
-from clear_attn.models.context import SCALE_MULTIPLIER
-from clear_attn.models.processors import ClearAttnProcessor, Inputs
+from clear_attn.models.context.context import SCALE_MULTIPLIER
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 from clear_attn.patching.target import entry_hook_of, find_transformer, processors_of
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
-from clear_attn.models.context import ClearContext
-from clear_attn.models.processors import ClearAttnProcessor, Inputs, project, project_out
+from clear_attn.models.context.context import ClearContext
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project, project_out
 from clear_attn.models.training import TrainingAdapter
 from clear_attn.utils._torch import forward_hooks
 

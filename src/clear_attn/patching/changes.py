@@ -6,7 +6,7 @@ import warnings
 
 from torch import Tensor
 
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.target import Target
 from clear_attn.weights.parameters import own_parameters, replaced_parameters
 from clear_attn.weights.samples import changed, changed_beyond_rounding

@@ -22,9 +22,9 @@ from clear_attn.methods import Layer, Method, ScoreBias
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
 from clear_attn.models.adapter import InnerHook
-from clear_attn.models.conflicts import check_hooks
-from clear_attn.models.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
+from clear_attn.models.processors.processor import ClearAttnProcessor
+from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
 from clear_attn.utils._torch import leaves_of, map_tensors
 

@@ -12,9 +12,9 @@ from clear_attn.backends.selection import validate_backend, validate_machine
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
-from clear_attn.models.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.changes import warn_if_changed
+from clear_attn.patching.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.patching.resolve import parameters_lost, resolve_method, resolve_saved
 from clear_attn.patching.state import State, apply, capture, match_device_and_dtype, original_state
