@@ -413,6 +413,7 @@ def test_fused_projections_are_used():
 
 def test_a_file_without_its_record_knows_its_method(tmp_path):
     transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(4), weights=None)
+    train(transformer)
     clear.save_pretrained(transformer, tmp_path)
     alone = tmp_path / "alone.safetensors"
     (tmp_path / "clear_weights.safetensors").rename(alone)
