@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
+from clear_attn.models.class_names import DIFFUSERS
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project, project_out
 from clear_attn.models.training import TrainingAdapter
@@ -70,7 +71,8 @@ class ModelAdapter(abc.ABC):
     Classes of diffusers are named, not imported: importing one imports the transformers of all models.
 
     Attributes:
-        transformer_class: the name of its transformers' class in diffusers.
+        transformer_class: the name of its transformers' class.
+        packages: the top-level packages that define the classes named here.
         accepts: names of the attention processors that the library's can replace.
         ip_adapter_processors: names of those with an IP-Adapter, whose own attention the replacement keeps.
         text_first: whether text comes before the image where they are joined.
@@ -87,6 +89,7 @@ class ModelAdapter(abc.ABC):
     """
 
     transformer_class: str
+    packages: tuple[str, ...] = DIFFUSERS
     accepts: tuple[str, ...]
     ip_adapter_processors: tuple[str, ...] = ()
     text_first: bool
