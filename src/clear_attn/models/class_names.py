@@ -10,7 +10,12 @@ DIFFUSERS = ("diffusers",)
 
 def is_instance(value: Any, names: Collection[str], packages: Collection[str] = DIFFUSERS) -> bool:
     """Return whether a value is an instance of a class with one of these names in these packages, or of a subclass."""
-    return any(_is_named(cls, names, packages) for cls in type(value).__mro__)
+    return class_of(value, names, packages) is not None
+
+
+def class_of(value: Any, names: Collection[str], packages: Collection[str] = DIFFUSERS) -> type | None:
+    """Return the class with one of these names that a value is an instance of, or None."""
+    return next((cls for cls in type(value).__mro__ if _is_named(cls, names, packages)), None)
 
 
 def is_exactly(value: Any, names: Collection[str], packages: Collection[str] = DIFFUSERS) -> bool:
