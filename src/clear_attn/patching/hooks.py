@@ -7,7 +7,6 @@ of different size, a recomputation for gradients or a deep copy each have their 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,7 +100,7 @@ class EntryHook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         self.validate_installed(transformer)
-        call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
+        call = self.adapter.bind_call(transformer, args, kwargs)
         parsed = self.adapter.parse_call(transformer, call)
         layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
         backend = self._select_backend(transformer, call, parsed.device)
