@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clear_attn.backends import flex, reference, tiled
+from clear_attn.backends import flex, reference, tiled, triton
 from clear_attn.core.region import AttentionRegion
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def _runs_everywhere(device: torch.device, dtype: torch.dtype, head_dim: int, ne
 
 BACKENDS: dict[str, Backend] = {
     "flex": Backend(flex.attend, lambda region: region.block_indices, flex.unsupported_reason),
+    "triton": Backend(triton.attend, lambda region: region.key_lists, triton.unsupported_reason),
     "tiled": Backend(tiled.attend, lambda region: region.tiles, _runs_everywhere),
     "reference": Backend(reference.attend, lambda region: None, _runs_everywhere),
 }

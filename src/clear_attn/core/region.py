@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.coordinates import TokenSet, to_tensor
+from clear_attn.core.key_lists import KeyLists, SharedKeys, window_lists
 from clear_attn.core.tiles import Tiles, build_tiles
 from clear_attn.core.window_mask import BlockIndices, Coordinates, block_indices
 from clear_attn.utils._torch import maybe_mark_dynamic
@@ -28,6 +29,7 @@ class AttentionRegion:
 
     Attributes:
         image_tokens, key_tokens (`int`): the number of image queries, and of all keys.
+        shared_keys (`SharedKeys`): where the keys are that all queries attend to.
         query (`Coordinates`): of the image tokens in tile order, float32 `[image tokens]`.
         key (`Coordinates`), radius_sq: of all keys, float32 `[key tokens]`; infinity where all queries attend.
     """
@@ -47,6 +49,7 @@ class AttentionRegion:
         self.tokens, self.image, self.device = tokens, image, device
         self.image_tokens = len(queries.y)
         self.key_tokens = before + len(keys.y) + after
+        self.shared_keys = SharedKeys(before, len(keys.y), after)
 
         def pad_keys(image: np.ndarray, other: float) -> Tensor:
             return to_tensor(np.pad(image, (before, after), constant_values=other), device)
@@ -74,6 +77,22 @@ class AttentionRegion:
                 if length > 1:  # else a compiled block would be recompiled for each dimension that changes
                     maybe_mark_dynamic(tensor, dim)
         return indices
+
+    @functools.cached_property
+    def key_lists(self) -> KeyLists:
+        """The keys that a fused kernel visits for each tile of image queries."""
+        with torch.inference_mode(False):
+            first, shared = self.image.start, self.shared_keys
+            return window_lists(self._queries, self._keys, self.window, first, shared, self.device)
+
+    @functools.cached_property
+    def query_lists(self) -> KeyLists:
+        """The image queries that a fused kernel visits for each tile of image keys: `key_lists`, the rule turned."""
+        if self._queries is self._keys:  # the rule is symmetric
+            return self.key_lists
+        with torch.inference_mode(False):
+            first, queries = self.shared_keys.before, SharedKeys(self.image.start, self.image_tokens, 0)
+            return window_lists(self._keys, self._queries, self.window, first, queries, self.device)
 
     @functools.cached_property
     def tiles(self) -> Tiles:
