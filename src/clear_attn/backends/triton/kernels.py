@@ -535,7 +535,7 @@ def shared_key_gradients(
 
     Both results are float32 `[spans, batch, key heads, shared keys, head_dim]`.
     """
-    blocks = tl.cdiv(shared, M)
+    blocks = (shared + TILE_ROWS - 1) // TILE_ROWS * TILE_PARTS
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     key_head_index, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     own = block * M + tl.arange(0, M)
