@@ -154,7 +154,9 @@ def _read_amd(found: Any) -> Compiled:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
 
-    listing, labels, targets = [], {}, []
+    listing: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    targets: list[tuple[int, str]] = []
     for line in code.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
             labels[label[1]] = len(listing)
@@ -179,9 +181,7 @@ def _summary(
 ) -> Compiled:
     matrix = next((start for start in _MATRIX if any(name.startswith(start) for _, name in listing)), None)
     loops = list(_innermost_loops(listing, jumps, matrix)) if matrix else []
-    return Compiled(
-        registers, spilled, shared, matrix, loops, sum(name.startswith(atomics) for _, name in listing)
-    )
+    return Compiled(registers, spilled, shared, matrix, loops, sum(name.startswith(atomics) for _, name in listing))
 
 
 def _innermost_loops(listing: list[tuple[int, str]], jumps: list[tuple[int, int]], matrix: str) -> Iterator[Loop]:

@@ -56,8 +56,8 @@ class Call(NamedTuple):
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, shift: int, scale: float) -> Call:
-        dense = (_with_dense_channels(x) for x in (query, key, value))
-        return cls(*dense, None if key_bias is None else key_bias.float().contiguous(), shift, scale)
+        query, key, value = (_with_dense_channels(x) for x in (query, key, value))
+        return cls(query, key, value, None if key_bias is None else key_bias.float().contiguous(), shift, scale)
 
     @property
     def group(self) -> int:
@@ -272,8 +272,8 @@ def shared_key_gradients(call: Call, sizes: Sizes, upstream: Upstream) -> tuple[
     """
     shared = sizes.before + sizes.after
     batch, heads, _, head_dim = call.key.shape
-    programs = -(-shared // TILE_ROWS) * batch * heads
-    spans = max(1, min(SHARED_PROGRAMS // programs, sizes.queries // LEAST_SPAN))
+    of_a_span = -(-shared // TILE_ROWS) * batch * heads
+    spans = max(1, min(SHARED_PROGRAMS // of_a_span, sizes.queries // LEAST_SPAN))
     span = -(-sizes.queries // (spans * TILE_ROWS)) * TILE_ROWS
     spans = -(-sizes.queries // span)
     parts = [call.key.new_empty(spans, batch, heads, shared, head_dim, dtype=torch.float32) for _ in range(2)]
@@ -282,7 +282,9 @@ def shared_key_gradients(call: Call, sizes: Sizes, upstream: Upstream) -> tuple[
     strides = _strides(call.query, call.key, call.value, upstream.gradient)
     numbers = *upstream.lse.stride()[:2], bias_batch, call.shift, call.group
     places = sizes.before, sizes.image, shared, sizes.first_query, sizes.queries, span, call.scale * LOG2_E
-    _launch("shared_key_gradients", call, (spans * -(-shared // TILE_ROWS), heads), *tensors, *strides, *numbers, *places)
+    _launch(
+        "shared_key_gradients", call, (spans * -(-shared // TILE_ROWS), heads), *tensors, *strides, *numbers, *places
+    )
     return parts[0].sum(dim=0), parts[1].sum(dim=0)
 
 

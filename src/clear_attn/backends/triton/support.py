@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+from typing import Any
 
 import torch
 
@@ -56,8 +57,10 @@ def _unsupported_device(device: torch.device) -> str | None:
 def unsupported_triton() -> str | None:
     """Return why the installed Triton cannot be used, or None where it can."""
     if importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed (there is none for {sys.platform})" if sys.platform != "linux" else (
-            "Triton is not installed; pip install triton, in the version that belongs to torch"
+        return (
+            f"Triton is not installed (there is none for {sys.platform})"
+            if sys.platform != "linux"
+            else ("Triton is not installed; pip install triton, in the version that belongs to torch")
         )
     version = triton_version()
     if version < OLDEST_TRITON:
@@ -79,11 +82,10 @@ def triton_version() -> tuple[int, ...]:
 
 
 def architecture(device: torch.device) -> str:
-    """Return the name of a device's architecture, as sm_90 or gfx942; the interpreter has the one it imitates."""
+    """Return the name of a device's architecture, as sm_90 or gfx942; of a CPU, the one that is interpreted."""
     if device.type == "cpu":
         return INTERPRETED
-    if torch.version.hip:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    if not torch.cuda.is_available():
+        return "missing"
+    chip: Any = torch.cuda.get_device_properties(device)
+    return chip.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{chip.major}{chip.minor}"

@@ -88,7 +88,9 @@ def ours(case, query, key, value, bias):
             query, key, value, plan, pooled=pooled, key_bias=bias, backend="triton", scale=case.scale, return_lse=True
         )
     else:
-        keys, values = (torch.cat([x, p], 2) for x, p in zip((key, value), pooled, strict=True)) if pooled else (key, value)
+        keys, values = (
+            (torch.cat([x, p], 2) for x, p in zip((key, value), pooled, strict=True)) if pooled else (key, value)
+        )
         scale = case.head_dim**-0.5 if case.scale is None else case.scale
         output = BACKENDS["triton"].attend(query, keys, values, plan, bias, scale, True)
     output, lse = output
