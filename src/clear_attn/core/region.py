@@ -29,6 +29,7 @@ class AttentionRegion:
 
     Attributes:
         image_tokens, key_tokens (`int`): the number of image queries, and of all keys.
+        is_symmetric (`bool`): whether each image token is a query and a key.
         shared_keys (`SharedKeys`): where the keys are that all queries attend to.
         query (`Coordinates`): of the image tokens in tile order, float32 `[image tokens]`.
         key (`Coordinates`), radius_sq: of all keys, float32 `[key tokens]`; infinity where all queries attend.
@@ -46,6 +47,7 @@ class AttentionRegion:
         device: torch.device,
     ) -> None:
         self._queries, self._keys, self.window = queries, keys, window
+        self.is_symmetric = queries is keys
         self.tokens, self.image, self.device = tokens, image, device
         self.image_tokens = len(queries.y)
         self.key_tokens = before + len(keys.y) + after
@@ -85,11 +87,13 @@ class AttentionRegion:
             first, shared = self.image.start, self.shared_keys
             return window_lists(self._queries, self._keys, self.window, first, shared, self.device)
 
-    @functools.cached_property
+    @property
     def query_lists(self) -> KeyLists:
-        """The image queries that a fused kernel visits for each tile of image keys: `key_lists`, the rule turned."""
-        if self._queries is self._keys:  # the rule is symmetric
-            return self.key_lists
+        """The image queries that a fused kernel visits for each tile of image keys: the same rule, turned."""
+        return self.key_lists if self.is_symmetric else self._turned_lists
+
+    @functools.cached_property
+    def _turned_lists(self) -> KeyLists:
         with torch.inference_mode(False):
             first, queries = self.shared_keys.before, SharedKeys(self.image.start, self.image_tokens, 0)
             return window_lists(self._keys, self._queries, self.window, first, queries, self.device)

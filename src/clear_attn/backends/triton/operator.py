@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +14,28 @@ from torch import Tensor
 from clear_attn.backends.triton import interpreter
 from clear_attn.backends.triton.configurations import Configuration, configuration
 from clear_attn.backends.triton.support import architecture
-from clear_attn.core.key_lists import BLOCK_KEYS, TILE_ROWS, KeyLists
-from clear_attn.core.region import AttentionRegion, expand_to_sequence
+from clear_attn.core.key_lists import BLOCK_KEYS, TILE_ROWS, KeyLists, SharedKeys
+from clear_attn.core.region import expand_to_sequence
 
 LOG2_E = 1.4426950408889634
 # Gradients of the keys that all queries attend to: programs to aim at, and queries that one of them adds up at least.
 SHARED_PROGRAMS, LEAST_SPAN = 1024, 1024
+
+
+class Region(Protocol):
+    """What is read of a plan."""
+
+    @property
+    def key_lists(self) -> KeyLists: ...
+
+    @property
+    def query_lists(self) -> KeyLists: ...
+
+    @property
+    def shared_keys(self) -> SharedKeys: ...
+
+    @property
+    def image(self) -> slice: ...
 
 
 class Sizes(NamedTuple):
@@ -74,7 +90,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    region: AttentionRegion,
+    region: Region,
     key_bias: Tensor | None,
     scale: float,
     return_lse: bool,
@@ -82,26 +98,10 @@ def attend(
     """See `clear_attn.backends`. Linear in the image tokens in time and in memory."""
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    shared = region.shared_keys
-    sizes = Sizes(region.image.start, region.image_tokens, *shared)
-    lists = list(region.key_lists)
+    sizes = Sizes(region.image.start, region.image.stop - region.image.start, *region.shared_keys)
+    key_lists = list(region.key_lists)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    turned = list(region.query_lists) if needs_grad else []
-    return attend_lists(query, key, value, key_bias, lists, turned, sizes, scale, return_lse)
-
-
-def attend_lists(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_bias: Tensor | None,
-    key_lists: list[Tensor],
-    query_lists: list[Tensor],
-    sizes: Sizes,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return output and log-sum-exp as a backend does; `query_lists` are needed for gradients alone."""
+    query_lists = list(region.query_lists) if needs_grad else []
     if scale <= 0:  # the kernels multiply the largest score, which must stay the largest
         query, scale = query * scale, 1.0
     image = slice(sizes.first_query, sizes.first_query + sizes.queries)

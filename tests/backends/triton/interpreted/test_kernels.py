@@ -50,7 +50,7 @@ def test_the_backend_in_half_precision(case, dtype):
     assert max(distances(case._replace(dtype=dtype)).values()) < TOLERANCE[dtype]
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_any_call(data):
     numbers = st.integers
