@@ -145,7 +145,7 @@ def _read_nvidia(found: Any) -> Compiled:
     jumps = [(place, target) for place, name, target in instructions if name.startswith("BRA") and target is not None]
     listing = [(place, name) for place, name, _ in instructions]
     # The stack is what is spilled: the kernels have no arrays of their own.
-    return _summary(numbers["REG"], numbers["STACK"], found.metadata.shared, listing, jumps, ("ATOM", "RED."))
+    return _summary(numbers["REG"], numbers["STACK"], found.metadata.shared, listing, jumps, ("ATOM.", "ATOMG", "RED."))
 
 
 def _read_amd(found: Any) -> Compiled:
@@ -185,12 +185,16 @@ def _summary(
 
 
 def _innermost_loops(listing: list[tuple[int, str]], jumps: list[tuple[int, int]], matrix: str) -> Iterator[Loop]:
-    """Yield the loops with matrix products and no other such loop inside, from backward jumps."""
-    spans = []
-    for last, first in sorted((place, target) for place, target in jumps if target <= place):
+    """Yield the loops with matrix products and no other such loop inside, in their order, from backward jumps.
+
+    Code that waits is put behind the loops and jumps back into them: what overlaps a shorter loop is none.
+    """
+    taken: list[tuple[int, int, list[str]]] = []
+    for first, last in sorted(
+        {(target, place) for place, target in jumps if target <= place}, key=lambda x: x[1] - x[0]
+    ):
         body = [name for place, name in listing if first <= place <= last]
-        if any(name.startswith(matrix) for name in body):
-            spans.append((first, last, body))
-    for first, last, body in spans:
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b, _ in spans):
-            yield Loop(body)
+        apart = all(last < other_first or other_last < first for other_first, other_last, _ in taken)
+        if apart and any(name.startswith(matrix) for name in body):
+            taken.append((first, last, body))
+    yield from (Loop(body) for _, _, body in sorted(taken))

@@ -556,18 +556,19 @@ def shared_key_gradients(
         of_output = output_gradient + batch * output_batch + head * output_head
         of_row = batch * lse_batch + head * lse_head + shift
         for start in tl.range(part * span, last, N):
-            inside = start + tl.arange(0, N) < last
-            columns = first_query + start + tl.arange(0, N)
-            query_block = _load_rows(of_query, columns, query_row, inside, HEAD_DIM, BLOCK_D, True)
-            upstream = _load_rows(of_output, columns + shift, output_row, inside, HEAD_DIM, BLOCK_D, True)
+            number = start + tl.arange(0, N)
+            inside = number < last
+            columns = first_query + tl.minimum(number, last - 1)  # loads without a mask are faster
+            query_block = _load_rows(of_query, columns, query_row, inside, HEAD_DIM, BLOCK_D, False)
+            upstream = _load_rows(of_output, columns + shift, output_row, inside, HEAD_DIM, BLOCK_D, False)
             key_sum, value_sum = _key_gradient_step(
                 keys,
                 values,
                 query_block,
                 upstream,
                 bias_row,
-                tl.load(lse + of_row + columns, mask=inside, other=0.0) * LOG2_E,
-                tl.load(delta + of_row + columns, mask=inside, other=0.0),
+                tl.load(lse + of_row + columns) * LOG2_E,
+                tl.load(delta + of_row + columns),
                 lse,
                 0,
                 0,
