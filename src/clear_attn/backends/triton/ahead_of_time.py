@@ -30,7 +30,7 @@ SHARED_LIMIT = {
 
 # Matrix instructions, by the start of their name. One that is not found is an error, not a loop of nothing.
 _MATRIX = ("HGMMA", "UTCHMMA", "HMMA", "v_mfma")
-_ASYNC_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP", "global_load_lds", "buffer_load")
+_ASYNC_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP", "global_load_lds", "buffer_load_lds")
 
 _TYPES = {
     **dict.fromkeys(("query", "key", "value", "output", "output_gradient", "gradient"), "*{dtype}"),
@@ -48,9 +48,10 @@ class Loop(NamedTuple):
 
     instructions: list[str]
 
-    def count(self, *starts: str) -> int:
-        """Return how many instructions have a name that starts so."""
-        return sum(name.startswith(starts) for name in self.instructions)
+    @property
+    def async_copies(self) -> int:
+        """How many copies from global to shared memory it issues that nothing waits for at once."""
+        return sum(name.startswith(_ASYNC_COPIES) for name in self.instructions)
 
 
 @dataclasses.dataclass(frozen=True)
