@@ -16,7 +16,25 @@ PRODUCTS = {"forward": 2, "query_gradient": 3, "key_gradients": 4, "shared_key_g
 # 128 bytes of shared memory.
 FLOPS, ISSUES, EXPONENTIALS, SHARED_BYTES = 4096, 4, 16, 128
 
-HEADER = ("kernel", "head_dim", "configuration", "registers", "spilled", "shared KB", "matrix", "async", "instructions")
+HEADER = (
+    "arch",
+    "kernel",
+    "head_dim",
+    "configuration",
+    "registers",
+    "spilled",
+    "shared KB",
+    "matrix",
+    "async",
+    "instructions",
+    "model cycles",
+)
+WIDTHS = (6, 22, 8, 24, 9, 7, 9, 7, 6, 12, 0)
+FOOTNOTE = (
+    "* is what calls run with. Asynchronous copies and instructions are those of a warp in a step of each loop: whole "
+    "blocks, then single keys. Model cycles are a model, not measured: what a step costs an H100's multiprocessor in "
+    "issue, matrix products, exp2 and shared memory, if nothing overlaps."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,16 +139,22 @@ def model_cycles(kernel: str, head_dim: int, each: Configuration, instructions: 
     }
 
 
-def cells(row: CompiledRow) -> tuple[str, ...]:
-    """Return a row as cells of a table."""
-    return (
+def format_row(row: CompiledRow, is_first: bool) -> str:
+    """Return a row as a line of a table, below the header if it is the first."""
+    cells = (
+        row.arch,
         row.kernel + (" *" if row.chosen else ""),
-        str(row.head_dim),
+        row.head_dim,
         row.config,
-        str(row.registers),
-        str(row.spilled_bytes),
+        row.registers,
+        row.spilled_bytes,
         f"{row.shared_bytes / 1024:.0f}",
-        str(row.matrix_instruction),
-        ", ".join(map(str, row.async_copies)),
-        ", ".join(map(str, row.instructions_per_step)),
+        row.matrix_instruction,
+        " ".join(map(str, row.async_copies)),
+        " ".join(map(str, row.instructions_per_step)),
+        "; ".join(" ".join(f"{cycles:.0f}" for cycles in each.values()) for each in row.model_cycles or ()),
+    )
+    lines = [HEADER, cells] if is_first else [cells]
+    return "\n".join(
+        "  ".join(f"{cell!s:<{width}}" for cell, width in zip(line, WIDTHS, strict=True)).rstrip() for line in lines
     )
