@@ -51,8 +51,15 @@ def _check_plot(context: typer.Context, file: Path | None) -> Path | None:
 
 def bench(
     level: Annotated[
-        Literal["op", "model"], typer.Option(help="Time one attention, or one denoising step of FLUX.1.")
+        Literal["op", "model", "compile"],
+        typer.Option(
+            help="Time one attention, or one denoising step of FLUX.1; or compile the fused kernels, without a GPU."
+        ),
     ] = "op",
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="Compile for this GPU, as sm_90 or gfx942 (level compile); may be repeated."),
+    ] = None,
     device: options.Device = None,
     grid: Annotated[
         list[Any] | None,
@@ -72,7 +79,9 @@ def bench(
     ] = None,
     text: Annotated[int, typer.Option(min=0, help="Text tokens.")] = 512,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 24,
-    head_dim: Annotated[int, typer.Option(min=8, help="Size of a head.")] = 128,
+    head_dim: Annotated[
+        list[int] | None, typer.Option(min=8, help="Size of a head; may be repeated.", show_default="128")
+    ] = None,
     dtype: options.DType = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 1,
     backward: Annotated[bool, typer.Option("--backward", help="With a backward pass (level op).")] = False,
@@ -109,6 +118,11 @@ def bench(
 ) -> None:
     """Time attention, or a whole step, next to dense attention and to FlexAttention in raster order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes to the terminal
+    if (level == "compile") != bool(arch):
+        raise typer.BadParameter("--level compile and --arch go together; give both, as --arch sm_90")
+    if level == "compile":
+        _compile(arch or (), head_dim or [128], json_file)
+        return
     from clear_attn.tools.bench.case import Case
     from clear_attn.tools.bench.runner import LEVELS
 
@@ -125,7 +139,7 @@ def bench(
             width=size[1],
             text=text,
             heads=heads,
-            head_dim=head_dim,
+            head_dim=size_of_head,
             window=radius,
             down_factor=factor,
             dtype=options.select_dtype(dtype, where),
@@ -135,8 +149,8 @@ def bench(
             blocks=blocks,
             dense_queries=dense_queries,
         )
-        for size, radius, factor in itertools.product(
-            [*(grid or ()), *(pixels or ())] or [(64, 64)], window or [8, 16, 32], down_factor or [1]
+        for size, radius, factor, size_of_head in itertools.product(
+            [*(grid or ()), *(pixels or ())] or [(64, 64)], window or [8, 16, 32], down_factor or [1], head_dim or [128]
         )
     ]
     if not ranks and (attention_seconds, rest_seconds) != (None, None):
@@ -147,6 +161,20 @@ def bench(
         _count_between_ranks(cases, ranks, attention_seconds, rest_seconds, json_file)
     else:
         _time(cases, names, runs or RUNS[where.type], json_file, plot_file)
+
+
+def _compile(architectures: Sequence[str], head_dims: Sequence[int], json_file: Path | None) -> None:
+    from clear_attn.tools.bench import compile_level
+
+    rows: list[Any] = []
+    try:
+        for row in compile_level.compiled_rows(architectures, head_dims, typer.echo):
+            typer.echo(compile_level.format_row(row, is_first=not rows))
+            rows.append(row)
+            _write(json_file, rows)  # after each row, so that an interruption loses little
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(compile_level.FOOTNOTE)
 
 
 def _time(
