@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clear_attn.models._diffusers import replace_config
 from clear_attn.models.processors.processor import ClearAttnProcessor
-from clear_attn.patching.hooks import EntryHook, ExitHook
+from clear_attn.patching.hooks import EntryHook, ExitHook, unwrap_forward
 from clear_attn.patching.target import Target, entry_hook_of
 from clear_attn.utils._torch import forward_hooks, forward_pre_hooks, remove_forward_hooks
 from clear_attn.weights.metadata import CONFIG_ENTRY, metadata_of
@@ -146,6 +146,7 @@ def _remove_hooks_of_ours(transformer: Any) -> None:
     hook = entry_hook_of(transformer)
     if hook:
         hook.adapter.release(transformer)
+        unwrap_forward(transformer)
     for inner in hook.inner_hooks(transformer) if hook else ():
         remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
     remove_forward_hooks(transformer, lambda each: isinstance(each, (EntryHook, ExitHook)))
