@@ -25,6 +25,7 @@ from transformers import (
     ViTImageProcessorPil,
     ViTModel,
 )
+from transformers.models.auto import auto_factory
 from typer.testing import CliRunner
 
 import clear_attn as clear
@@ -243,11 +244,19 @@ class TestAtHand:
         with pytest.raises(optional_dependencies.Missing, match="does not hold what is needed"):
             Dino(str(tmp_path), False)
 
-    def test_nothing_is_fetched_unasked_or_where_it_cannot_be(self):
+    def test_nothing_is_downloaded_unasked_or_offline(self):
         with pytest.raises(optional_dependencies.Missing, match="not in the cache"):
             Dino("no/dino", False)
-        with pytest.raises(optional_dependencies.Missing, match="cannot be fetched"):  # the Hub is off in tests
+        with pytest.raises(optional_dependencies.Missing, match="cannot be downloaded"):  # the Hub is off in tests
             Dino("no/dino", True)
+
+    def test_transformers_looks_for_no_adapter_online(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(auto_factory, "find_adapter_config_file", lambda name, **options: asked.append(options))
+        for download in (False, True):
+            with pytest.raises(optional_dependencies.Missing):
+                optional_dependencies.pretrained_model("no/dino", download)
+        assert [options["local_files_only"] for options in asked] == [True, False]
 
     def test_files_of_torch(self, tmp_path, monkeypatch):
         monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
@@ -255,7 +264,7 @@ class TestAtHand:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         with pytest.raises(optional_dependencies.Missing, match=r"Net's weights are not here \(.*net.pth\)"):  # noqa: SIM117
             with optional_dependencies.torch_hub_file(url, "Net", False):
-                pytest.fail("nothing may be fetched")
+                pytest.fail("nothing may be downloaded")
 
         class Command:
             def __reduce__(self):

@@ -48,6 +48,7 @@ class Command(TyperCommand):
         try:
             with quiet_imports():
                 importlib.import_module("clear_attn.cascade")
+                importlib.import_module("clear_attn.demo")  # which imports a pipeline of diffusers
             return super().invoke(context)
         except (typer.Exit, typer.Abort):  # which are RuntimeErrors
             raise

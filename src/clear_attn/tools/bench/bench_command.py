@@ -16,11 +16,12 @@ from clear_attn.tools import options
 if TYPE_CHECKING:
     from clear_attn.tools.bench.case import Case, Row
 
-Grid = tuple[int, int]
 # The largest error of a right result. How half precision adds up over the blocks of a model is not known.
 MAX_ERRORS = {"op": {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}, "model": {"float32": 1e-4}}
 RUNS = {"cpu": 5, "cuda": 20}
 TOKEN = 16  # pixels
+# Options that are fields of a case.
+CASE_SETTINGS = ("level", "text", "heads", "head_dim", "batch", "backward", "blocks", "dense_queries")
 
 
 def _parse_grid(text: str) -> Any:
@@ -50,6 +51,7 @@ def _check_plot(context: typer.Context, file: Path | None) -> Path | None:
 
 
 def bench(
+    context: typer.Context,
     level: Annotated[
         Literal["op", "model"], typer.Option(help="Time one attention, or one denoising step of FLUX.1.")
     ] = "op",
@@ -118,24 +120,10 @@ def bench(
             known = ", ".join(LEVELS[level].VARIANTS)
             raise typer.BadParameter(f"{name!r} is none of {known}", param_hint="--variant")
     where = options.select_device(device)
+    precision, settings = options.select_dtype(dtype, where), {name: context.params[name] for name in CASE_SETTINGS}
     cases = [
-        Case(
-            level=level,
-            height=size[0],
-            width=size[1],
-            text=text,
-            heads=heads,
-            head_dim=head_dim,
-            window=radius,
-            down_factor=factor,
-            dtype=options.select_dtype(dtype, where),
-            batch=batch,
-            backward=backward,
-            device=where,
-            blocks=blocks,
-            dense_queries=dense_queries,
-        )
-        for size, radius, factor in itertools.product(
+        Case(height, width, radius, factor, precision, where, **settings)
+        for (height, width), radius, factor in itertools.product(
             [*(grid or ()), *(pixels or ())] or [(64, 64)], window or [8, 16, 32], down_factor or [1]
         )
     ]

@@ -29,18 +29,18 @@ class Case:
         dense_queries: the most queries that dense attention computes.
     """
 
-    level: str
     height: int
     width: int
-    text: int
-    heads: int
-    head_dim: int
     window: int
     down_factor: int
     dtype: torch.dtype
-    batch: int
-    backward: bool
     device: torch.device
+    level: str = "op"
+    text: int = 512
+    heads: int = 24
+    head_dim: int = 128
+    batch: int = 1
+    backward: bool = False
     blocks: int = 19
     dense_queries: int = 32768
 
