@@ -524,7 +524,7 @@ def test_prompts_of_a_file(tmp_path):
     with pytest.raises(ValueError, match="has no prompts"):
         read_prompts(file)
     file.write_bytes("un café".encode("latin-1"))
-    with pytest.raises(ValueError, match="no text in UTF-8"):
+    with pytest.raises(ValueError, match="not text in UTF-8"):
         read_prompts(file)
 
 

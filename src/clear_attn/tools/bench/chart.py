@@ -47,7 +47,7 @@ def plot(title: str, rows: Sequence[Row], file: Path) -> None:
 
 
 def _label(row: Row) -> str:
-    """Return the line that a row is on. Dense attention and the bound have no window: one line stands for all."""
+    """Return the line that a row is on. Dense attention and the bound have no window, so each has one line."""
     name, case = row.subject.name, row.case
     if name in ("dense", "bound"):
         return name
