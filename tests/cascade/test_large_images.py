@@ -18,8 +18,8 @@ from clear_attn.patching import state
 from clear_attn.patching.context_managers import restored
 from tests.helpers import dummy_models
 from tests.helpers.large_images import BASE, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
+from tests.helpers.placement import by_group
 from tests.helpers.snapshots import assert_same, snapshot
-from tests.patching.test_lifecycle import by_group
 
 
 class TestPicture:

@@ -37,8 +37,7 @@ from clear_attn.tools.evaluate.evaluation import read_images
 from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
 from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
 from clear_attn.utils import optional_dependencies, seeded_images
-from clear_attn.utils.image_sheets import CELL, contact_sheet
-from clear_attn.utils.prompts import read_prompts
+from clear_attn.utils.image_sheets import CELL
 from tests.helpers import dummy_models
 
 PROMPTS = ["a red circle on a blue ground, in the middle", "a white cross", "a green square on a black ground"]
@@ -514,23 +513,3 @@ def test_the_time_of_an_image_is_its_share_of_its_batch(monkeypatch, tmp_path):
     assert seconds == [2.0, 2.0, 3.0, 3.0, 1.0]
     assert calls == [(["a", "b"], [7, 8], 3), (["c", "d"], [9, 10], 3), (["e"], [11], 3)]
     assert sorted(tmp_path.iterdir()) == files
-
-
-def test_prompts_of_a_file(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("\ufeff a cat \n\nun café\n", encoding="utf-8")
-    assert read_prompts(file) == ["a cat", "un café"]
-    file.write_text("\n \n")
-    with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(file)
-    file.write_bytes("un café".encode("latin-1"))
-    with pytest.raises(ValueError, match="not text in UTF-8"):
-        read_prompts(file)
-
-
-def test_a_contact_sheet_keeps_the_shape_of_the_pictures():
-    sheet = contact_sheet({"wide": [Image.new("RGB", (96, 48), (250, 0, 0))]}, ["a long caption " * 20])
-    red = np.all(np.asarray(sheet) == (250, 0, 0), axis=-1)
-    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
-    assert (rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) == (CELL // 2, CELL)
-    assert red.sum() == CELL * CELL // 2

@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 import clear_attn as clear
 from clear_attn.weights import published
-from tests.helpers import dummy_models, fake_hub
+from tests.helpers import fake_hub, families
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 
 SECRET = "hf_secret"
@@ -21,7 +21,7 @@ PAIRS = {(method.window, method.down_factor): name for method, name in published
 
 @pytest.fixture
 def transformer():
-    return dummy_models.FLUX.transformer()
+    return families.FLUX.transformer()
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ class TestRefusals:
             clear.linearize(as_flux("black-forest-labs/FLUX.1-Kontext-dev"))
 
     def test_another_family(self):
-        other = dummy_models.SD3.transformer()
+        other = families.SD3.transformer()
         with pytest.raises(ValueError, match=r"this is a SD3Transformer2DModel; give weights=None"):
             clear.linearize(other)
 

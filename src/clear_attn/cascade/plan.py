@@ -16,7 +16,8 @@ from PIL.PngImagePlugin import PngImageFile
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.target import find_transformer
-from clear_attn.weights.sources import HUB_FILE
+from clear_attn.weights.published import shared_name_of
+from clear_attn.weights.sources import shared_name
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -37,12 +38,10 @@ def fingerprint(image: Image.Image) -> dict[str, Any]:
 def describe(pipe: Any) -> dict[str, Any]:
     """Return what a pipeline is, as far as an image depends on it and its weights do not say."""
     transformer, _ = find_transformer(pipe)
-    name = str(getattr(pipe, "name_or_path", None) or "")
     schedule = json.loads(pipe.scheduler.to_json_string())
     return {
         "pipeline": type(pipe).__name__,
-        # Of a folder its name alone: where it lies is nobody's business but the user's.
-        "name": Path(name).name if Path(name).is_dir() else name,
+        "name": shared_name_of(pipe, transformer),
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "scheduler": {
             "class": type(pipe.scheduler).__name__,
@@ -106,9 +105,7 @@ class HighresPlan:
 
     def without_places(self) -> HighresPlan:
         """The plan with the name alone of weights on this machine: where they lie is for nobody who sees a picture."""
-        if self.weights is None or (HUB_FILE.fullmatch(self.weights) and not Path(self.weights).exists()):
-            return self
-        return dataclasses.replace(self, weights=Path(self.weights).name)
+        return self if self.weights is None else dataclasses.replace(self, weights=shared_name(self.weights))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"

@@ -30,8 +30,8 @@ from clear_attn.cascade.stages import Base, Size, Stage, size_name
 from clear_attn.methods.schedule import Schedule
 from clear_attn.parallel.shard import check_ranks
 from clear_attn.patching.target import entry_hook_of, find_transformer
-from clear_attn.utils.validation import check_whole_number
-from clear_attn.weights.metadata import metadata_of
+from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
+from clear_attn.weights.sources import with_absolute_path
 
 PUBLISHED_NTK_FACTOR = 10.0
 # CLEAR's published run is one stage at four times the side.
@@ -74,16 +74,19 @@ def make_plan(
         first = base.size
     else:
         first = _check_image(image, base)
+    if seed is None:
+        seed = int(random_seed())
+    seed = check_whole_number("seed", seed, "any will do", least=0, most=LARGEST_SEED)
     plan = HighresPlan(
         prompt=prompt,
         height=size[0],
         width=size[1],
         base=base,
         stages=_filled(stages, first, size, token, transformer),
-        seed=int(random_seed()) if seed is None else check_whole_number("seed", seed, "any will do", least=0),
+        seed=seed,
         window=window,
         down_factor=down_factor,
-        weights=None if weights is None else os.fspath(weights),
+        weights=with_absolute_path(weights),
         revision=revision,
         backend=backend,
         schedule=schedule,
@@ -142,7 +145,7 @@ def with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
         RuntimeError: it is linearized with another method than CLEAR.
     """
     transformer, _ = find_transformer(pipe)
-    hook, metadata = entry_hook_of(transformer), metadata_of(transformer)
+    hook = entry_hook_of(transformer)
     assert hook
     method: Any = hook.method
     if method.pooled_factor is None:
@@ -155,7 +158,7 @@ def with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
         window=method.window,
         down_factor=method.down_factor,
         schedule=hook.schedule,
-        weights=plan.weights if plan.weights != "auto" else metadata["weights"] if metadata else None,
+        weights=with_absolute_path(hook.weights) if plan.weights == "auto" else plan.weights,
         backend=hook.backend,
     )
 

@@ -83,9 +83,15 @@ def smooths_queries(hook: Any) -> bool:
 
 
 def replace_config(model: Any, values: Mapping[str, Any]) -> None:
-    """Set the whole config of a model: the public way can add entries and not remove one (diffusers 0.42)."""
-    _private(model, "_internal_dict")
-    model._internal_dict = FrozenDict(values)
+    """Set all entries of a model's config: the public way can add entries and not remove one (diffusers 0.42).
+
+    Attributes that others set on the config, as diffusers does for a LoRA that widens a layer, stay.
+    """
+    before, after = _private(model, "_internal_dict"), FrozenDict(values)
+    for name, value in vars(before).items():
+        if name not in before or value is not before[name]:
+            setattr(after, name, value)
+    model._internal_dict = after
 
 
 def name_or_path_of(config: Mapping[str, Any]) -> str:

@@ -7,11 +7,12 @@ of different size, a recomputation for gradients or a deep copy each have their 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.layout import TokenLayout
@@ -20,9 +21,9 @@ from clear_attn.methods import Layer, Method, ScoreBias
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
 from clear_attn.models.adapter import InnerHook
-from clear_attn.models.conflicts import check_hooks
-from clear_attn.models.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
+from clear_attn.models.processors.processor import ClearAttnProcessor
+from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
 from clear_attn.utils._torch import leaves_of, map_tensors
 
@@ -58,6 +59,7 @@ class EntryHook:
         schedule: which calls and layers differ.
         layers: of the transformer, by name.
         backend: of its calls, or "auto".
+        weights: where its distilled weights are from, as given to `linearize`; None for its own.
         original: the transformer's state before, for `restore`.
         originals_discarded: whether the values that were replaced have not been kept.
         sharder: splits its calls; None if this process computes all.
@@ -70,12 +72,17 @@ class EntryHook:
         schedule: Schedule,
         layers: dict[str, Layer],
         backend: str,
+        weights: str | None,
         original: State,
         originals_discarded: bool,
         sharder: Sharder | None = None,
     ) -> None:
-        self.adapter, self.method, self.schedule, self.backend = adapter, method, schedule, backend
-        self.original, self.originals_discarded, self.sharder = original, originals_discarded, sharder
+        self.adapter, self.method, self.schedule = adapter, method, schedule
+        self.backend, self.weights = backend, weights
+        self.original, self.originals_discarded = original, originals_discarded
+        self.sharder = sharder
+        # A few values of each parameter that linearizing replaces or adds, to notice later changes.
+        self.samples: Mapping[str, Tensor] = {}
         self.representatives, self.groups = schedule.group(method, layers.values())
         self.cache = PlanCache()
 
@@ -93,7 +100,7 @@ class EntryHook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         self.validate_installed(transformer)
-        call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
+        call = self.adapter.bind_call(transformer, args, kwargs)
         parsed = self.adapter.parse_call(transformer, call)
         layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
         backend = self._select_backend(transformer, call, parsed.device)

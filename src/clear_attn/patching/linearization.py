@@ -12,8 +12,9 @@ from clear_attn.backends.selection import validate_backend, validate_machine
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
-from clear_attn.models.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.processors.processor import ClearAttnProcessor
+from clear_attn.patching.changes import warn_if_changed
+from clear_attn.patching.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.patching.resolve import parameters_lost, resolve_method, resolve_saved
 from clear_attn.patching.state import State, apply, capture, match_device_and_dtype, original_state
@@ -26,6 +27,7 @@ from clear_attn.weights.parameters import (
     own_parameters,
     replaced_parameters,
 )
+from clear_attn.weights.samples import sample
 from clear_attn.weights.sources import Checkpoint, load
 
 
@@ -127,7 +129,9 @@ def linearize(
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
-    _apply_change(target, *_validate_settings(target, original, settings))
+    change = _validate_settings(target, original, settings)
+    warn_if_changed(target)
+    _apply_change(target, *change)
     return pipe
 
 
@@ -180,12 +184,15 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> t
     if original.values and not source:  # with a source it was checked before that was loaded
         check_replaceable(target.layers)
     kept = {name: original.values.get(name, before.values[name]) for name in values} if settings.keep_original else {}
+    metadata = original.metadata
+    unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
     hook = EntryHook(
         target.adapter,
         method,
         schedule,
         described,
         settings.backend,
+        source.name if source else unchanged[0],
         original._replace(values=kept),
         originals_discarded=bool(values) and not settings.keep_original,
         sharder=sharder,
@@ -200,10 +207,10 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> t
             for name, parameter in own.items():
                 parameter.copy_(source.values[name])
     for layer, attn in target.layers.items():
-        match_device_and_dtype(processors[layer], attn)
-    metadata = original.metadata
-    unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
-    weights = (source.name, source.source) if source else unchanged
+        match_device_and_dtype(processors[layer], attn).requires_grad_(next(attn.parameters()).requires_grad)
+    written = {name: value.to(parameters[name].dtype) for name, value in sample({**original.values, **values}).items()}
+    hook.samples = {**sample({**parameters, **own}), **written}
+    weights = (source.label, source.source) if source else unchanged
     entry = make_metadata(target.transformer, method, schedule, *weights)
     return before, State(hook, dict(processors), {**original.values, **values}, entry)
 

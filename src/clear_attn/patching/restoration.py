@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from clear_attn.methods.records import record_as_text
+from clear_attn.patching.changes import warn_if_changed
 from clear_attn.patching.state import State, apply, check_writable, original_state
 from clear_attn.patching.target import PipelineOrTransformer, Target, entry_hook_of, find_target, find_transformer
 from clear_attn.weights.metadata import metadata_of, read_method
@@ -16,7 +17,11 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
 
     What others changed since then stays: other hooks, LoRAs, the attention backend.
 
-    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded.
+    Values come back as they were before `linearize`, in the dtype that the model has now. Those of a model that was
+    moved to a smaller dtype and back are the unrounded ones.
+
+    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded, and of
+    attention parameters whose values were changed since `linearize`, which are lost.
 
     Raises:
         TypeError: not a supported pipeline.
@@ -28,6 +33,7 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     if target.hook:
         original = restored_state(target)
         check_writable(target, original)
+        warn_if_changed(target)
         apply(target, original)
     return pipe
 
@@ -57,10 +63,16 @@ def is_linearized(pipe: Any) -> bool:
 
 
 def _warn_if_left_dense(transformer: Any) -> None:
-    metadata = metadata_of(transformer)
-    if metadata and not entry_hook_of(transformer):
-        record = metadata.get("method")  # which need not be known here
-        settings = f"method={record_as_text(record)}" if record else read_method(metadata).as_arguments()
+    if entry_hook_of(transformer):
+        return
+    try:
+        metadata = metadata_of(transformer)
+        record = metadata and metadata.get("method")  # which need not be known here
+        settings = f"method={record_as_text(record)}" if record else metadata and read_method(metadata).as_arguments()
+    except ValueError as error:
+        warnings.warn(f"this pipeline runs with dense attention, and {error}", stacklevel=3)
+        return
+    if metadata:
         warnings.warn(
             f"this pipeline was saved while it was linearized ({settings}, weights {metadata['weights']}), "
             "and now runs with dense attention; call clear_attn.linearize(pipe)",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
+from clear_attn.patching.changes import changed_parameters
 from clear_attn.patching.target import find_target, find_transformer
 from clear_attn.utils.atomic import atomic_file, check_folder
 from clear_attn.weights.metadata import CONFIG_FILE, Record, metadata_of
@@ -46,7 +47,8 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: not a supported pipeline.
-        RuntimeError: it is not linearized, or no longer in whole; its parameters are on the meta device, stored in
+        RuntimeError: it is not linearized, or no longer in whole; it has the model's own weights, and nothing was
+            trained; its parameters are on the meta device, stored in
             eight bits, or mixed with a fused LoRA.
         NotADirectoryError: ``directory`` is a file.
     """
@@ -58,6 +60,13 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
     hook.validate_installed(target.transformer)
     check_in_memory(target.transformer, layers)
     check_replaceable(layers)
+    metadata = metadata_of(target.transformer)
+    if metadata and metadata["weights"] is None and not changed_parameters(target):
+        raise RuntimeError(
+            "this pipeline has the model's own weights (weights=None), and nothing was trained since, so there is "
+            "nothing to save: the same call of clear_attn.linearize() gives the same pipeline again; train with "
+            "`python -m clear_attn.distill`, or give distilled weights first"
+        )
     values = {name: parameter.detach() for name, parameter in replaced_parameters(layers).items()}
     coarse = next((value.dtype for value in values.values() if value.dtype not in DTYPES), None)
     if coarse:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from clear_attn.models._diffusers import replace_config
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.hooks import EntryHook, ExitHook
 from clear_attn.patching.target import Target, entry_hook_of
 from clear_attn.utils._torch import forward_hooks, forward_pre_hooks, remove_forward_hooks

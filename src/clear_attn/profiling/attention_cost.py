@@ -76,7 +76,8 @@ def cost(
     models = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
     tokens = text_tokens + counted.image_tokens
     models = models or {"transformer": transformer}
-    memory = memory_of(models, transformer, tokens, batch, height, width, adapter.activation_factor)
+    channels = counted.heads * counted.head_dim
+    memory = memory_of(models, transformer, channels, tokens, batch, height, width, adapter.activation_factor)
     return dataclasses.replace(
         counted, controlnets=tuple(_count_controlnet(net, counted) for net in nets), memory=memory
     )

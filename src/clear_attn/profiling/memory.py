@@ -67,6 +67,7 @@ def _range(size: Bytes) -> str:
 def memory_of(
     models: dict[str, nn.Module],
     transformer: Any,
+    channels: int,
     tokens: int,
     batch: int,
     height: int,
@@ -78,13 +79,13 @@ def memory_of(
     Args:
         models: by name; the autoencoder as `vae`.
         transformer: that runs.
+        channels: of its tokens, heads x head_dim.
         tokens: text and image.
         batch: pictures at a time.
         height, width: of the picture in pixels.
-        activation_factor: what a forward pass likely holds, in tokens x (heads x head_dim) elements.
+        activation_factor: what a forward pass likely holds, in tokens x channels elements.
     """
-    inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    stream = batch * tokens * inner * _element(transformer)
+    stream = batch * tokens * channels * _element(transformer)
     vae = models.get("vae")
     whole = _decode(vae, height, width)
     tile = int(getattr(vae, "tile_sample_min_size", 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 
 def fetch(repo: str, file: str, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -42,6 +42,11 @@ def fetch(repo: str, file: str, revision: str | None = None, token: str | bool |
         raise FileNotFoundError(f"{where} has no file {file}; name one that it has, owner/repo/file") from error
     except errors.HfHubHTTPError as error:
         raise ConnectionError(f"the Hub did not give {file} of {where} ({error}); try again later") from error
+
+
+def in_cache(repo: str) -> bool:
+    """Return whether huggingface_hub's cache holds files of a repository."""
+    return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}").is_dir()
 
 
 def cached_files(repo: str) -> list[str]:

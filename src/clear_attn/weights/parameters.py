@@ -10,18 +10,17 @@ project all in one, have `<layer>.to_qkv_mlp_proj` and `<layer>.to_out` instead.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clear_attn.models._diffusers import hooks_in
+from clear_attn.utils.json_records import parse_json
+from clear_attn.utils.tensor_files import read_tensors
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,12 +117,12 @@ def _fused_from_parts(attn: Any) -> dict[str, Tensor]:
     return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads a `.safetensors` file.
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return the tensors of a `.safetensors` file, and the record of the method that it was distilled for, if any.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, or not whole, or empty.
+        ValueError: it is not a complete safetensors file, or empty; its record cannot be read.
     """
     file = Path(path)
     if not file.is_file():
@@ -133,8 +132,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "wrote, a Hub id (owner/repo), or None"
         )
     try:
-        checkpoint = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+        checkpoint, metadata = read_tensors(file)
+    except ValueError:
         with file.open("rb") as stream:
             start = stream.read(2)
         # A torch.save archive is a zip file or a bare pickle.
@@ -142,21 +141,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise ValueError(
                 f"{file} is a pickle, which could run code when loaded; convert it to safetensors first"
             ) from None
-        raise ValueError(f"{file} is no whole safetensors file ({error}); fetch it again") from error
+        raise
     if not checkpoint:
         raise ValueError(f"{file} holds no tensors; give a file of distilled weights, or weights=None")
-    return checkpoint
+    text = metadata.get(METHOD)
+    return checkpoint, parse_json(text, f"{file}, {METHOD}") if text else None
 
 
-# The entry in a file's own metadata that tells of another method than CLEAR.
+# The entry in a file's own metadata that records another method than CLEAR.
 METHOD = "clear_method"
-
-
-def method_in(path: Path) -> dict[str, Any] | None:
-    """What a `.safetensors` file says of the method that it was distilled for; None where it says nothing."""
-    with safe_open(path, "pt") as opened:
-        text = (opened.metadata() or {}).get(METHOD)
-    return json.loads(text) if text else None
 
 
 def pooled_factor(checkpoint: Mapping[str, Tensor]) -> int:

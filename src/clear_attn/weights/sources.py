@@ -15,7 +15,7 @@ from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
 from clear_attn.weights.hub import fetch
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
-from clear_attn.weights.parameters import method_in, pooled_factor, read_checkpoint
+from clear_attn.weights.parameters import pooled_factor, read_checkpoint
 from clear_attn.weights.published import (
     BASE,
     FILES,
@@ -39,6 +39,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         values: tensors by name.
         name: where they came from, as a user would give it.
+        label: the same for files that are shared: a Hub id, or the name of a file or folder without its path.
         method: what they were distilled for; None where nothing says.
         down_factor: side of the pooled cells that their shapes show; 1 for none.
         architecture: the class of transformer they are for, where that is known.
@@ -48,11 +49,28 @@ class Checkpoint(NamedTuple):
 
     values: dict[str, Tensor]
     name: str
+    label: str
     method: Method | None
     down_factor: int = 1
     architecture: str | None = None
     source: str | None = None
     schedule: Schedule = Schedule()
+
+
+def with_absolute_path(weights: str | os.PathLike[str] | None) -> str | None:
+    """Return the argument of `linearize` with a local path made absolute.
+
+    A relative path looks like a Hub id from another working directory.
+    """
+    if weights is None:
+        return None
+    path = Path(weights).expanduser()
+    return str(path.resolve()) if path.exists() else os.fspath(weights)
+
+
+def shared_name(weights: str) -> str:
+    """Return a Hub id, or the name of a local file or folder without its absolute path."""
+    return weights if HUB_FILE.fullmatch(weights) else Path(weights).name
 
 
 def load(
@@ -108,21 +126,23 @@ def _load_auto(
 
 
 def _load_local(path: Path) -> Checkpoint:
-    if path.is_dir():
-        return _load_folder(path / CONFIG_FILE, path / WEIGHTS_FILE, str(path))
-    if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
-        return _load_folder(path.with_name(CONFIG_FILE), path, str(path))
-    source = f"{REPO}/{path.name}" if path.name in FILES.values() else None
-    return _load_file(path, str(path), published_method(path.name), source)
+    folder, weights = (path, path / WEIGHTS_FILE) if path.is_dir() else (path.parent, path)
+    if path.is_dir() or (path.name == WEIGHTS_FILE and (folder / CONFIG_FILE).is_file()):
+        found = _load_folder(folder / CONFIG_FILE, weights, str(path))
+    else:
+        source = f"{REPO}/{path.name}" if path.name in FILES.values() else None
+        found = _load_file(path, str(path), published_method(path.name), source)
+    return found._replace(label=path.resolve().name)
 
 
 def _load_file(path: Path, name: str, published: Method | None, source: str | None) -> Checkpoint:
     """Read a file without a record; methods other than CLEAR are named in the file itself."""
-    values, recorded = read_checkpoint(path), method_in(path)
+    values, recorded = read_checkpoint(path)
     factor = pooled_factor(values)
-    if recorded:
-        return Checkpoint(values, name, method_from_dict(recorded), factor, source=source)
-    return Checkpoint(values, name, published and published.with_settings(None, factor), factor, source=source)
+    method = published and published.with_settings(None, factor)
+    if recorded is not None:
+        method = method_from_dict(recorded, str(path))
+    return Checkpoint(values, name, name, method, factor, source=source)
 
 
 def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
@@ -146,11 +166,11 @@ def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint
             "in full; give a .safetensors file in it, or save it again"
         )
     record = read_record(config_file)
-    values = read_checkpoint(weights_file)
+    values, _ = read_checkpoint(weights_file)
     factor = pooled_factor(values)
     if record.method.pooled_factor not in (None, factor):
         raise ValueError(
             f"{config_file} says {record.method.as_arguments()}, and the weights next to it were distilled for "
             f"down_factor={factor}; save or fetch both again"
         )
-    return Checkpoint(values, name, record.method, factor, record.architecture, record.source, record.schedule)
+    return Checkpoint(values, name, name, record.method, factor, record.architecture, record.source, record.schedule)

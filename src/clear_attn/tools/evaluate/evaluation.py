@@ -28,9 +28,9 @@ from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
 from clear_attn.utils.atomic import atomic_contents
 from clear_attn.utils.seeded_images import save_images_with_seeds
-from clear_attn.utils.validation import check_whole_number
+from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.metadata import metadata_of
-from clear_attn.weights.published import name_of
+from clear_attn.weights.published import shared_name_of
 
 LIBRARIES = ("clear_attn", "torch", "diffusers", "transformers", "torchmetrics")
 
@@ -118,7 +118,7 @@ def evaluate(
         "guidance_scale": guidance_scale,
         "max_sequence_length": max_sequence_length,
     }
-    seed = check_whole_number("seed", seed, "it is the first image's", least=0)
+    seed = check_whole_number("seed", seed, "it is the first image's", least=0, most=LARGEST_SEED + 1 - len(prompts))
     seeds = range(seed, seed + len(prompts))
     made, missing = make_metrics(metrics, Sources(prompts, clip, dino, download))
     with atomic_contents(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -142,7 +142,7 @@ def evaluate(
         _compare(made, files, prompts, batch_size, device)
         evaluation = Evaluation(
             settings={
-                "model": name_of(pipe, transformer),
+                "model": shared_name_of(pipe, transformer),
                 **{name: metadata[name] for name in ("weights", "method", "schedule")},
                 "backend": backend,
                 **arguments,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clear_attn.models.context import ClearContext
+from clear_attn.models.context.context import ClearContext
 
 
 class PublishedContext:

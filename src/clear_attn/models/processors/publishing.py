@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from clear_attn.models import context_variable
-from clear_attn.models.context import ClearContext
-from clear_attn.models.context_checkpoint import unwrap_checkpointing, wrap_checkpointing
-from clear_attn.models.context_variable import PUBLISHED, PublishedContext
-from clear_attn.models.processors import ClearAttnProcessor, Inputs
+from clear_attn.models.context import context_variable
+from clear_attn.models.context.context import ClearContext
+from clear_attn.models.context.context_checkpoint import unwrap_checkpointing, wrap_checkpointing
+from clear_attn.models.context.context_variable import PUBLISHED, PublishedContext
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 
 
 class Publishing:

@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention  # tests patch the 
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from clear_attn.models import context_variable as carrier
-from clear_attn.models.context import ClearContext
-from clear_attn.models.context_checkpoint import ContextCheckpoint, unwrap_checkpointing, wrap_checkpointing
+from clear_attn.models.context import context_variable as carrier
+from clear_attn.models.context.context import ClearContext
+from clear_attn.models.context.context_checkpoint import ContextCheckpoint, unwrap_checkpointing, wrap_checkpointing
 from tests.helpers import dummy_models, hardware
 from tests.helpers.reference_model import FLUX_ATTENTION, SD3_ATTENTION
 

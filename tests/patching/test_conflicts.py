@@ -10,7 +10,7 @@ from diffusers.hooks.smoothed_energy_guidance_utils import (
 )
 
 import clear_attn as clear
-from tests.helpers import dummy_models
+from tests.helpers import dummy_models, families
 from tests.helpers.reference_model import run
 from tests.helpers.snapshots import assert_same, snapshot
 
@@ -40,11 +40,11 @@ def test_hooks_inside_attention(family, transformer, where):
 
 
 def test_smoothing_as_diffusers_puts_it_on():
-    transformer = clear.linearize(dummy_models.SD3.transformer(), 3, weights=None)
+    transformer = clear.linearize(families.SD3.transformer(), 3, weights=None)
     config = SmoothedEnergyGuidanceConfig(indices=[1], fqn="transformer_blocks")
     _apply_smoothed_energy_guidance_hook(transformer, config, blur_sigma=1.0)
     with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn has a SmoothedEnergyGuidanceHook"):
-        run(transformer, dummy_models.SD3.call(transformer, (5, 7)))
+        run(transformer, families.SD3.call(transformer, (5, 7)))
 
 
 def test_pipelines_of_perturbed_attention_guidance():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from clear_attn.models._diffusers import checkpointing_function, set_checkpointing_function
-from clear_attn.models.context_variable import current, published
+from clear_attn.models.context.context_variable import current, published
 
 
 class ContextCheckpoint:

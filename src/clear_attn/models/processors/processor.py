@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clear_attn.methods import Layer, Method
-from clear_attn.models.context import ClearContext
+from clear_attn.models.context.context import ClearContext
 
 
 class Inputs(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
 
-from clear_attn.models.context import ClearContext
-from clear_attn.models.dense_attention import dense_attention
-from clear_attn.models.processors import ClearAttnProcessor, Inputs
+from clear_attn.models.context.context import ClearContext
+from clear_attn.models.context.dense_attention import dense_attention
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 
 
 class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):

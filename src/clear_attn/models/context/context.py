@@ -10,7 +10,7 @@ from torch import Tensor
 from clear_attn.core.plan import Plan
 from clear_attn.methods import Method, Options, ScoreBias
 from clear_attn.methods.dense import DensePlan
-from clear_attn.models.dense_attention import dense_attention
+from clear_attn.models.context.dense_attention import dense_attention
 
 # The keyword by which it reaches processors, where the model passes attention keywords on.
 CONTEXT = "clear_context"

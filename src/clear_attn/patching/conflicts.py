@@ -28,7 +28,7 @@ def check_pipeline(pipe: Any) -> None:
 def check_processors(processors: Mapping[str, Any], adapter: ModelAdapter) -> None:
     """Raises RuntimeError for a processor that CLEAR's cannot stand in for."""
     for layer, processor in processors.items():
-        if not is_exactly(processor, (*adapter.accepts, *adapter.ip_adapter_processors)):
+        if not is_exactly(processor, (*adapter.accepts, *adapter.ip_adapter_processors), adapter.packages):
             raise RuntimeError(
                 f"{layer} has a {type(processor).__name__}, whose work CLEAR's processor would drop; take it off first "
                 "(an IP-Adapter by pipe.unload_ip_adapter()), or load the pipeline again, then linearize"
