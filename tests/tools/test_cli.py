@@ -17,8 +17,8 @@ from clear_attn.tools.bench.bench_command import CASE_SETTINGS, bench
 from clear_attn.tools.bench.case import Case
 from clear_attn.tools.cli import app, quiet_imports
 from clear_attn.tools.evaluate import evaluate
-from clear_attn.tools.evaluate.evaluate_command import evaluate as evaluate_command
 from clear_attn.tools.evaluate.metric_registry import METRICS
+from clear_attn.tools.evaluate_command import evaluate as evaluate_command
 from clear_attn.tools.generate_command import generate
 from clear_attn.tools.options import spell_options
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from clear_attn.tools.bench.case import TOKEN, Row
+from clear_attn.tools.bench import TOKEN
+from clear_attn.tools.bench.case import Row
 
 STYLES: dict[str, Any] = {
     "dense": {"color": "black"},

@@ -22,6 +22,7 @@ from clear_attn.tools.bench.raster import raster_attention
 TITLE = "one attention"
 BACKENDS = tuple(name for name in selection.BACKENDS if name != "reference")  # which is not meant to be fast
 VARIANTS = ("dense", "dense-pooled", "raster-flex", *BACKENDS)
+MAX_ERRORS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 KERNELS = {
     "cpu": (SDPBackend.FLASH_ATTENTION,),
     "cuda": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
