@@ -134,3 +134,12 @@ def test_the_users_attention_backend_serves_text_queries(transformer, name, monk
     # diffusers calls FlexAttention uncompiled: never that.
     assert {str(backend.value) for backend in used} == {name if name != "flex" else "native"}
     transformer.set_attention_backend("native")
+
+
+def test_ids_rewritten_through_numpy():
+    transformer = clear.linearize(dummy_models.flux_transformer(), 3, weights=None)
+    call = dummy_models.flux_call(transformer, (6, 10))
+    run(transformer, call)
+    call["img_ids"].numpy()[:] = dummy_models.image_ids((10, 6)).numpy()
+    changed = run(transformer, call)
+    assert torch.equal(changed, run(transformer, {**call, "img_ids": dummy_models.image_ids((10, 6))}))

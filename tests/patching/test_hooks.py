@@ -11,7 +11,8 @@ from clear_attn.models.context.context import CONTEXT, ClearContext
 from clear_attn.patching.hooks import EntryHook, ExitHook
 from clear_attn.patching.target import entry_hook_of
 from tests.helpers import dummy_models
-from tests.helpers.families import FLUX
+from tests.helpers.families import FLUX, each_family
+from tests.helpers.reference_model import run
 
 GRID = (9, 20)
 
@@ -125,3 +126,31 @@ def test_an_inner_hook_that_is_gone_is_found_out():
     transformer.pos_embed._forward_hooks.clear()
     with pytest.raises(RuntimeError, match="a PatchEmbed of this SD3Transformer2DModel was replaced"):
         hook.validate_installed(transformer)
+
+
+@each_family()
+def test_a_users_hook_on_a_block_sees_tile_order(family):
+    """The documentation says how to undo it."""
+    transformer, seen = family.transformer(), []
+    grid = family.grid(*GRID)
+    call = family.call(transformer, grid)
+    transformer.transformer_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args + tuple(kwargs.values()))[0]), with_kwargs=True
+    )
+    run(transformer, call)
+    run(clear.linearize(transformer, 3, weights=None), call)
+    dense, local = seen
+    order = clear.TokenLayout([grid], 0)
+    assert not torch.equal(local, dense)
+    torch.testing.assert_close(local[:, order.inverse_permutation], dense, atol=1e-6, rtol=0)
+    torch.testing.assert_close(local, dense[:, order.permutation], atol=1e-6, rtol=0)
+
+
+def test_a_call_that_lost_its_context_is_refused(transformer):
+    transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "joint_attention_kwargs": None}), with_kwargs=True
+    )
+    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        block.forward = lambda hidden_states, encoder_hidden_states, **_: (encoder_hidden_states, hidden_states)
+    with pytest.raises(RuntimeError, match="called without its context: a forward pre-hook has changed joint_att"):
+        run(transformer, FLUX.call(transformer, GRID))

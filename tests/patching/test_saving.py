@@ -332,7 +332,7 @@ class TestSavedWhole:
             pass
         assert_same(back.transformer, before)
         clear.linearize(back)
-        with pytest.raises(RuntimeError, match="for the original load the original pipeline"):
+        with pytest.raises(RuntimeError, match="load the original pipeline instead"):
             clear.restore(back)
         assert clear.is_linearized(back)
 

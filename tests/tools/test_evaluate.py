@@ -358,7 +358,7 @@ class TestEvaluate:
         clear.save_pretrained(student, tmp_path / "weights")
         found = evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=tmp_path / "weights", metrics=["ssim"], **CALL)
         assert found.settings["method"] == clear.methods.Clear(3, 2).to_dict()
-        assert found.settings["weights"] == "weights"
+        assert found.settings["weights"] == "weights"  # no path in a file that is shared
         assert list(found.means) == ["ssim"]
         assert not found.missing
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["contact_sheet.png", "eval.json"]

@@ -67,6 +67,25 @@ def remove_hook(module: Any, name: str) -> None:
         registry.remove_hook(name, recurse=False)
 
 
+def innermost_forward(module: Any) -> Any:
+    """The `forward` of a module inside all hooks that diffusers has put on it (diffusers 0.42)."""
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
+    return (references[0].original_forward or references[0].forward) if references else module.forward
+
+
+def set_innermost_forward(module: Any, forward: Any) -> None:
+    """Replace the `forward` of a module inside all hooks that diffusers has put on it (diffusers 0.42)."""
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
+    owner = references[0] if references else module
+    name = "original_forward" if references and owner.original_forward else "forward"
+    setattr(owner, name, forward)
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether diffusers has put hooks on a module itself, around its `forward` (diffusers 0.42)."""
+    return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
+
+
 def is_first_block_cache(hook: Any) -> bool:
     """Whether a hook is that of `apply_first_block_cache` which decides on skipping a step (diffusers 0.42)."""
     return isinstance(hook, FBCHeadBlockHook)

@@ -32,9 +32,19 @@ def linearized(
     token: str | bool | None = None,
     backend: str = "auto",
 ) -> Iterator[PipelineOrTransformer]:
-    """`linearize` for the length of a `with` block; then the state before, whatever it was.
+    """Linearize a pipeline inside a `with` block, and return to its earlier state after it.
 
     Arguments and errors are those of `linearize`.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = demo.pipeline()
+        >>> with clear.linearized(pipe, window=8, weights=None):
+        ...     clear.is_linearized(pipe)
+        True
+        >>> clear.is_linearized(pipe)
+        False
     """
     back = _restore_point(pipe)
     linearize(
@@ -56,7 +66,7 @@ def linearized(
 
 @contextlib.contextmanager
 def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
-    """`restore` for the length of a `with` block; then the state before, whatever it was.
+    """Restore a pipeline inside a `with` block, and return to its earlier state after it.
 
     Errors are those of `restore`.
     """
@@ -73,7 +83,7 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
         try:
             back()
         finally:
-            # Our hooks would come after those of others. What others took off or put on inside stays so.
+            # Our hooks would come after those of others. Hooks that others added or removed inside stay so.
             for table, *states in zip(tables, before, dense, inside, strict=True) if entry_hook_of(transformer) else ():
                 _replace_hooks(table, *states)
 
@@ -94,7 +104,7 @@ def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
 
 
 def _restore_point(pipe: Any) -> Callable[[], None]:
-    """Return a function that puts the present state back, whatever the public functions changed since."""
+    """Return a function that puts the present state back after any of the public functions."""
     target = find_target(pipe)
     hook = target.hook
     if hook and hook.original.values:

@@ -32,12 +32,12 @@ from clear_attn.weights.sources import Checkpoint, load
 
 
 class Settings(NamedTuple):
-    """How it is linearized.
+    """The resolved settings.
 
     Attributes:
         method, schedule, backend, keep_original: as in `linearize`, resolved.
-        source: the weights to put in; None for the model's own.
-        saved: whether the settings are those of a pipeline that was saved whole.
+        source: the distilled weights; None for the model's own.
+        saved: whether the settings are those of a pipeline that was saved while it was linearized.
     """
 
     method: Method
@@ -63,8 +63,8 @@ def linearize(
 ) -> PipelineOrTransformer:
     """Make the image attention of a pipeline's transformer local, in place.
 
-    All is checked before anything is changed; on any error the pipeline is as it was. On a linearized pipeline
-    it starts from the restored one, and what is split over ranks stays so.
+    Everything is validated before anything changes; after any error the pipeline is as before. A linearized pipeline
+    is linearized as if it were restored first; a pipeline that is split over ranks stays split.
 
     Args:
         pipe: a diffusers pipeline or transformer, FLUX.1, FLUX.2, Qwen-Image, Chroma, Stable Diffusion 3 or
@@ -73,17 +73,18 @@ def linearize(
             the disc of image keys to which an image query attends. A token is 16 x 16 pixels.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
             of the cells to whose pooled keys every image query attends too; 1 means none.
-        method (`Method`, *optional*, defaults to what the weights were distilled for, else CLEAR): another way to
-            attend, of `clear_attn.methods`; in place of window and down_factor, and of no use without distillation.
-        schedule (`Schedule`, *optional*, defaults to what was saved with the weights, else none): steps and layers that
-            stay dense, and layers with a window of their own.
+        method (`Method`, *optional*, defaults to what the weights were distilled for, else CLEAR): another attention
+            method of `clear_attn.methods`, instead of window and down_factor. It needs distilled weights to draw well.
+        schedule (`Schedule`, *optional*, defaults to that saved with the weights, else none): steps and layers that
+            stay dense, and layers with another window.
         weights (`str` or path, *optional*, defaults to `"auto"`): distilled weights. `"auto"` fetches those
-            published for FLUX.1-dev and window and down_factor, or puts a pipeline that was saved whole while
-            linearized back to work. None keeps the model's own (training-free). Or a `.safetensors` file, a
+            published for FLUX.1-dev, window and down_factor; on a pipeline that was saved while it was linearized,
+            it uses the weights in the pipeline. None keeps the model's own (training-free). Or a `.safetensors` file, a
             directory that `save_pretrained` wrote, or a Hub id, `owner/repo` or `owner/repo/file.safetensors`.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        token (`str` or `bool`, *optional*): of the Hub; by default that of `hf auth login`.
-        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"reference"`, or what fits each call best.
+        revision (`str`, *optional*): a branch, tag or commit on the Hub.
+        token (`str` or `bool`, *optional*): a Hub token; by default that of `hf auth login`.
+        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"reference"`, or `"auto"`, which selects the
+            fastest for each call.
         keep_original (`bool`, defaults to `True`): keep the weights that are replaced, on the CPU, so that
             `restore` can put them back.
 
@@ -91,17 +92,14 @@ def linearize(
         ``pipe`` itself.
 
     Raises:
-        TypeError: not a supported pipeline; window or down_factor not a whole number; another kind of value for
-            method, schedule or weights.
-        ValueError: window or down_factor below 1; one of these or a method other than what the weights were distilled
-            for; a window, a backend or layers with own windows for another method than CLEAR; a schedule that names
-            layers which are not there; unknown backend; weights that do not fit, or that are not published; a
-            pipeline saved whole that cannot be put back to work without its weights.
-        FileNotFoundError, PermissionError, ConnectionError: no weights there, or no way to them.
-        RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
-            library; guidance that reaches into attention; context parallelism; parameters on the meta device; weights
-            for a model that is quantized or has a LoRA fused in; a linearized pipeline whose original weights were
-            discarded.
+        TypeError: the pipeline is not supported; an argument has the wrong type.
+        ValueError: an argument is out of range; the window, down_factor or method differs from what the weights were
+            distilled for; a window, backend or schedule with windows does not fit the method; the schedule names
+            layers that do not exist; the weights do not fit the model, or none are published for it.
+        FileNotFoundError, PermissionError, ConnectionError: the weights cannot be found or downloaded.
+        RuntimeError: the backend cannot run on this machine; the model has attention processors of another library,
+            guidance that changes attention, or context parallelism; its parameters are on the meta device; weights
+            are given for a model that is quantized or has a fused LoRA; its original weights were discarded.
 
     Example:
         >>> import clear_attn as clear
@@ -181,7 +179,7 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> t
     parameters = replaced_parameters(target.layers)
     values = {name: value for name, value in (source.values if source else {}).items() if name in parameters}
     before = capture(target, values.keys() | original.values.keys())
-    if original.values and not source:  # with a source it was checked before that was loaded
+    if original.values and not source:  # with a source it was checked before loading
         check_replaceable(target.layers)
     kept = {name: original.values.get(name, before.values[name]) for name in values} if settings.keep_original else {}
     metadata = original.metadata
@@ -236,7 +234,7 @@ def make_processors(
     Raises:
         ValueError: a method's settings do not fit a layer.
     """
-    # Whatever mode the caller is in, the parameters must serve training too, and their values are set here.
+    # Parameters made in the caller's inference mode could not be trained.
     with torch.inference_mode(False), torch.device("cpu"):
         return {
             name: adapter.make_processor(originals[name], method, layer, hook.groups[name])
@@ -245,7 +243,7 @@ def make_processors(
 
 
 def _validate_weights(source: Checkpoint, parameters: Mapping[str, torch.nn.Parameter], model: str) -> None:
-    """Raise ValueError for weights of another kind of model."""
+    """Raise ValueError for weights of another model class."""
     if source.architecture not in (None, model):
         raise ValueError(
             f"{source.name} was distilled for a {source.architecture}, and this is a {model}; give weights distilled "

@@ -13,20 +13,27 @@ from clear_attn.weights.metadata import metadata_of, read_method
 
 
 def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
-    """Undo `linearize`, bit for bit: parameters, processors, hooks. A pipeline that is not linearized stays so.
+    """Undo `linearize` bit for bit: parameters, processors and hooks. Other pipelines stay as they are.
 
-    What others changed since then stays: other hooks, LoRAs, the attention backend.
+    Changes by others stay: their hooks, LoRAs, the attention backend.
 
     Values come back as they were before `linearize`, in the dtype that the model has now. Those of a model that was
     moved to a smaller dtype and back are the unrounded ones.
 
-    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded, and of
-    attention parameters whose values were changed since `linearize`, which are lost.
+    Warns about a pipeline that was saved while it was linearized and runs dense after loading, and about attention
+    parameters that were changed since `linearize`: those changes are lost.
 
     Raises:
-        TypeError: not a supported pipeline.
-        RuntimeError: the original weights were discarded with `keep_original=False`, or cannot be put back:
-            parameters on the meta device, a LoRA fused in.
+        TypeError: the pipeline is not supported.
+        RuntimeError: the original weights were discarded with `keep_original=False`, or cannot be copied back because
+            parameters are on the meta device or have a fused LoRA.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = clear.linearize(demo.pipeline(), window=8, weights=None)
+        >>> clear.is_linearized(clear.restore(pipe))
+        False
     """
     target = find_target(pipe)
     _warn_if_left_dense(target.transformer)
@@ -43,8 +50,8 @@ def restored_state(target: Target) -> State:
     original = original_state(target)
     if target.hook and original.metadata and original.metadata["weights"]:
         raise RuntimeError(
-            f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), saved whole "
-            "while it was linearized; for the original load the original pipeline"
+            f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), because it was "
+            "saved while it was linearized; load the original pipeline instead"
         )
     return original
 
@@ -52,10 +59,10 @@ def restored_state(target: Target) -> State:
 def is_linearized(pipe: Any) -> bool:
     """Return whether a pipeline's transformer has been linearized.
 
-    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded.
+    Warns about a pipeline that was saved while it was linearized and runs dense after loading.
 
     Raises:
-        TypeError: not a supported pipeline.
+        TypeError: the pipeline is not supported.
     """
     transformer, _ = find_transformer(pipe)
     _warn_if_left_dense(transformer)
@@ -67,7 +74,7 @@ def _warn_if_left_dense(transformer: Any) -> None:
         return
     try:
         metadata = metadata_of(transformer)
-        record = metadata and metadata.get("method")  # which need not be known here
+        record = metadata and metadata.get("method")  # of a method that may be unknown here
         settings = f"method={record_as_text(record)}" if record else metadata and read_method(metadata).as_arguments()
     except ValueError as error:
         warnings.warn(f"this pipeline runs with dense attention, and {error}", stacklevel=3)

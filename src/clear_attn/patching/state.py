@@ -1,4 +1,4 @@
-"""What linearizing changes in a transformer, as one value that is captured and applied."""
+"""The state that `linearize` changes in a transformer, as one value that is captured and applied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clear_attn.models._diffusers import replace_config
 from clear_attn.models.processors.processor import ClearAttnProcessor
-from clear_attn.patching.hooks import EntryHook, ExitHook
+from clear_attn.patching.hooks import EntryHook, ExitHook, unwrap_forward
 from clear_attn.patching.target import Target, entry_hook_of
 from clear_attn.utils._torch import forward_hooks, forward_pre_hooks, remove_forward_hooks
 from clear_attn.weights.metadata import CONFIG_ENTRY, metadata_of
@@ -50,7 +50,7 @@ def capture(target: Target, names: Iterable[str]) -> State:
 
 
 def original_state(target: Target) -> State:
-    """Return the state that restoring leads to. What others have put in place since stays as it is.
+    """Return the state that `restore` applies. Processors that others installed since then stay.
 
     Raises:
         RuntimeError: the original weights were discarded.
@@ -77,19 +77,19 @@ def check_writable(target: Target, state: State) -> None:
 
 
 def apply(target: Target, state: State) -> None:
-    """Put a state in place of the present one. Interrupted, it can be called again.
+    """Replace the present state. After an interrupt it can be called again.
 
     Install the hook first and remove it last, so that a partial state is always detectable.
     """
     transformer = target.transformer
-    _free_kept_processors(transformer)  # while the hook that knows their originals is there
+    _free_kept_processors(transformer)  # while the hook that has their originals is installed
     if state.hook:
         install_hooks(transformer, state.hook)
     copy_values(state.values, target.layers)
     for layer, attn in target.layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
-            # What the user set with set_attention_backend(), enable_parallelism() or set_ip_adapter_scale().
+            # Settings of set_attention_backend(), enable_parallelism() and set_ip_adapter_scale().
             ours = processor if isinstance(processor, ClearAttnProcessor) else present
             for name in getattr(ours, "layer_settings", ClearAttnProcessor.layer_settings):
                 if (value := getattr(present, name, None)) is not None or hasattr(processor, name):
@@ -101,7 +101,7 @@ def apply(target: Target, state: State) -> None:
 
 
 def _free_kept_processors(transformer: Any) -> None:
-    """Replace the library's processors among those that SD3 keeps while its projections are fused."""
+    """Replace the library's processors in the copy that SD3 keeps while its projections are fused."""
     hook, kept = entry_hook_of(transformer), getattr(transformer, "original_attn_processors", None) or {}
     for key, processor in kept.items():
         if hook and isinstance(processor, ClearAttnProcessor):
@@ -109,7 +109,7 @@ def _free_kept_processors(transformer: Any) -> None:
 
 
 def match_device_and_dtype(processor: Processor, attn: Any) -> Processor:
-    """Move a processor's own parameters to the device and dtype of the layer's."""
+    """Move a processor's own parameters to the device and dtype of its layer."""
     if isinstance(processor, ClearAttnProcessor):
         reference = next(attn.parameters())
         for weight in processor.parameters(recurse=False):
@@ -123,9 +123,9 @@ def _set_metadata(transformer: Any, metadata: dict[str, Any] | None) -> None:
 
 
 def install_hooks(transformer: Any, hook: EntryHook) -> None:
-    """Install an entry hook, in place of the old one if there is one, so that others' hooks keep their order."""
+    """Install an entry hook. It takes the place of an old one, so that others' hooks keep their order."""
     present = [key for key, each in forward_pre_hooks(transformer).items() if isinstance(each, EntryHook)]
-    # The entry hook first: the others are found by it, should one fail to be put in.
+    # The entry hook first: it finds the others if an interrupt leaves some out.
     if present:
         wanted = [(inner.module, inner.hook) for inner in hook.inner_hooks(transformer)]
         for inner in forward_pre_hooks(transformer)[present[0]].inner_hooks(transformer):
@@ -146,6 +146,7 @@ def _remove_hooks_of_ours(transformer: Any) -> None:
     hook = entry_hook_of(transformer)
     if hook:
         hook.adapter.release(transformer)
+        unwrap_forward(transformer)
     for inner in hook.inner_hooks(transformer) if hook else ():
         remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
     remove_forward_hooks(transformer, lambda each: isinstance(each, (EntryHook, ExitHook)))

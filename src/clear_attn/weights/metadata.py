@@ -1,6 +1,6 @@
-"""What is recorded of a linearized model: in clear_config.json, and in the config of its transformer.
+"""The record of a linearized model, in clear_config.json and in the config of its transformer.
 
-Writers use format 2; readers take format 1 too, in which CLEAR's window and down_factor were fields of their own.
+Writers use format 2. Readers accept format 1 too, in which CLEAR's window and down_factor were separate fields.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from clear_attn.utils.json_records import read_json, shorten, validate_record
 CONFIG_FILE = "clear_config.json"
 FORMAT = 2
 READABLE = (1, 2)
-# The entry in a linearized transformer's config, by which one that was saved whole is recognized.
+# The entry in a linearized transformer's config. It identifies a pipeline that was saved while it was linearized.
 CONFIG_ENTRY = "clear_attn"
 IN_CONFIG = f"the entry {CONFIG_ENTRY} in the config of this transformer"
 
 
 @dataclass(frozen=True)
 class Record:
-    """Of distilled weights.
+    """The record of distilled weights.
 
     Attributes:
-        method (`Method`): what they were distilled for.
-        architecture (`str`): the class of transformer in diffusers.
-        base_model (`str`, *optional*): the Hub id of the model that they are for.
-        source (`str`, *optional*): where they first came from: the published file, say, whose license they keep.
-        schedule (`Schedule`): what they are used with.
+        method (`Method`): the method that they were distilled for.
+        architecture (`str`): the transformer class in diffusers.
+        base_model (`str`, *optional*): the Hub id of their model.
+        source (`str`, *optional*): their first origin, such as the published file, which sets their license.
+        schedule (`Schedule`): the schedule that they are used with.
     """
 
     method: Method
@@ -110,9 +110,12 @@ def check_format(values: Any, where: str) -> None:
 def make_metadata(
     transformer: Any, method: Method, schedule: Schedule, weights: str | None, source: str | None
 ) -> dict[str, Any]:
-    """Return the entry of a transformer that was linearized with weights of this name and first source.
+    """Return the config entry of a linearized transformer.
 
-    With its own weights, these are None.
+    Args:
+        transformer, method, schedule: what was linearized, and how.
+        weights: the name of its distilled weights; None for its own.
+        source: their first origin; None for its own.
     """
     return {
         "format": FORMAT,
@@ -139,5 +142,5 @@ def metadata_of(transformer: Any) -> dict[str, Any] | None:
     except ValueError as error:
         remedy = f"or remove the entry by transformer.register_to_config({CONFIG_ENTRY}=None)"
         raise ValueError(f"{error}, {remedy}") from error
-    # A ControlNet that is made from a transformer gets the transformer's config.
+    # ControlNet.from_transformer() copies the transformer's config.
     return metadata if metadata["architecture"] == type(transformer).__name__ else None

@@ -22,11 +22,11 @@ FILES: dict[Clear, str] = {
 }
 BASE = "black-forest-labs/FLUX.1-dev"
 SERVED = (BASE, "black-forest-labs/FLUX.1-schnell")
-LICENCE = (
-    "derived from FLUX.1-dev and under its non-commercial licence, "
+LICENSE_TEXT = (
+    "derived from FLUX.1-dev and under its non-commercial license, "
     "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
 )
-# What tells FLUX.1 from smaller models and from Fill, Control and Redux variants, whose input is wider.
+# Distinguishes FLUX.1 from smaller models, and from Fill, Control and Redux variants, which have wider inputs.
 CLASS = "FluxTransformer2DModel"
 ARCHITECTURE = {
     "in_channels": 64,
@@ -50,7 +50,7 @@ def published_file(method: Method) -> str:
     """Return the published file for a method.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message lists those that exist.
     """
     check_published(method)
     found = next((file for published, file in FILES.items() if published == method), None)
@@ -104,13 +104,13 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def check_served(pipe: Any, transformer: Any) -> str | None:
-    """Whether the published weights suit a model unasked.
+    """Check whether `weights="auto"` may use the published weights for a model.
 
     Returns:
-        None for a model they are known to suit, else the name of a fine-tune whose own weights they replace.
+        None for a model that they are known to fit, else the name of a fine-tune, which they would overwrite.
 
     Raises:
-        ValueError: not the architecture they were distilled for, or a variant of it with another task.
+        ValueError: the model has another architecture than they were distilled for, or another task.
     """
     kind, name = type(transformer).__name__, name_of(pipe, transformer)
     if kind != CLASS:
@@ -134,5 +134,5 @@ def check_served(pipe: Any, transformer: Any) -> str | None:
 
 
 def is_published(source: str | None) -> bool:
-    """Whether weights came from the published ones, and are under the licence of FLUX.1-dev."""
+    """Return whether weights derive from the published ones, and so have the license of FLUX.1-dev."""
     return source is not None and source.startswith(REPO + "/")

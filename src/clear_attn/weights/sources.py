@@ -1,4 +1,4 @@
-"""Where distilled weights come from: a file, a folder, the Hub, or what is published for a model."""
+"""Find distilled weights: in a file, in a folder, on the Hub, or published for a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clear_attn.weights.parameters import pooled_factor, read_checkpoint
 from clear_attn.weights.published import (
     BASE,
     FILES,
-    LICENCE,
+    LICENSE_TEXT,
     REPO,
     check_published,
     check_served,
@@ -34,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """Distilled weights, not yet compared with a model.
+    """Distilled weights, not yet validated against a model.
 
     Attributes:
         values: tensors by name.
         name: where they came from, as a user would give it.
         label: the same for files that are shared: a Hub id, or the name of a file or folder without its path.
-        method: what they were distilled for; None where nothing says.
-        down_factor: side of the pooled cells that their shapes show; 1 for none.
-        architecture: the class of transformer they are for, where that is known.
-        source: where they first came from, of which `name` may be a copy.
-        schedule: what they were saved with.
+        method: the method that they were distilled for; None if not recorded.
+        down_factor: side of the pooled cells, from their shapes; 1 for none.
+        architecture: the transformer class that they are for; None if not recorded.
+        source: their first origin, such as the published file that `name` is a copy of.
+        schedule: the schedule that they were saved with.
     """
 
     values: dict[str, Tensor]
@@ -81,13 +81,13 @@ def load(
     revision: str | None,
     token: str | bool | None,
 ) -> Checkpoint:
-    """Finds and reads what `linearize` was asked for; its docstring tells the forms.
+    """Find and read the weights that the arguments of `linearize` name.
 
-    Of several published files it takes the one for the settings that are wanted.
+    Of several published files it takes the one for the wanted method.
 
     Raises:
-        TypeError: not a path or a name.
-        ValueError, FileNotFoundError, PermissionError, ConnectionError: nothing there, or not to be read.
+        TypeError: `weights` is not a path or name.
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: they do not exist or cannot be read.
     """
     if not isinstance(weights, (str, os.PathLike)):
         raise TypeError(
@@ -97,7 +97,7 @@ def load(
         return _load_auto(pipe, transformer, wanted, revision, token)
     path = Path(weights).expanduser()
     on_hub = HUB_FILE.fullmatch(weights) if isinstance(weights, str) else None
-    # "folder/file.safetensors" could be a repository by its form; nobody means that.
+    # "folder/file.safetensors" has the form of a repository id, but means a file.
     if path.exists() or not on_hub or (on_hub[2] is None and path.suffix == ".safetensors"):
         return _load_local(path)
     repo, file = on_hub.groups()
@@ -115,8 +115,8 @@ def _load_auto(
     if fine_tune:
         logger.warning(
             "%s is not %s by name: the published weights replace its own to_q, to_k, to_v and to_out.0 in every "
-            "attention layer, and what it learned there is lost while it is linearized. weights=None keeps them; "
-            "weights='%s/%s' says that you mean it.",
+            "attention layer, and a fine-tune's changes there are lost while it is linearized. weights=None keeps "
+            "them; weights='%s/%s' does the same without this warning.",
             fine_tune,
             BASE,
             REPO,
@@ -147,7 +147,7 @@ def _load_file(path: Path, name: str, published: Method | None, source: str | No
 
 def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
     if repo == REPO:
-        logger.warning("%s/%s: weights %s", repo, file, LICENCE)
+        logger.warning("%s/%s: weights %s", repo, file, LICENSE_TEXT)
     name = f"{repo}/{file}"
     return _load_file(
         Path(fetch(repo, file, revision, token)), name, published_method(file) if repo == REPO else None, source=name
@@ -162,8 +162,8 @@ def _load_hub_folder(repo: str, revision: str | None, token: str | bool | None) 
 def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint:
     if not config_file.is_file():
         raise FileNotFoundError(
-            f"weights={name!r} is a directory without {CONFIG_FILE}, not one that clear_attn.save_pretrained() wrote "
-            "in full; give a .safetensors file in it, or save it again"
+            f"weights={name!r} is a directory without {CONFIG_FILE}, so clear_attn.save_pretrained() did not write "
+            "it completely; give a .safetensors file in it, or save it again"
         )
     record = read_record(config_file)
     values, _ = read_checkpoint(weights_file)

@@ -54,3 +54,20 @@ def test_only_the_last_sixteen_are_kept():
     for tensor in tensors:
         once(tensor)
     assert len(once.recent) == 16
+
+
+def test_writing_through_numpy_is_noticed():
+    once, read = counted()
+    tensor = torch.ones(3)
+    assert once(tensor) == 3
+    tensor.numpy()[0] = 5
+    assert [once(tensor), once(tensor)] == [7, 7]
+    assert len(read) == 2
+
+
+def test_results_of_tensors_that_are_gone_are_dropped():
+    once, _ = counted()
+    for _ in range(3):
+        once(torch.ones(1))
+        gc.collect()
+    assert len(once.recent) == 1

@@ -39,6 +39,9 @@ class ClearContext:
         scale_multiplier: multiplies head_dim^-0.5.
         role: whether the teacher or the student computes, in distillation.
         record: takes a layer's name and attention output, in distillation.
+
+    Attributes:
+        permuted: whether the image tokens of the call are in tile order by now.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ClearContext:
         self.groups, self.layout = list(groups), layout
         self.backend, self.scale_multiplier = backend, scale_multiplier
         self.role, self.record = role, record
+        self.permuted = True
 
     def attend(
         self,

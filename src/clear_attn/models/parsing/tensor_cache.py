@@ -1,4 +1,4 @@
-"""What a call's tensor says, read once.
+"""Results of reading a call's tensors, kept for the next step of a pipeline.
 
 Reading waits for the device, and a pipeline passes the same tensor at every step.
 """
@@ -8,32 +8,57 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from clear_attn.utils._torch import version_of
 
-Said = TypeVar("Said")
+Result = TypeVar("Result")
 
 
-class ReadOnce(Generic[Said]):
-    """A function of a tensor, remembered for the last 16.
+class Entry(NamedTuple, Generic[Result]):
+    """What was read from a tensor.
 
-    An entry counts for the very tensor it was made from, while that lives and is not written to; addresses alone are
-    reused.
+    Attributes:
+        tensor: that was read.
+        version: of the tensor.
+        values: a copy on the CPU, where numpy may write to a tensor without a change of version; else None.
+        result: of reading it.
     """
 
-    def __init__(self, read: Callable[[Tensor], Said]) -> None:
-        self.read = read
-        self.recent: deque[tuple[weakref.ref[Tensor], object, Said]] = deque(maxlen=16)
+    tensor: weakref.ref[Tensor]
+    version: object
+    values: Tensor | None
+    result: Result
 
-    def __call__(self, tensor: Tensor) -> Said:
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether reading this tensor would give the same result."""
+        if self.tensor() is not tensor or self.version != version_of(tensor):
+            return False
+        return self.values is None or torch.equal(self.values, tensor)
+
+
+class ReadOnce(Generic[Result]):
+    """A function of a tensor that keeps its last 16 results, each for as long as the tensor lives.
+
+    A result holds for the tensor itself, until it is written to. Writes to memory on a GPU by other libraries than
+    torch go unnoticed.
+    """
+
+    def __init__(self, read: Callable[[Tensor], Result]) -> None:
+        self.read = read
+        self.recent: deque[Entry[Result]] = deque(maxlen=16)
+
+    def __call__(self, tensor: Tensor) -> Result:
         if tensor.is_inference():
             return self.read(tensor)
-        for reference, version, said in tuple(self.recent):
-            if reference() is tensor and version == version_of(tensor):
-                return said
-        said = self.read(tensor)
-        self.recent.append((weakref.ref(tensor), version_of(tensor), said))
-        return said
+        for entry in tuple(self.recent):
+            if entry.holds(tensor):
+                return entry.result
+        values = tensor.detach().clone() if tensor.device.type == "cpu" else None
+        entry = Entry(weakref.ref(tensor), version_of(tensor), values, self.read(tensor))
+        alive = [entry for entry in tuple(self.recent) if entry.tensor() is not None]
+        self.recent = deque([*alive, entry], maxlen=16)
+        return entry.result

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RUNS = {"cpu": 5, "cuda": 20}
 # Options that are fields of a case.
-CASE_SETTINGS = ("level", "text", "heads", "head_dim", "batch", "backward", "blocks", "dense_queries")
+CASE_SETTINGS = ("level", "text", "heads", "batch", "backward", "blocks", "dense_queries")
 
 
 def _parse_grid(text: str) -> Any:
@@ -52,8 +52,15 @@ def _check_plot(context: typer.Context, file: Path | None) -> Path | None:
 def bench(
     context: typer.Context,
     level: Annotated[
-        Literal["op", "model"], typer.Option(help="Time one attention, or one denoising step of FLUX.1.")
+        Literal["op", "model", "compile"],
+        typer.Option(
+            help="Time one attention, or one denoising step of FLUX.1; or compile the fused kernels, without a GPU."
+        ),
     ] = "op",
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="Compile for this GPU, as sm_90 or gfx942 (level compile); may be repeated."),
+    ] = None,
     device: options.Device = None,
     grid: Annotated[
         list[Any] | None,
@@ -73,7 +80,9 @@ def bench(
     ] = None,
     text: Annotated[int, typer.Option(min=0, help="Text tokens.")] = 512,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 24,
-    head_dim: Annotated[int, typer.Option(min=8, help="Size of a head.")] = 128,
+    head_dim: Annotated[
+        list[int] | None, typer.Option(min=8, help="Size of a head; may be repeated.", show_default="128")
+    ] = None,
     dtype: options.DType = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 1,
     backward: Annotated[bool, typer.Option("--backward", help="With a backward pass (level op).")] = False,
@@ -110,6 +119,11 @@ def bench(
 ) -> None:
     """Time attention, or a whole step, next to dense attention and to FlexAttention in raster order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes to the terminal
+    if (level == "compile") != bool(arch):
+        raise typer.BadParameter("--level compile and --arch go together; give both, as --arch sm_90")
+    if level == "compile":
+        _compile(arch or (), head_dim or [128], json_file)
+        return
     from clear_attn.tools.bench.case import Case
     from clear_attn.tools.bench.runner import LEVELS
 
@@ -121,9 +135,9 @@ def bench(
     where = options.select_device(device)
     precision, settings = options.select_dtype(dtype, where), {name: context.params[name] for name in CASE_SETTINGS}
     cases = [
-        Case(height, width, radius, factor, precision, where, **settings)
-        for (height, width), radius, factor in itertools.product(
-            [*(grid or ()), *(pixels or ())] or [(64, 64)], window or [8, 16, 32], down_factor or [1]
+        Case(height, width, radius, factor, precision, where, head_dim=size_of_head, **settings)
+        for (height, width), radius, factor, size_of_head in itertools.product(
+            [*(grid or ()), *(pixels or ())] or [(64, 64)], window or [8, 16, 32], down_factor or [1], head_dim or [128]
         )
     ]
     if not ranks and (attention_seconds, rest_seconds) != (None, None):
@@ -134,6 +148,17 @@ def bench(
         _count_between_ranks(cases, ranks, attention_seconds, rest_seconds, json_file)
     else:
         _time(cases, names, runs or RUNS[where.type], json_file, plot_file)
+
+
+def _compile(architectures: Sequence[str], head_dims: Sequence[int], json_file: Path | None) -> None:
+    from clear_attn.tools.bench import compile_level
+
+    rows: list[Any] = []
+    for row in compile_level.compiled_rows(architectures, head_dims, typer.echo):
+        typer.echo(compile_level.format_row(row, is_first=not rows))
+        rows.append(row)
+        _write(json_file, rows)  # after each row, so that an interruption loses little
+    typer.echo(compile_level.FOOTNOTE)
 
 
 def _time(

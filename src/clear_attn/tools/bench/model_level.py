@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from clear_attn.backends import flex, reference
+from clear_attn.backends import reference, selection
 from clear_attn.patching.context_managers import linearized
 from clear_attn.tools.bench.case import Case
 from clear_attn.tools.bench.measure import Mark, Subject
@@ -43,7 +43,9 @@ def unsupported_reason(name: str, case: Case) -> str | None:
         return "a step is timed forward only; leave out --backward"
     if case.head_dim % 32:
         return f"FLUX.1 takes a head_dim divisible by 32, got {case.head_dim}"
-    return flex.unsupported_reason(case.device, case.dtype, case.head_dim, False) if name == "flex" else None
+    if name not in selection.BACKENDS:
+        return None
+    return selection.BACKENDS[name].unsupported_reason(case.device, case.dtype, case.head_dim, False)
 
 
 def subjects(case: Case, names: Sequence[str]) -> Iterator[Subject]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clear_attn.backends import flex, selection
+from clear_attn.backends import selection
 from clear_attn.backends.attention import clear_attention, pool
 from clear_attn.core.window_mask import BLOCK, Coordinates, window_mask
 from clear_attn.tools.bench.case import Case
@@ -65,9 +65,10 @@ def unsupported_reason(name: str, case: Case) -> str | None:
         return "it is for pooled keys alone, forward"
     if name == "raster-flex" and case.tokens < BLOCK:
         return f"it takes at least {BLOCK} tokens"
-    if name in ("flex", "raster-flex"):
-        return flex.unsupported_reason(case.device, case.dtype, case.head_dim, case.backward)
-    return None
+    backend = "flex" if name == "raster-flex" else name
+    if backend not in selection.BACKENDS:
+        return None
+    return selection.BACKENDS[backend].unsupported_reason(case.device, case.dtype, case.head_dim, case.backward)
 
 
 def subjects(case: Case, names: Sequence[str]) -> Iterator[Subject]:
