@@ -19,7 +19,8 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.demo.scenes import Scene, held_out_scenes, read
 
-PARTS = ("colour", "ground", "shape", "place")
+# By their names in result files.
+PARTS = {"colour": "color", "ground": "ground", "shape": "shape", "place": "place"}
 
 
 def draw(pipe: FluxPipeline, scenes: list[Scene], text_tokens: int, batch: int) -> list[np.ndarray]:
@@ -46,8 +47,8 @@ def count_right(scenes: list[Scene], pictures: list[np.ndarray]) -> dict[str, in
         "captions": len(scenes),
         "right": sum(scene == shown for scene, shown in pairs),
         **{
-            part: sum(shown is not None and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs)
-            for part in PARTS
+            name: sum(shown is not None and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs)
+            for name, part in PARTS.items()
         },
     }
 

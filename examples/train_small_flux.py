@@ -66,9 +66,9 @@ def captions_of(scene: Scene) -> list[str]:
     """The ways a scene is put into words; the first is the scene's own."""
     return [
         scene.caption,
-        f"a {scene.colour} {scene.shape} {scene.place} on a {scene.ground} ground",
-        f"{scene.place}, a {scene.colour} {scene.shape} on {scene.ground}",
-        f"A {scene.colour} {scene.shape} on a {scene.ground} ground, {scene.place}.",
+        f"a {scene.color} {scene.shape} {scene.place} on a {scene.ground} ground",
+        f"{scene.place}, a {scene.color} {scene.shape} on {scene.ground}",
+        f"A {scene.color} {scene.shape} on a {scene.ground} ground, {scene.place}.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The small FLUX in the box, what it draws, and the command that shows it."""
+"""The small FLUX in the package, what it draws, and the command that shows it."""
 
 import importlib.util
 import json
@@ -50,7 +50,7 @@ class TestScenes:
     def test_what_is_wrong_is_read_as_such(self):
         scene = Scene("red", "circle", "blue", "in the middle")
         for part, other in (
-            ("colour", "green"),
+            ("color", "green"),
             ("shape", "square"),
             ("ground", "black"),
             ("place", "at the top left"),
@@ -84,7 +84,7 @@ class TestSmallFlux:
         # diffusers writes down the folder that a model was loaded from.
         assert not any("_name_or_path" in file.read_text() for file in files if file.suffix == ".json")
 
-    def test_draws_captions_it_never_saw(self, pipe):
+    def test_draws_captions_it_was_not_trained_on(self, pipe):
         evaluation = example("evaluate_small_flux")
         scenes = held_out_scenes()[:40]
         counts = evaluation.count_right(scenes, evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=20))
@@ -96,7 +96,7 @@ class TestSmallFlux:
         assert image.size == (demo.SIZE, demo.SIZE)
         assert read(np.asarray(image)) == scene
 
-    def test_a_window_that_covers_the_picture_draws_the_same(self, pipe):
+    def test_a_window_that_covers_the_image_draws_the_same(self, pipe):
         def sample():
             generator = torch.Generator().manual_seed(0)
             return pipe(

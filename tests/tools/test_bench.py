@@ -133,8 +133,10 @@ def test_plot(bench, tmp_path, suffix):
         (["--device", "tpu"], "'tpu' does not exist; there is cpu"),
         (["--device", "cuda:7"], "'cuda:7' does not exist"),
         (["--variant", "fast"], "'fast' is none of dense"),
-        (["--level", "model", "--variant", "raster-flex"], "'raster-flex' is none of dense, flex, tiled, bound"),
-        (["--level", "model", "--head-dim", "40"], "head_dim divisible by 32, got 40"),
+        (
+            ["--level", "model", "--variant", "raster-flex"],
+            "'raster-flex' is none of dense, triton, flex, tiled, bound",
+        ),
         (["--level", "model", "--backward"], "a step is timed forward only"),
         (["--plot", "times.txt"], "names no image format"),
         (["--plot", "nowhere/times.png"], "no such directory"),
@@ -146,6 +148,12 @@ def test_refusals_come_before_the_work(bench, monkeypatch, options, message):
     result, rows = bench(*options, expected=2)
     assert message in " ".join(result.output.replace("│", " ").split())
     assert rows is None
+
+
+def test_refuses_head_dims_that_flux_cannot_have():
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--level", "model", "--head-dim", "40"])
+    assert result.exit_code == 2
+    assert "head_dim divisible by 32, got 40" in " ".join(result.output.replace("│", " ").split())
 
 
 @hardware.needs_compiler
@@ -228,7 +236,7 @@ def test_the_model_is_flux_dev(monkeypatch):
     """At its own size, as its config on the Hub has it."""
     made = {}
     monkeypatch.setattr(model, "FluxTransformer2DModel", lambda **config: made.update(config) or torch.nn.Module())
-    model.transformer(Case("model", 8, 8, 512, 24, 128, 8, 1, torch.bfloat16, 1, False, CPU))
+    model.transformer(Case(8, 8, 8, 1, torch.bfloat16, CPU))
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(guidance_embeds=True).config
     assert all(theirs[name] == value for name, value in made.items())

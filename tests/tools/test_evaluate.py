@@ -25,6 +25,7 @@ from transformers import (
     ViTImageProcessorPil,
     ViTModel,
 )
+from transformers.models.auto import auto_factory
 from typer.testing import CliRunner
 
 import clear_attn as clear
@@ -36,8 +37,7 @@ from clear_attn.tools.evaluate.evaluation import read_images
 from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
 from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
 from clear_attn.utils import optional_dependencies, seeded_images
-from clear_attn.utils.image_sheets import CELL, contact_sheet
-from clear_attn.utils.prompts import read_prompts
+from clear_attn.utils.image_sheets import CELL
 from tests.helpers import dummy_models
 
 PROMPTS = ["a red circle on a blue ground, in the middle", "a white cross", "a green square on a black ground"]
@@ -243,11 +243,19 @@ class TestAtHand:
         with pytest.raises(optional_dependencies.Missing, match="does not hold what is needed"):
             Dino(str(tmp_path), False)
 
-    def test_nothing_is_fetched_unasked_or_where_it_cannot_be(self):
+    def test_nothing_is_downloaded_unasked_or_offline(self):
         with pytest.raises(optional_dependencies.Missing, match="not in the cache"):
             Dino("no/dino", False)
-        with pytest.raises(optional_dependencies.Missing, match="cannot be fetched"):  # the Hub is off in tests
+        with pytest.raises(optional_dependencies.Missing, match="cannot be downloaded"):  # the Hub is off in tests
             Dino("no/dino", True)
+
+    def test_transformers_looks_for_no_adapter_online(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(auto_factory, "find_adapter_config_file", lambda name, **options: asked.append(options))
+        for download in (False, True):
+            with pytest.raises(optional_dependencies.Missing):
+                optional_dependencies.pretrained_model("no/dino", download)
+        assert [options["local_files_only"] for options in asked] == [True, False]
 
     def test_files_of_torch(self, tmp_path, monkeypatch):
         monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
@@ -255,7 +263,7 @@ class TestAtHand:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         with pytest.raises(optional_dependencies.Missing, match=r"Net's weights are not here \(.*net.pth\)"):  # noqa: SIM117
             with optional_dependencies.torch_hub_file(url, "Net", False):
-                pytest.fail("nothing may be fetched")
+                pytest.fail("nothing may be downloaded")
 
         class Command:
             def __reduce__(self):
@@ -505,23 +513,3 @@ def test_the_time_of_an_image_is_its_share_of_its_batch(monkeypatch, tmp_path):
     assert seconds == [2.0, 2.0, 3.0, 3.0, 1.0]
     assert calls == [(["a", "b"], [7, 8], 3), (["c", "d"], [9, 10], 3), (["e"], [11], 3)]
     assert sorted(tmp_path.iterdir()) == files
-
-
-def test_prompts_of_a_file(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("\ufeff a cat \n\nun café\n", encoding="utf-8")
-    assert read_prompts(file) == ["a cat", "un café"]
-    file.write_text("\n \n")
-    with pytest.raises(ValueError, match="has no prompts"):
-        read_prompts(file)
-    file.write_bytes("un café".encode("latin-1"))
-    with pytest.raises(ValueError, match="no text in UTF-8"):
-        read_prompts(file)
-
-
-def test_a_contact_sheet_keeps_the_shape_of_the_pictures():
-    sheet = contact_sheet({"wide": [Image.new("RGB", (96, 48), (250, 0, 0))]}, ["a long caption " * 20])
-    red = np.all(np.asarray(sheet) == (250, 0, 0), axis=-1)
-    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
-    assert (rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) == (CELL // 2, CELL)
-    assert red.sum() == CELL * CELL // 2

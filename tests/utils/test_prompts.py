@@ -12,9 +12,9 @@ def test_lines_without_blank_ones(tmp_path, start):
 @pytest.mark.parametrize(
     ("content", "error", "words"),
     [
-        (None, FileNotFoundError, "is no file; give a text file"),
+        (None, FileNotFoundError, "does not exist; give a text file"),
         (b" \n\n", ValueError, "has no prompts"),
-        (b"caf\xe9", ValueError, "is no text in UTF-8"),
+        (b"caf\xe9", ValueError, "is not text in UTF-8"),
     ],
 )
 def test_refuses(tmp_path, content, error, words):

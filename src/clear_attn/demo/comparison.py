@@ -1,4 +1,4 @@
-"""What `clear-attn demo` does: the same captions and seeds, dense, linearized and distilled, in one picture."""
+"""What `clear-attn demo` does: draw the same captions and seeds dense, linearized and distilled, on one sheet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,25 @@ from clear_attn.weights.metadata import CONFIG_FILE, read_record
 
 
 def compare(captions: Sequence[str], method: Clear, seed: int, output: Path) -> str:
-    """Draws the captions in each way there is, saves one labelled picture, and returns what to tell the user."""
+    """Draw captions dense, linearized and, if the method is theirs, with the distilled weights; save one sheet.
+
+    Args:
+        captions: what to draw, one column each.
+        method: of the linearized rows.
+        seed: of the noise.
+        output: where the sheet is saved; its ending is the format.
+
+    Returns:
+        A report for the user: the cost of attention, and the seconds of each row.
+
+    Examples:
+        >>> import tempfile
+        >>> caption = "a red circle on a blue ground, in the middle"
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = compare([caption], Clear(4), 0, Path(folder, "sheet.png"))
+        >>> "16 x 16 image tokens" in report
+        True
+    """
     pipe = demo.pipeline()
     pipe.set_progress_bar_config(leave=False)
 
@@ -27,14 +45,13 @@ def compare(captions: Sequence[str], method: Clear, seed: int, output: Path) -> 
 
     pooled = f"\npooled {method.down_factor} x {method.down_factor}" if method.down_factor > 1 else ""
     label = f"CLEAR, window {method.window}{pooled}"
-    ways = {"dense attention": contextlib.nullcontext(), f"{label}\n(training-free)": local(None)}
+    variants = {"dense attention": contextlib.nullcontext(), f"{label}\n(training-free)": local(None)}
     trained = read_record(demo.distilled() / CONFIG_FILE).method
-    fits = trained == method
-    if fits:
-        ways[f"{label}\n(distilled)"] = local(demo.distilled())
+    if trained == method:
+        variants[f"{label}\n(distilled)"] = local(demo.distilled())
     rows, seconds = {}, {}
-    for name, way in ways.items():
-        with way:
+    for name, variant in variants.items():
+        with variant:
             started = time.perf_counter()
             rows[name] = pipe(
                 list(captions), max_sequence_length=demo.TEXT_TOKENS, generator=torch.Generator().manual_seed(seed)
@@ -52,9 +69,7 @@ def compare(captions: Sequence[str], method: Clear, seed: int, output: Path) -> 
     last[0] = draw_window(last[0], method.window, demo.SIZE // cost.width)
     contact_sheet(rows, captions).save(output)
     times = ", ".join(f"{name.replace(chr(10), ' ')} {each:.1f} s" for name, each in seconds.items())
-    report = (
-        f"{cost}\n\nDrawn in: {times}. At 16 x 16 tokens there is little to save; the larger the picture, the more."
-    )
-    if not fits:
+    report = f"{cost}\n\nSeconds: {times}. At 16 x 16 tokens there is little to save; the larger the image, the more."
+    if trained != method:
         report += f"\n\nThe distilled weights in the package are for {trained.as_arguments()}, so they are not shown."
     return report

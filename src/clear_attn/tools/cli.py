@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from clear_attn.tools.bench.bench_command import bench
-from clear_attn.tools.evaluate.evaluate_command import evaluate
+from clear_attn.tools.evaluate_command import evaluate
 from clear_attn.tools.generate_command import generate
 from clear_attn.tools.options import DownFactor, Overwrite, Window, check_image_output, spell_options
 
@@ -48,6 +48,7 @@ class Command(TyperCommand):
         try:
             with quiet_imports():
                 importlib.import_module("clear_attn.cascade")
+                importlib.import_module("clear_attn.demo")  # which imports a pipeline of diffusers
             return super().invoke(context)
         except (typer.Exit, typer.Abort):  # which are RuntimeErrors
             raise

@@ -14,6 +14,9 @@ GO_WITH_PLAN = {
     *("model", "output", "overwrite", "plan", "weights", "init_image", "save_stages", "device", "dtype", "offload")
 }
 
+# Options that are arguments of `highres`, which has defaults of its own.
+PASSED_ON = ("window", "down_factor", "revision", "seed", "negative_prompt", "true_cfg_scale", "max_sequence_length")
+
 
 def _of_base(help: str, **settings: Any) -> Any:
     return typer.Option(help=help, show_default=options.OF_PIPELINE, rich_help_panel="Base image", **settings)
@@ -88,18 +91,9 @@ def generate(
             low_resolution_guidance=low_resolution_guidance or None,
         )
         own_base = (base_steps, base_guidance) != (None, None)
-        optional = {
-            "window": window,
-            "down_factor": down_factor,
-            "revision": revision,
-            "seed": seed,
-            "base": Base(steps=base_steps, guidance=base_guidance) if own_base else None,
-            "negative_prompt": negative_prompt,
-            "true_cfg_scale": true_cfg_scale,
-            "max_sequence_length": max_sequence_length,
-        }
-        given = {name: value for name, value in optional.items() if value is not None}
-        arguments = {**required, **given, "weights": options.none_or(weights), "stages": stage}
+        base = {"base": Base(steps=base_steps, guidance=base_guidance)} if own_base else {}
+        given = {name: context.params[name] for name in PASSED_ON if context.params[name] is not None}
+        arguments = {**required, **base, **given, "weights": options.none_or(weights), "stages": stage}
     where = generation.select_rank_device(device)
     pipe = options.load_pipeline(model, where, options.select_dtype(dtype, where), offload=offload)
     if planned:

@@ -18,7 +18,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file next to ``path`` that replaces it at the end; delete it after an error.
 
     The temporary name ends in that of ``path``, for writers that choose a format by it. Of several files in one
-    `contextlib.ExitStack` the last one takes its place first, when all are written.
+    `contextlib.ExitStack`, the last one is renamed first, when all are written.
     """
     # A name of its own, since two processes may write the same file.
     unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(4)}-{path.name}")
@@ -34,7 +34,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8."""
+    """Write a text file in UTF-8.
+
+    Examples:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     atomic_text(Path(folder, "a.txt"), "one")
+        ...     Path(folder, "a.txt").read_text()
+        'one'
+    """
     with atomic_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
@@ -83,7 +90,11 @@ def atomic_contents(folder: Path) -> Iterator[Path]:
 
 
 def check_folder(directory: str | os.PathLike[str]) -> Path:
-    """Raise NotADirectoryError where a folder to write to is a file."""
+    """Return a folder to write to.
+
+    Raises:
+        NotADirectoryError: it is a file.
+    """
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{str(directory)!r} is a file; give a directory to save to")
@@ -91,7 +102,12 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
 
 
 def check_empty(folder: Path) -> None:
-    """Raise NotADirectoryError where a folder is a file, FileExistsError where it holds something."""
+    """Check that a folder is new or empty.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        FileExistsError: it holds something.
+    """
     check_folder(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something already; give a new or an empty folder")

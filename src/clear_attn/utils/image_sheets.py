@@ -1,4 +1,4 @@
-"""Rows of pictures with labels, and the window drawn into one of them."""
+"""Contact sheets: rows of images with labels, and the window drawn into an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
-    """One row for each label, one column for each caption; the pictures are of one size."""
+    """Return a sheet with one row for each label and one column for each caption.
+
+    Args:
+        rows: by label, one image for each caption; all of one size.
+        captions: above the columns.
+
+    Examples:
+        >>> image = Image.new("RGB", (64, 64))
+        >>> contact_sheet({"dense": [image], "CLEAR": [image]}, ["a red circle"]).size
+        (348, 466)
+    """
     first = next(iter(rows.values()))[0]
     height = round(CELL * first.height / first.width)
     width = LABEL_WIDTH + len(captions) * (CELL + GAP) + GAP
@@ -20,23 +30,29 @@ def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[
     draw = ImageDraw.Draw(sheet)
     for column, caption in enumerate(captions):
         _write(draw, LABEL_WIDTH + GAP + column * (CELL + GAP), CAPTION_HEIGHT // 2, caption, characters=29, size=13)
-    for row, (label, pictures) in enumerate(rows.items()):
+    for row, (label, images) in enumerate(rows.items()):
         top = CAPTION_HEIGHT + row * (height + GAP)
         _write(draw, GAP, top + height // 2, label, characters=15, size=15)
-        for column, picture in enumerate(pictures):
-            cell = picture.resize((CELL, height), Image.Resampling.LANCZOS)
+        for column, image in enumerate(images):
+            cell = image.resize((CELL, height), Image.Resampling.LANCZOS)
             sheet.paste(cell, (LABEL_WIDTH + GAP + column * (CELL + GAP), top))
     return sheet
 
 
-def draw_window(picture: Image.Image, window: int, pixels_per_token: int) -> Image.Image:
-    """Marks the token in the middle of a picture and the circle of what it sees."""
-    marked = picture.resize((CELL, CELL), Image.Resampling.LANCZOS).convert("RGB")
-    token = pixels_per_token * CELL / picture.width
+def draw_window(image: Image.Image, window: int, pixels_per_token: int) -> Image.Image:
+    """Return an image with the token in the middle marked, and the circle of the tokens that it attends to.
+
+    Args:
+        image: square.
+        window: in tokens.
+        pixels_per_token: of the image.
+    """
+    marked = image.resize((CELL, CELL), Image.Resampling.LANCZOS).convert("RGB")
+    token = pixels_per_token * CELL / image.width
     middle = CELL / 2 + token / 2
     draw = ImageDraw.Draw(marked)
-    for radius, colour, line in ((window * token, INK, 3), (window * token, PAPER, 1)):
-        draw.ellipse([middle - radius, middle - radius, middle + radius, middle + radius], outline=colour, width=line)
+    for radius, color, line in ((window * token, INK, 3), (window * token, PAPER, 1)):
+        draw.ellipse([middle - radius, middle - radius, middle + radius, middle + radius], outline=color, width=line)
     draw.rectangle([middle - token / 2, middle - token / 2, middle + token / 2, middle + token / 2], PAPER, INK)
     return marked
 

@@ -15,8 +15,14 @@ LARGEST_SEED = 2**64 - 1
 def check_whole_number(name: str, value: object, remedy: str, least: int = 1, most: int = LARGEST) -> int:
     """Return a whole number from ``least`` to ``most`` as an int.
 
+    Args:
+        name: of the argument, for errors.
+        value: what was given; a bool is not a number.
+        remedy: what the number is, for errors.
+        least, most: the smallest and the largest number that are allowed.
+
     Raises:
-        TypeError: it is not a whole number; a bool is none.
+        TypeError: it is not a whole number.
         ValueError: it is out of range.
 
     Example:

@@ -12,10 +12,10 @@ import torch
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Clear
 from clear_attn.profiling.cost_report import Cost
+from clear_attn.tools.bench import TOKEN
 from clear_attn.tools.bench.measure import Subject, Timing
 from clear_attn.tools.tables import format_table
 
-TOKEN = 16  # pixels
 CASE_FIELDS = ("level", "height", "width", "text", "heads", "head_dim", "window", "down_factor", "batch", "backward")
 
 
@@ -29,18 +29,18 @@ class Case:
         dense_queries: the most queries that dense attention computes.
     """
 
-    level: str
     height: int
     width: int
-    text: int
-    heads: int
-    head_dim: int
     window: int
     down_factor: int
     dtype: torch.dtype
-    batch: int
-    backward: bool
     device: torch.device
+    level: str = "op"
+    text: int = 512
+    heads: int = 24
+    head_dim: int = 128
+    batch: int = 1
+    backward: bool = False
     blocks: int = 19
     dense_queries: int = 32768
 
@@ -88,10 +88,12 @@ class Level(Protocol):
     Attributes:
         TITLE: in tables and charts.
         VARIANTS: names of the ways to compute a case.
+        MAX_ERRORS: the largest error of a right result by dtype, if it is known.
     """
 
     TITLE: str
     VARIANTS: tuple[str, ...]
+    MAX_ERRORS: dict[str, float]
 
     def unsupported_reason(self, name: str, case: Case) -> str | None:
         """Return why a variant cannot compute a case, or None."""
@@ -147,7 +149,7 @@ class Row(NamedTuple):
             "torch": torch.__version__,
             "cuda": torch.version.cuda if case.device.type == "cuda" else None,
             "threads": torch.get_num_threads(),
-            "blocks": 3 * case.blocks if case.level == "model" else None,
+            "blocks": None if case.level == "op" else 3 * case.blocks,
         }
 
 

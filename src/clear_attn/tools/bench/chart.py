@@ -9,7 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from clear_attn.tools.bench.case import TOKEN, Row
+from clear_attn.tools.bench import TOKEN
+from clear_attn.tools.bench.case import Row
 
 STYLES: dict[str, Any] = {
     "dense": {"color": "black"},
@@ -47,7 +48,7 @@ def plot(title: str, rows: Sequence[Row], file: Path) -> None:
 
 
 def _label(row: Row) -> str:
-    """Return the line that a row is on. Dense attention and the bound have no window: one line stands for all."""
+    """Return the line that a row is on. Dense attention and the bound have no window, so each has one line."""
     name, case = row.subject.name, row.case
     if name in ("dense", "bound"):
         return name

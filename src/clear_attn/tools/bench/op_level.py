@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clear_attn.backends import selection
 from clear_attn.backends.attention import clear_attention, pool
-from clear_attn.core.window_mask import BLOCK
+from clear_attn.core.window_mask import BLOCK, Coordinates, window_mask
 from clear_attn.tools.bench.case import Case
 from clear_attn.tools.bench.measure import Mark, Subject, measure
 from clear_attn.tools.bench.raster import raster_attention
@@ -22,6 +22,7 @@ from clear_attn.tools.bench.raster import raster_attention
 TITLE = "one attention"
 BACKENDS = tuple(name for name in selection.BACKENDS if name != "reference")  # which is not meant to be fast
 VARIANTS = ("dense", "dense-pooled", "raster-flex", *BACKENDS)
+MAX_ERRORS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 KERNELS = {
     "cpu": (SDPBackend.FLASH_ATTENTION,),
     "cuda": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
@@ -159,10 +160,11 @@ def _pooled(x: Tensor, case: Case) -> Tensor:
 
 def _window_mask(case: Case, permutation: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the rule as a dense mask: which keys, the pooled ones last, the given queries attend to."""
+    coordinates = Coordinates(permutation // case.width, permutation % case.width)
 
     def mask(rows: Tensor) -> Tensor:
-        yx = torch.stack([permutation // case.width, permutation % case.width], dim=1)
-        near = (yx[(rows - case.text).clamp(min=0)][:, None] - yx).square().sum(dim=2) < case.window**2
+        queries = Coordinates(*(axis[(rows - case.text).clamp(min=0)] for axis in coordinates))
+        near = window_mask(queries, coordinates, torch.tensor(case.window**2, device=case.device))
         is_text = (rows < case.text)[:, None]
         pooled = ~is_text.expand(-1, case.cost.pooled_tokens)
         return torch.cat([near.new_ones(len(rows), case.text), near | is_text, pooled], dim=1)

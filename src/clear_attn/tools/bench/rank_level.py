@@ -13,7 +13,7 @@ from clear_attn.tools.tables import format_table
 
 
 class Network(NamedTuple):
-    """Bytes per second that a rank sends, and seconds that a message takes besides."""
+    """Bytes per second that a rank sends, and the latency of a message in seconds."""
 
     bytes_per_s: float
     latency_s: float

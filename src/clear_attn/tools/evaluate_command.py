@@ -9,8 +9,15 @@ import typer
 
 from clear_attn.tools import options
 
+# Options that are arguments of `evaluation.evaluate`.
+PASSED_ON = (
+    *("window", "down_factor", "backend", "height", "width", "seed", "num_inference_steps", "guidance_scale"),
+    *("max_sequence_length", "batch_size", "clip", "dino", "download", "save_images"),
+)
+
 
 def evaluate(
+    context: typer.Context,
     model: options.Model,
     prompts: Annotated[Path, options.input_file("A text file with a prompt per line.")],
     output_dir: Annotated[Path, typer.Option(help="A new or an empty folder for the result.")],
@@ -59,20 +66,7 @@ def evaluate(
         texts,
         output_dir,
         weights=options.none_or(weights),
-        window=window,
-        down_factor=down_factor,
-        backend=backend,
-        height=height,
-        width=width,
-        seed=seed,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        max_sequence_length=max_sequence_length,
-        batch_size=batch_size,
         metrics=metric,
-        clip=clip,
-        dino=dino,
-        download=download,
-        save_images=save_images,
+        **{name: context.params[name] for name in PASSED_ON},
     )
     typer.echo(f"{found}\n\nSaved {output_dir}")

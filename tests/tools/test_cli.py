@@ -1,0 +1,152 @@
+"""What all commands of `clear-attn` share: help, version, errors, outputs."""
+
+import dataclasses
+import importlib.metadata
+import inspect
+import logging
+import subprocess
+import sys
+import typing
+
+import pytest
+from typer.testing import CliRunner
+
+import clear_attn as clear
+from clear_attn.tools.bench import runner
+from clear_attn.tools.bench.bench_command import CASE_SETTINGS, bench
+from clear_attn.tools.bench.case import Case
+from clear_attn.tools.cli import app, quiet_imports
+from clear_attn.tools.evaluate import evaluate
+from clear_attn.tools.evaluate.metric_registry import METRICS
+from clear_attn.tools.evaluate_command import evaluate as evaluate_command
+from clear_attn.tools.generate_command import generate
+from clear_attn.tools.options import spell_options
+
+SIZE = ("--height", 64, "--width", 64)
+HEAVY = ("torch", "diffusers", "transformers", "matplotlib", "torchmetrics")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+
+
+def subprocess_output(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, clear_attn.tools.cli as cli\n"
+        "for command in ([], ['bench'], ['eval'], ['generate'], ['cost'], ['demo']):\n"
+        "    cli.app([*command, '--help'], standalone_mode=False)\n"
+        f"print('imported', sorted(set({HEAVY}) & set(sys.modules)))"
+    )
+    assert subprocess_output(code).stdout.endswith("imported []\n")
+
+
+def test_commands_print_nothing_of_other_libraries():
+    code = "from clear_attn.tools.cli import app; app(['cost', '--height', '64', '--width', '64', '--json'])"
+    output = subprocess_output(code)
+    assert output.stdout.startswith("{")
+    assert output.stderr == ""
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("command", [(), ("bench",), ("eval",), ("generate",), ("cost",), ("demo",)])
+def test_help(command, option):
+    result = run(*command, option)
+    assert result.exit_code == 0
+    assert f"Usage: {' '.join(('root', *command))} [OPTIONS]" in result.output.replace("clear-attn", "root")
+
+
+def test_version_and_usage():
+    assert run("--version").output == importlib.metadata.version("clear-attn") + "\n"
+    assert "Usage: " in run().output
+
+
+def test_shell_completion():
+    result = CliRunner().invoke(
+        app, [], env={"_ROOT_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "root ben"}, prog_name="root"
+    )
+    assert "bench" in result.output
+
+
+def test_what_libraries_log_after_an_import_is_printed(caplog):
+    with quiet_imports():
+        logging.getLogger("diffusers").warning("of an import")
+    logging.getLogger("somewhere").warning("of a call")
+    assert [record.message for record in caplog.records] == ["of a call"]
+
+
+def test_messages_name_options():
+    names = ["weights", "num_inference_steps", "window"]
+    message = "weights='auto' needs num_inference_steps=2, or weights=None; linearize(pipe, window=8); my_window=3."
+    assert spell_options(message, names) == (
+        "--weights auto needs --num-inference-steps 2, or --weights none; linearize(pipe, window=8); my_window=3."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cost", "--height", 8, "--width", 64), "--height 8 is less than one token"),
+        (("cost", *SIZE, "--method", "Best"), "no method of attention is named 'Best'"),
+        (("bench", "--grid", "4x4", "--ranks", 3), "3 ranks are too many"),
+        (("demo", "--window", 0), "--window"),
+        (("generate", "--model", "no/model", "--output", "out.png", *SIZE, "--prompt", "a"), "no/model"),
+    ],
+)
+def test_errors_look_alike(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr
+    assert "Error" in result.stderr
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo", "--output"),
+        ("bench", "--device", "cpu", "--json"),
+        ("bench", "--device", "cpu", "--plot"),
+        ("generate", "--model", "demo", "--output"),
+    ],
+)
+def test_outputs_are_not_overwritten(arguments, tmp_path):
+    file = tmp_path / "out.png"
+    file.write_text("mine")
+    result = run(*arguments, file)
+    assert result.exit_code == 2
+    assert "exists; give another file, or --overwrite" in result.stderr.replace("│\n│", "")
+    assert file.read_text() == "mine"
+
+
+class TestOptionsFitTheLibrary:
+    """Help names no class that takes long to import, so what it repeats is compared here."""
+
+    def test_levels(self):
+        (annotation, _) = typing.get_args(typing.get_type_hints(bench, include_extras=True)["level"])
+        assert set(typing.get_args(annotation)) == set(runner.LEVELS) | {"compile"}
+
+    def test_defaults_of_cases(self):
+        options = inspect.signature(bench).parameters
+        fields = {field.name: field.default for field in dataclasses.fields(Case)}
+        assert {name: options[name].default for name in CASE_SETTINGS} == {name: fields[name] for name in CASE_SETTINGS}
+
+    def test_defaults_of_evaluations(self):
+        options, arguments = (inspect.signature(each).parameters for each in (evaluate_command, evaluate))
+        shared = options.keys() & arguments.keys() - {"prompts", "output_dir"}
+        assert {name: options[name].default for name in shared} == {name: arguments[name].default for name in shared}
+
+    def test_metrics(self):
+        help_text = run("eval", "--help").output
+        assert all(name in help_text for name in METRICS)
+
+    def test_defaults_of_stages(self):
+        options, stage = inspect.signature(generate).parameters, clear.Stage()
+        for field in dataclasses.fields(clear.Stage):
+            if field.name not in ("height", "width"):
+                assert (options[field.name].default or None) == (getattr(stage, field.name) or None), field.name
