@@ -1,5 +1,6 @@
 """The cascade: what it draws, and what it leaves."""
 
+import gc
 from dataclasses import replace
 from unittest import mock
 
@@ -14,8 +15,10 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.cascade import stage_runner as cascade
 from clear_attn.demo.scenes import held_out_scenes, read
-from clear_attn.patching import state
+from clear_attn.patching import linearization, state
 from clear_attn.patching.context_managers import restored
+from clear_attn.patching.target import find_transformer
+from clear_attn.weights.parameters import replaced_parameters
 from tests.helpers import dummy_models
 from tests.helpers.large_images import BASE, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 from tests.helpers.snapshots import assert_same, snapshot
@@ -171,6 +174,43 @@ def test_refuses_a_base_image_whose_weights_were_given_up(pipe):
     assert draw(pipe, window=None, weights="auto", image=noise(64, 64)).finished
 
 
+def test_refuses_a_base_image_of_a_pipeline_without_its_original_weights(pipe, tmp_path):
+    clear.linearize(pipe, weights=demo.distilled()).save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="was loaded with distilled weights in it"):
+        draw(loaded, window=None, weights="auto")
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_holds_the_attention_weights_no_more_often_than_needed(pipe, linearized, monkeypatch):
+    """The originals and the distilled weights; for the base image of a linearized pipeline, the originals twice."""
+    distilled = {"weights": demo.distilled(), "window": None}
+    transformer, adapter = find_transformer(pipe)
+    weights = [each for each in replaced_parameters(adapter.attention_layers(transformer)).values() if each.ndim == 2]
+    shapes, once = {each.shape for each in weights}, sum(each.nbytes for each in weights)
+
+    def held():
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        return sum({each.data_ptr(): each.nbytes for each in tensors if each.shape in shapes}.values())
+
+    others = held() - once
+    if linearized:
+        clear.linearize(pipe, weights=demo.distilled())
+        distilled["weights"] = "auto"
+    copies = []
+
+    def count(runner, step, timestep, tensors):
+        copies.append(round((held() - others) / once, 1))
+        return tensors
+
+    loads = mock.Mock(wraps=linearization.load)
+    monkeypatch.setattr(linearization, "load", loads)
+    draw(pipe, callback_on_step_end=count, **distilled)
+    assert copies == ([3.0] * 2 if linearized else [2.0] * 2) + [2.0] * 2
+    assert loads.call_count == (not linearized)
+
+
 class TestAfterwards:
     def test_all_is_as_it_was(self, pipe):
         before = everything(pipe)
@@ -238,16 +278,14 @@ class TestAfterwards:
         draw(pipe, callback_on_step_end=Look())
         assert seen == [{"latents", "prompt_embeds"}] * 4
 
-    # Linearizing, the original weights for the base image, the way back from them (which is tried again), and the way
-    # back from linearizing.
+    # A dense pipeline: linearizing after the base image, and the way back. A linearized one: the originals for the base
+    # image, and the way back from them. An interrupted way back is tried again.
     @pytest.mark.parametrize(
         ("linearized", "at", "finished"),
         [
-            (False, [1], None),
-            (False, [2], 0),
-            (False, [3], 1),
-            (False, [3, 4], 1),
-            (False, [4], 2),
+            (False, [1], 1),
+            (False, [1, 2], 1),
+            (False, [2], 2),
             (True, [1], 0),
             (True, [2], 1),
         ],

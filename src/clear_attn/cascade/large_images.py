@@ -12,11 +12,11 @@ from PIL import Image
 from clear_attn.cascade import stage_runner as cascade
 from clear_attn.cascade.memory_check import check_fits
 from clear_attn.cascade.plan import HighresPlan
-from clear_attn.cascade.planning import draws_as_it_is, make_plan, with_settings_of
+from clear_attn.cascade.planning import draws_as_it_is, make_plan, with_settings
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
-from clear_attn.patching.context_managers import linearized
+from clear_attn.patching.linearization import Change, prepare
 from clear_attn.patching.restoration import restored_state
 
 
@@ -94,6 +94,8 @@ def highres(
         backend=backend,
         options=options,
     )
+    change = _prepare(pipe, plan, token)
+    plan = with_settings(pipe, plan, change)
     if plan.base:
         restored_state(pipe)  # it is drawn with the original weights, which may have been given up
     check_fits(pipe, plan)
@@ -101,36 +103,28 @@ def highres(
         "callback_on_step_end": callback_on_step_end,
         "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
     }
-    result = None
+    result = HighresResult([], plan)
+
+    def finished(drawn: Image.Image) -> None:
+        result.images.append(drawn)
+        if callback_on_stage_end:
+            callback_on_stage_end(len(result.images) - 1, drawn, plan)
+
     try:
-        with _linearized_as_asked(pipe, plan, token):
-            images: list[Image.Image] = []
-            result = HighresResult(images, with_settings_of(pipe, plan))
-
-            def finished(drawn: Image.Image) -> None:
-                images.append(drawn)
-                if callback_on_stage_end:
-                    callback_on_stage_end(len(images) - 1, drawn, result.plan)
-
-            with contextlib.suppress(cascade.Interrupted):
-                cascade.draw(pipe, result.plan, image, callbacks, finished)
+        with contextlib.suppress(cascade.Interrupted):
+            cascade.draw(pipe, plan, change, image, callbacks, finished)
     except KeyboardInterrupt:
-        if result is None:
-            raise
         raise HighresInterrupted(result) from None
     except Exception as error:
-        if result is None:
-            raise
         raise HighresError(result, error) from error
     return result
 
 
-def _linearized_as_asked(
-    pipe: Any, plan: HighresPlan, token: str | bool | None
-) -> contextlib.AbstractContextManager[object]:
+def _prepare(pipe: Any, plan: HighresPlan, token: str | bool | None) -> Change | None:
+    """Return the change that linearizes a pipeline as planned; None for one that stays as it is."""
     if draws_as_it_is(pipe, plan):
-        return contextlib.nullcontext()
+        return None
     how = {
         name: getattr(plan, name) for name in ("window", "down_factor", "schedule", "weights", "revision", "backend")
     }
-    return linearized(pipe, **how, token=token)
+    return prepare(pipe, **how, token=token)

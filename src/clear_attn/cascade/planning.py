@@ -29,6 +29,7 @@ from clear_attn.cascade.rope import check_ntk_factor, has_rotary_embedding
 from clear_attn.cascade.stages import Base, Size, Stage, size_name
 from clear_attn.methods.schedule import Schedule
 from clear_attn.parallel.shard import check_ranks
+from clear_attn.patching.linearization import Change
 from clear_attn.patching.state import entry_hook_of
 from clear_attn.patching.target import find_transformer
 from clear_attn.utils.validation import check_whole_number
@@ -58,7 +59,7 @@ def make_plan(
     backend: str,
     options: dict[str, Any],
 ) -> HighresPlan:
-    """Return a plan whose attention settings are as asked, for `with_settings_of` to fill in; errors as `highres`."""
+    """Return a plan whose attention settings are as asked, for `with_settings` to fill in; errors as `highres`."""
     validate_backend(backend)
     kind, (transformer, adapter) = kind_of(pipe), find_transformer(pipe)
     token = adapter.latents_per_token(transformer) * pipe.vae_scale_factor
@@ -136,14 +137,16 @@ def draws_as_it_is(pipe: Any, plan: HighresPlan) -> bool:
     return True
 
 
-def with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
-    """Return a plan with the attention settings of a linearized pipeline, as far as it knows them.
+def with_settings(pipe: Any, plan: HighresPlan, change: Change | None) -> HighresPlan:
+    """Return a plan with the attention settings of a change, or of a pipeline that is linearized already.
 
     Raises:
-        RuntimeError: it is linearized with another method than CLEAR.
+        RuntimeError: they are of another method than CLEAR.
     """
     transformer, _ = find_transformer(pipe)
-    hook, metadata = entry_hook_of(transformer), metadata_of(transformer)
+    hook, metadata = (
+        (change.state.hook, change.state.metadata) if change else (entry_hook_of(transformer), metadata_of(transformer))
+    )
     assert hook
     method: Any = hook.method
     if method.pooled_factor is None:

@@ -18,7 +18,10 @@ from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.rope import ntk_scaling
 from clear_attn.cascade.stages import Base, Size, Stage, size_name
 from clear_attn.models._diffusers import execution_device_of, progress_bar_config_of, reset_interrupt
-from clear_attn.patching.context_managers import restored
+from clear_attn.patching.context_managers import applied, restored
+from clear_attn.patching.linearization import Change
+from clear_attn.patching.state import entry_hook_of
+from clear_attn.patching.target import find_transformer
 
 
 class Interrupted(Exception):  # noqa: N818, for it is no error
@@ -28,6 +31,7 @@ class Interrupted(Exception):  # noqa: N818, for it is no error
 def draw(
     pipe: Any,
     plan: HighresPlan,
+    change: Change | None,
     image: Image.Image | None,
     callbacks: dict[str, Any],
     finished: Callable[[Image.Image], None],
@@ -35,8 +39,9 @@ def draw(
     """Draws the first image and that of each stage, and hands on each as soon as it is there.
 
     Args:
-        pipe: linearized.
+        pipe: as the user gave it.
         plan: what to draw.
+        change: linearizes the pipeline for the stages; None if it is linearized as planned.
         image: the first image, where the plan has no base.
         callbacks: keywords of the pipelines' calls.
         finished: takes each image.
@@ -46,17 +51,18 @@ def draw(
     """
     reset_interrupt(pipe)
     if plan.base:
-        with restored(pipe):
+        with restored(pipe) if entry_hook_of(find_transformer(pipe)[0]) else contextlib.nullcontext():
             image = _draw_base(pipe, plan, plan.base, callbacks)
             finished(image)
     else:
         assert image
         image = image.convert("RGB")
         finished(image)
-    for number, stage in enumerate(plan.stages, start=1):
-        _stop_if_interrupted(pipe)
-        image = _draw_stage(pipe, plan, number, stage, image, callbacks)
-        finished(image)
+    with applied(change) if change else contextlib.nullcontext():
+        for number, stage in enumerate(plan.stages, start=1):
+            _stop_if_interrupted(pipe)
+            image = _draw_stage(pipe, plan, number, stage, image, callbacks)
+            finished(image)
 
 
 def _draw_base(pipe: Any, plan: HighresPlan, base: Base, callbacks: dict[str, Any]) -> Image.Image:

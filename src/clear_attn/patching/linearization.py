@@ -59,6 +59,35 @@ class Target(NamedTuple):
         return type(self.transformer).__name__
 
 
+class Change(NamedTuple):
+    """A validated change of a target, to be applied once.
+
+    Attributes:
+        target: what is changed.
+        state: what is applied. Its hook gets the values that are replaced when it is.
+        kept: names of the values that the hook keeps for `restore`.
+    """
+
+    target: Target
+    state: State
+    kept: tuple[str, ...]
+
+    def apply(self) -> None:
+        """Change the transformer in one transaction, and release the new values, which are then in the model."""
+        _, transformer, _, layers, original = self.target
+        hook, values = self.state.hook, self.state.values
+        assert hook
+        before = capture(transformer, layers, values)
+        kept = {name: original.values.get(name, before.values[name]) for name in self.kept}
+        hook.original = original._replace(values=kept)
+        try:
+            apply(transformer, layers, self.state)
+        except BaseException:
+            apply(transformer, layers, before)
+            raise
+        values.clear()
+
+
 class Settings(NamedTuple):
     """How it is linearized.
 
@@ -140,6 +169,35 @@ def linearize(
         >>> clear.is_linearized(clear.restore(pipe))
         False
     """
+    prepare(
+        pipe,
+        window,
+        down_factor,
+        method=method,
+        schedule=schedule,
+        weights=weights,
+        revision=revision,
+        token=token,
+        backend=backend,
+        keep_original=keep_original,
+    ).apply()
+    return pipe
+
+
+def prepare(
+    pipe: Any,
+    window: int | None = None,
+    down_factor: int | None = None,
+    *,
+    method: Method | None = None,
+    schedule: Schedule | None = None,
+    weights: str | os.PathLike[str] | None = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    backend: str = "auto",
+    keep_original: bool = True,
+) -> Change:
+    """Return the change that `linearize` applies, resolved, loaded and validated; arguments and errors as there."""
     target = _find_target(pipe)
     _validate_target(target)
     wanted = resolve_method(window, down_factor, method)
@@ -156,8 +214,7 @@ def linearize(
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
-    _apply_change(target, *_validate_settings(target, settings))
-    return pipe
+    return _validate_settings(target, settings)
 
 
 def _find_target(pipe: Any) -> Target:
@@ -199,8 +256,8 @@ def _load_weights(
     return load(weights, target.pipe, target.transformer, wanted, revision, token)
 
 
-def _validate_settings(target: Target, settings: Settings) -> tuple[State, State]:
-    """Return the present state of a target and the one to apply; the target is not changed."""
+def _validate_settings(target: Target, settings: Settings) -> Change:
+    """Return the change to these settings; the target is not changed."""
     method, schedule, source = settings.method, settings.schedule, settings.source
     method.validate_backend(settings.backend)
     if source:
@@ -213,17 +270,15 @@ def _validate_settings(target: Target, settings: Settings) -> tuple[State, State
     original = target.original
     parameters = replaced_parameters(target.layers)
     values = {name: value for name, value in (source.values if source else {}).items() if name in parameters}
-    before = capture(target.transformer, target.layers, values.keys() | original.values.keys())
     if original.values and not source:  # with a source it was checked before that was loaded
         check_replaceable(target.layers)
-    kept = {name: original.values.get(name, before.values[name]) for name in values} if settings.keep_original else {}
     hook = EntryHook(
         target.adapter,
         method,
         schedule,
         described,
         settings.backend,
-        original._replace(values=kept),
+        original._replace(values={}),
         originals_discarded=bool(values) and not settings.keep_original,
         sharder=sharder,
     )
@@ -242,16 +297,8 @@ def _validate_settings(target: Target, settings: Settings) -> tuple[State, State
     unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
     weights = (source.name, source.source) if source else unchanged
     entry = make_metadata(target.transformer, method, schedule, *weights)
-    return before, State(hook, dict(processors), {**original.values, **values}, entry)
-
-
-def _apply_change(target: Target, before: State, after: State) -> None:
-    """Change the transformer in one transaction."""
-    try:
-        apply(target.transformer, target.layers, after)
-    except BaseException:
-        apply(target.transformer, target.layers, before)
-        raise
+    state = State(hook, dict(processors), {**original.values, **values}, entry)
+    return Change(target, state, kept=tuple(values) if settings.keep_original else ())
 
 
 def make_processors(

@@ -33,10 +33,14 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
 
 
 def restored_state(pipe: Any) -> State:
-    """Return the state that `restore` applies; errors as there."""
+    """Return the state with the original weights.
+
+    Raises:
+        RuntimeError: they were discarded, or the pipeline was loaded without them.
+    """
     transformer, adapter = find_transformer(pipe)
     original = original_state(transformer, adapter.attention_layers(transformer))
-    if entry_hook_of(transformer) and original.metadata and original.metadata["weights"]:
+    if original.metadata and original.metadata["weights"]:
         raise RuntimeError(
             f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), saved whole "
             "while it was linearized; for the original load the original pipeline"
