@@ -235,6 +235,34 @@ class TestAfterwards:
         assert [image.size for image in caught.value.result.images] == [(64, 64)]
         assert_as_it_was(pipe, before)
 
+    @pytest.mark.parametrize("broken", ["base image", "stage", "decoder"])
+    def test_nan_stops_at_its_stage(self, pipe, broken, monkeypatch):
+        before, steps, decode = everything(pipe), [], pipe.vae.decode
+
+        def break_latents(runner, step, timestep, tensors):
+            steps.append(step)
+            if isinstance(runner, FluxImg2ImgPipeline) == (broken == "stage"):
+                tensors["latents"][0, 0, 0] = float("nan")
+            return tensors
+
+        if broken == "decoder":
+            monkeypatch.setattr(
+                pipe.vae, "decode", lambda *args, **kwargs: (decode(*args, **kwargs)[0] * float("nan"),)
+            )
+        where = {
+            "base image": "base image, 64 x 64 px: the latents after step 1",
+            "stage": "stage 1 of 1, 128 x 128 px: the latents after step 1",
+            "decoder": "base image, 64 x 64 px: the decoded pixels",
+        }[broken]
+        words = (
+            f"FloatingPointError: {where}, in float32, contain NaN or infinity; .* bfloat16 or float32 usually helps"
+        )
+        with pytest.raises(clear.HighresError, match=words) as caught:
+            draw(pipe, callback_on_step_end=None if broken == "decoder" else break_latents)
+        assert len(caught.value.result.images) == (broken == "stage")
+        assert steps == {"base image": [0], "stage": [0, 1, 0], "decoder": []}[broken]
+        assert_as_it_was(pipe, before)
+
     def test_ctrl_c_gives_what_was_finished(self, pipe):
         before, calls = everything(pipe), []
 
@@ -306,7 +334,7 @@ class TestAfterwards:
             copy_values(values, layers)
 
         monkeypatch.setattr(state, "copy_values", interrupted)
-        monkeypatch.setattr(cascade, "_run", lambda pipe, runner, plan, number, size, *_: noise(*size))
+        monkeypatch.setattr(cascade, "_run", lambda pipe, runner, plan, number, *_: noise(*plan.drawn[number].size))
         with pytest.raises(KeyboardInterrupt) as caught:
             draw(pipe, **distilled)
         result = getattr(caught.value, "result", None)

@@ -15,11 +15,11 @@ from clear_attn.cascade import Base, HighresError, HighresInterrupted, HighresPl
 from clear_attn.cascade.memory_check import check_weights_fit
 from clear_attn.cascade.plan import describe, fingerprint
 from clear_attn.cascade.planning import random_seed
-from clear_attn.cascade.result import save_plan, save_with_plan, stage_file
+from clear_attn.cascade.result import plan_file, save_plan, save_with_plan, stage_file, validate_output
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
 from clear_attn.patching.linearization import linearize
-from clear_attn.tools.options import DTYPES, DType, check_picture_file, device_of
+from clear_attn.tools.options import DTYPES, DType, device_of
 
 BASE, STAGES, MACHINE = "Base image", "Each stage", "Machine"
 OF_PIPELINE = "the pipeline's"
@@ -30,7 +30,7 @@ BESIDE_A_PLAN = {"model", "output", "plan", "weights", "init_image", "save_stage
 def generate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder or Hub id of a diffusers pipeline, or demo, the one in the box.")],
-    output: Annotated[Path, typer.Option(help="Where the picture goes; its plan goes beside it, ending in .json.")],
+    output: Annotated[Path, typer.Option(help="Where the picture goes; its plan goes next to it, as out.png.json.")],
     prompt: Annotated[str | None, typer.Option(help="What to draw.")] = None,
     height: Annotated[int | None, typer.Option(help="Height of the picture in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Width of the picture in pixels.")] = None,
@@ -100,7 +100,6 @@ def generate(
     ] = False,
 ) -> None:
     """Draw a picture much larger than the model was trained on; under torchrun, on all its processes together."""
-    check_picture_file(output, "--output")
     ranks = launch.launched()
     where = _device_of_rank(device) if ranks and device != "cpu" else device_of(device)
 
@@ -147,6 +146,8 @@ def generate(
                 "base": Base(steps=base_steps, guidance=base_guidance) if own_base else None,
                 "stages": stage,
             }
+        if launch.is_first():
+            validate_output(output, (asked["height"], asked["width"]))
         pipe = _load(model, where, dtype, offload)
         if plan:
             _warn_of_another(again.model, describe(pipe))
@@ -166,8 +167,8 @@ def generate(
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     if launch.is_first():
-        result.save(output)
-        typer.echo(f"Saved {output} and {output.with_suffix('.json')}, seed {result.plan.seed}")
+        saved = result.save(output)[-1]
+        typer.echo(f"Saved {saved} and {plan_file(output)}, seed {result.plan.seed}")
     if ranks:
         dist.destroy_process_group()
 
