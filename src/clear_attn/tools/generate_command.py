@@ -185,7 +185,7 @@ def _device_of_rank(device: str | None) -> torch.device:
 def _split(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """Splits a pipeline over the ranks; what is asked, with one seed for all."""
     launch.join()
-    launch.stop_as_by_ctrl_c()
+    launch.interrupt_on_sigterm()
     settings = {"weights": asked["weights"], "revision": asked.get("revision")}
     linearize(pipe, asked["window"], asked["down_factor"], **settings)
     parallelize(pipe)
@@ -285,7 +285,7 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
     if launch.launched():
-        launch.finish_what_is_begun()
+        launch.ignore_signals()
     if not launch.is_first():
         typer.echo(reason, err=True)
         return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.parallel.communication_volume import Traffic, traffic
+from clear_attn.parallel.communication_volume import CommunicationVolume, count_volume
 from clear_attn.tools.bench.op_level import Case
 from clear_attn.tools.bench.rows import TOKEN
 
@@ -54,7 +54,7 @@ class Scaling:
     window: int
     down_factor: int
     ranks: int
-    traffic: Traffic
+    traffic: CommunicationVolume
     step_bytes: int
     times: Times | None
     seconds: dict[str, float]
@@ -73,7 +73,7 @@ def scalings(cases: Sequence[Case], ranks: Sequence[int], times: Times | None) -
         layout = case.layout
         for number in ranks:
             sent = [
-                traffic(
+                count_volume(
                     layout,
                     case.method,
                     rank,
@@ -91,7 +91,7 @@ def scalings(cases: Sequence[Case], ranks: Sequence[int], times: Times | None) -
             yield Scaling(*case.grid, case.window, case.down_factor, number, most, step, times, seconds)
 
 
-def step_seconds(layout: TokenLayout, sent: Traffic, times: Times, network: Network) -> float:
+def step_seconds(layout: TokenLayout, sent: CommunicationVolume, times: Times, network: Network) -> float:
     """Of the rank with the largest share; nothing that is sent is taken to be hidden behind work.
 
     Attention shrinks with the share of the image tokens, and all else with that of all tokens, of which every rank has
