@@ -13,7 +13,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cascade import stage_runner as cascade
+from clear_attn.cascade.stage_runner import Cascade
 from clear_attn.demo.scenes import held_out_scenes, read
 from clear_attn.patching import linearization, state
 from clear_attn.patching.context_managers import restored
@@ -334,7 +334,7 @@ class TestAfterwards:
             copy_values(values, layers)
 
         monkeypatch.setattr(state, "copy_values", interrupted)
-        monkeypatch.setattr(cascade, "_run", lambda pipe, runner, plan, number, *_: noise(*plan.drawn[number].size))
+        monkeypatch.setattr(Cascade, "_run", lambda self, runner, number, drawn, settings: noise(*drawn.size))
         with pytest.raises(KeyboardInterrupt) as caught:
             draw(pipe, **distilled)
         result = getattr(caught.value, "result", None)

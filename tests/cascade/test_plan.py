@@ -16,11 +16,11 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cascade import stage_runner as cascade
 from clear_attn.cascade.pipelines import find_target
 from clear_attn.cascade.plan import ATTENTION, describe
 from clear_attn.cascade.planning import base_size, make_plan, stage_sizes, validate_aspect_ratio, validate_growth
 from clear_attn.cascade.result import HighresResult
+from clear_attn.cascade.stage_runner import Cascade
 from tests.helpers import dummy_models
 from tests.helpers.large_images import BASE, FAST, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 
@@ -52,7 +52,7 @@ class TestPlan:
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="toy")
         assert describe(pipe)["adapters"] == ["toy"]
         clear.linearize(pipe, 4, weights=None, backend="reference")
-        monkeypatch.setattr(cascade, "draw", lambda *args: None)
+        monkeypatch.setattr(Cascade, "draw", lambda *args: None)
         plan = draw(pipe, window=None, weights="auto").plan
         assert (plan.window, plan.weights, plan.revision, plan.backend) == (4, None, None, "reference")
         assert plan.arguments()["backend"] == "reference"
@@ -77,7 +77,7 @@ class TestPlan:
         clear.linearize(pipe, 4, weights=None)
         pipe.save_pretrained(tmp_path)
         loaded = type(pipe).from_pretrained(tmp_path)
-        monkeypatch.setattr(cascade, "draw", lambda *args: None)
+        monkeypatch.setattr(Cascade, "draw", lambda *args: None)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             assert draw(loaded, window=None, weights="auto").plan.window == 4

@@ -172,7 +172,7 @@ def test_a_rank_that_comes_late_says_so(ran):
     assert "a_rank_hangs: rank 1 came late" in ran.stdout, ran.stderr[-6000:]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
 def test_a_digest_changes_with_every_value(dtype):
     """Also with the signs of two values, and with the order of spans."""
     tensor = (torch.randn(2 * weights_digest.SPAN * 8 // dtype.itemsize + 3) * 50).to(dtype)

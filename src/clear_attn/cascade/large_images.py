@@ -124,7 +124,7 @@ def highres(
 
     try:
         with contextlib.suppress(stage_runner.Interrupted):
-            stage_runner.draw(target, plan, change, image, callback_on_step_end, inputs, on_image)
+            stage_runner.Cascade(target, plan, callback_on_step_end, inputs).draw(change, image, on_image)
     except KeyboardInterrupt:
         raise HighresInterrupted(result) from None
     except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -28,126 +28,103 @@ class Interrupted(Exception):  # noqa: N818, for it is not an error
     """A callback or another thread has set `_interrupt` of the pipeline."""
 
 
-def draw(
-    target: Target,
-    plan: HighresPlan,
-    change: Change | None,
-    image: Image.Image | None,
-    on_step_end: StepCallback | None,
-    tensor_inputs: Sequence[str],
-    on_image: Callable[[Image.Image], None],
-) -> None:
-    """Draw the base image and each stage.
+class Cascade(NamedTuple):
+    """The drawing of one image.
 
-    Args:
+    Attributes:
         target: the pipeline.
         plan: what to draw.
-        change: linearizes the pipeline for the stages; None if it is linearized as planned.
-        image: the first image, if the plan has no base.
         on_step_end: the caller's callback after each step.
         tensor_inputs: names of the tensors that the callback gets.
-        on_image: called with each image as soon as it is finished, the first one included.
-
-    Raises:
-        Interrupted: by a callback or another thread.
-        FloatingPointError: latents or an image have NaN or infinity.
     """
-    pipe = target.pipe
-    reset_interrupt(pipe)
-    if plan.base:
-        with restored(pipe) if target.hook else contextlib.nullcontext():
-            image = _draw_base(target, plan, plan.base, on_step_end, tensor_inputs)
+
+    target: Target
+    plan: HighresPlan
+    on_step_end: StepCallback | None
+    tensor_inputs: Sequence[str]
+
+    def draw(self, change: Change | None, image: Image.Image | None, on_image: Callable[[Image.Image], None]) -> None:
+        """Draw the base image and each stage.
+
+        Args:
+            change: linearizes the pipeline for the stages; None if it is linearized as planned.
+            image: the first image, if the plan has no base.
+            on_image: called with each image as soon as it is finished, the first one included.
+
+        Raises:
+            Interrupted: by a callback or another thread.
+            FloatingPointError: latents or an image have NaN or infinity.
+        """
+        reset_interrupt(self.target.pipe)
+        if self.plan.base:
+            with restored(self.target.pipe) if self.target.hook else contextlib.nullcontext():
+                image = self._draw_base(self.plan.base)
+                on_image(image)
+        else:
+            assert image
+            image = image.convert("RGB")
             on_image(image)
-    else:
-        assert image
-        image = image.convert("RGB")
-        on_image(image)
-    with applied(change) if change else contextlib.nullcontext():
-        for number, stage in enumerate(plan.stages, start=1):
-            _stop_if_interrupted(pipe)
-            image = _draw_stage(target, plan, number, stage, image, on_step_end, tensor_inputs)
-            on_image(image)
+        with applied(change) if change else contextlib.nullcontext():
+            for number, stage in enumerate(self.plan.stages, start=1):
+                _stop_if_interrupted(self.target.pipe)
+                image = self._draw_stage(number, stage, image)
+                on_image(image)
 
+    def _draw_base(self, base: Base) -> Image.Image:
+        pipe = self.target.pipe
+        scheduler = static_schedule(pipe.scheduler, None)
+        runner = self.target.text_to_image(**{**pipe.components, "scheduler": scheduler})
+        return self._run(runner, 0, base, {"num_inference_steps": base.steps, "generator": self._generator(0)})
 
-def _draw_base(
-    target: Target, plan: HighresPlan, base: Base, on_step_end: StepCallback | None, tensor_inputs: Sequence[str]
-) -> Image.Image:
-    pipe = target.pipe
-    runner = target.text_to_image(**{**pipe.components, "scheduler": static_schedule(pipe.scheduler, None)})
-    settings = {"num_inference_steps": base.steps, "guidance_scale": base.guidance, "generator": _generator(plan, 0)}
-    return _run(pipe, runner, plan, 0, settings, on_step_end, tensor_inputs)
+    def _draw_stage(self, number: int, stage: Stage, image: Image.Image) -> Image.Image:
+        pipe, generator = self.target.pipe, self._generator(number)
+        scheduler = static_schedule(pipe.scheduler, stage.shift)
+        runner = self.target.image_to_image(**{**pipe.components, "scheduler": scheduler})
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(tiled_vae(pipe.vae))
+            if (factor := stage.ntk_factor or 1) != 1:
+                stack.enter_context(ntk_scaling(pipe, factor))
+            if stage.proportional:
+                stack.enter_context(proportional_attention(pipe))
+            latents = _encode(runner, image, stage, generator)
+            if stage.low_resolution_guidance:
+                guide(scheduler, latents, stage.low_resolution_guidance)
+            schedule = {"strength": stage.strength, "num_inference_steps": stage.steps}
+            return self._run(runner, number, stage, {"image": latents, "generator": generator, **schedule})
 
+    def _run(self, runner: Any, number: int, drawn: Base | Stage, settings: dict[str, Any]) -> Image.Image:
+        pipe, options = self.target.pipe, self.plan.options
+        name = f"stage {number} of {len(self.plan.stages)}" if number else "base image"
+        title = f"{name}, {format_size(drawn.size)}"
+        runner.set_progress_bar_config(**{"desc": title, **progress_bar_config_of(pipe)})
 
-def _draw_stage(
-    target: Target,
-    plan: HighresPlan,
-    number: int,
-    stage: Stage,
-    image: Image.Image,
-    on_step_end: StepCallback | None,
-    tensor_inputs: Sequence[str],
-) -> Image.Image:
-    pipe = target.pipe
-    scheduler = static_schedule(pipe.scheduler, stage.shift)
-    runner = target.image_to_image(**{**pipe.components, "scheduler": scheduler})
-    generator = _generator(plan, number)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(tiled_vae(pipe.vae))
-        if (factor := stage.ntk_factor or 1) != 1:
-            stack.enter_context(ntk_scaling(pipe, factor))
-        if stage.proportional:
-            stack.enter_context(proportional_attention(pipe))
-        latents = _encode(runner, image, stage, generator)
-        if stage.low_resolution_guidance:
-            guide(scheduler, latents, stage.low_resolution_guidance)
-        settings = {
-            "image": latents,
-            "strength": stage.strength,
-            "num_inference_steps": stage.steps,
-            "guidance_scale": stage.guidance,
-            "generator": generator,
-        }
-        return _run(pipe, runner, plan, number, settings, on_step_end, tensor_inputs)
+        def after_step(runner: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+            given = {name: tensors[name] for name in self.tensor_inputs}
+            changed = self.on_step_end(runner, step, timestep, given) if self.on_step_end else given
+            _stop_if_interrupted(runner, pipe)
+            _validate_finite(changed.get("latents", tensors["latents"]), f"{title}: the latents after step {step + 1}")
+            return changed
 
+        try:
+            decoded = runner(
+                self.plan.prompt,
+                height=drawn.height,
+                width=drawn.width,
+                guidance_scale=drawn.guidance,
+                **{**options, **settings},
+                callback_on_step_end=after_step,
+                callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *self.tensor_inputs])),
+                output_type="pt",
+            ).images
+        finally:
+            # Offloaded models go back to the CPU; this runner has no hooks of its own for that.
+            pipe.maybe_free_model_hooks()
+        _validate_finite(decoded, f"{title}: the decoded pixels")
+        images: list[Image.Image] = runner.image_processor.numpy_to_pil(runner.image_processor.pt_to_numpy(decoded))
+        return images[0]
 
-def _run(
-    pipe: Any,
-    runner: Any,
-    plan: HighresPlan,
-    number: int,
-    settings: dict[str, Any],
-    on_step_end: StepCallback | None,
-    tensor_inputs: Sequence[str],
-) -> Image.Image:
-    drawn = plan.stages[number - 1] if number else plan.base
-    assert drawn
-    name = f"stage {number} of {len(plan.stages)}" if number else "base image"
-    title = f"{name}, {format_size(drawn.size)}"
-    runner.set_progress_bar_config(**{"desc": title, **progress_bar_config_of(pipe)})
-
-    def after_step(runner: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        given = {name: tensors[name] for name in tensor_inputs}
-        changed = on_step_end(runner, step, timestep, given) if on_step_end else given
-        _stop_if_interrupted(runner, pipe)
-        _validate_finite(changed.get("latents", tensors["latents"]), f"{title}: the latents after step {step + 1}")
-        return changed
-
-    try:
-        decoded = runner(
-            plan.prompt,
-            height=drawn.height,
-            width=drawn.width,
-            **{**plan.options, **settings},
-            callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *tensor_inputs])),
-            output_type="pt",
-        ).images
-    finally:
-        # Offloaded models go back to the CPU; this runner has no hooks of its own for that.
-        pipe.maybe_free_model_hooks()
-    _validate_finite(decoded, f"{title}: the decoded pixels")
-    images: list[Image.Image] = runner.image_processor.numpy_to_pil(runner.image_processor.pt_to_numpy(decoded))
-    return images[0]
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.plan.seed + number)
 
 
 def callback_inputs(on_step_end: StepCallback | None, tensor_inputs: Sequence[str]) -> list[str]:
@@ -168,10 +145,6 @@ def _validate_finite(values: Tensor, where: str) -> None:
 def _stop_if_interrupted(*pipes: Any) -> None:
     if any(each.interrupt for each in pipes):
         raise Interrupted
-
-
-def _generator(plan: HighresPlan, number: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(plan.seed + number)
 
 
 @torch.no_grad()

@@ -50,42 +50,24 @@ class ShardedPlan(ShardPlan):
         parts = [] if pooled is None else list(pooled)
         backend, scale = options.backend, options.scale
         bias = (options.bias.text, options.bias.text_queries) if options.bias else (None, None)
-        output = _attend(query, key, value, parts, self.handle, backend, scale, *bias)
+        output: Tensor = attend(query, key, value, parts, self.handle, backend, scale, *bias)
         return output.transpose(1, 2)
 
 
 @torch.library.custom_op("clear_attn::parallel", mutates_args=())
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pooled: list[Tensor],
-    plan: Tensor,
-    backend: str,
-    scale: float,
-    text_bias: Tensor | None,
-    text_query_bias: Tensor | None,
-) -> Tensor:
-    return attend(query, key, value, pooled, recall(plan), backend, scale, text_bias, text_query_bias)
-
-
-@_attend.register_fake
-def _(query, key, value, pooled, plan, backend, scale, text_bias, text_query_bias):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.transpose(1, 2).shape)
-
-
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     pooled: list[Tensor],
-    plan: ShardedPlan,
+    handle: Tensor,
     backend: str,
     scale: float,
-    text_bias: Tensor | None = None,
-    text_query_bias: Tensor | None = None,
+    text_bias: Tensor | None,
+    text_query_bias: Tensor | None,
 ) -> Tensor:
     """Return `[batch, tokens, heads, head_dim]`. Send first what other ranks need; wait last for what they send."""
+    plan: ShardedPlan = recall(handle)
     validate_call(backend, query.device, query.dtype, query.shape[-1], needs_grad=False)
     output = query.new_empty(query.transpose(1, 2).shape)
     image, text = (output.transpose(1, 2)[:, :, where] for where in (plan.image, plan.text))
@@ -119,6 +101,11 @@ def attend(
     if text_sum:
         text.copy_(text_sum())
     return output
+
+
+@attend.register_fake
+def _(query, key, value, pooled, handle, backend, scale, text_bias, text_query_bias):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.transpose(1, 2).shape)
 
 
 def _start_halo(own: Tensor, plan: ShardedPlan) -> Future[Tensor]:
