@@ -54,7 +54,7 @@ def guide(scheduler: Any, target: Tensor, level: int) -> None:
     Every pipeline passes its final velocity to the scheduler, in raster order and after its own guidance.
 
     Args:
-        scheduler: a flow matching scheduler, whose timesteps are sigma x num_train_timesteps.
+        scheduler: a flow matching scheduler with timesteps of sigma x num_train_timesteps.
         target: `[1, channels, height, width]`, scaled like the pipeline's latents.
         level: see `low_frequencies`.
     """

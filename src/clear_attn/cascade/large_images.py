@@ -59,7 +59,7 @@ def highres(
             aspect ratio.
         base (`Base`, *optional*): settings of the base image.
         stages (`Stage` or a sequence of them, defaults to `Stage()`): settings of each stage; the last one has the
-            final size. One without a size stands for as few stages as grow by a factor of at most about four.
+            final size. One without a size means as few stages as grow by a factor of at most about four.
         seed (`int`, *optional*): seed of the noise, see `HighresPlan`; drawn from torch's generator by default.
         callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. Setting `_interrupt` on the
             pipeline that a callback gets, or on ``pipe`` from anywhere, stops after that step; the result has the

@@ -18,7 +18,7 @@ from clear_attn.patching.state import entry_hook_of
 from clear_attn.patching.target import find_transformer
 from clear_attn.utils.validation import check_whole_number
 
-# Keywords of the pipelines' calls that `highres` sets itself, and the argument that stands for each.
+# Keywords of the pipelines' calls that `highres` sets itself, and the argument to give instead.
 REPLACED = {
     "num_inference_steps": "steps of Base and Stage",
     "guidance_scale": "guidance of Base and Stage",

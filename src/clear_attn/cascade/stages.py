@@ -93,7 +93,7 @@ class Stage(_Sized):
         shift (`float`, *optional*, defaults to 3.0): shift of a static schedule. The published run disables dynamic
             shifting, which leaves FLUX.1-dev's static 3.0; its dynamic shift would be 1e5 at 65,536 tokens. None keeps
             the pipeline's own schedule.
-        low_resolution_guidance (`int`, *optional*): levels of the Haar wavelet transform whose coarse band is guided
+        low_resolution_guidance (`int`, *optional*): levels of the Haar wavelet transform; its coarse band is guided
             toward the previous image, in the manner of I-Max (arXiv 2410.07536): means over 2^level x 2^level latents,
             with a weight that falls from 1 to 0. Defaults to None, off, as in the published run; 2 suits an image that
             is enlarged four times.

@@ -33,8 +33,8 @@ class WeightsDigest:
         known, now = self._known.get(transformer, {}), dict[str, tuple[Any, Any, str]]()
         for name, tensor in _tensors(transformer):
             version = version_of(tensor), tensor.dtype, tensor.shape
-            reference, seen, digest = known.get(name, (None, None, ""))
-            if not digest or reference() is not tensor or seen != version:
+            reference, before, digest = known.get(name, (None, None, ""))
+            if not digest or reference() is not tensor or before != version:
                 digest = "" if tensor.is_meta else f"{tensor.dtype} {list(tensor.shape)} {digest_of(tensor)}"
             now[name] = (weakref.ref(tensor), version, digest)
         self._known[transformer] = now

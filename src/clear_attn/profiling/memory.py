@@ -103,7 +103,7 @@ def memory_of(
 def weight_bytes(model: nn.Module, device: torch.device | str | None = None) -> int:
     """Return the bytes of a model's parameters and buffers as stored; given a device, of those on it.
 
-    A device without an index stands for all devices of its type.
+    A device without an index means all devices of its type.
     """
     wanted = None if device is None else torch.device(device)
     stored = [part for tensor in [*model.parameters(), *model.buffers()] for part in stored_tensors(tensor)]
