@@ -7,7 +7,7 @@ results=${1:-benchmarks/results}
 device=$(python -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')
 
 failed=0
-bench() { clear-attn bench "$@" || failed=1; }
+bench() { clear-attn bench --overwrite "$@" || failed=1; }
 
 # One attention of FLUX.1-dev at 1024 px, beside dense attention and raster order.
 bench --pixels 1024x1024 --variant dense --variant raster-flex --variant flex --json "$results/op-1024-$device.json"

@@ -10,8 +10,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
+from safetensors.torch import save_file
 
-from tests.helpers import dummy_models
+import clear_attn as clear
+from tests.helpers import dummy_models, families
+from tests.helpers.snapshots import checkpoint_for
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
@@ -34,14 +37,29 @@ def fresh_accelerate():
     forget()
 
 
-@pytest.fixture(params=dummy_models.FAMILIES)
+@pytest.fixture(params=families.USUAL)
 def family(request):
-    return dummy_models.FAMILIES[request.param]
+    return families.FAMILIES[request.param]
 
 
 @pytest.fixture
 def transformer(family):
     return family.transformer()
+
+
+@pytest.fixture
+def checkpoint(transformer, tmp_path):
+    """A file of random weights for the transformer, with cells of 2 x 2 tokens."""
+    save_file(checkpoint_for(transformer, 2), tmp_path / "weights.safetensors", metadata={"format": "pt"})
+    return tmp_path / "weights.safetensors"
+
+
+@pytest.fixture
+def trained(family, tmp_path):
+    """A transformer linearized with random weights, as a trainer would leave it."""
+    transformer = family.transformer()
+    save_file(checkpoint_for(transformer, 2), tmp_path / "trained.safetensors")
+    return clear.linearize(transformer, 5, weights=tmp_path / "trained.safetensors")
 
 
 @pytest.fixture

@@ -11,20 +11,12 @@ import pytest
 import torch
 
 import clear_attn as clear
-from tests.helpers import dummy_models
-from tests.helpers.reference_model import run
-from tests.models.test_methods_in_models import put_rule
+from tests.helpers.families import each_family
+from tests.helpers.reference_model import put_rule, run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = ROOT / "src"
-GUIDE_MODELS = {
-    **dummy_models.FAMILIES,
-    "flux2": dummy_models.FLUX2,
-    "qwen": dummy_models.QWEN,
-    "chroma": dummy_models.CHROMA,
-    "dit": dummy_models.DIT,
-}
 MODULES = [
     ".".join(file.relative_to(SOURCE).with_suffix("").parts)
     for file in sorted(SOURCE.rglob("*.py"))
@@ -53,14 +45,12 @@ def test_code_on_pages(page):
             assert hasattr(clear, name), name
 
 
-@pytest.mark.parametrize("model", GUIDE_MODELS)
-def test_the_guides_method(model):
+@each_family()
+def test_the_guides_method(family, transformer):
     page = (ROOT / "docs" / "adding-a-method.md").read_text()
     guide = {}
     exec(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0], guide)
-    family = GUIDE_MODELS[model]
-    transformer = family.transformer()
-    padding = {"padded": (1, 3)} if model in ("qwen", "chroma") else {}
+    padding = {"padded": (1, 3)} if family.padding else {}
     call = family.call(transformer, (7, 7), batch=2, **padding)
     ours = clear.linearize(copy.deepcopy(transformer), method=guide["Cosine"](), weights=None)
 

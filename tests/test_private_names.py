@@ -24,7 +24,7 @@ PRIVATE = re.compile(r"_[A-Za-z]\w*")
 ALLOWED = {"_asdict", "_fields", "_replace", "_hf_hook", "_fingerprint"}
 # diffusers looks for them on attention processors.
 DECLARED = {"_attention_backend", "_parallel_config"}
-DECLARE = {PACKAGE / "models" / "processors.py", PACKAGE / "cascade" / "attention_scale.py"}
+DECLARE = {PACKAGE / "models" / "processors" / "processor.py", PACKAGE / "cascade" / "attention_scale.py"}
 # Of objects of torch and diffusers; a file of ours does not make one its own by having the same name.
 FOREIGN = {
     "_attention_backend",

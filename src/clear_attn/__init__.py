@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clear_attn.cascade.stages import Base, Stage
     from clear_attn.core.layout import TokenLayout
     from clear_attn.methods.schedule import Schedule, sigma_after_step
-    from clear_attn.models.processors import ClearAttnProcessor
+    from clear_attn.models.processors.processor import ClearAttnProcessor
     from clear_attn.parallel.parallelization import deparallelize, parallelize
     from clear_attn.patching.context_managers import linearized
     from clear_attn.patching.linearization import linearize
@@ -60,7 +60,7 @@ __all__ = [
 # Where each public name is defined; `methods` is a package itself.
 _MODULES = {
     "Base": "cascade.stages",
-    "ClearAttnProcessor": "models.processors",
+    "ClearAttnProcessor": "models.processors.processor",
     "Cost": "profiling.cost_report",
     "HighresError": "cascade.result",
     "HighresInterrupted": "cascade.result",

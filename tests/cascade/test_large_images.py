@@ -21,8 +21,8 @@ from clear_attn.patching.target import find_transformer
 from clear_attn.weights.parameters import replaced_parameters
 from tests.helpers import dummy_models
 from tests.helpers.large_images import BASE, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
+from tests.helpers.placement import by_group
 from tests.helpers.snapshots import assert_same, snapshot
-from tests.patching.test_lifecycle import by_group
 
 
 class TestPicture:

@@ -16,7 +16,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cascade.pipelines import find_target
+from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import ATTENTION, describe
 from clear_attn.cascade.planning import base_size, make_plan, stage_sizes, validate_aspect_ratio, validate_growth
 from clear_attn.cascade.result import HighresResult
@@ -149,7 +149,7 @@ class TestSizes:
         some = random.Random(0).sample(every, 100)
         attention = {**dict.fromkeys(ATTENTION), "backend": "auto"}
         for size in [(7872, 8192), (7104, 8192), (2208, 7232), (1040, 8192), (4112, 16), *some]:
-            plan = make_plan(find_target(pipe), PROMPT, size, None, None, clear.Stage(), 0, attention, {})
+            plan = make_plan(find_cascade_target(pipe), PROMPT, size, None, None, clear.Stage(), 0, attention, {})
             assert plan.stages[-1].size == size
 
     @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ BAD = [
         r"96 x 120 px is smaller than the model's own 128 px; .* give base=Base\(height=\.\.\., width=\.\.\.\)",
     ),
     ({"window": 0}, ValueError, "window must be at least 1, got 0"),
-    ({"seed": 2**64 - 1}, ValueError, r"seed must be below 2\*\*64 - 1, got 18446744073709551615"),
+    ({"seed": 2**64 - 1}, ValueError, "seed must be at most 18446744073709551614, got 18446744073709551615"),
     ({"max_sequence_length": 100_000}, ValueError, "max_sequence_length.* cannot be greater than 512 but is 100000"),
     ({"max_sequence_length": "24"}, TypeError, "max_sequence_length must be a whole number, got '24'"),
     (

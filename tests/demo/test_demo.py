@@ -169,7 +169,9 @@ class TestCommand:
         assert "in the package are for window=8, down_factor=1, so they are not shown" in result.output
         two = Image.open(output).size
         assert two[0] > 2 * demo.SIZE
-        result = self.run("demo", "--prompt", prompt, "--output", output)
+        refused = self.run("demo", "--prompt", prompt, "--output", output)
+        assert (refused.exit_code, Image.open(output).size) == (2, two)
+        result = self.run("demo", "--prompt", prompt, "--output", output, "--overwrite")
         assert result.exit_code == 0, result.output
         assert "window 8 (distilled)" in result.output
         assert Image.open(output).size[1] > two[1]
@@ -202,7 +204,7 @@ class TestCommand:
     def test_cost_refuses(self):
         result = self.run("cost", "--height", 8, "--width", 1024)
         assert result.exit_code == 2
-        assert "height=8 is less than one token" in result.output
+        assert "--height 8 is less than one token" in result.output
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda file: file.stem)

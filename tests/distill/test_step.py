@@ -25,13 +25,13 @@ from clear_attn.distill.student import (
 )
 from clear_attn.models import training_adapter_for
 from clear_attn.weights.parameters import POOLED, replaced_parameters
-from tests.helpers import dummy_models
+from tests.helpers import dummy_models, families
 from tests.helpers.reference_model import run
 
 
-@pytest.fixture(params=dummy_models.FAMILIES.values(), ids=dummy_models.FAMILIES)
+@pytest.fixture(params=[name for name, family in families.FAMILIES.items() if family.training])
 def family(request):
-    return request.param
+    return families.FAMILIES[request.param]
 
 
 PAPER = Weights()
@@ -190,7 +190,7 @@ def test_wrappers_that_copy_what_a_call_is_given():
         def forward(self, **call):
             return self.module(**self.copied(call))
 
-    transformer, parameters = with_student(dummy_models.FLUX)
+    transformer, parameters = with_student(families.FLUX)
     perturb(parameters)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
     expected = step(transformer, matched=layers)
@@ -205,9 +205,9 @@ def test_wrappers_that_copy_what_a_call_is_given():
 
 def test_the_attention_that_is_compared_is_the_models_own():
     """Of a layer of one stream, what the layer gives; in raster order, whatever the door does."""
-    transformer, _ = with_student(dummy_models.FLUX)
-    call = dummy_models.FLUX.call(transformer, (9, 13))
-    stock, seen = dummy_models.FLUX.transformer(), []
+    transformer, _ = with_student(families.FLUX)
+    call = families.FLUX.call(transformer, (9, 13))
+    stock, seen = families.FLUX.transformer(), []
     stock.single_transformer_blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append(output))
     run(stock, call)
     layer = "single_transformer_blocks.1.attn"
@@ -218,9 +218,7 @@ def test_the_attention_that_is_compared_is_the_models_own():
     torch.testing.assert_close(outputs.by_layer[layer], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "other", [dummy_models.FLUX2, dummy_models.QWEN, dummy_models.CHROMA], ids=["flux2", "qwen", "chroma"]
-)
+@pytest.mark.parametrize("other", [families.FLUX2, families.QWEN, families.CHROMA], ids=["flux2", "qwen", "chroma"])
 def test_models_that_cannot_have_a_student_yet(other):
     transformer = clear.linearize(other.transformer(), 3, weights=None)
     before = dict(transformer.attn_processors)
@@ -233,22 +231,22 @@ def test_models_that_cannot_have_a_student_yet(other):
 def test_packing_is_diffusers_own():
     latents = torch.randn(2, 4, 6, 10)
     expected = FluxPipeline._pack_latents(latents, *latents.shape)
-    assert torch.equal(training_adapter_for(dummy_models.FLUX.transformer()).pack(latents), expected)
+    assert torch.equal(training_adapter_for(families.FLUX.transformer()).pack(latents), expected)
 
 
 def test_which_layers_are_compared():
     """Of FLUX's 57, the ten that the reference takes; of SD3.5's, every fourth."""
     layers = [f"transformer_blocks.{i}.attn" for i in range(19)]
     layers += [f"single_transformer_blocks.{i}.attn" for i in range(38)]
-    chosen = training_adapter_for(dummy_models.FLUX.transformer()).matched_layers(layers)
+    chosen = training_adapter_for(families.FLUX.transformer()).matched_layers(layers)
     assert chosen == [f"single_transformer_blocks.{i}.attn" for i in range(1, 38, 4)]
     assert len(chosen) == 10
-    assert training_adapter_for(dummy_models.SD3.transformer()).matched_layers(layers) == layers[::4]
+    assert training_adapter_for(families.SD3.transformer()).matched_layers(layers) == layers[::4]
 
 
 def test_a_deep_copy_is_a_student_of_its_own():
-    transformer, _ = with_student(dummy_models.FLUX)
-    call = dummy_models.FLUX.call(transformer, (5, 8))
+    transformer, _ = with_student(families.FLUX)
+    call = families.FLUX.call(transformer, (5, 8))
     before = run(transformer, as_role(STUDENT, call))
     twin = copy.deepcopy(transformer)
     perturb(student_parameters(twin).values())
@@ -258,8 +256,8 @@ def test_a_deep_copy_is_a_student_of_its_own():
 
 def test_refusals():
     with pytest.raises(RuntimeError, match="only a linearized model can have a student"):
-        add_student(dummy_models.FLUX.transformer())
-    transformer = clear.linearize(dummy_models.FLUX.transformer(), 3, weights=None)
+        add_student(families.FLUX.transformer())
+    transformer = clear.linearize(families.FLUX.transformer(), 3, weights=None)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         add_student(transformer, rank=0)
 
@@ -273,3 +271,9 @@ def test_interpolation_ends_at_the_picture_and_at_the_noise():
     assert losses.flow_matching(noise - clean, clean, noise) == 0
     assert losses.prediction(clean, noise) == F.mse_loss(clean, noise)
     assert losses.attention({}, {}) == 0
+
+
+@families.each_family(training=False)
+def test_models_without_a_training_adapter(transformer):
+    with pytest.raises(TypeError, match=f"a {type(transformer).__name__} cannot be distilled"):
+        training_adapter_for(transformer)

@@ -15,7 +15,7 @@ from clear_attn.distill.student import add_student
 from clear_attn.distill.training_memory import STATES, counted
 from clear_attn.patching.target import find_transformer
 from clear_attn.weights.parameters import replaced_parameters
-from tests.helpers import dummy_models
+from tests.helpers import families
 
 GB = 1e9
 DOCS = Path(__file__).parents[2] / "docs" / "distilling.md"
@@ -38,7 +38,7 @@ def test_flux_dev():
 
 @pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
 def test_an_optimizers_states(optimizer):
-    transformer = clear.linearize(dummy_models.FLUX.transformer(), 3, weights=None)
+    transformer = clear.linearize(families.FLUX.transformer(), 3, weights=None)
     parameters = add_student(transformer)
     stepper = make_optimizer(Settings(optimizer=optimizer, learning_rate=1e-4), parameters, DistributedType.NO)
     for parameter in parameters:

@@ -2,8 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from diffusers import (
@@ -160,7 +158,7 @@ def qwen_transformer(**changes):
     return QwenImageTransformer2DModel(**{**QWEN_CONFIG, **changes}).eval()
 
 
-def qwen_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, padded=()):
+def qwen_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, padded=(), dtype=torch.bool):
     """Keywords of a forward call with random values; `padded` tells how much of each text is padding."""
     random, config = _random(seed), transformer.config
     tokens = sum(height * width for height, width in grids)
@@ -172,7 +170,7 @@ def qwen_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, pa
         "img_shapes": [[(1, *grid) for grid in grids]] * batch,
     }
     if padded:
-        call["encoder_hidden_states_mask"] = torch.arange(text) < text - torch.tensor(padded)[:, None]
+        call["encoder_hidden_states_mask"] = (torch.arange(text) < text - torch.tensor(padded)[:, None]).to(dtype)
     if controlnet:
         inner = config.num_attention_heads * config.attention_head_dim
         call["controlnet_block_samples"] = [random(batch, tokens, inner) for _ in range(2)]
@@ -209,7 +207,9 @@ def sd3_transformer(dual=True, **changes):
     """A random SD3.5 of three blocks, the first with dual attention, the last without a text output; or an SD3."""
     without = {} if dual else {"dual_attention_layers": (), "qk_norm": None}
     torch.manual_seed(1)
-    return SD3Transformer2DModel(**{**SD3_CONFIG, **without, **changes}).eval()
+    transformer = SD3Transformer2DModel(**{**SD3_CONFIG, **without, **changes}).eval()
+    transformer._repeated_blocks = ["JointTransformerBlock"]  # diffusers names none for SD3
+    return transformer
 
 
 def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
@@ -234,6 +234,7 @@ def dit_transformer(**changes):
     transformer = DiTTransformer2DModel(**{**DIT_CONFIG, **changes}).eval()
     for block in transformer.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0
+    transformer._repeated_blocks = ["BasicTransformerBlock"]  # diffusers names none for DiT
     return transformer
 
 
@@ -286,39 +287,3 @@ def small_sd3():
 def sd3_pipeline():
     """A copy, for tests change it."""
     return copy.deepcopy(small_sd3())
-
-
-class Family(NamedTuple):
-    """How the tests make a family's models, variants of them, and calls.
-
-    Attributes:
-        transformer: makes a small random one.
-        variants: keywords that make other kinds of it.
-        call: makes the keywords of a forward call of it for grids, text, batch, seed, controlnet.
-        layers: how many attention layers it has.
-        most_grids: how many pictures a sequence may join.
-        two_grids: that calls may have.
-    """
-
-    transformer: Callable
-    variants: list[dict]
-    call: Callable
-    layers: int
-    most_grids: int
-    two_grids: tuple = ((11, 20), (6, 11))
-
-
-FLUX = Family(flux_transformer, [{"guidance": False}, {"guidance": True}], flux_call, layers=4, most_grids=2)
-SD3 = Family(sd3_transformer, [{"dual": False}, {"dual": True}], sd3_call, layers=4, most_grids=1)
-FLUX2 = Family(flux2_transformer, [{"guidance": False}, {"guidance": True}], flux2_call, layers=4, most_grids=3)
-QWEN = Family(qwen_transformer, [{}, {"zero_cond_t": True}], qwen_call, layers=3, most_grids=3)
-CHROMA = Family(chroma_transformer, [{}], chroma_call, layers=4, most_grids=2)
-DIT = Family(
-    dit_transformer,
-    [{}, {"patch_size": 1, "out_channels": 4}],
-    dit_call,
-    layers=3,
-    most_grids=1,
-    two_grids=((11, 11), (6, 6)),
-)
-FAMILIES = {"flux": FLUX, "sd3": SD3}

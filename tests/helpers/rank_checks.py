@@ -25,9 +25,9 @@ import clear_attn as clear
 from clear_attn.cascade import Stage
 from clear_attn.parallel import weights_digest
 from clear_attn.parallel.communication_volume import count_volume
-from clear_attn.patching.state import entry_hook_of
+from clear_attn.patching.target import entry_hook_of
 from clear_attn.tools.bench import measure
-from tests.helpers import dummy_models, dummy_pipelines
+from tests.helpers import dummy_models, dummy_pipelines, families
 from tests.helpers.reference_model import run
 from tests.matrix.rows import ROWS
 
@@ -57,29 +57,29 @@ def check_equal(family, grids, window, factor, variant=None, backend="tiled", sc
 
 def equal():
     height = 8 * dist.get_world_size() - 3  # as many tile rows as ranks
-    check_equal(dummy_models.FLUX, [(height - 4, 11)], 3, 1, controlnet=True)  # of the last one, a single row of tokens
-    check_equal(dummy_models.FLUX, [(height, 11)], 20, 1, batch=2)
-    check_equal(dummy_models.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="reference")
-    check_equal(dummy_models.FLUX, [(height + 30, 5)], 9, 5)  # shares of many tile rows, and not of the same number
-    check_equal(dummy_models.FLUX, [(height, 7), (13, 9)], 6, 3)
-    check_equal(dummy_models.FLUX, [(height, 7), (2, 3)], 6, 1)
-    check_equal(dummy_models.SD3, [(height + 4, 9)], 4, 4, batch=2, controlnet=True)
-    check_equal(dummy_models.SD3, [(height, 9)], 9, 1, variant={"dual": False})
+    check_equal(families.FLUX, [(height - 4, 11)], 3, 1, controlnet=True)  # of the last one, a single row of tokens
+    check_equal(families.FLUX, [(height, 11)], 20, 1, batch=2)
+    check_equal(families.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="reference")
+    check_equal(families.FLUX, [(height + 30, 5)], 9, 5)  # shares of many tile rows, and not of the same number
+    check_equal(families.FLUX, [(height, 7), (13, 9)], 6, 3)
+    check_equal(families.FLUX, [(height, 7), (2, 3)], 6, 1)
+    check_equal(families.SD3, [(height + 4, 9)], 4, 4, batch=2, controlnet=True)
+    check_equal(families.SD3, [(height, 9)], 9, 1, variant={"dual": False})
 
 
 def equal_in_all_families():
     """Also with a schedule."""
     height = 8 * dist.get_world_size() - 3
     layers = clear.Schedule(dense_layers=["transformer_blocks.1"], windows={"transformer_blocks.0": 9})
-    check_equal(dummy_models.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
-    check_equal(dummy_models.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above_sigma=0.5))
-    check_equal(dummy_models.FLUX2, [(height, 7), (9, 5)], 6, 2)
-    check_equal(dummy_models.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
-    check_equal(dummy_models.CHROMA, [(height, 7)], 6, 2, batch=2)
+    check_equal(families.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
+    check_equal(families.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above_sigma=0.5))
+    check_equal(families.FLUX2, [(height, 7), (9, 5)], 6, 2)
+    check_equal(families.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
+    check_equal(families.CHROMA, [(height, 7)], 6, 2, batch=2)
 
 
 def equal_with_flex():
-    check_equal(dummy_models.FLUX, [(32, 24)], 3, 2, backend="flex")  # compiles once
+    check_equal(families.FLUX, [(32, 24)], 3, 2, backend="flex")  # compiles once
 
 
 def memory_is_shared():
@@ -122,7 +122,7 @@ def bytes_are_counted():
         run(transformer, call)
     layout = clear.TokenLayout([grid], 7)
     counted = count_volume(layout, hook.method, dist.get_rank(), ranks, heads=2, head_dim=16, element=4, batch=2)
-    layers = dummy_models.FLUX.layers
+    layers = families.FLUX.layers
     assert sent["batch_isend_irecv"] == layers * counted.halo
     assert sent["all_gather"] == layers * (counted.pooled + counted.text_lse) + counted.output(8)
     assert sent["all_reduce"] == layers * counted.text_sum

@@ -1,6 +1,8 @@
-"""CLEAR the plain way: the stock model, in raster order, with the rule as a mask in each layer's attention."""
+"""The stock model in raster order, with the rule as a mask in the attention of each layer, to compare with."""
 
 import copy
+import inspect
+import itertools
 from unittest import mock
 
 import torch
@@ -10,24 +12,26 @@ from torch.utils._pytree import tree_leaves
 import clear_attn as clear
 from clear_attn.models import adapter_for
 from tests.helpers import reference_attention
+from tests.helpers.method_rules import RULES, softmax
 
-# What each family's stock processor calls, and whether heads come before tokens there.
+# What stock processors attend with, and whether heads come before tokens there.
 FLUX_ATTENTION = "diffusers.models.transformers.transformer_flux.dispatch_attention_fn", False
-FLUX2_ATTENTION = "diffusers.models.transformers.transformer_flux2.dispatch_attention_fn", False
-QWEN_ATTENTION = "diffusers.models.transformers.transformer_qwenimage.dispatch_attention_fn", False
 SD3_ATTENTION = "diffusers.models.attention_processor.F.scaled_dot_product_attention", True
-ATTENTION = {
-    "Flux2Transformer2DModel": FLUX2_ATTENTION,
-    "QwenImageTransformer2DModel": QWEN_ATTENTION,
-    "QwenImageControlNetModel": QWEN_ATTENTION,
-}
+
+
+def attention_of(processor):
+    """Return the name of what a stock processor attends with, and whether heads come before tokens there."""
+    module = inspect.getmodule(type(processor))
+    if hasattr(module, "dispatch_attention_fn"):
+        return f"{module.__name__}.dispatch_attention_fn", False
+    return SD3_ATTENTION
 
 
 class RasterProcessor(torch.nn.Module):
-    def __init__(self, stock, grids, config, weight, text_first, called, heads_first):
+    def __init__(self, stock, grids, config, weight, text_first):
         super().__init__()
         self.stock, self.rule, self.text_first = stock, (grids, config, weight), text_first
-        self.called, self.heads_first = called, heads_first
+        self.called, self.heads_first = attention_of(stock)
         self.__call__ = stock.__call__  # never called: layers read from its signature what they may pass on
 
     def attend(self, query, key, value, attn_mask=None, **kwargs):
@@ -51,20 +55,65 @@ class RasterProcessor(torch.nn.Module):
 
 
 def put_in_raster_order(transformer, grids, config, weight=None):
-    """Makes a stock model's layers compute the rule densely in raster order, pooling with plain means or a weight."""
+    """Make a stock model's layers compute the rule densely in raster order, pooling with plain means or a weight."""
     if weight is None:
         weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
-    text_first = adapter_for(transformer).text_first
-    attention = ATTENTION.get(type(transformer).__name__, FLUX_ATTENTION if text_first else SD3_ATTENTION)
-    for layer in adapter_for(transformer).attention_layers(transformer).values():
-        layer.set_processor(RasterProcessor(layer.processor, grids, config, weight, text_first, *attention))
+    adapter = adapter_for(transformer)
+    for layer in adapter.attention_layers(transformer).values():
+        layer.set_processor(RasterProcessor(layer.processor, grids, config, weight, adapter.text_first))
 
 
 def in_raster_order(transformer, grids, config):
-    """A copy that does."""
+    """Return a copy whose layers do."""
     plain = copy.deepcopy(transformer)
     put_in_raster_order(plain, grids, config)
     return plain
+
+
+def biases(mask, text):
+    """Return the biases that a mask, text first, adds to scores: of text queries, and of image queries to text keys.
+
+    The second one as keywords of a rule, less the bias of image keys, for a constant does not change a softmax.
+    """
+    if mask is None:
+        return None, {}
+    bias = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+    of_image = bias[:, :, -1:]
+    return bias[:, :, :text], {"bias": of_image[..., :text] - of_image[..., -1:]}
+
+
+class RuledProcessor(RasterProcessor):
+    """The stock processor, with the rule of a method instead of softmax attention."""
+
+    def attend(self, query, key, value, attn_mask=None, **kwargs):
+        if key.shape != query.shape:  # an IP-Adapter's few tokens
+            return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
+        grid, rule, own = self.rule
+        qkv = (query, key, value) if self.heads_first else [x.transpose(1, 2) for x in (query, key, value)]
+        text = qkv[0].shape[2] - grid[0] * grid[1]
+        shift = 0 if self.text_first else text
+        query, key, value = (x.roll(shift, 2) for x in qkv)
+        of_text, of_image = biases(attn_mask, text)
+        output = torch.cat(
+            [
+                softmax(query[:, :, :text], key, value, bias=of_text).nan_to_num(),  # padding that attends to nothing
+                rule(query[:, :, text:], key, value, grid, own, **of_image),
+            ],
+            2,
+        )
+        output = output.roll(-shift, 2)
+        return output if self.heads_first else output.transpose(1, 2)
+
+
+def put_rule(transformer, grid, linearized, rule_of=None):
+    """Make the layers of a stock model compute the method of a linearized one densely, in raster order."""
+    adapter, numbers = adapter_for(transformer), {True: itertools.count(), False: itertools.count()}
+    for name, layer in adapter.attention_layers(transformer).items():
+        number = next(numbers[adapter.has_text(transformer, name)])
+        own = linearized.get_submodule(name).processor
+        rule = (rule_of or RULES[type(own.method)])(own.method, number)
+        layer.set_processor(RuledProcessor(layer.processor, grid, rule, own, adapter.text_first))
+    return transformer
 
 
 def run(model, call):
@@ -75,9 +124,9 @@ def run(model, call):
 
 
 def check_pipeline(pipe, grids, draw):
-    """With a window that covers the picture the stock pipeline's result, with another one the plain rule's.
+    """Check that a window that covers the image gives the stock pipeline's result, and a smaller one the rule's.
 
-    Afterwards the stock pipeline's again, bit for bit.
+    Afterwards, the stock pipeline's again, bit for bit.
     """
     stock, transformer = draw(), pipe.transformer
     scale = stock.abs().max().item()
@@ -95,7 +144,7 @@ def check_pipeline(pipe, grids, draw):
 
 
 def check_compiled_blocks(transformer, call):
-    """Blocks that are compiled one by one, each in one graph, give what they gave."""
+    """Check that blocks compiled one by one, each in one graph, give the same output."""
     clear.linearize(transformer, 4, 2, weights=None)
     expected = run(transformer, call)
     torch.compiler.reset()  # compilations are counted for each line of code, over all tests

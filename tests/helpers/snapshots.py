@@ -3,7 +3,7 @@
 import torch
 
 from clear_attn.models import adapter_for
-from clear_attn.weights.parameters import POOLED, replaced_parameters
+from clear_attn.weights.parameters import POOLED, own_parameters, replaced_parameters
 
 
 def layers_of(transformer):
@@ -38,3 +38,12 @@ def checkpoint_for(transformer, factor=1, seed=3):
         shape = (1, 1, 1, factor, 1, factor, 1)
         values |= {layer + POOLED: torch.rand(shape, generator=rng) / factor**2 for layer in layers}
     return values
+
+
+@torch.no_grad()
+def train(transformer):
+    """Change all attention parameters, as training would."""
+    layers = layers_of(transformer)
+    own = own_parameters({name: attn.processor for name, attn in layers.items()})
+    for parameter in (*replaced_parameters(layers).values(), *own.values()):
+        parameter.add_(torch.randn_like(parameter) * 0.01)

@@ -152,6 +152,13 @@ def attention_broadcast(pipe: Any, cell: Cell) -> None:
     )
 
 
+def cache_dit(pipe: Any, cell: Cell) -> None:
+    """The cache that diffusers' documentation recommends, of a package of its own."""
+    package = pytest.importorskip("cache_dit")
+    config = package.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=10.0)
+    package.enable_cache(pipe, cache_config=config)
+
+
 def taylor_seer(pipe: Any, cell: Cell) -> None:
     pipe.transformer.enable_cache(
         TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, taylor_factors_dtype=torch.float32)

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 
 import clear_attn as clear
 from clear_attn.distill.student import add_student
-from tests.helpers import dummy_models, hardware
+from tests.helpers import families, hardware
 from tests.helpers.reference_model import in_raster_order, put_in_raster_order, run
 from tests.helpers.snapshots import checkpoint_for, snapshot
 from tests.matrix import operations
@@ -152,9 +152,9 @@ class TestIPAdapter:
 @hardware.needs_compiler
 def test_compiled_at_changing_sizes():
     """The second round of sizes compiles nothing. For FLUX see `test_compiled_blocks_settle`."""
-    transformer = dummy_models.SD3.transformer(num_layers=2)
+    transformer = families.SD3.transformer(num_layers=2)
     grids = [(9, 12), (5, 15), (12, 9)]
-    calls = [dummy_models.SD3.call(transformer, grid) for grid in grids]
+    calls = [families.SD3.call(transformer, grid) for grid in grids]
     plain = [in_raster_order(transformer, [grid], CONFIG) for grid in grids]
     torch.compiler.reset()
     compiled, model = [], torch.compile(linearize(transformer), backend="eager")

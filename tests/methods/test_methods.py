@@ -13,7 +13,7 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import groups
 from clear_attn.methods import sigmoid as sigmoid_of
 from clear_attn.methods.records import method_from_dict
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.processors.processor import ClearAttnProcessor
 from tests.helpers.method_rules import RULES
 
 GRIDS = [(5, 7), (13, 9), (1, 1), (20, 3)]

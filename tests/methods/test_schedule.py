@@ -10,9 +10,9 @@ from diffusers import FirstBlockCacheConfig
 
 import clear_attn as clear
 from clear_attn import Schedule
-from tests.helpers import dummy_models, hardware
+from tests.helpers import families, hardware
 from tests.helpers.reference_model import in_raster_order, run
-from tests.helpers.snapshots import assert_same, snapshot
+from tests.helpers.snapshots import assert_same, snapshot, train
 
 GRID = (11, 20)
 # Of both families: the first block, and one inside the next.
@@ -34,9 +34,9 @@ def plain_model(transformer, grid, window, factor, schedule):
     return plain
 
 
-def at(family, call, noise):
-    """The call at a share of noise."""
-    return {**call, "timestep": torch.full_like(call["timestep"], noise * (1000 if family is dummy_models.SD3 else 1))}
+def at(family, call, sigma):
+    """Return the call at this sigma."""
+    return {**call, "timestep": torch.full_like(call["timestep"], sigma * family.timestep_of_sigma_1)}
 
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
@@ -72,7 +72,7 @@ def test_noisy_calls_are_the_stock_model(family, transformer, factor):
 
 def test_pictures_of_one_call_on_both_sides_are_refused(family, transformer):
     call = family.call(transformer, GRID, batch=2)
-    call["timestep"] = torch.tensor([0.9, 0.1]) * (1000 if family is dummy_models.SD3 else 1)
+    call["timestep"] = torch.tensor([0.9, 0.1]) * family.timestep_of_sigma_1
     clear.linearize(transformer, 3, weights=None, schedule=Schedule(dense_above_sigma=0.5))
     with pytest.raises(ValueError, match=r"dense_above_sigma=0.5 lies between .* \[0\.9, 0\.1\]"):
         run(transformer, call)
@@ -105,10 +105,10 @@ def test_gradients_under_checkpointing_with_two_steps_in_flight(family, transfor
 
 def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
     """A cached residual is added steps later, so all steps must keep their tokens in one order."""
-    transformer = dummy_models.FLUX.transformer()
+    transformer = families.FLUX.transformer()
     schedule = Schedule(dense_above_sigma=0.65, windows={"single_transformer_blocks": 6})
-    call = dummy_models.FLUX.call(transformer, GRID)
-    steps = [{**at(dummy_models.FLUX, call, noise)} for noise in (0.651, 0.65001, 0.649, 0.648, 0.1)]
+    call = families.FLUX.call(transformer, GRID)
+    steps = [{**at(families.FLUX, call, noise)} for noise in (0.651, 0.65001, 0.649, 0.648, 0.1)]
     stock, local = copy.deepcopy(transformer), plain_model(transformer, GRID, 8, 1, schedule)
     clear.linearize(transformer, 8, weights=None, schedule=schedule)
 
@@ -137,8 +137,8 @@ def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
 @hardware.needs_compiler
 def test_compiled_blocks_settle():
     torch.compiler.reset()  # compilations are counted for each line of code, over all tests
-    transformer = dummy_models.FLUX.transformer(num_layers=5, num_single_layers=5)
-    calls = [at(dummy_models.FLUX, dummy_models.FLUX.call(transformer, GRID), noise) for noise in (0.9, 0.2, 0.8, 0.1)]
+    transformer = families.FLUX.transformer(num_layers=5, num_single_layers=5)
+    calls = [at(families.FLUX, families.FLUX.call(transformer, GRID), noise) for noise in (0.9, 0.2, 0.8, 0.1)]
     schedule = Schedule(
         0.5, ("transformer_blocks.1",), {"single_transformer_blocks.1": 5, "single_transformer_blocks.3": 5}
     )
@@ -170,6 +170,7 @@ def test_travels_with_the_weights(family, transformer, tmp_path):
     schedule = Schedule(0.6, LAYERS.dense_layers, LAYERS.windows)
     call = at(family, family.call(transformer, GRID), 0.3)
     clear.linearize(transformer, 3, weights=None, schedule=schedule)
+    train(transformer)
     expected = run(transformer, call)
     clear.save_pretrained(transformer, tmp_path / "clear")
     fresh = family.transformer()

@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 
 from clear_attn.models import ADAPTERS, adapter_for
 from clear_attn.models.class_names import is_exactly, is_instance
-from tests.helpers import dummy_models
+from tests.helpers.families import FAMILIES, each_family
 
 MODELS = ("diffusers.models.transformers", "diffusers.models.controlnets", "diffusers.pipelines")
 
@@ -24,10 +24,15 @@ def test_importing_the_package_imports_no_model_of_diffusers():
     assert (ran.returncode, ran.stdout.strip()) == (0, "[]"), ran.stderr
 
 
-@pytest.mark.parametrize("name", dummy_models.FAMILIES)
-def test_a_transformer_has_the_adapter_of_its_class(name):
-    transformer = dummy_models.FAMILIES[name].transformer()
+@each_family()
+def test_a_transformer_has_the_adapter_of_its_class(transformer):
     assert adapter_for(transformer).transformer_class == type(transformer).__name__
+
+
+def test_every_adapter_is_tested_with_a_model():
+    tested = {type(family.transformer()).__name__ for family in FAMILIES.values()}
+    controlnets = {adapter.transformer_class for adapter in ADAPTERS if "ControlNet" in adapter.transformer_class}
+    assert tested | controlnets == {adapter.transformer_class for adapter in ADAPTERS}
 
 
 def test_every_named_class_exists_and_has_one_adapter():

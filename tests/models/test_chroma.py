@@ -1,49 +1,18 @@
-"""Chroma: what all families do, and what it has of its own: a mask for the padding of the text."""
-# ruff: noqa: F401  imported tests and fixtures
+"""What is particular to Chroma: a mask for the padding of the text."""
 
 import pytest
 import torch
 from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn.models import training_adapter_for
-from tests.helpers import dummy_models, dummy_pipelines, hardware
-from tests.helpers.reference_model import check_compiled_blocks, check_pipeline, in_raster_order, run
-from tests.helpers.snapshots import assert_same, snapshot
-
-# What holds of every family, here of this one.
-from tests.models.test_families import (
-    check_rule,
-    test_a_deep_copy_is_independent,
-    test_a_window_that_covers_the_grid_is_the_stock_model,
-    test_fused_projections,
-    test_gradients_of_controlnet_residuals_alone,
-    test_gradients_under_checkpointing_with_two_sizes_in_flight,
-    test_portrait_and_landscape_in_turn,
-    test_positional_arguments_and_dataclass_output,
-    test_the_callers_keywords_are_left_alone,
-)
-from tests.patching.test_linearization import (
-    TestLora,
-    checkpoint,
-    test_hooks_of_others_see_raster_order,
-    test_restore_puts_back_replaced_weights,
-)
-from tests.patching.test_saving import folder, test_there_and_back, trained
+from tests.helpers import dummy_models, dummy_pipelines, families, hardware
+from tests.helpers.reference_model import check_pipeline, in_raster_order, run
 
 
 @pytest.fixture
 def family():
-    return dummy_models.CHROMA
-
-
-@given(data=st.data())
-@settings(max_examples=10)
-def test_equals_the_rule_in_raster_order(data):
-    check_rule(dummy_models.CHROMA, data, ["tiled", "reference"])
+    return families.CHROMA
 
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
@@ -114,8 +83,6 @@ def test_pipelines_with_guidance(kind):
 
 
 def test_what_it_is_refused_for(transformer):
-    with pytest.raises(TypeError, match="a ChromaTransformer2DModel cannot be distilled"):
-        training_adapter_for(transformer)
     with pytest.raises(TypeError, match="highres does not know a ChromaPipeline"):
         clear.highres(dummy_pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
     refused = pytest.raises(RuntimeError, match=r"a FluxAttnProcessor, whose scores .* cannot scale while")
@@ -127,12 +94,3 @@ def test_a_layer_outside_a_call_says_so(transformer):
     clear.linearize(transformer, 3, weights=None)
     with pytest.raises(RuntimeError, match="called outside a call of its linearized transformer"):
         transformer.transformer_blocks[0].attn(torch.randn(1, 4, 32), torch.randn(1, 2, 32))
-
-
-def test_compiled_blocks(transformer):
-    check_compiled_blocks(transformer, dummy_models.chroma_call(transformer, (13, 7)))
-
-
-def test_cost(transformer):
-    counted = clear.cost(transformer, 128, 96, window=3)
-    assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 6, 4, 512)

@@ -11,8 +11,8 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn.methods.clear import window_pairs
-from clear_attn.models.context_checkpoint import ContextCheckpoint
-from tests.helpers import dummy_models, hardware
+from clear_attn.models.context.context_checkpoint import ContextCheckpoint
+from tests.helpers import dummy_models, families, hardware
 from tests.helpers.dummy_controlnets import flux_controlnet, sd3_controlnet, wake
 from tests.helpers.reference_model import in_raster_order, run
 from tests.helpers.snapshots import assert_same, snapshot
@@ -31,7 +31,7 @@ def flux_call(controlnet, grid, text, batch):
 
 
 def sd3_call(controlnet, grid, text, batch):
-    call = dummy_models.sd3_call(dummy_models.SD3.transformer(), grid, text=text, batch=batch)
+    call = dummy_models.sd3_call(families.SD3.transformer(), grid, text=text, batch=batch)
     call["controlnet_cond"] = call["hidden_states"].flip(-1)
     if controlnet.context_embedder is None:
         call["encoder_hidden_states"] = None
@@ -144,7 +144,7 @@ def test_an_embedder_that_is_replaced_is_found_out():
     controlnet = sd3_controlnet(use_pos_embed=False, joint_attention_dim=None, dual_attention_layers=())
     call = sd3_call(controlnet, (11, 20), 7, 1)
     clear.linearize(controlnet, 4, weights=None)
-    controlnet.pos_embed = copy.deepcopy(dummy_models.SD3.transformer().pos_embed)
+    controlnet.pos_embed = copy.deepcopy(families.SD3.transformer().pos_embed)
     with pytest.raises(RuntimeError, match="a PatchEmbed of this SD3ControlNetModel was replaced"):
         run(controlnet, call)
     expected = run(in_raster_order(clear.restore(copy.deepcopy(controlnet)), [(11, 20)], clear.methods.Clear(4)), call)
@@ -166,7 +166,7 @@ def test_several_are_linearized_one_by_one():
 
 
 def test_made_from_a_linearized_transformer_it_carries_no_mark():
-    transformer = clear.linearize(dummy_models.FLUX.transformer(), 4, weights=None)
+    transformer = clear.linearize(families.FLUX.transformer(), 4, weights=None)
     heads = {"num_attention_heads": 2, "attention_head_dim": 16}
     controlnet = FluxControlNetModel.from_transformer(transformer, num_layers=1, num_single_layers=1, **heads)
     assert not clear.is_linearized(controlnet)

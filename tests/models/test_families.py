@@ -1,7 +1,8 @@
-"""Each family through its doors: all that runs beside the image tokens, at every size, in every kind of call."""
+"""Each model through its hooks: everything that goes with the image tokens, at every size, in every kind of call."""
 
 import copy
 import gc
+import re
 import threading
 
 import pytest
@@ -15,9 +16,10 @@ from clear_attn.backends import reference as dense
 from clear_attn.core.layout import grid_permutation
 from clear_attn.models import adapter_for, flux
 from clear_attn.patching import plan_cache
-from clear_attn.patching.state import entry_hook_of
-from tests.helpers import dummy_models, hardware
-from tests.helpers.reference_model import in_raster_order, run
+from clear_attn.patching.target import entry_hook_of
+from tests.helpers import hardware
+from tests.helpers.families import each_family
+from tests.helpers.reference_model import check_compiled_blocks, in_raster_order, run
 
 GRID = st.sampled_from([(1, 1), (3, 5), (8, 8), (13, 7), (17, 23), (16, 24)])
 
@@ -28,25 +30,23 @@ def keywords_of(transformer):
     return adapter_for(transformer).keywords
 
 
-@pytest.mark.parametrize("family", dummy_models.FAMILIES.values(), ids=dummy_models.FAMILIES)
+@each_family()
 @given(data=st.data())
 @settings(max_examples=25)
 def test_equals_the_rule_in_raster_order(family, data):
-    check_rule(family, data)
-
-
-def check_rule(family, data, backends=hardware.BACKENDS):
-    grids = data.draw(st.lists(GRID, min_size=1, max_size=family.most_grids), "grids")
+    drawn = data.draw(st.lists(GRID, min_size=1, max_size=family.most_grids), "grids")
+    grids = [family.grid(*grid) for grid in drawn]
     text, window, factor = (data.draw(st.integers(1, most), name) for name, most in SIZES.items())
     batch, controlnet = data.draw(st.integers(1, 3), "batch"), data.draw(st.booleans(), "controlnet")
     transformer = family.transformer(**data.draw(st.sampled_from(family.variants)))
     call = family.call(transformer, *grids, text=text, batch=batch, controlnet=controlnet)
     expected = run(in_raster_order(transformer, grids, clear.methods.Clear(window, factor)), call)
-    backend = data.draw(st.sampled_from(backends), "backend")
+    backend = data.draw(st.sampled_from(hardware.BACKENDS), "backend")
     clear.linearize(transformer, window, factor, weights=None, backend=backend)
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
 
 
+@each_family(fused=True)
 def test_fused_projections(family, transformer):
     call = family.call(transformer, (13, 7))
     clear.linearize(transformer, 4, weights=None)
@@ -57,6 +57,7 @@ def test_fused_projections(family, transformer):
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
 
 
+@each_family()
 def test_a_window_that_covers_the_grid_is_the_stock_model(family, transformer):
     call = family.call(transformer, (13, 17), batch=2)
     expected = run(transformer, call)
@@ -64,6 +65,7 @@ def test_a_window_that_covers_the_grid_is_the_stock_model(family, transformer):
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
 
 
+@each_family()
 def test_positional_arguments_and_dataclass_output(family, transformer):
     call = family.call(transformer, (6, 5))
     clear.linearize(transformer, 3, weights=None)
@@ -73,6 +75,7 @@ def test_positional_arguments_and_dataclass_output(family, transformer):
         assert torch.equal(transformer(*call.values()).sample, expected)
 
 
+@each_family()
 def test_the_callers_keywords_are_left_alone(family, transformer):
     call = family.call(transformer, (6, 5), controlnet=True)
     call[keywords_of(transformer)] = {}
@@ -83,10 +86,12 @@ def test_the_callers_keywords_are_left_alone(family, transformer):
     torch.testing.assert_close(call, before, atol=0, rtol=0)
 
 
+@each_family()
 def test_portrait_and_landscape_in_turn(family, transformer):
-    calls = [family.call(transformer, grid, text=text) for grid, text in (((5, 12), 7), ((12, 5), 7), ((5, 12), 9))]
+    grids = [family.grid(*grid) for grid in ((5, 12), (12, 5), (5, 12))]
+    calls = [family.call(transformer, grid, text=text) for grid, text in zip(grids, (7, 7, 9), strict=True)]
     expected = []
-    for call, grid in zip(calls, ((5, 12), (12, 5), (5, 12)), strict=True):
+    for call, grid in zip(calls, grids, strict=True):
         expected.append(run(in_raster_order(transformer, [grid], clear.methods.Clear(4, 2)), call))
     clear.linearize(transformer, 4, 2, weights=None)
     for _ in range(2):
@@ -94,10 +99,11 @@ def test_portrait_and_landscape_in_turn(family, transformer):
             torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
 
 
+@each_family()
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
 def test_two_threads_see_their_own_layouts(family, transformer, backend):
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
-    calls = [family.call(transformer, grid) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
+    calls = [family.call(transformer, family.grid(*grid)) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
     expected = [run(transformer, call) for call in calls]
     forget_plans(transformer)
     wrong = []
@@ -116,6 +122,7 @@ def test_two_threads_see_their_own_layouts(family, transformer, backend):
     assert not wrong
 
 
+@each_family()
 def test_a_deep_copy_is_independent(family, transformer):
     call = family.call(transformer, (9, 9))
     stock = run(transformer, call)
@@ -132,10 +139,11 @@ def test_a_deep_copy_is_independent(family, transformer):
     assert torch.equal(run(transformer, call), expected)
 
 
+@each_family()
 @pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transformer, use_reentrant, factor):
-    sizes = family.two_grids
+    sizes = family.grid(11, 20), family.grid(6, 11)
     calls = [family.call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
     for call in calls:
         call["hidden_states"].requires_grad_()
@@ -143,7 +151,7 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
     names = [name for name, _ in transformer.named_parameters()]
 
     def gradients(models):
-        """Of both inputs, and of all parameters; some of Qwen-Image's last block have no part in the picture."""
+        """Of both inputs, and of all parameters; some of Qwen-Image's last block do not contribute to the image."""
         inputs = [call["hidden_states"] for call in calls]
         loss = sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True))
         for tensor in (*inputs, *(x for model in models for x in model.parameters())):
@@ -163,6 +171,14 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
     transformer.train()
     for ours, plain_one in zip(gradients([transformer, transformer]), expected, strict=True):
         torch.testing.assert_close(ours, plain_one, atol=1e-6, rtol=1e-5)
+
+
+@each_family()
+def test_compiled_blocks(family, transformer):
+    """With references and padding, where the model has them."""
+    grids = [(13, 7), (4, 6)][: family.most_grids]
+    options = {"padded": (3,)} if family.padding else {}
+    check_compiled_blocks(transformer, family.call(transformer, *grids, **options))
 
 
 @hardware.needs_compiler
@@ -202,6 +218,7 @@ def test_twenty_sizes_stay_within_bounds(family, transformer, monkeypatch):
     assert not dead
 
 
+@each_family(residuals=True)
 def test_gradients_of_controlnet_residuals_alone(family, transformer):
     call = family.call(transformer, (6, 5), controlnet=True)
     residual = next(value for name, value in call.items() if "controlnet" in name)[0].requires_grad_()
@@ -211,6 +228,7 @@ def test_gradients_of_controlnet_residuals_alone(family, transformer):
     assert residual.grad.abs().sum() > 0
 
 
+@each_family(default_device=True)
 def test_another_default_device(family, transformer):
     call = family.call(transformer, (11, 20))
     clear.linearize(transformer, 3, 2, weights=None)
@@ -243,7 +261,7 @@ class TestHooks:
         with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn was replaced"):
             run(transformer, family.call(transformer, (4, 4)))
 
-    def test_refuses_controlnet_residuals_of_another_picture(self, family, transformer):
+    def test_refuses_controlnet_residuals_of_another_image(self, family, transformer):
         call = family.call(transformer, (4, 6), controlnet=True)
         name = [name for name in call if "controlnet" in name][-1]
         call[name] = [residual[:, :20] for residual in call[name]]
@@ -251,10 +269,14 @@ class TestHooks:
         with pytest.raises(ValueError, match=rf"{name} must have .* 24 image tokens, got 20"):
             run(transformer, call)
 
+    @each_family()
     def test_a_layer_without_a_context_says_so(self, family, transformer):
         clear.linearize(transformer, 3, weights=None)
-        with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.attn was called without a context"):
-            transformer.transformer_blocks[0].attn(torch.zeros(1, 4, 32), torch.zeros(1, 2, 32))
+        name, layer = next(iter(adapter_for(transformer).attention_layers(transformer).items()))
+        text = [torch.randn(1, 2, 32)] if family.text_tokens else []
+        words = rf"{re.escape(name)} was called without a context|called outside a call of its linearized transformer"
+        with pytest.raises(RuntimeError, match=words):
+            layer(torch.randn(1, 4, 32), *text)
 
     def test_an_attention_mask_is_refused(self, family, transformer):
         clear.linearize(transformer, 3, weights=None)

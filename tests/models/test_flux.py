@@ -8,13 +8,13 @@ from torch._dynamo.utils import counters
 
 import clear_attn as clear
 from clear_attn.models import flux
-from tests.helpers import dummy_models, hardware
+from tests.helpers import dummy_models, families, hardware
 from tests.helpers.reference_model import in_raster_order, run
 
 
 @pytest.fixture
 def transformer():
-    return dummy_models.FLUX.transformer()
+    return families.FLUX.transformer()
 
 
 @hardware.needs_compiler
@@ -22,8 +22,8 @@ def transformer():
 def test_regional_compilation(backend):
     """Of more blocks than torch would compile one by one."""
     torch.compiler.reset()  # compilations are counted for each line of code, over all tests
-    transformer = dummy_models.FLUX.transformer(num_layers=torch._dynamo.config.recompile_limit + 1)
-    calls = [dummy_models.FLUX.call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
+    transformer = families.FLUX.transformer(num_layers=torch._dynamo.config.recompile_limit + 1)
+    calls = [families.FLUX.call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
     plain = [
         in_raster_order(transformer, [grid], clear.methods.Clear(4)) for grid, text in (((13, 7), 7), ((18, 20), 11))
     ]
@@ -49,9 +49,9 @@ def graphs_of(transformer, calls):
 @pytest.mark.parametrize("backend", ["tiled", "flex"])
 def test_compiled_blocks_settle(backend):
     """Ten sizes and three text lengths take the compilations of the plain model, and FlexAttention's own two."""
-    transformer = dummy_models.FLUX.transformer()
-    calls = [dummy_models.FLUX.call(transformer, (9 + 3 * i, 15 + 4 * i), text=(5, 12, 40)[i % 3]) for i in range(10)]
-    of_plain_model, _ = graphs_of(dummy_models.FLUX.transformer(), calls)
+    transformer = families.FLUX.transformer()
+    calls = [families.FLUX.call(transformer, (9 + 3 * i, 15 + 4 * i), text=(5, 12, 40)[i % 3]) for i in range(10)]
+    of_plain_model, _ = graphs_of(families.FLUX.transformer(), calls)
     clear.linearize(transformer, 4, weights=None, backend=backend)
     expected = [run(transformer, call) for call in calls]
     graphs, results = graphs_of(transformer, calls)
@@ -74,7 +74,7 @@ class TestIds:
         assert flux._parse_ids(dummy_models.image_ids((4, 6))).exact is None
 
     def test_batched_ids(self, transformer):
-        call = dummy_models.FLUX.call(transformer, (4, 6))
+        call = families.FLUX.call(transformer, (4, 6))
         clear.linearize(transformer, 3, weights=None)
         expected = run(transformer, call)
         assert torch.equal(run(transformer, {**call, "img_ids": call["img_ids"][None]}), expected)
@@ -87,9 +87,9 @@ class TestIds:
 
     def test_under_inference_mode(self, transformer):
         clear.linearize(transformer, 3, weights=None)
-        expected = run(transformer, dummy_models.FLUX.call(transformer, (4, 6)))
+        expected = run(transformer, families.FLUX.call(transformer, (4, 6)))
         with torch.inference_mode():
-            output = transformer(**dummy_models.FLUX.call(transformer, (4, 6))).sample
+            output = transformer(**families.FLUX.call(transformer, (4, 6))).sample
         torch.testing.assert_close(output.clone(), expected)
 
     @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ class TestIds:
     def test_refuses_a_call_without_ids(self, transformer):
         clear.linearize(transformer, 3, weights=None)
         with pytest.raises(ValueError, match=r"img_ids must tell where .* got None"):
-            run(transformer, {**dummy_models.FLUX.call(transformer, (4, 6)), "img_ids": None})
+            run(transformer, {**families.FLUX.call(transformer, (4, 6)), "img_ids": None})
 
     def test_refuses_ids_for_another_picture(self, transformer):
-        call = dummy_models.FLUX.call(transformer, (4, 6))
+        call = families.FLUX.call(transformer, (4, 6))
         clear.linearize(transformer, 3, weights=None)
         with pytest.raises(ValueError, match="img_ids place 20 image tokens, hidden_states has 24"):
             run(transformer, {**call, "img_ids": dummy_models.image_ids((4, 5))})
@@ -118,10 +118,10 @@ class TestIds:
 
 @pytest.mark.parametrize("name", ["native", "_native_math", "flex"])
 def test_the_users_attention_backend_serves_text_queries(transformer, name, monkeypatch):
-    from clear_attn.models import dense_attention
+    from clear_attn.models.context import dense_attention
 
     clear.linearize(transformer, 4, weights=None)
-    expected = run(transformer, dummy_models.FLUX.call(transformer, (9, 9)))
+    expected = run(transformer, families.FLUX.call(transformer, (9, 9)))
     used = []
     dispatch = dense_attention.dispatch_attention_fn
     monkeypatch.setattr(
@@ -130,9 +130,16 @@ def test_the_users_attention_backend_serves_text_queries(transformer, name, monk
         lambda *args, **kwargs: used.append(kwargs["backend"]) or dispatch(*args, **kwargs),
     )
     transformer.set_attention_backend(name)
-    torch.testing.assert_close(
-        run(transformer, dummy_models.FLUX.call(transformer, (9, 9))), expected, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(run(transformer, families.FLUX.call(transformer, (9, 9))), expected, atol=1e-5, rtol=0)
     # diffusers calls FlexAttention uncompiled: never that.
     assert {str(backend.value) for backend in used} == {name if name != "flex" else "native"}
     transformer.set_attention_backend("native")
+
+
+def test_ids_rewritten_through_numpy():
+    transformer = clear.linearize(dummy_models.flux_transformer(), 3, weights=None)
+    call = dummy_models.flux_call(transformer, (6, 10))
+    run(transformer, call)
+    call["img_ids"].numpy()[:] = dummy_models.image_ids((10, 6)).numpy()
+    changed = run(transformer, call)
+    assert torch.equal(changed, run(transformer, {**call, "img_ids": dummy_models.image_ids((10, 6))}))

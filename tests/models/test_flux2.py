@@ -1,54 +1,23 @@
-"""FLUX.2: what all families do, and what it has of its own: ids of four axes, layers that project all in one."""
-# ruff: noqa: F401, F811  imported tests and fixtures
+"""What is particular to FLUX.2: ids of four axes, layers with one projection for everything."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn.models import training_adapter_for
 from clear_attn.models.flux2 import ParallelProcessor
-from tests.helpers import dummy_models, dummy_pipelines, hardware
-from tests.helpers.reference_model import check_compiled_blocks, check_pipeline, in_raster_order, run
-from tests.helpers.snapshots import assert_same, snapshot
-
-# What holds of every family, here of this one.
-from tests.models.test_families import (
-    check_rule,
-    test_a_deep_copy_is_independent,
-    test_a_window_that_covers_the_grid_is_the_stock_model,
-    test_another_default_device,
-    test_fused_projections,
-    test_gradients_under_checkpointing_with_two_sizes_in_flight,
-    test_portrait_and_landscape_in_turn,
-    test_positional_arguments_and_dataclass_output,
-    test_the_callers_keywords_are_left_alone,
-)
-from tests.patching.test_linearization import (
-    TestLora,
-    checkpoint,
-    test_hooks_of_others_see_raster_order,
-    test_restore_puts_back_replaced_weights,
-)
-from tests.patching.test_saving import folder, test_there_and_back, trained
-from tests.profiling.test_memory import WIDE, peak
+from tests.helpers import dummy_models, dummy_pipelines, families, hardware
+from tests.helpers.reference_model import check_pipeline, in_raster_order, run
+from tests.helpers.snapshots import snapshot
 
 
 @pytest.fixture
 def family():
-    return dummy_models.FLUX2
-
-
-@given(data=st.data())
-@settings(max_examples=10)
-def test_equals_the_rule_in_raster_order(data):
-    check_rule(dummy_models.FLUX2, data, ["tiled", "reference"])
+    return families.FLUX2
 
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
-def test_three_pictures_of_different_size(transformer, backend):
+def test_three_images_of_different_size(transformer, backend):
     grids = [(13, 7), (9, 9), (4, 6)]
     call = dummy_models.flux2_call(transformer, *grids, batch=2)
     expected = run(in_raster_order(transformer, grids, clear.methods.Clear(4, 2)), call)
@@ -62,14 +31,14 @@ def pipe():
 
 
 @pytest.mark.parametrize("references", [[], [(64, 80)], [(72, 64), (64, 64)]])
-def test_pipeline_with_guidance_and_reference_pictures(pipe, references):
+def test_pipeline_with_guidance_and_reference_images(pipe, references):
     rng = torch.Generator().manual_seed(4)
     noise = torch.rand(100, 100, 3, generator=rng).mul(255).byte().numpy()
-    pictures = [Image.fromarray(noise).resize((width, height)) for height, width in references]
+    images = [Image.fromarray(noise).resize((width, height)) for height, width in references]
 
     def draw():
         return pipe(
-            image=pictures or None,
+            image=images or None,
             **dummy_pipelines.flux2_text(),
             height=60,
             width=44,
@@ -97,8 +66,6 @@ def test_distilled_weights_hold_what_single_blocks_project(trained, transformer)
 
 
 def test_what_it_is_refused_for(pipe):
-    with pytest.raises(TypeError, match="a Flux2Transformer2DModel cannot be distilled"):
-        training_adapter_for(pipe.transformer)
     with pytest.raises(TypeError, match="highres does not know a Flux2KleinPipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="this is a Flux2Transformer2DModel; give weights=None"):
@@ -120,31 +87,7 @@ def test_theta_is_scaled_and_scores_are_sharpened(transformer):
     torch.testing.assert_close(run(transformer, call), local, atol=0, rtol=0)
 
 
-def test_compiled_blocks(transformer):
-    check_compiled_blocks(transformer, dummy_models.flux2_call(transformer, (13, 7), (4, 6)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 8])
-def test_activations_lie_between_the_bounds(window, dtype):
-    transformer, grid = dummy_models.flux2_transformer(**WIDE, axes_dims_rope=(8, 8, 8, 8)).to(dtype), (24, 32)
-    call = dummy_models.flux2_call(transformer, grid, text=32)
-    for name in ("hidden_states", "encoder_hidden_states", "timestep"):
-        call[name] = call[name].to(dtype)
-    if window:
-        clear.linearize(transformer, window, weights=None)
-    bounds = clear.cost(transformer, 16 * grid[0], 16 * grid[1], text_tokens=32).memory.activations
-    seen = peak(lambda: transformer(**call))
-    assert bounds.least < seen < bounds.likely, 24 * seen / bounds.likely
-
-
-def test_cost(transformer):
-    counted = clear.cost(transformer, 128, 96, window=3)
-    assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 6, 4, 512)
-    assert counted.heads * counted.head_dim == 32
-
-
-def test_ids_of_a_further_axis_must_agree_in_a_picture(transformer):
+def test_ids_of_a_further_axis_must_agree_in_an_image(transformer):
     call = dummy_models.flux2_call(transformer, (4, 6))
     call["img_ids"] = call["img_ids"].clone()
     call["img_ids"][:, 5, 3] = 1

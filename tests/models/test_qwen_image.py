@@ -1,5 +1,4 @@
-"""Qwen-Image: what all families do, and what it has of its own: padded text, pictures told by their shapes."""
-# ruff: noqa: F401  imported tests and fixtures
+"""What is particular to Qwen-Image: padded text, grids from `img_shapes`."""
 
 import pytest
 import torch
@@ -10,47 +9,18 @@ from diffusers import (
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn.models import training_adapter_for
-from tests.helpers import dummy_models, dummy_pipelines, hardware
+from tests.helpers import dummy_models, dummy_pipelines, families, hardware
 from tests.helpers.dummy_controlnets import wake
-from tests.helpers.reference_model import check_compiled_blocks, check_pipeline, in_raster_order, run
+from tests.helpers.reference_model import check_pipeline, in_raster_order, run
 from tests.helpers.snapshots import assert_same, snapshot
-
-# What holds of every family, here of this one.
-from tests.models.test_families import (
-    check_rule,
-    test_a_deep_copy_is_independent,
-    test_a_window_that_covers_the_grid_is_the_stock_model,
-    test_another_default_device,
-    test_gradients_of_controlnet_residuals_alone,
-    test_gradients_under_checkpointing_with_two_sizes_in_flight,
-    test_portrait_and_landscape_in_turn,
-    test_positional_arguments_and_dataclass_output,
-    test_the_callers_keywords_are_left_alone,
-)
-from tests.patching.test_linearization import (
-    TestLora,
-    checkpoint,
-    test_hooks_of_others_see_raster_order,
-    test_restore_puts_back_replaced_weights,
-)
-from tests.patching.test_saving import folder, test_there_and_back, trained
 
 
 @pytest.fixture
 def family():
-    return dummy_models.QWEN
-
-
-@given(data=st.data())
-@settings(max_examples=10)
-def test_equals_the_rule_in_raster_order(data):
-    check_rule(dummy_models.QWEN, data, ["tiled", "reference"])
+    return families.QWEN
 
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
@@ -186,20 +156,9 @@ class TestControlNet:
 
 def test_what_it_is_refused_for(transformer):
     pipe = dummy_pipelines.qwen(QwenImagePipeline)
-    with pytest.raises(TypeError, match="a QwenImageTransformer2DModel cannot be distilled"):
-        training_adapter_for(transformer)
     with pytest.raises(TypeError, match="highres does not know a QwenImagePipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="has none that it would change"), clear.ntk_scaling(transformer, 10):
         pass
     with pytest.raises(ValueError, match="this is a QwenImageTransformer2DModel; give weights=None"):
         clear.linearize(transformer, 8)
-
-
-def test_compiled_blocks(transformer):
-    check_compiled_blocks(transformer, dummy_models.qwen_call(transformer, (13, 7), padded=(3,)))
-
-
-def test_cost(transformer):
-    counted = clear.cost(transformer, 128, 96, window=3)
-    assert (counted.height, counted.width, counted.layers, counted.text_tokens) == (8, 6, 3, 512)

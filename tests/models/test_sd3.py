@@ -7,13 +7,13 @@ from peft import LoraConfig
 import clear_attn as clear
 from clear_attn.core.layout import grid_permutation
 from clear_attn.methods.clear import window_pairs
-from tests.helpers import dummy_models
+from tests.helpers import families
 from tests.helpers.reference_model import run
 
 
 @pytest.fixture
 def transformer():
-    return dummy_models.SD3.transformer()
+    return families.SD3.transformer()
 
 
 def test_dual_attention_has_its_own_processors_and_weights(transformer):
@@ -21,7 +21,7 @@ def test_dual_attention_has_its_own_processors_and_weights(transformer):
     block = transformer.transformer_blocks[0]
     assert block.attn.processor is not block.attn2.processor
     assert "transformer_blocks.0.attn2.processor.spatial_weight" in transformer.state_dict()
-    call = dummy_models.SD3.call(transformer, (11, 20))
+    call = families.SD3.call(transformer, (11, 20))
     expected = run(transformer, call)
     with torch.no_grad():
         block.attn2.processor.spatial_weight.mul_(2)
@@ -38,7 +38,7 @@ def test_positions_are_hooked_once_and_freed(transformer):
 
 def test_fused_projections_are_normed(transformer):
     """diffusers' own processor for fused projections leaves SD3.5's norms out, and fails in dual attention."""
-    call = dummy_models.SD3.call(transformer, (11, 20))
+    call = families.SD3.call(transformer, (11, 20))
     stock = run(transformer, call)
     transformer.fuse_qkv_projections()
     clear.linearize(transformer, 30, weights=None)
@@ -47,7 +47,7 @@ def test_fused_projections_are_normed(transformer):
 
 def test_sides_that_are_no_whole_tokens(transformer):
     clear.linearize(transformer, 3, weights=None)
-    call = dummy_models.SD3.call(transformer, (11, 20))
+    call = families.SD3.call(transformer, (11, 20))
     call["hidden_states"] = call["hidden_states"][..., :-1]
     with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 4, 22, 39\]"):
         run(transformer, call)
@@ -69,7 +69,7 @@ def test_cost_counts_layers_without_text(transformer):
 
 def test_a_lora_after_fused_projections_were_given_up(transformer):
     """diffusers leaves the layers' flag and the fused matrices behind."""
-    call = dummy_models.SD3.call(transformer, (11, 20))
+    call = families.SD3.call(transformer, (11, 20))
     transformer.fuse_qkv_projections()
     transformer.unfuse_qkv_projections()
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
@@ -79,7 +79,7 @@ def test_a_lora_after_fused_projections_were_given_up(transformer):
 
 
 def test_fusing_between_does_not_keep_our_processors(transformer):
-    call = dummy_models.SD3.call(transformer, (11, 20))
+    call = families.SD3.call(transformer, (11, 20))
     stock = run(transformer, call)
     clear.linearize(transformer, 4, weights=None)
     transformer.fuse_qkv_projections()
@@ -92,11 +92,11 @@ def test_fusing_between_does_not_keep_our_processors(transformer):
 
 
 def test_pooled_weights_are_no_float8(transformer):
-    transformer = dummy_models.SD3.transformer(dual=False)
+    transformer = families.SD3.transformer(dual=False)
     transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     clear.linearize(transformer, 4, 3, weights=None)
     assert transformer.transformer_blocks[0].attn.processor.spatial_weight.dtype == torch.float32
-    assert run(transformer, dummy_models.SD3.call(transformer, (11, 20))).isfinite().all()
+    assert run(transformer, families.SD3.call(transformer, (11, 20))).isfinite().all()
 
 
 def test_restoring_leaves_nothing_on_the_processors(transformer):

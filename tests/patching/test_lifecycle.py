@@ -2,7 +2,6 @@
 
 import copy
 
-import accelerate
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
@@ -10,38 +9,9 @@ from safetensors.torch import save_file
 
 import clear_attn as clear
 from clear_attn import demo
+from tests.helpers.placement import as_a_whole, by_group, nothing, to_eight_bits
 from tests.helpers.reference_model import run
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
-
-
-@pytest.fixture
-def checkpoint(transformer, tmp_path):
-    save_file(checkpoint_for(transformer, 2), tmp_path / "weights.safetensors")
-    return tmp_path / "weights.safetensors"
-
-
-def by_group(level):
-    def offload(transformer):
-        transformer.enable_group_offload(
-            onload_device=torch.device("cpu"),
-            offload_type=level,
-            num_blocks_per_group=1 if level == "block_level" else None,
-        )
-
-    return offload
-
-
-def as_a_whole(transformer):
-    accelerate.cpu_offload_with_hook(transformer, execution_device="cpu")
-
-
-def to_eight_bits(transformer):
-    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-
-
-def nothing(transformer):
-    pass
-
 
 # What is done to a transformer, and what has the same effect on its numbers.
 ARRANGEMENTS = {

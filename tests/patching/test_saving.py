@@ -13,18 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import clear_attn as clear
 from clear_attn.patching import saving
-from clear_attn.patching.state import entry_hook_of
-from tests.helpers import dummy_models
+from clear_attn.patching.target import entry_hook_of
+from tests.helpers import dummy_models, families
+from tests.helpers.families import each_family
 from tests.helpers.reference_model import run
-from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
-
-
-@pytest.fixture
-def trained(family, tmp_path):
-    """A transformer linearized with random weights, as a trainer would leave it."""
-    transformer = family.transformer()
-    save_file(checkpoint_for(transformer, 2), tmp_path / "weights.safetensors")
-    return clear.linearize(transformer, 5, weights=tmp_path / "weights.safetensors")
+from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot, train
 
 
 @pytest.fixture
@@ -33,6 +26,7 @@ def folder(trained, tmp_path):
     return tmp_path / "my-clear"
 
 
+@each_family()
 def test_there_and_back(family, trained, folder, transformer):
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",
@@ -83,9 +77,10 @@ def test_a_lora_is_not_saved(family, trained, folder, transformer, tmp_path):
 
 
 def test_the_model_card_names_base_and_licence(tmp_path):
-    transformer = dummy_models.FLUX.transformer()
+    transformer = families.FLUX.transformer()
     transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
     clear.linearize(transformer, 8, 4, weights=None)
+    train(transformer)
     clear.save_pretrained(transformer, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "base_model: black-forest-labs/FLUX.1-dev" in card
@@ -96,7 +91,7 @@ def test_the_model_card_names_base_and_licence(tmp_path):
 
 def test_the_licence_goes_with_the_weights(tmp_path):
     """Also from a copy of a published file, for another model, through a save in between."""
-    transformer = dummy_models.FLUX.transformer()
+    transformer = families.FLUX.transformer()
     transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-schnell")
     save_file(checkpoint_for(transformer), tmp_path / "clear_local_8.safetensors")
     clear.linearize(transformer, weights=tmp_path / "clear_local_8.safetensors")
@@ -189,7 +184,7 @@ SCHEDULE = clear.Schedule(0.9, ("single_transformer_blocks.0",), {"transformer_b
     [("clear", clear.methods.Clear(4, 2), SCHEDULE), ("swin", clear.methods.Swin(side=4), clear.Schedule())],
 )
 def test_weights_saved_in_format_1_load(name, method, schedule):
-    transformer = clear.linearize(dummy_models.FLUX.transformer(), weights=FORMAT_1 / name)
+    transformer = clear.linearize(families.FLUX.transformer(), weights=FORMAT_1 / name)
     hook = entry_hook_of(transformer)
     assert (hook.method, hook.schedule) == (method, schedule)
     saved = load_file(FORMAT_1 / name / "clear_weights.safetensors")
@@ -253,8 +248,16 @@ class TestRefusals:
                 ValueError,
                 "distilled for a Other2DModel, and this is",
             ),
-            (lambda f: (f / "clear_config.json").write_text('{"format": 1'), ValueError, "no whole clear_config"),
-            (lambda f: (f / "clear_config.json").write_text("[]"), ValueError, "no whole clear_config"),
+            (
+                lambda f: (f / "clear_config.json").write_text('{"format": 1'),
+                ValueError,
+                r"clear_config.json is not readable as JSON",
+            ),
+            (
+                lambda f: (f / "clear_config.json").write_text("[]"),
+                ValueError,
+                r"clear_config.json must hold a JSON object",
+            ),
         ],
     )
     def test_folders(self, transformer, folder, change, error, words):
@@ -329,7 +332,7 @@ class TestSavedWhole:
             pass
         assert_same(back.transformer, before)
         clear.linearize(back)
-        with pytest.raises(RuntimeError, match="for the original load the original pipeline"):
+        with pytest.raises(RuntimeError, match="load the original pipeline instead"):
             clear.restore(back)
         assert clear.is_linearized(back)
 

@@ -10,6 +10,7 @@ import clear_attn as clear
 from clear_attn.core.window_mask import window_mask
 from clear_attn.methods.clear import window_pairs
 from tests.helpers import dummy_models
+from tests.helpers.families import each_family
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,12 @@ def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
 def test_refuses(arguments, error, words):
     with pytest.raises(error, match=words):
         clear.cost(dummy_models.flux_transformer(), **{"height": 64, "width": 64, **arguments})
+
+
+@each_family()
+def test_counts_of_each_family(family, transformer):
+    grid = family.grid(8, 6)
+    counted = clear.cost(transformer, 16 * grid[0], 16 * grid[1], window=3)
+    assert (counted.height, counted.width) == grid
+    assert counted.layers == family.layers
+    assert (counted.text_tokens, counted.heads * counted.head_dim) == (family.text_tokens, 32)

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from clear_attn.backends.selection import BACKENDS, flex
 from clear_attn.methods import Clear
 from clear_attn.profiling.cost_report import Cost
-from clear_attn.tools.bench import measure, raster
+from clear_attn.tools.bench import measure, raster, runner
 from clear_attn.tools.bench import model_level as model
-from clear_attn.tools.bench import runner as run
+from clear_attn.tools.bench.case import Case
 from clear_attn.tools.bench.measure import Subject
 from clear_attn.tools.cli import app
 from tests.helpers import hardware, reference_attention
@@ -27,7 +27,7 @@ SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--text", "9", "
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """Runs the command, and gives its result, its rows and where it writes."""
-    monkeypatch.setattr(run, "MATMUL", {"cpu": (64, 3)})
+    monkeypatch.setattr(runner, "MATMUL", {"cpu": (64, 3)})
 
     def call(*options, expected=0):
         path = tmp_path / "rows.json"
@@ -127,22 +127,22 @@ def test_plot(bench, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--grid", "12"], "'12' is no size"),
-        (["--grid", "0x4"], "'0x4' is no size"),
+        (["--grid", "12"], "'12' is not a size"),
+        (["--grid", "0x4"], "'0x4' is not a size"),
         (["--pixels", "1000x1024"], "1000x1024 is not in whole tokens"),
-        (["--device", "tpu"], "'tpu' is not here; there is cpu"),
-        (["--device", "cuda:7"], "'cuda:7' is not here"),
+        (["--device", "tpu"], "'tpu' does not exist; there is cpu"),
+        (["--device", "cuda:7"], "'cuda:7' does not exist"),
         (["--variant", "fast"], "'fast' is none of dense"),
         (["--level", "model", "--variant", "raster-flex"], "'raster-flex' is none of dense, flex, tiled, bound"),
         (["--level", "model", "--head-dim", "40"], "head_dim divisible by 32, got 40"),
-        (["--level", "model", "--backward"], "level model is forward only"),
-        (["--plot", "times.txt"], "names no kind of picture"),
+        (["--level", "model", "--backward"], "a step is timed forward only"),
+        (["--plot", "times.txt"], "names no image format"),
         (["--plot", "nowhere/times.png"], "no such directory"),
         (["--plot", "."], "is a directory"),
     ],
 )
 def test_refusals_come_before_the_work(bench, monkeypatch, options, message):
-    monkeypatch.setattr(run, "run", None)
+    monkeypatch.setattr(runner, "run", None)
     result, rows = bench(*options, expected=2)
     assert message in " ".join(result.output.replace("│", " ").split())
     assert rows is None
@@ -205,7 +205,7 @@ class TestMeasure:
         (timing,) = measure.measure([Subject("", call)], CPU, 1)
         assert 8_000_000 <= timing.peak_bytes < 8_100_000
 
-    def test_what_surrounds_a_run(self):
+    def test_context_around_a_run(self):
         seen, (query, key, value) = [], torch.randn(3, 1, 1, 2, 4).unbind()
         subject = Subject(
             "",
@@ -228,8 +228,7 @@ def test_the_model_is_flux_dev(monkeypatch):
     """At its own size, as its config on the Hub has it."""
     made = {}
     monkeypatch.setattr(model, "FluxTransformer2DModel", lambda **config: made.update(config) or torch.nn.Module())
-    case = run.Case((8, 8), 512, 24, 128, 8, 1, torch.bfloat16, 1, CPU)
-    model.transformer(case, model.DOUBLE_BLOCKS)
+    model.transformer(Case("model", 8, 8, 512, 24, 128, 8, 1, torch.bfloat16, 1, False, CPU))
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(guidance_embeds=True).config
     assert all(theirs[name] == value for name, value in made.items())
@@ -249,10 +248,11 @@ def test_bytes_between_ranks(tmp_path):
     # A quarter of attention, 8 of 32 rows and the text of the rest, and the least that the bytes take.
     least = 2 / 4 + (8 * 24 + 5) / (32 * 24 + 5) + four["step_bytes"] / 12.5e9
     assert least < four["seconds"]["Ethernet, 12.5 GB/s"] < least + 0.1
+    options.append("--overwrite")
     result = CliRunner().invoke(app, ["bench", *options, "--ranks", "5"])
     assert "5 ranks are too many" in result.output
     for extra in (["--rest-seconds", "5"], ["--plot", str(tmp_path / "out.png")]):
         result = CliRunner().invoke(app, ["bench", *options, *extra])
         assert result.exit_code == 2
     result = CliRunner().invoke(app, ["bench", "--grid", "16x16", "--device", "cpu", "--rest-seconds", "5"])
-    assert "goes only with --ranks" in result.output
+    assert "need --ranks" in result.output

@@ -5,8 +5,8 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,11 +32,10 @@ from clear_attn import demo
 from clear_attn.tools.cli import app
 from clear_attn.tools.evaluate import Evaluation, evaluate
 from clear_attn.tools.evaluate.embeddings import Clip, Dino
-from clear_attn.tools.evaluate.metric_registry import Judges, enough_for_fid, make_metrics
-from clear_attn.tools.evaluate.metrics import Batch, Frechet, Lpips, Mean, psnr, ssim
-from clear_attn.tools.evaluate.report import seconds_of
-from clear_attn.tools.evaluate.student_images import Drawn, read_all
-from clear_attn.utils import optional_dependencies as at_hand
+from clear_attn.tools.evaluate.evaluation import read_images
+from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
+from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
+from clear_attn.utils import optional_dependencies, seeded_images
 from clear_attn.utils.image_sheets import CELL, contact_sheet
 from clear_attn.utils.prompts import read_prompts
 from tests.helpers import dummy_models
@@ -116,8 +115,8 @@ class TestMetrics:
         whole.update(Batch(teacher, near(teacher), PROMPTS))
         for part in (slice(0, 2), slice(2, 3)):
             parts.update(Batch(teacher[part], near(teacher)[part], PROMPTS[part]))
-        assert parts.per_picture["student"] == pytest.approx(whole.per_picture["student"])
-        assert parts.compute()["student"] == pytest.approx(fmean(whole.per_picture["student"]))
+        assert parts.per_image["student"] == pytest.approx(whole.per_image["student"])
+        assert parts.compute()["student"] == pytest.approx(fmean(whole.per_image["student"]))
 
     def test_frechet(self):
         class Corner(torch.nn.Module):
@@ -140,14 +139,19 @@ class TestMetrics:
         assert metric.compute() == {"student": pytest.approx(expected, rel=1e-6)}
 
     def test_fid_takes_more_pictures_than_features(self):
-        enough_for_fid(2049, 2048)
-        with pytest.raises(at_hand.Missing, match=r"more pictures than the 2048 features .* here 2048"):
-            enough_for_fid(2048, 2048)
+        check_enough_for_fid(2049, 2048)
+        with pytest.raises(optional_dependencies.Missing, match=r"more images than the 2048 features .* here 2048"):
+            check_enough_for_fid(2048, 2048)
 
     def test_lpips_sees_pixels_in_0_to_1(self):
         teacher = random_pictures()
         batch = Batch(teacher, near(teacher), PROMPTS)
-        found = Lpips(lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True))(batch)["student"]
+
+        class Distance(torch.nn.Module):
+            def forward(self, a, b):
+                return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+        found = lpips(Distance())(batch)["student"]
         expected = [
             np.abs(a / 255 - b / 255).mean() for a, b in zip(teacher.numpy(), batch.student.numpy(), strict=True)
         ]
@@ -157,7 +161,7 @@ class TestMetrics:
     def test_dino(self, judges, name):
         teacher = random_pictures()
         student = random_pictures(seed=3)
-        metric = make_metrics(["dino"], Judges(PROMPTS, "", str(judges / name), False))[0]["dino"]
+        metric = make_metrics(["dino"], Sources(PROMPTS, "", str(judges / name), False))[0]["dino"]
         with torch.inference_mode():
             metric.update(Batch(teacher, student, PROMPTS))
         maker, kind = (ViTImageProcessorPil, ViTModel) if name == "dino" else (CLIPImageProcessorPil, Dinov2Model)
@@ -170,14 +174,14 @@ class TestMetrics:
         expected = [
             100 * F.cosine_similarity(token(a), token(b), dim=0).item() for a, b in zip(teacher, student, strict=True)
         ]
-        assert metric.per_picture["student"] == pytest.approx(expected, rel=1e-4)
+        assert metric.per_image["student"] == pytest.approx(expected, rel=1e-4)
         assert max(expected) < 99.9
 
     def test_clip(self, judges):
         teacher = random_pictures()
         student = near(teacher)
         names = ["clip_i", "clip_t"]
-        metrics, _ = make_metrics(names, Judges(PROMPTS, str(judges / "clip"), "", False))
+        metrics, _ = make_metrics(names, Sources(PROMPTS, str(judges / "clip"), "", False))
         with torch.inference_mode():
             for metric in metrics.values():
                 metric.update(Batch(teacher, student, PROMPTS))
@@ -190,9 +194,9 @@ class TestMetrics:
             of_teacher, of_student = F.normalize(out.image_embeds, dim=-1)
             text = F.normalize(out.text_embeds[0], dim=-1)
             found = [
-                metrics["clip_i"].per_picture["student"][number],
-                metrics["clip_t"].per_picture["teacher"][number],
-                metrics["clip_t"].per_picture["student"][number],
+                metrics["clip_i"].per_image["student"][number],
+                metrics["clip_t"].per_image["teacher"][number],
+                metrics["clip_t"].per_image["student"][number],
             ]
             expected = [
                 100 * float(a @ b) for a, b in ((of_teacher, of_student), (text, of_teacher), (text, of_student))
@@ -202,7 +206,7 @@ class TestMetrics:
     def test_prompts_that_clip_cuts_are_told(self, judges):
         long = "a red circle on a blue ground, at the top left " * 3
         with pytest.warns(UserWarning, match="1 of 2 prompts have more than the 24 tokens"):
-            metrics, _ = make_metrics(["clip_t"], Judges([long, "a cross"], str(judges / "clip"), "", False))
+            metrics, _ = make_metrics(["clip_t"], Sources([long, "a cross"], str(judges / "clip"), "", False))
         metrics["clip_t"].update(Batch(random_pictures(2), random_pictures(2), [long, "a cross"]))
 
 
@@ -210,13 +214,13 @@ class TestAtHand:
     def test_a_package(self, monkeypatch):
         for name in ("torchmetrics", "torchmetrics.functional.image"):
             monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(RuntimeError, match="no metric can be computed") as caught:
-            make_metrics(None, Judges(PROMPTS, "no/clip", "no/dino", False))
+        with pytest.raises(RuntimeError, match="metrics cannot be computed") as caught:
+            make_metrics(None, Sources(PROMPTS, "no/clip", "no/dino", False))
         for reason in (
             "psnr: torchmetrics is not installed: pip install 'clear-attn[eval]'",
             "clip_i: no/clip is no folder and not in the cache",
             "dino: no/dino is no folder",
-            "fid: it takes more pictures",
+            "fid: it takes more images",
         ):
             assert reason in str(caught.value)
 
@@ -228,29 +232,29 @@ class TestAtHand:
         save_file(
             {name: x for name, x in values.items() if name != gone}, tmp_path / "model.safetensors", {"format": "pt"}
         )
-        with pytest.raises(at_hand.Missing, match=r"lacks weights of a Dinov2Model, encoder\.layer\.0"):
+        with pytest.raises(optional_dependencies.Missing, match=r"lacks weights of a Dinov2Model, encoder\.layer\.0"):
             Dino(str(tmp_path), False)
 
     def test_what_is_no_clip(self, judges):
-        with pytest.raises(at_hand.Missing, match="is a Dinov2Model, not a CLIP"):
+        with pytest.raises(optional_dependencies.Missing, match="is a Dinov2Model, not a CLIP"):
             Clip(str(judges / "dinov2"), False)
 
     def test_a_folder_without_a_model(self, tmp_path):
-        with pytest.raises(at_hand.Missing, match="does not hold what is needed"):
+        with pytest.raises(optional_dependencies.Missing, match="does not hold what is needed"):
             Dino(str(tmp_path), False)
 
     def test_nothing_is_fetched_unasked_or_where_it_cannot_be(self):
-        with pytest.raises(at_hand.Missing, match="not in the cache"):
+        with pytest.raises(optional_dependencies.Missing, match="not in the cache"):
             Dino("no/dino", False)
-        with pytest.raises(at_hand.Missing, match="cannot be fetched"):  # the Hub is switched off in tests
+        with pytest.raises(optional_dependencies.Missing, match="cannot be fetched"):  # the Hub is off in tests
             Dino("no/dino", True)
 
     def test_files_of_torch(self, tmp_path, monkeypatch):
         monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
         url, folder = "https://nowhere.invalid/net.pth", tmp_path / "hub" / "checkpoints"
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        with pytest.raises(at_hand.Missing, match=r"Net's weights are not here \(.*net.pth\)"):  # noqa: SIM117
-            with at_hand.torch_hub_file(url, "Net", False):
+        with pytest.raises(optional_dependencies.Missing, match=r"Net's weights are not here \(.*net.pth\)"):  # noqa: SIM117
+            with optional_dependencies.torch_hub_file(url, "Net", False):
                 pytest.fail("nothing may be fetched")
 
         class Command:
@@ -259,12 +263,12 @@ class TestAtHand:
 
         folder.mkdir(parents=True)
         torch.save({"a": Command()}, folder / "net.pth")
-        with pytest.raises(at_hand.Missing, match="holds more than tensors"):  # noqa: SIM117
-            with at_hand.torch_hub_file(url, "Net", False):
+        with pytest.raises(optional_dependencies.Missing, match="holds more than tensors"):  # noqa: SIM117
+            with optional_dependencies.torch_hub_file(url, "Net", False):
                 torch.hub.load_state_dict_from_url(url)
         assert not (tmp_path / "made").exists()
         torch.save({"a": torch.ones(3)}, folder / "net.pth")
-        with at_hand.torch_hub_file(url, "Net", False):
+        with optional_dependencies.torch_hub_file(url, "Net", False):
             assert torch.hub.load_state_dict_from_url(url)["a"].sum() == 3
         assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
@@ -287,7 +291,7 @@ class TestEvaluate:
             batch_size=2,
             clip=str(judges / "clip"),
             dino=str(judges / "dino"),
-            save_pictures=True,
+            save_images=True,
             **CALL,
         )
         assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "eval.json", "student", "teacher"]
@@ -299,7 +303,7 @@ class TestEvaluate:
             return np.asarray(pipe(PROMPTS[number], generator=rng, **CALL).images[0]).astype(int)
 
         files = {row: sorted((out / row).iterdir()) for row in ("teacher", "student")}
-        drawn = {row: read_all(each).numpy() for row, each in files.items()}
+        drawn = {row: read_images(each).numpy() for row, each in files.items()}
         assert drawn["teacher"].shape == (3, 3, 64, 96)
         for number in (1, 2):  # of the first and of the second batch, which may round another way
             assert abs(drawn["teacher"][number].transpose(1, 2, 0) - draw(number)).max() <= 1
@@ -311,28 +315,28 @@ class TestEvaluate:
         assert written["settings"]["method"]["settings"]["window"] == 2
         assert written["settings"]["weights"] is None
         assert written["versions"]["torch"] == importlib.metadata.version("torch")
-        pictures = written["pictures"]
+        pictures = written["images"]
         assert [(each["prompt"], each["seed"]) for each in pictures] == [(PROMPTS[n], 7 + n) for n in range(3)]
         for name, plain in (("psnr", plain_psnr), ("ssim", plain_ssim)):
             expected = [plain(*pair) for pair in zip(drawn["teacher"] / 1.0, drawn["student"] / 1.0, strict=True)]
             assert [each["student"][name] for each in pictures] == pytest.approx(expected, rel=1e-3)
         clip = Clip(str(judges / "clip"), False)
         for row in ("teacher", "student"):
-            expected = 100 * (clip.images(read_all(files[row])) * clip.texts(PROMPTS)).sum(1)
+            expected = 100 * (clip.images(read_images(files[row])) * clip.texts(PROMPTS)).sum(1)
             assert [each[row]["clip_t"] for each in pictures] == pytest.approx(expected.tolist(), rel=1e-4)
         assert pictures[0]["teacher"].keys() == {"clip_t"}
         for name in ("psnr", "ssim", "clip_i", "dino", "clip_t"):
             assert written["metrics"][name]["student"] == pytest.approx(fmean(p["student"][name] for p in pictures))
         assert written["metrics"]["clip_t"]["teacher"] != written["metrics"]["clip_t"]["student"]
-        assert "more pictures than the 2048 features" in written["metrics"]["fid"]["missing"]
+        assert "more images than the 2048 features" in written["metrics"]["fid"]["missing"]
         assert re.search("torchvision is not installed|weights are not here", written["metrics"]["lpips"]["missing"])
         for row in ("teacher", "student"):
-            assert 0 < written["seconds"][row]["per_picture"] < written["seconds"][row]["total"]
+            assert 0 < written["seconds"][row]["per_image"] < written["seconds"][row]["total"]
 
         table = str(found)
-        assert "3 pictures of 96 x 64 px" in table
+        assert "3 images of 96 x 64 px" in table
         assert f"{found.means['psnr']['student']:.2f}" in table
-        assert "FID is missing: it takes more pictures" in table
+        assert "FID is missing: it takes more images" in table
         assert "CLEAR, window=2, down_factor=1, training-free" in table
         assert Image.open(out / "contact_sheet.png").size[0] > 3 * CELL
 
@@ -346,7 +350,7 @@ class TestEvaluate:
         clear.save_pretrained(student, tmp_path / "weights")
         found = evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=tmp_path / "weights", metrics=["ssim"], **CALL)
         assert found.settings["method"] == clear.methods.Clear(3, 2).to_dict()
-        assert found.settings["weights"] == str(tmp_path / "weights")
+        assert found.settings["weights"] == "weights"  # no path in a file that is shared
         assert list(found.means) == ["ssim"]
         assert not found.missing
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["contact_sheet.png", "eval.json"]
@@ -369,7 +373,7 @@ class TestEvaluate:
         metric = Mean(psnr)
         metric.update(Batch(pictures, pictures, PROMPTS))
         settings = {"width": 40, "height": 24, "method": clear.methods.Clear(8).to_dict(), "weights": None}
-        seconds = {row: {"total": 1.0, "per_picture": 0.5} for row in ("teacher", "student")}
+        seconds = {row: {"total": 1.0, "per_image": 0.5} for row in ("teacher", "student")}
         found = Evaluation(settings, {}, seconds, {"psnr": metric.compute()}, {}, [])
         assert strict_json(found.to_json())["metrics"]["psnr"]["student"] == "inf"
         assert " inf " in str(found)
@@ -385,7 +389,7 @@ class TestEvaluate:
 
         monkeypatch.setattr(FluxPipeline, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(pipe, PROMPTS, tmp_path / "out", weights=None, save_pictures=True, **CALL)
+            evaluate(pipe, PROMPTS, tmp_path / "out", weights=None, save_images=True, **CALL)
         assert calls == [True, True]
         assert not clear.is_linearized(pipe)
         assert list(tmp_path.iterdir()) == []
@@ -394,16 +398,16 @@ class TestEvaluate:
         ("change", "error", "message"),
         [
             ({"prompts": []}, ValueError, "prompts is empty"),
-            ({"prompts": "a circle"}, TypeError, "prompts must be a list of texts, got 'a circle'"),
+            ({"prompts": "a circle"}, TypeError, "prompts must be a list of strings, got 'a circle'"),
             ({"height": 100}, ValueError, "height=100 is not in whole tokens of 8 pixels"),
             ({"width": 0}, ValueError, "width must be at least 1, got 0"),
             ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
             ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
             ({"seed": -1}, ValueError, "seed must be at least 0"),
-            ({"metrics": ["psnr", "nice"]}, ValueError, "'nice' is no metric; there is fid, lpips"),
-            ({"metrics": ["psnr", "fid"]}, RuntimeError, "fid cannot be computed: it takes more pictures"),
+            ({"metrics": ["psnr", "nice"]}, ValueError, "'nice' is not a metric; there is fid, lpips"),
+            ({"metrics": ["psnr", "fid"]}, RuntimeError, "fid: it takes more images"),
             ({"metrics": []}, RuntimeError, "none was asked for"),
-            ({"metrics": ["lpips"]}, RuntimeError, "lpips cannot be computed: "),
+            ({"metrics": ["lpips"]}, RuntimeError, "metrics cannot be computed: lpips: "),
             ({"metrics": ["clip_t"], "clip": "no/clip"}, RuntimeError, "no/clip is no folder and not in the cache"),
             ({"weights": "auto"}, ValueError, "weights='auto' takes the weights published for"),
             ({"weights": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
@@ -454,43 +458,53 @@ class TestCommand:
         options = ["--window", "3", "--num-inference-steps", "1", "--max-prompts", "2", "--clip", "no/clip"]
         result = self.run(*options, "--dino", "no/dino", **{"prompts": prompts, "output-dir": out, "device": "cpu"})
         assert result.exit_code == 0, result.output
-        assert "2 pictures of 64 x 64 px" in result.output
+        assert "2 images of 64 x 64 px" in result.output
         assert "CLIP-I is missing: no/clip is no folder" in result.output
         assert f"Saved {out}" in result.output
         written = strict_json((out / "eval.json").read_text())
         assert written["settings"]["dtype"] == "float32"
-        assert [each["prompt"] for each in written["pictures"]] == PROMPTS[:2]
+        assert [each["prompt"] for each in written["images"]] == PROMPTS[:2]
 
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"prompts": "nowhere.txt"}, "prompts='nowhere.txt' is no file"),
+            ({"prompts": "nowhere.txt"}, "'nowhere.txt' does not exist"),
             ({"output-dir": "."}, "holds something already"),
             ({"model": "nowhere/model"}, "nowhere/model"),
-            ({"metric": "nice"}, "'nice' is no metric"),
-            ({"metric": "fid"}, "fid cannot be computed"),
+            ({"metric": "nice"}, "'nice' is not a metric"),
+            ({"metric": "fid"}, "metrics cannot be computed: fid"),
             ({"weights": "nowhere"}, "nowhere"),
-            ({"weights": "auto"}, "weights='auto' takes the weights published for"),
-            ({"height": 100}, "height=100 is not in whole tokens"),
+            ({"weights": "auto"}, "--weights auto takes the weights published for"),
+            ({"height": 100}, "--height 100 is not in whole tokens"),
         ],
     )
     def test_errors_are_a_line(self, prompts, tmp_path, monkeypatch, given, message):
         monkeypatch.chdir(tmp_path)
         result = self.run(**{"prompts": prompts, "output-dir": "out", "clip": "no/clip", "dino": "no/dino"} | given)
-        assert result.exit_code == 1
-        assert result.stderr.splitlines()[-1].startswith("error: ")
-        assert message in result.stderr
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.replace("│", " ").split())
         assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
     def test_devices_that_are_not_here(self, prompts):
         result = self.run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})
         assert result.exit_code == 2
-        assert "'tpu' is not here" in result.output
+        assert "'tpu' does not exist" in result.output
 
 
-def test_the_time_of_a_picture_is_that_of_the_median_batch():
-    drawn = Drawn([Path(str(number)) for number in range(5)], [4.0, 6.0, 1.0])
-    assert seconds_of(drawn, 2) == {"total": 11.0, "per_picture": 2.0}
+def test_the_time_of_an_image_is_its_share_of_its_batch(monkeypatch, tmp_path):
+    clock = iter([0.0, 4.0, 10.0, 16.0, 20.0, 21.0])
+    monkeypatch.setattr(seeded_images.time, "perf_counter", lambda: next(clock))
+    calls = []
+
+    def pipe(prompt, generator, steps):
+        calls.append((prompt, [each.initial_seed() for each in generator], steps))
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))] * len(prompt))
+
+    files = [tmp_path / f"{number}.png" for number in range(5)]
+    seconds = seeded_images.save_images_with_seeds(pipe, "abcde", range(7, 12), files, batch_size=2, steps=3)
+    assert seconds == [2.0, 2.0, 3.0, 3.0, 1.0]
+    assert calls == [(["a", "b"], [7, 8], 3), (["c", "d"], [9, 10], 3), (["e"], [11], 3)]
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_prompts_of_a_file(tmp_path):

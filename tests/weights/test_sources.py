@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 import clear_attn as clear
 from clear_attn.weights import published
-from tests.helpers import dummy_models, fake_hub
+from tests.helpers import fake_hub, families
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 
 SECRET = "hf_secret"
@@ -21,7 +21,7 @@ PAIRS = {(method.window, method.down_factor): name for method, name in published
 
 @pytest.fixture
 def transformer():
-    return dummy_models.FLUX.transformer()
+    return families.FLUX.transformer()
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_window_and_down_factor_left_out(server, as_flux, caplog):
     transformer = as_flux("/cache/hub/models--black-forest-labs--FLUX.1-schnell/snapshots/ab/transformer")
     clear.linearize(transformer)
     assert weights_are(transformer, checkpoint_for(transformer, 1, seed=16))
-    assert "non-commercial licence" in caplog.text
+    assert "non-commercial license" in caplog.text
     assert "is not black-forest-labs/FLUX.1-dev by name" not in caplog.text
 
 
@@ -172,7 +172,7 @@ class TestRefusals:
             clear.linearize(as_flux("black-forest-labs/FLUX.1-Kontext-dev"))
 
     def test_another_family(self):
-        other = dummy_models.SD3.transformer()
+        other = families.SD3.transformer()
         with pytest.raises(ValueError, match=r"this is a SD3Transformer2DModel; give weights=None"):
             clear.linearize(other)
 
@@ -182,13 +182,13 @@ class TestRefusals:
             (
                 "nobody/nothing",
                 FileNotFoundError,
-                "nobody/nothing is no path here and does not exist on the Hub, or is private",
+                "nobody/nothing is not a local path, and is missing on the Hub or private",
             ),
-            ("someone/secret", FileNotFoundError, "or is private; .* give token="),
+            ("someone/secret", FileNotFoundError, "or private; .* give token="),
             ("someone/gated", PermissionError, "someone/gated is gated: accept its terms"),
             ("someone/else", FileNotFoundError, r"someone/else has no file clear_config\.json; name one"),
             ("Huage001/CLEAR/clear_local_64.safetensors", FileNotFoundError, "has no file clear_local_64"),
-            ("some..one/weights", ValueError, "is no id of a Hub repository"),
+            ("some..one/weights", ValueError, "is not the id of a Hub repository"),
             ("./weights", FileNotFoundError, "'weights' does not exist; give the path"),
             ("../my/weights", FileNotFoundError, "does not exist; give the path"),
             ("weights", FileNotFoundError, "'weights' does not exist; give the path of .* a Hub id"),
@@ -216,7 +216,7 @@ class TestRefusals:
         with clear.linearized(transformer, 8):
             pass
         with pytest.raises(
-            ConnectionError, match=r"not in the cache, which holds \['clear_local_8\.safetensors'\] of it"
+            ConnectionError, match=r"not in the cache, which has \['clear_local_8\.safetensors'\] of it"
         ):
             clear.linearize(transformer, 32)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clear_attn.backends import flex, reference, tiled
+from clear_attn.backends import flex, reference, self_check, tiled, triton
+from clear_attn.backends.triton.configurations import CHOSEN
 from clear_attn.core.region import AttentionRegion
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ class Backend(NamedTuple):
         attend: see `clear_attn.backends`.
         prepare: builds what it needs of a plan, since compiled layers cannot.
         unsupported_reason: why it cannot serve a call of this device, dtype, head_dim and need of gradients, or None.
+        unsupported_device: why it cannot serve a device of this machine, or None.
     """
 
     attend: Callable[
@@ -30,16 +32,28 @@ class Backend(NamedTuple):
     ]
     prepare: Callable[[AttentionRegion], Any]
     unsupported_reason: Callable[[torch.device, torch.dtype, int, bool], str | None]
+    unsupported_device: Callable[[torch.device], str | None]
 
 
-def _runs_everywhere(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> None:
+def _runs_everywhere(*_: Any) -> None:
     return None
 
 
 BACKENDS: dict[str, Backend] = {
-    "flex": Backend(flex.attend, lambda region: region.block_indices, flex.unsupported_reason),
-    "tiled": Backend(tiled.attend, lambda region: region.tiles, _runs_everywhere),
-    "reference": Backend(reference.attend, lambda region: None, _runs_everywhere),
+    "triton": Backend(
+        triton.attend,
+        lambda region: region.key_lists,
+        triton.unsupported_reason,
+        lambda device: triton.unsupported_device(device),
+    ),
+    "flex": Backend(
+        flex.attend,
+        lambda region: region.block_indices,
+        flex.unsupported_reason,
+        lambda device: flex.unsupported_device(device),
+    ),
+    "tiled": Backend(tiled.attend, lambda region: region.tiles, _runs_everywhere, _runs_everywhere),
+    "reference": Backend(reference.attend, lambda region: None, _runs_everywhere, _runs_everywhere),
 }
 
 
@@ -57,12 +71,12 @@ def validate_call(name: str, device: torch.device, dtype: torch.dtype, head_dim:
 
 def validate_machine(name: str) -> None:
     """Raise RuntimeError if no device of this machine can run a backend; pipelines move between devices."""
-    if name != "flex":
+    if name == "auto":
         return
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    reasons = {device: flex.unsupported_device(torch.device(device)) for device in devices}
+    reasons = {device: BACKENDS[name].unsupported_device(torch.device(device)) for device in devices}
     if all(reasons.values()):
-        raise RuntimeError(f"backend='flex' cannot run on this machine: {reasons}; use backend='auto' or 'tiled'")
+        raise RuntimeError(f"backend={name!r} cannot run on this machine: {reasons}; use backend='auto' or 'tiled'")
 
 
 class Selection(NamedTuple):
@@ -72,44 +86,106 @@ class Selection(NamedTuple):
     reason: str
 
 
-# By kind of device, and whether gradients are needed.
-TABLE = {
-    ("cpu", False): Selection(
-        "tiled", "faster than flex, or level, at all sizes measured (benchmarks/results/auto-cpu-*.json)"
-    ),
-    ("cpu", True): Selection("tiled", "FlexAttention has no gradients on a CPU"),
-    ("cuda", False): Selection("flex", "FlexAttention visits only the blocks of keys that the window reaches"),
-    # https://github.com/pytorch/pytorch/issues/158212 and 153799
-    ("cuda", True): Selection("tiled", "torch has open bugs in the gradients of FlexAttention on GPUs"),
+class Candidates(NamedTuple):
+    """What `backend="auto"` may take on a kind of device, best first. The last one runs everywhere.
+
+    Attributes:
+        half: for bfloat16 and float16 without gradients.
+        half_with_gradients: for bfloat16 and float16 with gradients.
+        other: for other dtypes without gradients.
+        other_with_gradients: for other dtypes with gradients.
+    """
+
+    half: tuple[Selection, ...]
+    half_with_gradients: tuple[Selection, ...]
+    other: tuple[Selection, ...]
+    other_with_gradients: tuple[Selection, ...]
+
+    def of(self, dtype: torch.dtype, needs_grad: bool) -> tuple[Selection, ...]:
+        """Return those for a call."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        return self[2 * (not half) + needs_grad]
+
+
+_TILED_WITHOUT_FLEX_GRADIENTS = Selection("tiled", "torch has open bugs in the gradients of FlexAttention on GPUs")
+_FLEX = Selection("flex", "FlexAttention visits only the blocks of keys that the window reaches; not measured on GPUs")
+_TILED = Selection("tiled", "it runs everywhere")
+_CPU = (
+    (Selection("tiled", "faster than flex, or level, at all sizes measured (benchmarks/results/auto-cpu-*.json)"),),
+    (Selection("tiled", "FlexAttention has no gradients on a CPU"),),
+)
+# https://github.com/pytorch/pytorch/issues/158212 and 153799
+_OTHER_CUDA = ((_FLEX, _TILED), (_TILED_WITHOUT_FLEX_GRADIENTS,))
+
+
+def _compiled_for(architecture: str) -> Candidates:
+    fused = Selection("triton", f"compiled for {architecture} within limits, right in the interpreter; not measured")
+    return Candidates((fused, _FLEX, _TILED), (fused, _TILED_WITHOUT_FLEX_GRADIENTS), *_OTHER_CUDA)
+
+
+# By kind of device: the architectures that the fused kernels were compiled for, other GPUs, and what is no GPU.
+TABLE: dict[str, Candidates] = {
+    "cpu": Candidates(*_CPU, *_CPU),
+    **{architecture: _compiled_for(architecture) for architecture in CHOSEN},
+    "cuda": Candidates(*_OTHER_CUDA, *_OTHER_CUDA),
 }
 
 
-def select_backend(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> Selection:
-    """Return what `backend="auto"` takes: the table's choice, or tiled if that cannot run or is not in the table.
+def choose_backend(
+    kind: str, dtype: torch.dtype, needs_grad: bool, refusal: Callable[[str], str | None]
+) -> tuple[Selection, Mapping[str, str]]:
+    """Return the first candidate of the table that is not refused, and why those before it were.
 
-    Warns once if it could not take what the table has for a GPU.
+    Args:
+        kind: of device, a key of `TABLE` or another.
+        dtype, needs_grad: of the call.
+        refusal: the reason against a backend, or None.
     """
-    selection = _select(device, dtype, head_dim, needs_grad)
+    if kind not in TABLE:
+        return Selection("tiled", f"nothing else was tried on devices of type {kind!r}"), {kind: "unknown"}
+    *candidates, last = TABLE[kind].of(dtype, needs_grad)
+    refused: dict[str, str] = {}
+    for candidate in candidates:
+        if (reason := refusal(candidate.backend)) is None:
+            break
+        refused[candidate.backend] = reason
+    else:
+        candidate = last
+    return candidate, refused
+
+
+def kind_of_device(device: torch.device) -> str:
+    """Return the key of `TABLE` for a device of this machine."""
+    if device.type != "cuda":
+        return device.type
+    architecture = triton.architecture(device)
+    return architecture if architecture in TABLE else "cuda"
+
+
+def select_backend(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> Selection:
+    """Return what `backend="auto"` takes: the table's first candidate that can run and passes its self-check.
+
+    Says once what it takes on a GPU, as a warning if that is not the table's first.
+    """
+
+    def refusal(name: str) -> str | None:
+        if reason := BACKENDS[name].unsupported_reason(device, dtype, head_dim, needs_grad):
+            return f"{name} cannot run: {reason}"
+        if name == "flex" and (reason := flex.untested_reason(device)):
+            return f"flex may fail: {reason}; backend='flex' tries it all the same"
+        return self_check.failure(name, BACKENDS[name].attend, device, dtype, head_dim, needs_grad)
+
+    precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+    kind = kind_of_device(device)
+    selection, refused = choose_backend(kind, precision, needs_grad, refusal)
+    if kind in TABLE and refused:
+        selection = selection._replace(reason="; ".join([*refused.values(), selection.reason]))
     if not torch.compiler.is_compiling():  # a compiled graph cannot log
-        logger.debug("attention on %s with backend %s: %s", device.type, *selection)
-        if selection != TABLE.get((device.type, needs_grad)):
-            _warn_once(f"attention on {device.type} runs with backend {selection.backend}: {selection.reason}")
-    return selection
-
-
-def _select(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> Selection:
-    selection = TABLE.get((device.type, needs_grad))
-    if selection is None:
-        return Selection("tiled", f"nothing else was tried on devices of type {device.type!r}")
-    if selection.backend != "flex":
-        return selection
-    if reason := flex.unsupported_reason(device, dtype, head_dim, needs_grad):
-        return Selection("tiled", f"flex cannot run: {reason}")
-    if reason := flex.untested_reason(device):
-        return Selection("tiled", f"flex may fail: {reason}; backend='flex' tries it all the same")
+        level = logging.WARNING if refused else logging.INFO if device.type == "cuda" else logging.DEBUG
+        _warn_once(level, f"attention on {kind} runs with backend {selection.backend}: {selection.reason}")
     return selection
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+def _warn_once(level: int, message: str) -> None:
+    logger.log(level, message)

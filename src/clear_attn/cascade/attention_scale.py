@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -15,10 +14,9 @@ from clear_attn.methods.method import proportional_scale
 from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import attention_backend_of, parallel_config_of
 from clear_attn.models.class_names import is_exactly
-from clear_attn.models.context import SCALE_MULTIPLIER
-from clear_attn.models.processors import ClearAttnProcessor, Inputs
-from clear_attn.patching.state import entry_hook_of, processors_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.models.context.context import SCALE_MULTIPLIER
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
+from clear_attn.patching.target import entry_hook_of, find_transformer, processors_of
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
@@ -74,7 +72,7 @@ class _ScaleHook:
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         for layer, processor in processors_of(self.adapter.attention_layers(transformer)).items():
             _check_takes_scale(layer, processor)
-        call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
+        call = self.adapter.bind_call(transformer, args, kwargs)
         grids, text_tokens, _ = self.adapter.parse_call(transformer, call)
         tokens = text_tokens + sum(height * width for height, width in grids)
         hook = entry_hook_of(transformer)

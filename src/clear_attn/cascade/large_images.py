@@ -11,7 +11,7 @@ from PIL import Image
 
 from clear_attn.cascade import stage_runner
 from clear_attn.cascade.memory_check import check_fits
-from clear_attn.cascade.pipelines import find_target
+from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.planning import make_plan, resolve_attention, runs_as_it_is, validate_calls
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
@@ -98,7 +98,7 @@ def highres(
         >>> [image.size for image in result.images]
         [(64, 64), (128, 128)]
     """
-    target = find_target(pipe)
+    target = find_cascade_target(pipe)
     attention: dict[str, Any] = {
         "window": window,
         "down_factor": down_factor,
@@ -113,7 +113,7 @@ def highres(
     change = None if runs_as_it_is(target, plan) else prepare(pipe, **attention, token=token)
     plan = resolve_attention(target, plan, change)
     if plan.base:
-        restored_state(pipe)  # raises if the original weights were discarded
+        restored_state(target.patched)  # raises if the original weights were discarded
     check_fits(target, plan)
     result = HighresResult([], plan)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from clear_attn.cascade.pipelines import Target
+from clear_attn.cascade.pipelines import CascadeTarget
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.stages import format_size
 from clear_attn.models._diffusers import execution_device_of
@@ -24,7 +24,7 @@ from clear_attn.profiling.memory import (
 )
 
 
-def check_fits(target: Target, plan: HighresPlan) -> None:
+def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
     """Refuse a plan that cannot fit on the pipeline's device; warn of one that likely does not.
 
     Raises:
@@ -35,11 +35,12 @@ def check_fits(target: Target, plan: HighresPlan) -> None:
     total, free = available_memory(device)
     held = pipeline_bytes(pipe, device)
     free = min(free, total - held)
+    channels = next(iter(target.adapter.describe_layers(transformer).values())).channels
+    factor = target.adapter.activation_factor
     for each in plan.drawn:
         base, (height, width) = each is plan.base, each.size
         tokens, batch = (height // target.token) * (width // target.token), target.batch(each.guidance)
-        factor = target.adapter.activation_factor
-        memory = memory_of(models_of(pipe), transformer, factor, tokens, batch, height, width)
+        memory = memory_of(models_of(pipe), transformer, channels, factor, tokens, batch, height, width)
         ranks, tiled = 1 if base else target.ranks, not base and max(each.size) > pipe.vae.tile_sample_min_size
         work = {
             "transformer": Bytes(*(size // ranks for size in memory.activations)),

@@ -14,8 +14,7 @@ from clear_attn.cascade.stages import validate_number
 from clear_attn.models import ADAPTERS, ModelAdapter
 from clear_attn.models.class_names import is_instance
 from clear_attn.patching.hooks import EntryHook
-from clear_attn.patching.state import entry_hook_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.target import Target, find_target
 from clear_attn.utils.validation import check_whole_number
 
 # Keywords of the pipelines' calls that `highres` sets itself, and the argument to give instead.
@@ -36,24 +35,36 @@ OWN = {"self", "prompt", "height", "width", "image", "callback_on_step_end", "ca
 TENSORS = ("embeds", "ip_adapter_image")
 
 
-class Target(NamedTuple):
+class CascadeTarget(NamedTuple):
     """A pipeline that `highres` draws with.
 
     Attributes:
-        pipe: as given.
-        transformer, adapter: of it.
-        hook: the entry hook, if it is linearized.
+        patched: the pipeline, its transformer and adapter.
         text_to_image, image_to_image: classes of the pipelines that draw the base image and the stages.
         batched_guidance: whether guidance runs two images in one forward pass.
     """
 
-    pipe: Any
-    transformer: Any
-    adapter: ModelAdapter
-    hook: EntryHook | None
+    patched: Target
     text_to_image: Any
     image_to_image: Any
     batched_guidance: bool
+
+    @property
+    def pipe(self) -> Any:
+        return self.patched.pipe
+
+    @property
+    def transformer(self) -> Any:
+        return self.patched.transformer
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        return self.patched.adapter
+
+    @property
+    def hook(self) -> EntryHook | None:
+        """The entry hook, if the pipeline is linearized."""
+        return self.patched.hook
 
     @property
     def token(self) -> int:
@@ -75,7 +86,7 @@ class Target(NamedTuple):
         return 2 if self.batched_guidance and (guidance or 0) > 1 else 1
 
 
-def find_target(pipe: Any) -> Target:
+def find_cascade_target(pipe: Any) -> CascadeTarget:
     """Return what `highres` needs of a pipeline.
 
     Raises:
@@ -84,9 +95,8 @@ def find_target(pipe: Any) -> Target:
     supported = [adapter.highres_pipelines for adapter in ADAPTERS if adapter.highres_pipelines is not None]
     for text_to_image, image_to_image, batched_guidance in supported:
         if is_instance(pipe, (text_to_image, image_to_image)):
-            transformer, adapter = find_transformer(pipe)
             classes = getattr(diffusers, text_to_image), getattr(diffusers, image_to_image)
-            return Target(pipe, transformer, adapter, entry_hook_of(transformer), *classes, batched_guidance)
+            return CascadeTarget(find_target(pipe), *classes, batched_guidance)
     names = ", ".join(name for each in supported for name in (each.text_to_image, each.image_to_image))
     raise TypeError(f"highres does not support a {type(pipe).__name__}; give one of: {names}")
 
@@ -111,7 +121,7 @@ def validate_shift(scheduler: Any, shift: float | None) -> None:
         )
 
 
-def validate_options(target: Target, options: Mapping[str, Any]) -> None:
+def validate_options(target: CascadeTarget, options: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError for a keyword that not both pipelines take, or a value that they refuse."""
     common = call_defaults(target.text_to_image).keys() & call_defaults(target.image_to_image).keys()
     known = {name for name in common - OWN - REPLACED.keys() if not any(part in name for part in TENSORS)}
@@ -147,7 +157,7 @@ def validate_inputs(pipeline: Any, pipe: Any, given: Mapping[str, Any]) -> None:
     pipeline.check_inputs(pipe, **{**optional, **known})
 
 
-def validate_guidance(target: Target, options: Mapping[str, Any], scales: Sequence[float | None]) -> None:
+def validate_guidance(target: CascadeTarget, options: Mapping[str, Any], scales: Sequence[float | None]) -> None:
     """Raise ValueError for a negative prompt, or a scale of its guidance, that would have no effect."""
     negative = [name for name, value in options.items() if name.startswith("negative_prompt") and value is not None]
     if target.batched_guidance:

@@ -16,7 +16,8 @@ from PIL.PngImagePlugin import PngImageFile
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.target import find_transformer
-from clear_attn.weights.sources import HUB_FILE
+from clear_attn.weights.published import shared_name_of
+from clear_attn.weights.sources import shared_name
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -43,12 +44,10 @@ def fingerprint(image: Image.Image) -> dict[str, Any]:
 def describe(pipe: Any) -> dict[str, Any]:
     """Return what an image depends on of a pipeline, except for its weights."""
     transformer, _ = find_transformer(pipe)
-    name = str(getattr(pipe, "name_or_path", None) or "")
     schedule = json.loads(pipe.scheduler.to_json_string())
     return {
         "pipeline": type(pipe).__name__,
-        # The path of a local folder is private.
-        "name": Path(name).name if Path(name).is_dir() else name,
+        "name": shared_name_of(pipe, transformer),
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "scheduler": {
             "class": type(pipe.scheduler).__name__,
@@ -116,9 +115,7 @@ class HighresPlan:
 
     def without_paths(self) -> HighresPlan:
         """Return the plan with the names alone of local weights, for shared images: the paths are private."""
-        if self.weights is None or (HUB_FILE.fullmatch(self.weights) and not Path(self.weights).exists()):
-            return self
-        return dataclasses.replace(self, weights=Path(self.weights).name)
+        return self if self.weights is None else dataclasses.replace(self, weights=shared_name(self.weights))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"

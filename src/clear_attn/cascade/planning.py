@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from clear_attn.backends.selection import validate_backend
 from clear_attn.cascade.pipelines import (
-    Target,
+    CascadeTarget,
     call_defaults,
     validate_guidance,
     validate_inputs,
@@ -28,20 +27,18 @@ from clear_attn.cascade.rope import validate_ntk_factor
 from clear_attn.cascade.stages import Base, Size, Stage, format_size
 from clear_attn.parallel.shard import check_ranks
 from clear_attn.patching.linearization import Change
-from clear_attn.utils.validation import check_whole_number
-from clear_attn.weights.metadata import metadata_of
+from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
+from clear_attn.weights.sources import with_absolute_path
 
 PUBLISHED_NTK_FACTOR = 10.0
 # CLEAR's published run is one stage at four times the side.
 MAX_GROWTH = 4
 # The share of its height or width that an image may lose when it is enlarged to another size.
 MAX_DISTORTION = 0.05
-# Seeds that torch's generators take.
-SEEDS = 2**64
 
 
 def make_plan(
-    target: Target,
+    target: CascadeTarget,
     prompt: str,
     size: Size,
     image: Image.Image | None,
@@ -74,10 +71,9 @@ def make_plan(
     else:
         asked, first = None, _validate_image(image, base)
     resolved = _resolve_stages(target, stages, first, size)
-    seed = int(random_seed()) if seed is None else check_whole_number("seed", seed, "any will do", least=0)
-    if seed + len(resolved) >= SEEDS:
-        raise ValueError(f"seed must be below 2**64 - {len(resolved)}, got {seed}; each stage adds 1 to it")
-    weights = attention["weights"]
+    most = LARGEST_SEED - len(resolved)
+    seed = int(random_seed()) if seed is None else seed
+    seed = check_whole_number("seed", seed, "each stage adds 1 to it", least=0, most=most)
     plan = HighresPlan(
         prompt=prompt,
         height=size[0],
@@ -85,7 +81,7 @@ def make_plan(
         base=base,
         stages=resolved,
         seed=seed,
-        **{**attention, "weights": None if weights is None else os.fspath(weights)},
+        **{**attention, "weights": with_absolute_path(attention["weights"])},
         options=dict(options),
         image=None if image is None else fingerprint(image),
         model=describe(target.pipe),
@@ -103,7 +99,7 @@ def make_plan(
     return plan
 
 
-def validate_calls(target: Target, plan: HighresPlan, tensor_inputs: Sequence[str]) -> None:
+def validate_calls(target: CascadeTarget, plan: HighresPlan, tensor_inputs: Sequence[str]) -> None:
     """Raise ValueError for a call of a plan that the check of its diffusers pipeline refuses."""
     given = {**plan.options, "prompt": plan.prompt, "callback_on_step_end_tensor_inputs": tensor_inputs}
     for each in plan.drawn:
@@ -116,7 +112,7 @@ def random_seed(device: torch.device | str = "cpu") -> Tensor:
     return torch.randint(2**31, (), device=device)
 
 
-def runs_as_it_is(target: Target, plan: HighresPlan) -> bool:
+def runs_as_it_is(target: CascadeTarget, plan: HighresPlan) -> bool:
     """Return whether a pipeline is linearized and a plan asks for no other settings.
 
     Raises:
@@ -133,14 +129,13 @@ def runs_as_it_is(target: Target, plan: HighresPlan) -> bool:
     return True
 
 
-def resolve_attention(target: Target, plan: HighresPlan, change: Change | None) -> HighresPlan:
+def resolve_attention(target: CascadeTarget, plan: HighresPlan, change: Change | None) -> HighresPlan:
     """Return a plan with the attention settings of a change, or of a pipeline that is linearized already.
 
     Raises:
         RuntimeError: they are of another method than CLEAR.
     """
-    hook, metadata = change.state.hook if change else target.hook, metadata_of(target.transformer)
-    metadata = change.state.metadata if change else metadata
+    hook = change.state.hook if change else target.hook
     assert hook
     method: Any = hook.method
     if method.pooled_factor is None:
@@ -153,7 +148,7 @@ def resolve_attention(target: Target, plan: HighresPlan, change: Change | None) 
         window=method.window,
         down_factor=method.down_factor,
         schedule=hook.schedule,
-        weights=plan.weights if plan.weights != "auto" else metadata["weights"] if metadata else None,
+        weights=with_absolute_path(hook.weights) if plan.weights == "auto" else plan.weights,
         backend=hook.backend,
     )
 
@@ -238,7 +233,7 @@ def _resolve_size(settings: Any, default: Size, token: int) -> Any:
     return dataclasses.replace(settings, height=size[0], width=size[1])
 
 
-def _resolve_base(target: Target, base: Base, last: Size) -> Base:
+def _resolve_base(target: CascadeTarget, base: Base, last: Size) -> Base:
     base = _resolve_size(base, base_size(last, target.native_side, target.token), target.token)
     defaults = call_defaults(target.text_to_image)
     steps = defaults["num_inference_steps"] if base.steps is None else base.steps
@@ -246,7 +241,9 @@ def _resolve_base(target: Target, base: Base, last: Size) -> Base:
     return dataclasses.replace(base, steps=steps, guidance=guidance)
 
 
-def _resolve_stages(target: Target, stages: Stage | Sequence[Stage], first: Size, last: Size) -> tuple[Stage, ...]:
+def _resolve_stages(
+    target: CascadeTarget, stages: Stage | Sequence[Stage], first: Size, last: Size
+) -> tuple[Stage, ...]:
     if isinstance(stages, Stage):
         if stages.height is not None:
             raise ValueError(f"stages={stages} has a size; give it in a list, or leave its height and width out")
@@ -268,7 +265,7 @@ def _resolve_stages(target: Target, stages: Stage | Sequence[Stage], first: Size
     return tuple(resolved)
 
 
-def _validate_sizes(target: Target, plan: HighresPlan, first: Size) -> None:
+def _validate_sizes(target: CascadeTarget, plan: HighresPlan, first: Size) -> None:
     """Raise ValueError for sizes that shrink, miss the final one, or do not suit the model, ranks or guidance."""
     last, token = (plan.height, plan.width), target.token
     sizes = [first, *(stage.size for stage in plan.stages)]

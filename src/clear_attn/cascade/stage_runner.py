@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clear_attn.cascade.attention_scale import proportional_attention
 from clear_attn.cascade.guidance import guide
-from clear_attn.cascade.pipelines import Target, static_schedule, tiled_vae
+from clear_attn.cascade.pipelines import CascadeTarget, static_schedule, tiled_vae
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.rope import ntk_scaling
 from clear_attn.cascade.stages import Base, Stage, format_size
@@ -38,7 +38,7 @@ class Cascade(NamedTuple):
         tensor_inputs: names of the tensors that the callback gets.
     """
 
-    target: Target
+    target: CascadeTarget
     plan: HighresPlan
     on_step_end: StepCallback | None
     tensor_inputs: Sequence[str]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.coordinates import TokenSet, to_tensor
+from clear_attn.core.key_lists import KeyLists, SharedKeys, window_lists
 from clear_attn.core.tiles import Tiles, build_tiles
 from clear_attn.core.window_mask import BlockIndices, Coordinates, block_indices
 from clear_attn.utils._torch import maybe_mark_dynamic
@@ -28,6 +29,8 @@ class AttentionRegion:
 
     Attributes:
         image_tokens, key_tokens (`int`): the number of image queries, and of all keys.
+        is_symmetric (`bool`): whether each image token is a query and a key.
+        shared_keys (`SharedKeys`): where the keys are that all queries attend to.
         query (`Coordinates`): of the image tokens in tile order, float32 `[image tokens]`.
         key (`Coordinates`), radius_sq: of all keys, float32 `[key tokens]`; infinity where all queries attend.
     """
@@ -44,9 +47,11 @@ class AttentionRegion:
         device: torch.device,
     ) -> None:
         self._queries, self._keys, self.window = queries, keys, window
+        self.is_symmetric = queries is keys
         self.tokens, self.image, self.device = tokens, image, device
         self.image_tokens = len(queries.y)
         self.key_tokens = before + len(keys.y) + after
+        self.shared_keys = SharedKeys(before, len(keys.y), after)
 
         def pad_keys(image: np.ndarray, other: float) -> Tensor:
             return to_tensor(np.pad(image, (before, after), constant_values=other), device)
@@ -74,6 +79,24 @@ class AttentionRegion:
                 if length > 1:  # else a compiled block would be recompiled for each dimension that changes
                     maybe_mark_dynamic(tensor, dim)
         return indices
+
+    @functools.cached_property
+    def key_lists(self) -> KeyLists:
+        """The keys that a fused kernel visits for each tile of image queries."""
+        with torch.inference_mode(False):
+            first, shared = self.image.start, self.shared_keys
+            return window_lists(self._queries, self._keys, self.window, first, shared, self.device)
+
+    @property
+    def query_lists(self) -> KeyLists:
+        """The image queries that a fused kernel visits for each tile of image keys: the same rule, turned."""
+        return self.key_lists if self.is_symmetric else self._turned_lists
+
+    @functools.cached_property
+    def _turned_lists(self) -> KeyLists:
+        with torch.inference_mode(False):
+            first, queries = self.shared_keys.before, SharedKeys(self.image.start, self.image_tokens, 0)
+            return window_lists(self._keys, self._queries, self.window, first, queries, self.device)
 
     @functools.cached_property
     def tiles(self) -> Tiles:

@@ -71,23 +71,33 @@ class Tiles(NamedTuple):
         return [TileGroup(*group) for group in zip(*parts, strict=True)]
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """A tile's extent along one axis: its queries, and the keys of each segment within the window of them."""
 
     queries: slice
     keys: tuple[slice, ...]
 
 
-def _spans(query: np.ndarray, keys: Sequence[np.ndarray], window: float, side: int) -> Iterable[list[_Span]]:
-    """The spans along one axis, grouped by what they look like from their own first query."""
-    alike: dict[bytes, list[_Span]] = defaultdict(list)
+def spans_by_pattern(
+    query: np.ndarray, keys: Sequence[np.ndarray], window: float, side: int, cell: int = 1
+) -> Iterable[list[Span]]:
+    """Return the spans along one axis, grouped by what they look like from their own first query.
+
+    Args:
+        query, keys: coordinates along the axis, those of keys for each segment.
+        window: radius.
+        side: queries of a span.
+        cell: keys are in cells of this side, and spans of a group start at the same place in a cell.
+    """
+    alike: dict[bytes, list[Span]] = defaultdict(list)
     for first in range(0, len(query), side):
         inside = slice(first, min(first + side, len(query)))
         low, high = query[inside][0] - window, query[inside][-1] + window
         near = [slice(np.searchsorted(key, low, "right"), np.searchsorted(key, high, "left")) for key in keys]
         relative = [query[inside], *(key[span] for key, span in zip(keys, near, strict=True))]
         look = b"|".join((part - query[first]).tobytes() for part in relative)
-        alike[look].append(_Span(inside, tuple(near)))
+        look += bytes(int(span.start) % cell for span in near)
+        alike[look].append(Span(inside, tuple(near)))
     return alike.values()
 
 
@@ -115,8 +125,8 @@ def build_tiles(queries: TokenSet, keys: TokenSet, window: float, device: torch.
     side = tile_side(window, device)
     groups = []
     for segment in queries.segments:
-        all_rows = _spans(segment.y, [other.y for other in keys.segments], window, side)
-        all_columns = _spans(segment.x, [other.x for other in keys.segments], window, side)
+        all_rows = spans_by_pattern(segment.y, [other.y for other in keys.segments], window, side)
+        all_columns = spans_by_pattern(segment.x, [other.x for other in keys.segments], window, side)
         for rows, columns in itertools.product(all_rows, all_columns):
             query = queries.rank[
                 _raster_indices(segment, [span.queries for span in rows], [span.queries for span in columns])

@@ -1,7 +1,7 @@
-"""A small trained FLUX that ships with the library: it draws one coloured shape on a coloured ground.
+"""A small trained FLUX that ships with the library: it draws one colored shape on a colored ground.
 
 A plain diffusers `FluxPipeline` of 3 M parameters with its own autoencoder, text encoders and tokenizers, for
-trying the library without a GPU or a download. `examples/train_small_flux.py` made it.
+trying the library without a GPU or a download. `examples/train_small_flux.py` trained it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,47 @@ from diffusers import FluxPipeline
 
 # Pixels; the size it was trained at, 16 x 16 tokens.
 SIZE = 128
-# The captions it knows are shorter; the default of FluxPipeline, 512, works too but takes three times as long.
+# Its training captions are shorter. FluxPipeline's default, 512, works too but takes three times as long.
 TEXT_TOKENS = 24
 
 
 def path() -> Path:
-    """The folder of the pipeline, for `FluxPipeline.from_pretrained`."""
+    """Return the folder of the pipeline, for `FluxPipeline.from_pretrained`.
+
+    Examples:
+        >>> from clear_attn import demo
+        >>> demo.path().name
+        'small_flux'
+    """
     return Path(__file__).parent / "small_flux"
 
 
 def distilled() -> Path:
-    """The folder of its distilled weights, for `clear_attn.linearize(pipe, weights=...)`.
+    """Return the folder of its distilled weights, for `clear_attn.linearize(pipe, weights=...)`.
 
     A window of 8 of its 16 x 16 tokens, trained by `examples/distill_small_flux.py`.
+
+    Examples:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
     """
     return Path(__file__).parent / "small_flux_clear"
 
 
-def pipeline() -> FluxPipeline:
-    """The pipeline, loaded in float32, which draws at the size it was trained at unless told otherwise."""
-    pipe = FluxPipeline.from_pretrained(path(), dtype=torch.float32, local_files_only=True)
+def pipeline(dtype: torch.dtype = torch.float32) -> FluxPipeline:
+    """Load the pipeline, which draws at the size it was trained at unless another is given.
+
+    Args:
+        dtype: of its models.
+
+    Examples:
+        >>> from clear_attn import demo
+        >>> pipe = demo.pipeline()
+        >>> image = pipe("a red circle on a blue ground, in the middle", max_sequence_length=24).images[0]
+        >>> image.size
+        (128, 128)
+    """
+    pipe = FluxPipeline.from_pretrained(path(), dtype=dtype, local_files_only=True)
     pipe.default_sample_size = SIZE // pipe.vae_scale_factor
     return pipe

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from clear_attn.distill.data import METADATA, Example, check_same_origin, listed_in, on_disk
 from clear_attn.distill.seeds import hash_of
-from clear_attn.utils.atomic import atomic_file, atomic_text
-from clear_attn.utils.seeded_images import generate_with_seeds
+from clear_attn.utils.atomic import atomic_text
+from clear_attn.utils.seeded_images import save_images_with_seeds
 
 INDEX = "generated.json"
 
@@ -105,11 +105,12 @@ def draw(
         batch_size: pictures at a time.
         progress: wraps the places where batches start, as tqdm does.
     """
-    for start in progress(range(0, len(numbers), batch_size)):
-        batch = numbers[start : start + batch_size]
-        prompts = [wanted[number].prompt for number in batch]
-        seeds = [hash_of(drawing.seed, number) for number in batch]
-        images = generate_with_seeds(pipe, seeds, prompt=prompts, **drawing.arguments())
-        for number, image in zip(batch, images, strict=True):
-            with atomic_file(folder / wanted[number].name) as unfinished:
-                image.save(unfinished)
+    save_images_with_seeds(
+        pipe,
+        [wanted[number].prompt for number in numbers],
+        [hash_of(drawing.seed, number) for number in numbers],
+        [folder / wanted[number].name for number in numbers],
+        batch_size=batch_size,
+        progress=progress,
+        **drawing.arguments(),
+    )

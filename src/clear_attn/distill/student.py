@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from clear_attn.distill.sharding import whole
 from clear_attn.models.class_names import is_instance
-from clear_attn.models.context import RECORDER, ROLE
-from clear_attn.models.processors import ClearAttnProcessor, Inputs
-from clear_attn.patching.state import entry_hook_of, processors_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.models.context.context import RECORDER, ROLE
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
+from clear_attn.patching.target import entry_hook_of, find_transformer, processors_of
 from clear_attn.weights.parameters import own_parameters, projections
 
 TEACHER, STUDENT = "teacher", "student"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear_attn.backends import tiled
+from clear_attn.backends import tiled, triton
+from clear_attn.backends.selection import select_backend
 from clear_attn.core.coordinates import Grid, invert_permutation
+from clear_attn.core.key_lists import KeyLists, SharedKeys, partition_lists
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan
 from clear_attn.core.region import expand_to_sequence
@@ -25,7 +28,7 @@ QUERIES_AT_A_TIME = 1024
 
 
 class GroupPlan(Plan):
-    """Groups as the tiled backend takes them.
+    """Groups as the backends take them.
 
     Args:
         layout: of one grid.
@@ -37,6 +40,8 @@ class GroupPlan(Plan):
 
     def __init__(self, layout: TokenLayout, label: np.ndarray) -> None:
         super().__init__(layout)
+        self._label = label[layout.token_set.raster]
+        self.shared_keys = SharedKeys(layout.image.start, layout.image_tokens, layout.tokens - layout.image.stop)
         rank = invert_permutation(layout.token_set.raster)
         _, sizes = np.unique(label, return_counts=True)
         alike: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
@@ -49,6 +54,21 @@ class GroupPlan(Plan):
                 queries, keys = (torch.from_numpy(np.stack(each)).to(self.device) for each in zip(*parts, strict=True))
                 tiles.append(TileGroup(queries, keys, torch.ones(shape, dtype=torch.bool, device=self.device)))
             self.tiles = Tiles.join(tiles, layout.image_tokens)
+
+    @functools.cached_property
+    def key_lists(self) -> KeyLists:
+        """The keys that a fused kernel visits for each tile of queries; the rule is symmetric."""
+        with torch.inference_mode(False):
+            return partition_lists(self._label, self.image.start, self.shared_keys, self.device)
+
+    @property
+    def query_lists(self) -> KeyLists:
+        """The queries that attend to each tile of keys: the same."""
+        return self.key_lists
+
+    def prepare(self, backend: str) -> None:
+        if self.device.type == "cuda":  # where the fused kernels may be selected
+            _ = self.key_lists
 
 
 class GroupedMethod(ImageMethod):
@@ -67,8 +87,15 @@ class GroupedMethod(ImageMethod):
     ) -> Tensor:
         joint = expand_to_sequence(query, plan.tokens, plan.image)
         bias = options.bias.keys if options.bias else None
-        output, _ = tiled.attend(joint, key, value, plan, bias, options.scale, return_lse=False)
+        output = _attend(joint, key, value, plan, bias, options.scale)
         return output[:, :, plan.image]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, plan: GroupPlan, bias: Tensor | None, scale: float) -> Tensor:
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if select_backend(query.device, query.dtype, query.shape[-1], needs_grad).backend == "triton":
+        return triton.attend(query, key, value, plan, bias, scale, return_lse=False)[0]
+    return tiled.attend(query, key, value, plan, bias, scale, return_lse=False)[0]
 
 
 def pairs(*sizes: Sequence[int]) -> int:

@@ -9,33 +9,40 @@ from collections.abc import Mapping
 from typing import Any
 
 from clear_attn.methods.method import REGISTRY, Method, known_methods
+from clear_attn.utils.json_records import shorten, validate_record
 
 
-def method_from_dict(record: Mapping[str, Any]) -> Method:
+def method_from_dict(record: Mapping[str, Any], where: str = "the record of a method") -> Method:
     """Return the method that `Method.to_dict` wrote.
 
+    Args:
+        record: the name and settings.
+        where: names the record in errors.
+
     Raises:
-        ValueError: no method of that name has been defined, or it takes other settings.
+        ValueError: the record cannot be read, no method of that name has been defined, or it takes other settings.
     """
-    name, fields = record["name"], record["settings"]
+    values = validate_record(record, {"name": str, "settings": dict}, where)
+    name, fields = values["name"], values["settings"]
     if name not in REGISTRY:
         raise ValueError(
-            f"no method of attention is named {name!r}, but {', '.join(known_methods())}; import the file that "
-            "defines it"
+            f"{where}: no method of attention is named {shorten(name)}, but {', '.join(known_methods())}; import the "
+            "file that defines it"
         )
     method = REGISTRY[name]
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     try:
         return method(**fields)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         own = ", ".join(field.name for field in dataclasses.fields(method)) or "none"  # type: ignore[arg-type]
-        raise ValueError(f"{name} does not take these settings ({error}); it has: {own}") from error
+        raise ValueError(f"{where}: {name} does not take these settings ({error}); it has: {own}") from error
 
 
 def record_as_text(record: Mapping[str, Any]) -> str:
     """Return what `Method.to_dict` wrote in one line, as `Swin(side=8)`; the method need not be known."""
-    fields = ", ".join(f"{key}={value!r}" for key, value in record["settings"].items())
-    return f"{record['name']}({fields})"
+    values = validate_record(record, {"name": str, "settings": dict}, "the record of a method")
+    fields = ", ".join(f"{key}={shorten(value)}" for key, value in values["settings"].items())
+    return f"{values['name']}({fields})"
 
 
 def parse(text: str) -> Method:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from clear_attn.methods.dense import Dense
 from clear_attn.methods.method import Layer, Method
+from clear_attn.utils.json_records import validate_record
 from clear_attn.utils.validation import check_whole_number
 
 # Fields of records of format 1, by their name today.
 RENAMED = {"dense_above": "dense_above_sigma"}
+CONTAINERS = {"dense_layers": list | tuple, "windows": dict}
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,19 @@ class Schedule:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Schedule:
-        """Return the schedule that `to_dict` wrote, in this version or an earlier one."""
-        return cls(**{RENAMED.get(name, name): value for name, value in record.items()})
+    def from_dict(cls, record: Any, where: str = "the record of a schedule") -> Schedule:
+        """Return the schedule that `to_dict` wrote, in this version or an earlier one.
+
+        Raises:
+            ValueError: the record cannot be read; the error names it as `where`.
+        """
+        values = validate_record(record, {}, where)
+        renamed = {RENAMED.get(name, name): value for name, value in values.items()}
+        try:
+            validate_record(renamed, {name: kind for name, kind in CONTAINERS.items() if name in renamed}, where)
+            return cls(**renamed)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: the schedule cannot be read ({error})") from error
 
 
 def _is_inside(layer: str, name: str) -> bool:

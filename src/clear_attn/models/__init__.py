@@ -15,7 +15,7 @@ from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3
 from clear_attn.models.training import TrainingAdapter
 
-ADAPTERS: tuple[ModelAdapter, ...] = (
+ADAPTERS: list[ModelAdapter] = [
     Flux(),
     Flux2(),
     Chroma(),
@@ -25,12 +25,13 @@ ADAPTERS: tuple[ModelAdapter, ...] = (
     FluxControlNet(),
     QwenControlNet(),
     SD3ControlNet(),
-)
+]
 
 
 def adapter_for(transformer: Any) -> ModelAdapter | None:
     """Return the adapter of a transformer's class, or None."""
-    return next((adapter for adapter in ADAPTERS if is_instance(transformer, (adapter.transformer_class,))), None)
+    fits = (adapter for adapter in ADAPTERS if is_instance(transformer, (adapter.transformer_class,), adapter.packages))
+    return next(fits, None)
 
 
 def training_adapter_for(transformer: Any) -> TrainingAdapter:

@@ -67,6 +67,25 @@ def remove_hook(module: Any, name: str) -> None:
         registry.remove_hook(name, recurse=False)
 
 
+def innermost_forward(module: Any) -> Any:
+    """The `forward` of a module inside all hooks that diffusers has put on it (diffusers 0.42)."""
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
+    return (references[0].original_forward or references[0].forward) if references else module.forward
+
+
+def set_innermost_forward(module: Any, forward: Any) -> None:
+    """Replace the `forward` of a module inside all hooks that diffusers has put on it (diffusers 0.42)."""
+    references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
+    owner = references[0] if references else module
+    name = "original_forward" if references and owner.original_forward else "forward"
+    setattr(owner, name, forward)
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether diffusers has put hooks on a module itself, around its `forward` (diffusers 0.42)."""
+    return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
+
+
 def is_first_block_cache(hook: Any) -> bool:
     """Whether a hook is that of `apply_first_block_cache` which decides on skipping a step (diffusers 0.42)."""
     return isinstance(hook, FBCHeadBlockHook)
@@ -83,9 +102,15 @@ def smooths_queries(hook: Any) -> bool:
 
 
 def replace_config(model: Any, values: Mapping[str, Any]) -> None:
-    """Set the whole config of a model: the public way can add entries and not remove one (diffusers 0.42)."""
-    _private(model, "_internal_dict")
-    model._internal_dict = FrozenDict(values)
+    """Set all entries of a model's config: the public way can add entries and not remove one (diffusers 0.42).
+
+    Attributes that others set on the config, as diffusers does for a LoRA that widens a layer, stay.
+    """
+    before, after = _private(model, "_internal_dict"), FrozenDict(values)
+    for name, value in vars(before).items():
+        if name not in before or value is not before[name]:
+            setattr(after, name, value)
+    model._internal_dict = after
 
 
 def name_or_path_of(config: Mapping[str, Any]) -> str:

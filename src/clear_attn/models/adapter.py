@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
-from clear_attn.models.context import ClearContext
-from clear_attn.models.processors import ClearAttnProcessor, Inputs, project, project_out
+from clear_attn.models.class_names import DIFFUSERS, class_of
+from clear_attn.models.context.context import ClearContext
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project, project_out
 from clear_attn.models.training import TrainingAdapter
 from clear_attn.utils._torch import forward_hooks
 
@@ -70,7 +72,8 @@ class ModelAdapter(abc.ABC):
     Classes of diffusers are named, not imported: importing one imports the transformers of all models.
 
     Attributes:
-        transformer_class: the name of its transformers' class in diffusers.
+        transformer_class: the name of its transformers' class.
+        packages: the top-level packages that define the classes named here.
         accepts: names of the attention processors that the library's can replace.
         ip_adapter_processors: names of those with an IP-Adapter, whose own attention the replacement keeps.
         text_first: whether text comes before the image where they are joined.
@@ -87,6 +90,7 @@ class ModelAdapter(abc.ABC):
     """
 
     transformer_class: str
+    packages: tuple[str, ...] = DIFFUSERS
     accepts: tuple[str, ...]
     ip_adapter_processors: tuple[str, ...] = ()
     text_first: bool
@@ -151,6 +155,20 @@ class ModelAdapter(abc.ABC):
         return self.fused_qkv_reliable and bool(attn.fused_projections)
 
     # Calls
+
+    def bind_call(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name, those included that only a `forward` put on the instance knows.
+
+        Raises:
+            TypeError: a missing or repeated argument.
+        """
+        # Caches and hooks put a `forward` of any signature on the instance.
+        cls: Any = class_of(transformer, (self.transformer_class,), self.packages) or type(transformer)
+        signature = inspect.signature(cls.forward)
+        known = {name: value for name, value in kwargs.items() if name in signature.parameters}
+        bound = signature.bind(transformer, *args, **known).arguments
+        own = dict(itertools.islice(bound.items(), 1, None))  # without self
+        return {**own, **{name: value for name, value in kwargs.items() if name not in known}}
 
     @abc.abstractmethod
     def latents_per_token(self, transformer: Any) -> int:

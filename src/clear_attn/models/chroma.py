@@ -14,9 +14,9 @@ from torch import Tensor
 from clear_attn.core.layout import TokenLayout
 from clear_attn.models.adapter import Architecture, Call
 from clear_attn.models.flux import Flux
-from clear_attn.models.padding import HIDDEN, check_mask
-from clear_attn.models.publishing import Publishing
-from clear_attn.models.tensor_cache import ReadOnce
+from clear_attn.models.parsing.padding import HIDDEN, check_mask
+from clear_attn.models.parsing.tensor_cache import ReadOnce
+from clear_attn.models.processors.publishing import Publishing
 
 
 class Chroma(Publishing, Flux):

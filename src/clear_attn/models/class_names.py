@@ -1,20 +1,27 @@
-"""Recognize classes of diffusers by name, so that none is imported before it is used."""
+"""Recognize classes by name, so that none is imported before it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
 
-
-def is_instance(value: Any, names: Collection[str]) -> bool:
-    """Return whether a value is an instance of a diffusers class with one of these names, or of a subclass."""
-    return any(_is_named(cls, names) for cls in type(value).__mro__)
+DIFFUSERS = ("diffusers",)
 
 
-def is_exactly(value: Any, names: Collection[str]) -> bool:
-    """Return whether a value's own class is a diffusers class with one of these names."""
-    return _is_named(type(value), names)
+def is_instance(value: Any, names: Collection[str], packages: Collection[str] = DIFFUSERS) -> bool:
+    """Return whether a value is an instance of a class with one of these names in these packages, or of a subclass."""
+    return class_of(value, names, packages) is not None
 
 
-def _is_named(cls: type, names: Collection[str]) -> bool:
-    return cls.__name__ in names and cls.__module__.partition(".")[0] == "diffusers"
+def class_of(value: Any, names: Collection[str], packages: Collection[str] = DIFFUSERS) -> type | None:
+    """Return the class with one of these names that a value is an instance of, or None."""
+    return next((cls for cls in type(value).__mro__ if _is_named(cls, names, packages)), None)
+
+
+def is_exactly(value: Any, names: Collection[str], packages: Collection[str] = DIFFUSERS) -> bool:
+    """Return whether a value's own class has one of these names and is defined in one of these packages."""
+    return _is_named(type(value), names, packages)
+
+
+def _is_named(cls: type, names: Collection[str], packages: Collection[str]) -> bool:
+    return cls.__name__ in names and cls.__module__.partition(".")[0] in packages

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
 from clear_attn.models.adapter import Call, InnerHook
-from clear_attn.models.context_variable import current
+from clear_attn.models.context.context_variable import current
 from clear_attn.models.flux import Flux
-from clear_attn.models.publishing import Publishing
+from clear_attn.models.processors.publishing import Publishing
 from clear_attn.models.sd3 import SD3, into_tile_order
 
 

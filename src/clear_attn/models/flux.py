@@ -13,8 +13,8 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
 from clear_attn.models.adapter import Architecture, Call, HighresPipelines, ModelAdapter
 from clear_attn.models.class_names import is_instance
-from clear_attn.models.processors import ClearAttnProcessor
-from clear_attn.models.tensor_cache import ReadOnce
+from clear_attn.models.parsing.tensor_cache import ReadOnce
+from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.models.training import TrainingAdapter
 
 
@@ -70,7 +70,7 @@ class Flux(ModelAdapter):
     def make_processor(self, original: Any, method: Method, layer: Layer, group: int) -> ClearAttnProcessor:
         if not is_instance(original, self.ip_adapter_processors):
             return super().make_processor(original, method, layer, group)
-        from clear_attn.models.flux_ip_adapter import IPAdapterProcessor
+        from clear_attn.models.processors.flux_ip_adapter import IPAdapterProcessor
 
         processor = IPAdapterProcessor(self, method, layer, group)
         processor.scale = original.scale

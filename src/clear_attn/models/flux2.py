@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, cat
 
 from clear_attn.models.adapter import Architecture, Call
-from clear_attn.models.context import ClearContext
+from clear_attn.models.context.context import ClearContext
 from clear_attn.models.flux import Flux
-from clear_attn.models.processors import ClearAttnProcessor, Inputs, normalize, rotate, split_heads
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, normalize, rotate, split_heads
 
 
 class ParallelProcessor(ClearAttnProcessor):

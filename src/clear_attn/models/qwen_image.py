@@ -16,9 +16,9 @@ from torch import Tensor
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout, grid_permutation
 from clear_attn.models.adapter import Architecture, Call, InnerHook, ModelAdapter
-from clear_attn.models.context import ClearContext
-from clear_attn.models.padding import HIDDEN, check_mask
-from clear_attn.models.processors import ClearAttnProcessor, Inputs
+from clear_attn.models.context.context import ClearContext
+from clear_attn.models.parsing.padding import HIDDEN, check_mask
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 
 # A picture's frames, rows and columns.
 Shape = tuple[int, int, int]

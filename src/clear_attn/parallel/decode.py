@@ -12,7 +12,7 @@ from torch import Tensor
 from clear_attn.models._diffusers import remove_hook
 from clear_attn.parallel.communicator import Communicator
 from clear_attn.parallel.consistency import check_same
-from clear_attn.patching.state import entry_hook_of
+from clear_attn.patching.target import entry_hook_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from clear_attn.parallel.communicator import Communicator
 from clear_attn.parallel.decode import decode_on_every_rank, decode_on_one_rank
 from clear_attn.parallel.launch import join
 from clear_attn.parallel.sharder import Sharder
-from clear_attn.patching.state import entry_hook_of, install_hooks
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.state import install_hooks
+from clear_attn.patching.target import entry_hook_of, find_transformer
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 

@@ -13,8 +13,8 @@ from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import Change, prepare
 from clear_attn.patching.restoration import restore
-from clear_attn.patching.state import apply, capture, check_writable, entry_hook_of, original_state
-from clear_attn.patching.target import PipelineOrTransformer, find_transformer
+from clear_attn.patching.state import apply, capture, check_writable, original_state
+from clear_attn.patching.target import PipelineOrTransformer, entry_hook_of, find_target, find_transformer
 from clear_attn.utils._torch import hook_tables
 from clear_attn.weights.parameters import check_in_memory
 
@@ -32,9 +32,19 @@ def linearized(
     token: str | bool | None = None,
     backend: str = "auto",
 ) -> Iterator[PipelineOrTransformer]:
-    """`linearize` for the length of a `with` block; then the state before, whatever it was.
+    """Linearize a pipeline inside a `with` block, and return to its earlier state after it.
 
     Arguments and errors are those of `linearize`.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = demo.pipeline()
+        >>> with clear.linearized(pipe, window=8, weights=None):
+        ...     clear.is_linearized(pipe)
+        True
+        >>> clear.is_linearized(pipe)
+        False
     """
     change = prepare(
         pipe,
@@ -64,7 +74,7 @@ def applied(change: Change) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
-    """`restore` for the length of a `with` block; then the state before, whatever it was.
+    """Restore a pipeline inside a `with` block, and return to its earlier state after it.
 
     Errors are those of `restore`.
     """
@@ -81,7 +91,7 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
         try:
             back()
         finally:
-            # Our hooks would come after those of others. What others took off or put on inside stays so.
+            # Our hooks would come after those of others. Hooks that others added or removed inside stay so.
             for table, *states in zip(tables, before, dense, inside, strict=True) if entry_hook_of(transformer) else ():
                 _replace_hooks(table, *states)
 
@@ -102,22 +112,21 @@ def _hooks_in(transformer: nn.Module) -> list[dict[int, Any]]:
 
 
 def _restore_point(pipe: Any) -> Callable[[], None]:
-    """Return a function that puts the present state back, whatever the public functions changed since."""
-    transformer, adapter = find_transformer(pipe)
-    layers = adapter.attention_layers(transformer)
-    hook = entry_hook_of(transformer)
+    """Return a function that puts the present state back after any of the public functions."""
+    target = find_target(pipe)
+    hook = target.hook
     if hook and hook.original.values:
-        check_in_memory(transformer, layers)
-    before = capture(transformer, layers, hook.original.values if hook else ())
+        check_in_memory(target.transformer, target.layers)
+    before = capture(target, hook.original.values if hook else ())
 
     def back() -> None:
-        stock = original_state(transformer, layers)
-        wanted = before._replace(values={**stock.values, **before.values}) if before.hook else stock
-        check_writable(transformer, layers, wanted)
+        original = original_state(target)
+        wanted = before._replace(values={**original.values, **before.values}) if before.hook else original
+        check_writable(target, wanted)
         try:
-            apply(transformer, layers, wanted)
+            apply(target, wanted)
         except BaseException:
-            apply(transformer, layers, wanted)
+            apply(target, wanted)
             raise
 
     return back

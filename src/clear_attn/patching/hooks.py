@@ -7,11 +7,12 @@ of different size, a recomputation for gradients or a deep copy each have their 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.layout import TokenLayout
@@ -19,10 +20,11 @@ from clear_attn.core.plan import Plan
 from clear_attn.methods import Layer, Method, ScoreBias
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
+from clear_attn.models._diffusers import innermost_forward, is_hooked, set_innermost_forward
 from clear_attn.models.adapter import InnerHook
-from clear_attn.models.conflicts import check_hooks
-from clear_attn.models.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
+from clear_attn.models.processors.processor import ClearAttnProcessor
+from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
 from clear_attn.utils._torch import leaves_of, map_tensors
 
@@ -50,7 +52,7 @@ class Sharder(Protocol):
 
 
 class EntryHook:
-    """A forward pre-hook with keywords. Earlier pre-hooks get raster order, later ones tile order.
+    """A forward pre-hook with keywords. Earlier pre-hooks of torch get raster order, later ones tile order.
 
     Args:
         adapter: of the transformer.
@@ -58,6 +60,7 @@ class EntryHook:
         schedule: which calls and layers differ.
         layers: of the transformer, by name.
         backend: of its calls, or "auto".
+        weights: where its distilled weights are from, as given to `linearize`; None for its own.
         original: the transformer's state before, for `restore`.
         originals_discarded: whether the values that were replaced have not been kept.
         sharder: splits its calls; None if this process computes all.
@@ -70,12 +73,17 @@ class EntryHook:
         schedule: Schedule,
         layers: dict[str, Layer],
         backend: str,
+        weights: str | None,
         original: State,
         originals_discarded: bool,
         sharder: Sharder | None = None,
     ) -> None:
-        self.adapter, self.method, self.schedule, self.backend = adapter, method, schedule, backend
-        self.original, self.originals_discarded, self.sharder = original, originals_discarded, sharder
+        self.adapter, self.method, self.schedule = adapter, method, schedule
+        self.backend, self.weights = backend, weights
+        self.original, self.originals_discarded = original, originals_discarded
+        self.sharder = sharder
+        # A few values of each parameter that linearizing replaces or adds, to notice later changes.
+        self.samples: Mapping[str, Tensor] = {}
         self.representatives, self.groups = schedule.group(method, layers.values())
         self.cache = PlanCache()
 
@@ -92,8 +100,9 @@ class EntryHook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        self.adapter.end_call()  # a call that was interrupted has no exit
         self.validate_installed(transformer)
-        call = inspect.signature(transformer.forward).bind(*args, **kwargs).arguments
+        call = self.adapter.bind_call(transformer, args, kwargs)
         parsed = self.adapter.parse_call(transformer, call)
         layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
         backend = self._select_backend(transformer, call, parsed.device)
@@ -109,9 +118,9 @@ class EntryHook:
             role=passed_on.pop(ROLE, None),
             record=passed_on.pop(RECORDER, None),
         )
-        permuted = self.adapter.permute_inputs(call, layout)
-        permuted[self.adapter.keywords] = {**passed_on, CONTEXT: self.adapter.carry(transformer, context)}
-        return (), permuted
+        call[self.adapter.keywords] = {**passed_on, CONTEXT: self.adapter.carry(transformer, context)}
+        context.permuted = not wrap_forward(transformer, self.adapter)
+        return (), self.adapter.permute_inputs(call, layout) if context.permuted else call
 
     def methods_of(self, call: dict[str, Any]) -> list[Method]:
         """Return the method of each group in a call with these arguments."""
@@ -172,6 +181,68 @@ class ExitHook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        layout = kwargs[self.adapter.keywords][CONTEXT].layout
         self.adapter.end_call()
-        return map_tensors(lambda tensor: self.adapter.unpermute_output(tensor, layout), output)
+        context = context_of(self.adapter, kwargs)
+        if context is None:
+            raise RuntimeError(
+                f"this {type(transformer).__name__} was called without its context: a forward pre-hook has changed "
+                f"{self.adapter.keywords}, or removed the hook of clear_attn.linearize(); call clear_attn.linearize() "
+                "again, and let other hooks keep the keywords that they are given"
+            )
+        return unpermute(self.adapter, output, context.layout) if context.permuted else output
+
+
+def context_of(adapter: ModelAdapter, kwargs: dict[str, Any]) -> ClearContext | None:
+    """Return the context in the keywords of a call, or None."""
+    carried = (kwargs.get(adapter.keywords) or {}).get(CONTEXT)
+    return getattr(carried, "context", carried)
+
+
+class PermutedForward:
+    """A transformer's own `forward` in tile order, inside the hooks that diffusers puts around it.
+
+    These get raster order, as they do in a dense model. Without such hooks `EntryHook` and `ExitHook` permute.
+
+    Args:
+        forward: the method that it replaces.
+        adapter: of the transformer.
+    """
+
+    def __init__(self, forward: Any, adapter: ModelAdapter) -> None:
+        self.__wrapped__ = forward  # inspect.signature follows it
+        self.adapter = adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = context_of(self.adapter, kwargs)
+        if context is None or context.permuted:
+            return self.__wrapped__(*args, **kwargs)
+        context.permuted = True
+        output = self.__wrapped__(*args, **self._permute_inputs(kwargs, context.layout))
+        context.permuted = False
+        return unpermute(self.adapter, output, context.layout)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _permute_inputs(self, kwargs: dict[str, Any], layout: Any) -> dict[str, Any]:
+        return self.adapter.permute_inputs(kwargs, layout)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def unpermute(adapter: ModelAdapter, output: Any, layout: Any) -> Any:
+    """Return a transformer's output with all its tensors in raster order."""
+    return map_tensors(lambda tensor: adapter.unpermute_output(tensor, layout), output)
+
+
+def wrap_forward(transformer: Any, adapter: ModelAdapter) -> bool:
+    """Put a `PermutedForward` inside diffusers' hooks, if there are any; return whether there is one."""
+    forward = innermost_forward(transformer)
+    if is_hooked(transformer) and not isinstance(forward, PermutedForward):
+        forward = PermutedForward(forward, adapter)
+        set_innermost_forward(transformer, forward)
+    return isinstance(forward, PermutedForward)
+
+
+def unwrap_forward(transformer: Any) -> None:
+    """Undo `wrap_forward`."""
+    forward = innermost_forward(transformer)
+    if isinstance(forward, PermutedForward):
+        set_innermost_forward(transformer, forward.__wrapped__)

@@ -12,20 +12,13 @@ from clear_attn.backends.selection import validate_backend, validate_machine
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
-from clear_attn.models.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
-from clear_attn.models.processors import ClearAttnProcessor
+from clear_attn.models.processors.processor import ClearAttnProcessor
+from clear_attn.patching.changes import warn_if_changed
+from clear_attn.patching.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.patching.resolve import parameters_lost, resolve_method, resolve_saved
-from clear_attn.patching.state import (
-    State,
-    apply,
-    capture,
-    entry_hook_of,
-    match_device_and_dtype,
-    original_state,
-    processors_of,
-)
-from clear_attn.patching.target import PipelineOrTransformer, find_transformer
+from clear_attn.patching.state import State, apply, capture, match_device_and_dtype, original_state
+from clear_attn.patching.target import PipelineOrTransformer, Target, find_target
 from clear_attn.weights.metadata import make_metadata, read_schedule
 from clear_attn.weights.parameters import (
     check_checkpoint,
@@ -34,29 +27,8 @@ from clear_attn.weights.parameters import (
     own_parameters,
     replaced_parameters,
 )
+from clear_attn.weights.samples import sample
 from clear_attn.weights.sources import Checkpoint, load
-
-
-class Target(NamedTuple):
-    """What is linearized.
-
-    Attributes:
-        pipe: as given.
-        transformer, adapter: of it.
-        layers: the attention modules by name.
-        original: the state that restoring leads to.
-    """
-
-    pipe: Any
-    transformer: Any
-    adapter: ModelAdapter
-    layers: dict[str, Any]
-    original: State
-
-    @property
-    def model(self) -> str:
-        """The class of the transformer."""
-        return type(self.transformer).__name__
 
 
 class Change(NamedTuple):
@@ -64,37 +36,38 @@ class Change(NamedTuple):
 
     Attributes:
         target: what is changed.
+        original: the state that `restore` applies.
         state: what is applied. Its hook gets the values that are replaced when it is.
         kept: names of the values that the hook keeps for `restore`.
     """
 
     target: Target
+    original: State
     state: State
     kept: tuple[str, ...]
 
     def apply(self) -> None:
         """Change the transformer in one transaction, and release the new values, which are then in the model."""
-        _, transformer, _, layers, original = self.target
         hook, values = self.state.hook, self.state.values
         assert hook
-        before = capture(transformer, layers, values)
-        kept = {name: original.values.get(name, before.values[name]) for name in self.kept}
-        hook.original = original._replace(values=kept)
+        before = capture(self.target, values)
+        kept = {name: self.original.values.get(name, before.values[name]) for name in self.kept}
+        hook.original = self.original._replace(values=kept)
         try:
-            apply(transformer, layers, self.state)
+            apply(self.target, self.state)
         except BaseException:
-            apply(transformer, layers, before)
+            apply(self.target, before)
             raise
         values.clear()
 
 
 class Settings(NamedTuple):
-    """How it is linearized.
+    """The resolved settings.
 
     Attributes:
         method, schedule, backend, keep_original: as in `linearize`, resolved.
-        source: the weights to put in; None for the model's own.
-        saved: whether the settings are those of a pipeline that was saved whole.
+        source: the distilled weights; None for the model's own.
+        saved: whether the settings are those of a pipeline that was saved while it was linearized.
     """
 
     method: Method
@@ -120,8 +93,8 @@ def linearize(
 ) -> PipelineOrTransformer:
     """Make the image attention of a pipeline's transformer local, in place.
 
-    All is checked before anything is changed; on any error the pipeline is as it was. On a linearized pipeline
-    it starts from the restored one, and what is split over ranks stays so.
+    Everything is validated before anything changes; after any error the pipeline is as before. A linearized pipeline
+    is linearized as if it were restored first; a pipeline that is split over ranks stays split.
 
     Args:
         pipe: a diffusers pipeline or transformer, FLUX.1, FLUX.2, Qwen-Image, Chroma, Stable Diffusion 3 or
@@ -130,17 +103,18 @@ def linearize(
             the disc of image keys to which an image query attends. A token is 16 x 16 pixels.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
             of the cells to whose pooled keys every image query attends too; 1 means none.
-        method (`Method`, *optional*, defaults to what the weights were distilled for, else CLEAR): another way to
-            attend, of `clear_attn.methods`; in place of window and down_factor, and of no use without distillation.
-        schedule (`Schedule`, *optional*, defaults to what was saved with the weights, else none): steps and layers that
-            stay dense, and layers with a window of their own.
+        method (`Method`, *optional*, defaults to what the weights were distilled for, else CLEAR): another attention
+            method of `clear_attn.methods`, instead of window and down_factor. It needs distilled weights to draw well.
+        schedule (`Schedule`, *optional*, defaults to that saved with the weights, else none): steps and layers that
+            stay dense, and layers with another window.
         weights (`str` or path, *optional*, defaults to `"auto"`): distilled weights. `"auto"` fetches those
-            published for FLUX.1-dev and window and down_factor, or puts a pipeline that was saved whole while
-            linearized back to work. None keeps the model's own (training-free). Or a `.safetensors` file, a
+            published for FLUX.1-dev, window and down_factor; on a pipeline that was saved while it was linearized,
+            it uses the weights in the pipeline. None keeps the model's own (training-free). Or a `.safetensors` file, a
             directory that `save_pretrained` wrote, or a Hub id, `owner/repo` or `owner/repo/file.safetensors`.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        token (`str` or `bool`, *optional*): of the Hub; by default that of `hf auth login`.
-        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"reference"`, or what fits each call best.
+        revision (`str`, *optional*): a branch, tag or commit on the Hub.
+        token (`str` or `bool`, *optional*): a Hub token; by default that of `hf auth login`.
+        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"reference"`, or `"auto"`, which selects the
+            fastest for each call.
         keep_original (`bool`, defaults to `True`): keep the weights that are replaced, on the CPU, so that
             `restore` can put them back.
 
@@ -148,17 +122,14 @@ def linearize(
         ``pipe`` itself.
 
     Raises:
-        TypeError: not a supported pipeline; window or down_factor not a whole number; another kind of value for
-            method, schedule or weights.
-        ValueError: window or down_factor below 1; one of these or a method other than what the weights were distilled
-            for; a window, a backend or layers with own windows for another method than CLEAR; a schedule that names
-            layers which are not there; unknown backend; weights that do not fit, or that are not published; a
-            pipeline saved whole that cannot be put back to work without its weights.
-        FileNotFoundError, PermissionError, ConnectionError: no weights there, or no way to them.
-        RuntimeError: `backend="flex"` on a machine where it cannot run; attention processors of another
-            library; guidance that reaches into attention; context parallelism; parameters on the meta device; weights
-            for a model that is quantized or has a LoRA fused in; a linearized pipeline whose original weights were
-            discarded.
+        TypeError: the pipeline is not supported; an argument has the wrong type.
+        ValueError: an argument is out of range; the window, down_factor or method differs from what the weights were
+            distilled for; a window, backend or schedule with windows does not fit the method; the schedule names
+            layers that do not exist; the weights do not fit the model, or none are published for it.
+        FileNotFoundError, PermissionError, ConnectionError: the weights cannot be found or downloaded.
+        RuntimeError: the backend cannot run on this machine; the model has attention processors of another library,
+            guidance that changes attention, or context parallelism; its parameters are on the meta device; weights
+            are given for a model that is quantized or has a fused LoRA; its original weights were discarded.
 
     Example:
         >>> import clear_attn as clear
@@ -198,14 +169,15 @@ def prepare(
     keep_original: bool = True,
 ) -> Change:
     """Return the change that `linearize` applies, resolved, loaded and validated; arguments and errors as there."""
-    target = _find_target(pipe)
-    _validate_target(target)
+    target = find_target(pipe)
+    original = original_state(target)
+    _validate_target(target, original)
     wanted = resolve_method(window, down_factor, method)
     validate_backend(backend)
     validate_machine(backend)
     if schedule is not None:
         _validate_schedule(target, schedule)
-    metadata = target.original.metadata
+    metadata = original.metadata
     if weights == "auto" and metadata:
         saved = resolve_saved(window, down_factor, method, metadata)
         settings = Settings(saved, schedule or read_schedule(metadata), backend, keep_original, None, saved=True)
@@ -214,21 +186,17 @@ def prepare(
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
-    return _validate_settings(target, settings)
+    change = _validate_settings(target, original, settings)
+    warn_if_changed(target)
+    return change
 
 
-def _find_target(pipe: Any) -> Target:
-    transformer, adapter = find_transformer(pipe)
-    layers = adapter.attention_layers(transformer)
-    return Target(pipe, transformer, adapter, layers, original_state(transformer, layers))
-
-
-def _validate_target(target: Target) -> None:
+def _validate_target(target: Target, original: State) -> None:
     """Raise RuntimeError for a pipeline that cannot be linearized as it is."""
     check_pipeline(target.pipe)
     check_in_memory(target.transformer, target.layers)
-    check_processors(target.original.processors, target.adapter)
-    check_parallelism(processors_of(target.layers))
+    check_processors(original.processors, target.adapter)
+    check_parallelism(target.processors)
     check_hooks(target.layers)
 
 
@@ -256,28 +224,29 @@ def _load_weights(
     return load(weights, target.pipe, target.transformer, wanted, revision, token)
 
 
-def _validate_settings(target: Target, settings: Settings) -> Change:
+def _validate_settings(target: Target, original: State, settings: Settings) -> Change:
     """Return the change to these settings; the target is not changed."""
     method, schedule, source = settings.method, settings.schedule, settings.source
     method.validate_backend(settings.backend)
     if source:
         schedule.validate_layers(list(target.layers), target.model)
-    present = entry_hook_of(target.transformer)
-    sharder = present.sharder if present else None
+    sharder = target.hook.sharder if target.hook else None
     if sharder:
         method.halo()  # raises for a method that is not split over ranks
     described = target.adapter.describe_layers(target.transformer)
-    original = target.original
     parameters = replaced_parameters(target.layers)
     values = {name: value for name, value in (source.values if source else {}).items() if name in parameters}
-    if original.values and not source:  # with a source it was checked before that was loaded
+    if original.values and not source:  # with a source it was checked before loading
         check_replaceable(target.layers)
+    metadata = original.metadata
+    unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
     hook = EntryHook(
         target.adapter,
         method,
         schedule,
         described,
         settings.backend,
+        source.name if source else unchanged[0],
         original._replace(values={}),
         originals_discarded=bool(values) and not settings.keep_original,
         sharder=sharder,
@@ -292,13 +261,13 @@ def _validate_settings(target: Target, settings: Settings) -> Change:
             for name, parameter in own.items():
                 parameter.copy_(source.values[name])
     for layer, attn in target.layers.items():
-        match_device_and_dtype(processors[layer], attn)
-    metadata = original.metadata
-    unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
-    weights = (source.name, source.source) if source else unchanged
+        match_device_and_dtype(processors[layer], attn).requires_grad_(next(attn.parameters()).requires_grad)
+    written = {name: value.to(parameters[name].dtype) for name, value in sample({**original.values, **values}).items()}
+    hook.samples = {**sample({**parameters, **own}), **written}
+    weights = (source.label, source.source) if source else unchanged
     entry = make_metadata(target.transformer, method, schedule, *weights)
     state = State(hook, dict(processors), {**original.values, **values}, entry)
-    return Change(target, state, kept=tuple(values) if settings.keep_original else ())
+    return Change(target, original, state, kept=tuple(values) if settings.keep_original else ())
 
 
 def make_processors(
@@ -313,7 +282,7 @@ def make_processors(
     Raises:
         ValueError: a method's settings do not fit a layer.
     """
-    # Whatever mode the caller is in, the parameters must serve training too, and their values are set here.
+    # Parameters made in the caller's inference mode could not be trained.
     with torch.inference_mode(False), torch.device("cpu"):
         return {
             name: adapter.make_processor(originals[name], method, layer, hook.groups[name])
@@ -322,7 +291,7 @@ def make_processors(
 
 
 def _validate_weights(source: Checkpoint, parameters: Mapping[str, torch.nn.Parameter], model: str) -> None:
-    """Raise ValueError for weights of another kind of model."""
+    """Raise ValueError for weights of another model class."""
     if source.architecture not in (None, model):
         raise ValueError(
             f"{source.name} was distilled for a {source.architecture}, and this is a {model}; give weights distilled "

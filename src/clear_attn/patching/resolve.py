@@ -14,11 +14,11 @@ from clear_attn.weights.sources import Checkpoint
 def resolve_method(
     window: int | None, down_factor: int | None, method: Method | None, source: Checkpoint | None = None
 ) -> Method:
-    """Return the method asked for, with the weights' own settings where none is given; else CLEAR's 16 and 1.
+    """Return the method from the arguments, else from the weights, else CLEAR with window 16.
 
     Raises:
-        TypeError: not a method; window or down_factor not a whole number.
-        ValueError: window or down_factor below 1, given with a method, or not what the weights were distilled for.
+        TypeError: an argument has the wrong type.
+        ValueError: window or down_factor is below 1, given together with a method, or differs from the weights'.
     """
     own = source.method if source else None
     asked = override_method(own or Clear(down_factor=source.down_factor if source else 1), window, down_factor, method)
@@ -37,7 +37,7 @@ def resolve_method(
 
 
 def override_method(own: Method, window: int | None, down_factor: int | None, method: Method | None) -> Method:
-    """Return a model's own method with what is given in its place."""
+    """Return a model's own method with the given arguments applied."""
     if method is None:
         return own.with_settings(window, down_factor)
     validate_method(method)
@@ -50,26 +50,26 @@ def override_method(own: Method, window: int | None, down_factor: int | None, me
 def resolve_saved(
     window: int | None, down_factor: int | None, method: Method | None, metadata: Mapping[str, Any]
 ) -> Method:
-    """Return the method of a pipeline that was saved whole while it was linearized.
+    """Return the method of a pipeline that was saved while it was linearized.
 
     Raises:
-        ValueError: something else is asked for.
+        ValueError: the arguments ask for another.
     """
     own = read_method(metadata)
     asked = override_method(own, window, down_factor, method)
     if asked != own:
         raise ValueError(
             f"{asked.as_arguments()} does not fit this pipeline, which was saved while it was linearized with "
-            f"{own.as_arguments()}; leave it out, or say what weights to take (None: those in the pipeline)"
+            f"{own.as_arguments()}; leave it out, or give weights= (None for those in the pipeline)"
         )
     return own
 
 
 def parameters_lost(metadata: Mapping[str, Any]) -> ValueError:
-    """Return the error for a pipeline that was saved whole with learned parameters, which diffusers does not load."""
+    """Return the error for a pipeline saved with learned processor parameters, which diffusers does not load."""
     origin = f"{metadata['weights']!r}, which it had" if metadata["weights"] else "None, which initializes them again"
     return ValueError(
-        "this pipeline was saved whole while its attention layers had trained weights of their own (those of pooled "
-        "keys, say), which diffusers does not load; give weights= a directory that clear_attn.save_pretrained() "
-        f"wrote; or, if nothing was trained since, {origin}"
+        "this pipeline was saved while its attention processors had trained weights (of pooled keys, for instance), "
+        "which diffusers does not load; give weights= a directory that clear_attn.save_pretrained() wrote; or, if "
+        f"nothing was trained since, {origin}"
     )

@@ -6,44 +6,56 @@ import warnings
 from typing import Any
 
 from clear_attn.methods.records import record_as_text
-from clear_attn.patching.state import State, apply, check_writable, entry_hook_of, original_state
-from clear_attn.patching.target import PipelineOrTransformer, find_transformer
+from clear_attn.patching.changes import warn_if_changed
+from clear_attn.patching.state import State, apply, check_writable, original_state
+from clear_attn.patching.target import PipelineOrTransformer, Target, entry_hook_of, find_target, find_transformer
 from clear_attn.weights.metadata import metadata_of, read_method
 
 
 def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
-    """Undo `linearize`, bit for bit: parameters, processors, hooks. A pipeline that is not linearized stays so.
+    """Undo `linearize` bit for bit: parameters, processors and hooks. Other pipelines stay as they are.
 
-    What others changed since then stays: other hooks, LoRAs, the attention backend.
+    Changes by others stay: their hooks, LoRAs, the attention backend.
 
-    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded.
+    Values come back as they were before `linearize`, in the dtype that the model has now. Those of a model that was
+    moved to a smaller dtype and back are the unrounded ones.
+
+    Warns about a pipeline that was saved while it was linearized and runs dense after loading, and about attention
+    parameters that were changed since `linearize`: those changes are lost.
 
     Raises:
-        TypeError: not a supported pipeline.
-        RuntimeError: the original weights were discarded with `keep_original=False`, or cannot be put back:
-            parameters on the meta device, a LoRA fused in.
+        TypeError: the pipeline is not supported.
+        RuntimeError: the original weights were discarded with `keep_original=False`, or cannot be copied back because
+            parameters are on the meta device or have a fused LoRA.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = clear.linearize(demo.pipeline(), window=8, weights=None)
+        >>> clear.is_linearized(clear.restore(pipe))
+        False
     """
-    transformer, adapter = find_transformer(pipe)
-    _warn_if_left_dense(transformer)
-    if entry_hook_of(transformer):
-        layers, original = adapter.attention_layers(transformer), restored_state(pipe)
-        check_writable(transformer, layers, original)
-        apply(transformer, layers, original)
+    target = find_target(pipe)
+    _warn_if_left_dense(target.transformer)
+    if target.hook:
+        original = restored_state(target)
+        check_writable(target, original)
+        warn_if_changed(target)
+        apply(target, original)
     return pipe
 
 
-def restored_state(pipe: Any) -> State:
+def restored_state(target: Target) -> State:
     """Return the state with the original weights.
 
     Raises:
         RuntimeError: they were discarded, or the pipeline was loaded without them.
     """
-    transformer, adapter = find_transformer(pipe)
-    original = original_state(transformer, adapter.attention_layers(transformer))
+    original = original_state(target)
     if original.metadata and original.metadata["weights"]:
         raise RuntimeError(
-            f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), saved whole "
-            "while it was linearized; for the original load the original pipeline"
+            f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), because it was "
+            "saved while it was linearized; load the original pipeline instead"
         )
     return original
 
@@ -51,10 +63,10 @@ def restored_state(pipe: Any) -> State:
 def is_linearized(pipe: Any) -> bool:
     """Return whether a pipeline's transformer has been linearized.
 
-    Warns of a pipeline that was saved whole while it was linearized and runs dense since it was loaded.
+    Warns about a pipeline that was saved while it was linearized and runs dense after loading.
 
     Raises:
-        TypeError: not a supported pipeline.
+        TypeError: the pipeline is not supported.
     """
     transformer, _ = find_transformer(pipe)
     _warn_if_left_dense(transformer)
@@ -62,10 +74,16 @@ def is_linearized(pipe: Any) -> bool:
 
 
 def _warn_if_left_dense(transformer: Any) -> None:
-    metadata = metadata_of(transformer)
-    if metadata and not entry_hook_of(transformer):
-        record = metadata.get("method")  # which need not be known here
-        settings = f"method={record_as_text(record)}" if record else read_method(metadata).as_arguments()
+    if entry_hook_of(transformer):
+        return
+    try:
+        metadata = metadata_of(transformer)
+        record = metadata and metadata.get("method")  # of a method that may be unknown here
+        settings = f"method={record_as_text(record)}" if record else metadata and read_method(metadata).as_arguments()
+    except ValueError as error:
+        warnings.warn(f"this pipeline runs with dense attention, and {error}", stacklevel=3)
+        return
+    if metadata:
         warnings.warn(
             f"this pipeline was saved while it was linearized ({settings}, weights {metadata['weights']}), "
             "and now runs with dense attention; call clear_attn.linearize(pipe)",

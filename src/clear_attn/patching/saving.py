@@ -1,4 +1,4 @@
-"""Distilled weights, written: to a folder, and to the Hub."""
+"""Save distilled weights to a folder or to the Hub."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.patching.state import entry_hook_of, processors_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.changes import changed_parameters
+from clear_attn.patching.target import find_target, find_transformer
 from clear_attn.utils.atomic import atomic_file, check_folder
 from clear_attn.weights.metadata import CONFIG_FILE, Record, metadata_of
 from clear_attn.weights.parameters import (
@@ -28,38 +28,51 @@ from clear_attn.weights.parameters import (
     own_parameters,
     replaced_parameters,
 )
-from clear_attn.weights.published import BASE, LICENCE, base_model_of, is_published
+from clear_attn.weights.published import BASE, LICENSE_TEXT, base_model_of, is_published
 from clear_attn.weights.sources import WEIGHTS_FILE
 
 CARD_FILE = "README.md"
 
 
 def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
-    """Saves what distillation trains of a linearized pipeline, and what it takes to use it, nothing else.
+    """Save the distilled attention weights of a linearized pipeline and their settings.
 
-    Writes `clear_weights.safetensors` (the projections that distilled weights replace, and the pooled weights, in
-    the model's own dtype), `clear_config.json` and a model card. They appear when all are written; until then an
-    earlier save in the same directory stays as it was. A README.md that is there is left alone.
+    Writes `clear_weights.safetensors` (the query, key, value and output projections and the method's own parameters,
+    in the model's dtype), `clear_config.json`, and a model card unless there is a README.md. The files appear
+    together when all are written; until then an earlier save in the directory stays as it is.
 
     Args:
         pipe: a linearized pipeline or transformer.
-        directory: where to; made where there is none.
+        directory: created if missing.
 
     Raises:
-        TypeError: not a supported pipeline.
-        RuntimeError: it is not linearized, or no longer in whole; its parameters are on the meta device, stored in
-            eight bits, or mixed with a fused LoRA.
+        TypeError: the pipeline is not supported.
+        RuntimeError: it is not linearized, or parts of that were removed; it has the model's own weights, and nothing
+            was trained; its parameters are on the meta device, stored in eight bits, or mixed with a fused LoRA.
         NotADirectoryError: ``directory`` is a file.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
+        >>> clear.save_pretrained(pipe, "my-clear")  # doctest: +SKIP
+        >>> clear.linearize(demo.pipeline(), weights="my-clear")  # doctest: +SKIP
     """
-    transformer, adapter = find_transformer(pipe)
-    hook = entry_hook_of(transformer)
+    target = find_target(pipe)
+    hook, layers = target.hook, target.layers
     if hook is None:
         raise RuntimeError("this pipeline is not linearized, so there is nothing to save; call clear_attn.linearize()")
     folder = check_folder(directory)
-    layers = adapter.attention_layers(transformer)
-    hook.validate_installed(transformer)
-    check_in_memory(transformer, layers)
+    hook.validate_installed(target.transformer)
+    check_in_memory(target.transformer, layers)
     check_replaceable(layers)
+    metadata = metadata_of(target.transformer)
+    if metadata and metadata["weights"] is None and not changed_parameters(target):
+        raise RuntimeError(
+            "this pipeline has the model's own weights (weights=None), and nothing was trained since, so there is "
+            "nothing to save: the same call of clear_attn.linearize() gives the same pipeline again; train with "
+            "`python -m clear_attn.distill`, or give distilled weights first"
+        )
     values = {name: parameter.detach() for name, parameter in replaced_parameters(layers).items()}
     coarse = next((value.dtype for value in values.values() if value.dtype not in DTYPES), None)
     if coarse:
@@ -67,7 +80,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
             f"this model's weights are stored in {coarse} by layerwise casting, and would be saved so; save before "
             "enable_layerwise_casting()"
         )
-    values |= {name: own.detach() for name, own in own_parameters(processors_of(layers)).items()}
+    values |= {name: own.detach() for name, own in own_parameters(target.processors).items()}
     save_values(pipe, hook.method, values, folder, hook.schedule)
 
 
@@ -78,7 +91,7 @@ def save_values(
     folder: Path,
     schedule: Schedule = Schedule(),  # noqa: B008, for it is frozen
 ) -> None:
-    """Writes distilled weights, by their names in a checkpoint, as `save_pretrained` does."""
+    """Write distilled weights, by their names in a checkpoint, as `save_pretrained` does."""
     transformer, _ = find_transformer(pipe)
     values = {name: value.to("cpu").contiguous() for name, value in values.items()}
     metadata = metadata_of(transformer)
@@ -87,16 +100,16 @@ def save_values(
     folder.mkdir(parents=True, exist_ok=True)
     # An existing card may be the user's own.
     card = {} if (folder / CARD_FILE).exists() else {CARD_FILE: _card(record)}
-    # The files take their places in reverse: the weights first, and the record last.
+    # The files are renamed in reverse: the weights first, and the record last.
     with contextlib.ExitStack() as files:
         for name, text in {CONFIG_FILE: record.to_json(), **card}.items():
             files.enter_context(atomic_file(folder / name)).write_text(text, encoding="utf-8")
-        # A file may be parted from its record.
+        # The weights may be copied without the record.
         recorded = {METHOD: json.dumps(method.to_dict())}
         save_file(
             values, files.enter_context(atomic_file(folder / WEIGHTS_FILE)), metadata={"format": "pt", **recorded}
         )
-        # Never an old record with new weights.
+        # An interrupt must not leave an old record with new weights.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
@@ -108,20 +121,23 @@ def push_to_hub(
     token: str | bool | None = None,
     commit_message: str = "Upload CLEAR weights",
 ) -> str:
-    """Uploads what `save_pretrained` writes.
+    """Upload the files of `save_pretrained` to the Hub.
 
     Args:
         pipe: a linearized pipeline or transformer.
-        repo_id (`str`): `owner/repo`; made where there is none.
-        private (`bool`, *optional*): whether a new repository is private; by default as the owner's settings say.
-        token (`str` or `bool`, *optional*): of the Hub, with the right to write; by default that of `hf auth login`.
-        commit_message (`str`): of the upload.
+        repo_id (`str`): `owner/repo`, created if missing.
+        private (`bool`, *optional*): whether a new repository is private; by default the owner's setting.
+        token (`str` or `bool`, *optional*): a Hub token with write access; by default that of `hf auth login`.
+        commit_message (`str`): the message of the commit.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        As `save_pretrained`, and huggingface_hub's own errors.
+        The errors of `save_pretrained` and of huggingface_hub.
+
+    Example:
+        >>> clear.push_to_hub(pipe, "me/my-clear")  # doctest: +SKIP
     """
     with tempfile.TemporaryDirectory() as directory:
         save_pretrained(pipe, directory)
@@ -135,13 +151,13 @@ def push_to_hub(
 def _card(record: Record) -> str:
     name = record.method.title
     head = ["library_name: clear_attn", "tags:", f"- {name.lower()}", "- text-to-image"]
-    model, licence = "a " + record.architecture, ""
+    model, license = "a " + record.architecture, ""
     if record.base_model:
         head += [f"base_model: {record.base_model}"]
         model = f"[{record.base_model}](https://huggingface.co/{record.base_model})"
     if record.base_model == BASE or is_published(record.source):
         head += ["license: other", "license_name: flux-1-dev-non-commercial-license"]
-        licence = f"\nThe weights are {LICENCE}.\n"
+        license = f"\nThe weights are {LICENSE_TEXT}.\n"
     return f"""---
 {chr(10).join(head)}
 ---
@@ -149,7 +165,7 @@ def _card(record: Record) -> str:
 # {name} weights for {model}
 
 Projections of query, key, value and output {record.method.purpose(model)}
-{licence}
+{license}
 ```python
 import clear_attn as clear
 

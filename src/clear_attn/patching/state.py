@@ -1,17 +1,18 @@
-"""What linearizing changes in a transformer, as one value that is captured and applied."""
+"""The state that `linearize` changes in a transformer, as one value that is captured and applied."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from clear_attn.models._diffusers import replace_config
-from clear_attn.models.processors import ClearAttnProcessor
-from clear_attn.patching.hooks import EntryHook, ExitHook
+from clear_attn.models.processors.processor import ClearAttnProcessor
+from clear_attn.patching.hooks import EntryHook, ExitHook, unwrap_forward
+from clear_attn.patching.target import Target, entry_hook_of
 from clear_attn.utils._torch import forward_hooks, forward_pre_hooks, remove_forward_hooks
 from clear_attn.weights.metadata import CONFIG_ENTRY, metadata_of
 from clear_attn.weights.parameters import (
@@ -41,31 +42,22 @@ class State(NamedTuple):
     metadata: dict[str, Any] | None
 
 
-def entry_hook_of(transformer: Any) -> EntryHook | None:
-    """Return the hook that `linearize` put in, or None."""
-    return next((hook for hook in forward_pre_hooks(transformer).values() if isinstance(hook, EntryHook)), None)
-
-
-def processors_of(layers: Mapping[str, Any]) -> dict[str, Any]:
-    return {layer: attn.get_processor() for layer, attn in layers.items()}
-
-
-def capture(transformer: Any, layers: Mapping[str, Any], names: Iterable[str]) -> State:
+def capture(target: Target, names: Iterable[str]) -> State:
     """Return the present state, with copies of the named parameters' values."""
-    parameters = replaced_parameters(layers)
+    parameters = replaced_parameters(target.layers)
     values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
-    return State(entry_hook_of(transformer), processors_of(layers), values, metadata_of(transformer))
+    return State(target.hook, target.processors, values, metadata_of(target.transformer))
 
 
-def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
-    """Return the state that restoring leads to. What others have put in place since stays as it is.
+def original_state(target: Target) -> State:
+    """Return the state that `restore` applies. Processors that others installed since then stay.
 
     Raises:
         RuntimeError: the original weights were discarded.
     """
-    hook, processors = entry_hook_of(transformer), processors_of(layers)
+    hook, processors = target.hook, target.processors
     if hook is None:
-        return State(None, processors, {}, metadata_of(transformer))
+        return State(None, processors, {}, metadata_of(target.transformer))
     if hook.originals_discarded:
         raise RuntimeError(
             "the original weights of this pipeline were discarded by linearize(..., keep_original=False); load the "
@@ -77,26 +69,27 @@ def original_state(transformer: Any, layers: Mapping[str, Any]) -> State:
     return State(None, processors, hook.original.values, hook.original.metadata)
 
 
-def check_writable(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
+def check_writable(target: Target, state: State) -> None:
     """Raise RuntimeError if the values of a state cannot be copied in."""
     if state.values:
-        check_in_memory(transformer, layers)
-        check_replaceable(layers)
+        check_in_memory(target.transformer, target.layers)
+        check_replaceable(target.layers)
 
 
-def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
-    """Put a state in place of the present one. Interrupted, it can be called again.
+def apply(target: Target, state: State) -> None:
+    """Replace the present state. After an interrupt it can be called again.
 
     Install the hook first and remove it last, so that a partial state is always detectable.
     """
-    _free_kept_processors(transformer)  # while the hook that knows their originals is there
+    transformer = target.transformer
+    _free_kept_processors(transformer)  # while the hook that has their originals is installed
     if state.hook:
         install_hooks(transformer, state.hook)
-    copy_values(state.values, layers)
-    for layer, attn in layers.items():
+    copy_values(state.values, target.layers)
+    for layer, attn in target.layers.items():
         processor, present = state.processors[layer], attn.get_processor()
         if processor is not present:
-            # What the user set with set_attention_backend(), enable_parallelism() or set_ip_adapter_scale().
+            # Settings of set_attention_backend(), enable_parallelism() and set_ip_adapter_scale().
             ours = processor if isinstance(processor, ClearAttnProcessor) else present
             for name in getattr(ours, "layer_settings", ClearAttnProcessor.layer_settings):
                 if (value := getattr(present, name, None)) is not None or hasattr(processor, name):
@@ -108,7 +101,7 @@ def apply(transformer: Any, layers: Mapping[str, Any], state: State) -> None:
 
 
 def _free_kept_processors(transformer: Any) -> None:
-    """Replace the library's processors among those that SD3 keeps while its projections are fused."""
+    """Replace the library's processors in the copy that SD3 keeps while its projections are fused."""
     hook, kept = entry_hook_of(transformer), getattr(transformer, "original_attn_processors", None) or {}
     for key, processor in kept.items():
         if hook and isinstance(processor, ClearAttnProcessor):
@@ -116,7 +109,7 @@ def _free_kept_processors(transformer: Any) -> None:
 
 
 def match_device_and_dtype(processor: Processor, attn: Any) -> Processor:
-    """Move a processor's own parameters to the device and dtype of the layer's."""
+    """Move a processor's own parameters to the device and dtype of its layer."""
     if isinstance(processor, ClearAttnProcessor):
         reference = next(attn.parameters())
         for weight in processor.parameters(recurse=False):
@@ -130,9 +123,9 @@ def _set_metadata(transformer: Any, metadata: dict[str, Any] | None) -> None:
 
 
 def install_hooks(transformer: Any, hook: EntryHook) -> None:
-    """Install an entry hook, in place of the old one if there is one, so that others' hooks keep their order."""
+    """Install an entry hook. It takes the place of an old one, so that others' hooks keep their order."""
     present = [key for key, each in forward_pre_hooks(transformer).items() if isinstance(each, EntryHook)]
-    # The entry hook first: the others are found by it, should one fail to be put in.
+    # The entry hook first: it finds the others if an interrupt leaves some out.
     if present:
         wanted = [(inner.module, inner.hook) for inner in hook.inner_hooks(transformer)]
         for inner in forward_pre_hooks(transformer)[present[0]].inner_hooks(transformer):
@@ -153,6 +146,7 @@ def _remove_hooks_of_ours(transformer: Any) -> None:
     hook = entry_hook_of(transformer)
     if hook:
         hook.adapter.release(transformer)
+        unwrap_forward(transformer)
     for inner in hook.inner_hooks(transformer) if hook else ():
         remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
     remove_forward_hooks(transformer, lambda each: isinstance(each, (EntryHook, ExitHook)))

@@ -1,13 +1,54 @@
-"""Find the transformer of what a user gives."""
+"""Find the transformer of a pipeline, once per call of a public function."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from clear_attn.models import ADAPTERS, ModelAdapter, adapter_for
-from clear_attn.utils._torch import unwrap_compiled
+from clear_attn.patching.hooks import EntryHook
+from clear_attn.utils._torch import forward_pre_hooks, unwrap_compiled
 
 PipelineOrTransformer = TypeVar("PipelineOrTransformer")
+
+
+class Target(NamedTuple):
+    """What the public functions of this package change.
+
+    Attributes:
+        pipe: the pipeline or transformer as given.
+        transformer, adapter: of `pipe`.
+        layers: the attention modules by name.
+    """
+
+    pipe: Any
+    transformer: Any
+    adapter: ModelAdapter
+    layers: dict[str, Any]
+
+    @property
+    def model(self) -> str:
+        """The class of the transformer."""
+        return type(self.transformer).__name__
+
+    @property
+    def hook(self) -> EntryHook | None:
+        """The hook that `linearize` installed, or None."""
+        return entry_hook_of(self.transformer)
+
+    @property
+    def processors(self) -> dict[str, Any]:
+        """The attention processors by layer."""
+        return processors_of(self.layers)
+
+
+def find_target(pipe: Any) -> Target:
+    """Return the transformer of a pipeline, or the transformer given, with its adapter and attention layers.
+
+    Raises:
+        TypeError: neither is supported.
+    """
+    transformer, adapter = find_transformer(pipe)
+    return Target(pipe, transformer, adapter, adapter.attention_layers(transformer))
 
 
 def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
@@ -25,3 +66,13 @@ def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
             raise TypeError(f"a {given} is not supported; give its ControlNets one by one: for net in controlnet.nets")
         raise TypeError(f"a {given} is not supported; give a diffusers pipeline or transformer of: {supported}")
     return transformer, adapter
+
+
+def entry_hook_of(transformer: Any) -> EntryHook | None:
+    """Return the hook that `linearize` installed, or None."""
+    return next((hook for hook in forward_pre_hooks(transformer).values() if isinstance(hook, EntryHook)), None)
+
+
+def processors_of(layers: Any) -> dict[str, Any]:
+    """Return the attention processors by layer."""
+    return {layer: attn.get_processor() for layer, attn in layers.items()}

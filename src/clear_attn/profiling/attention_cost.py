@@ -11,8 +11,7 @@ from clear_attn.methods import Clear, Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
 from clear_attn.patching.resolve import override_method
-from clear_attn.patching.state import entry_hook_of
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.target import entry_hook_of, find_transformer
 from clear_attn.profiling.cost_report import Cost, LayerGroup
 from clear_attn.profiling.memory import memory_of, models_of
 from clear_attn.utils.validation import check_whole_number
@@ -73,10 +72,11 @@ def cost(
     controlnet = getattr(pipe, "controlnet", None)
     nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])
     models, factor = models_of(pipe) or {"transformer": transformer}, adapter.activation_factor
+    channels, tokens = counted.heads * counted.head_dim, text_tokens + counted.image_tokens
     return dataclasses.replace(
         counted,
         controlnets=tuple(_count_controlnet(net, counted) for net in nets),
-        memory=memory_of(models, transformer, factor, text_tokens + counted.image_tokens, batch, height, width),
+        memory=memory_of(models, transformer, channels, factor, tokens, batch, height, width),
     )
 
 

@@ -73,20 +73,27 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def memory_of(
-    models: Mapping[str, nn.Module], transformer: Any, factor: int, tokens: int, batch: int, height: int, width: int
+    models: Mapping[str, nn.Module],
+    transformer: Any,
+    channels: int,
+    factor: int,
+    tokens: int,
+    batch: int,
+    height: int,
+    width: int,
 ) -> Memory:
     """Return the memory that an image takes.
 
     Args:
         models: by name; the autoencoder as `vae`.
         transformer: the one that runs.
+        channels: of its tokens, heads x head_dim.
         factor: `activation_factor` of its adapter.
         tokens: number of text and image tokens.
         batch: images in one forward pass.
         height, width: of the image in pixels.
     """
-    inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    stream = batch * tokens * inner * _element(transformer)
+    stream = batch * tokens * channels * _element(transformer)
     vae = models.get("vae")
     whole = _decode(vae, height, width)
     tile = int(getattr(vae, "tile_sample_min_size", 0))

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.metadata
 import json
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from clear_attn.models import ADAPTERS
 from clear_attn.tools.bench.bench_command import bench
 from clear_attn.tools.evaluate.evaluate_command import evaluate
 from clear_attn.tools.generate_command import generate
-from clear_attn.tools.options import check_picture_file
-
-app = typer.Typer(
-    name="clear-attn",
-    help="Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-ARCHITECTURES = {size.name: (adapter, size.config) for adapter in ADAPTERS for size in adapter.architectures}
+from clear_attn.tools.options import DownFactor, Overwrite, Window, check_image_output, spell_options
 
 DEMO_CAPTIONS = (
     "a red circle on a blue ground, at the top left",
@@ -32,87 +28,128 @@ DEMO_CAPTIONS = (
 )
 
 
-app.command()(bench)
-app.command("eval")(evaluate)
-app.command()(generate)
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keep what libraries log and warn of while they are imported off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class Command(TyperCommand):
+    """A command that loads the library first, quietly, and prints errors in arguments and files as one line."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            with quiet_imports():
+                importlib.import_module("clear_attn.cascade")
+            return super().invoke(context)
+        except (typer.Exit, typer.Abort):  # which are RuntimeErrors
+            raise
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            raise typer.BadParameter(spell_options(str(error), context.params), ctx=context) from error
+
+
+app = typer.Typer(
+    name="clear-attn",
+    help="Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112).",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+app.command(cls=Command)(bench)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(generate)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version("clear-attn"))
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw; may be repeated.", show_default="four captions")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Radius of the window in tokens; the picture has 16 x 16.")] = 8,
+    window: Annotated[int, typer.Option(min=1, help="Radius in tokens; the image has 16 x 16.")] = 8,
     down_factor: Annotated[int, typer.Option(min=1, help="Side of pooled cells in tokens; 1 for none.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("clear-attn-demo.png"),
+    output: Annotated[Path, typer.Option(callback=check_image_output, help="Where the image is saved.")] = Path(
+        "clear-attn-demo.png"
+    ),
+    overwrite: Overwrite = False,
 ) -> None:
-    """Draw captions with the small FLUX in the box: dense, linearized, and with its distilled weights."""
-    check_picture_file(output, "--output")
-    # Only here, for torch and diffusers take seconds to import.
-    from clear_attn.demo import comparison as draw
+    """Draw captions with the small FLUX in the package: dense, linearized, and with its distilled weights."""
+    from clear_attn.demo.comparison import compare
     from clear_attn.methods import Clear
 
-    report = draw.compare(prompt or list(DEMO_CAPTIONS), Clear(window, down_factor), seed, output)
+    report = compare(prompt or list(DEMO_CAPTIONS), Clear(window, down_factor), seed, output)
     typer.echo(f"{report}\n\nSaved {output}")
 
 
-def _check_architecture(name: str) -> str:
-    if name not in ARCHITECTURES:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(ARCHITECTURES)}")
-    return name
+def _architectures() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the published sizes by name: the transformer's class, and what differs from its default config."""
+    from clear_attn.models import ADAPTERS
+
+    sizes = [(adapter.transformer_class, size) for adapter in ADAPTERS for size in adapter.architectures]
+    return {size.name: (transformer_class, dict(size.config)) for transformer_class, size in sizes}
 
 
-@app.command()
+@app.command(cls=Command)
 def cost(
-    height: Annotated[int, typer.Option(help="Height of the picture in pixels.")],
-    width: Annotated[int, typer.Option(help="Width of the picture in pixels.")],
-    window: Annotated[int | None, typer.Option(help="Radius of the window in tokens.", show_default="16")] = None,
-    down_factor: Annotated[
-        int | None, typer.Option(help="Side of pooled cells in tokens; 1 for none.", show_default="1")
-    ] = None,
+    height: Annotated[int, typer.Option(help="Height of the image in pixels.")],
+    width: Annotated[int, typer.Option(help="Width of the image in pixels.")],
+    window: Window = None,
+    down_factor: DownFactor = None,
     method: Annotated[
-        str | None, typer.Option(help="Another way to attend, as Swin(side=8).", show_default="CLEAR")
+        str | None, typer.Option(help="Another method, such as 'Swin(side=8)'.", show_default="CLEAR")
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(help="Length of the text sequence.", show_default="512 for flux, 333 for sd3")
+        int | None, typer.Option(help="Length of the text in tokens.", show_default="512 for flux, 333 for sd3")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures in one forward pass.")] = 1,
+    batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 1,
     model: Annotated[
-        str, typer.Option(help="The architecture.", metavar="|".join(ARCHITECTURES), callback=_check_architecture)
+        str, typer.Option(help="The architecture, such as flux or sd3.5-large; an unknown name lists all.")
     ] = "flux",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count the work of attention, dense and linearized."""
-    from clear_attn.methods import parse
-    from clear_attn.profiling.attention_cost import cost as count
-
-    try:
-        counted = count(
-            _without_weights(model).bfloat16(),
-            height,
-            width,
-            window=window,
-            down_factor=down_factor,
-            method=None if method is None else parse(method),
-            text_tokens=text_tokens,
-            batch=batch,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else str(counted))
-
-
-def _without_weights(architecture: str) -> Any:
-    """Build a transformer of a published size on the meta device."""
+    """Count the FLOPs of attention, dense and linearized, and estimate memory."""
     import diffusers
     import torch
 
-    adapter, config = ARCHITECTURES[architecture]
+    from clear_attn.methods import parse
+    from clear_attn.profiling.attention_cost import cost as cost_of
+
+    known = _architectures()
+    if model not in known:
+        raise typer.BadParameter(f"{model!r} is not one of {', '.join(known)}", param_hint="--model")
+    transformer_class, config = known[model]
     with torch.device("meta"):
-        return getattr(diffusers, adapter.transformer_class)(**config)
+        transformer = getattr(diffusers, transformer_class)(**config).bfloat16()
+    counted = cost_of(
+        transformer,
+        height,
+        width,
+        window=window,
+        down_factor=down_factor,
+        method=parse(method) if method else None,
+        text_tokens=text_tokens,
+        batch=batch,
+    )
+    typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else str(counted))

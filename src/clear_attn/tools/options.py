@@ -1,47 +1,140 @@
-"""Options that several commands have."""
+"""Options that several commands share, and what is made of them. Nothing heavy is imported before it is used."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 from PIL import Image
 
-# Unless asked for another.
+if TYPE_CHECKING:
+    import torch
+
+# By device type, unless --dtype is given.
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+OF_PIPELINE = "the pipeline's"
+
+Model = Annotated[str, typer.Option(help="Folder or Hub id of a diffusers pipeline; demo for the small FLUX.")]
+Window = Annotated[int | None, typer.Option(min=1, help="Radius in tokens.", show_default="the weights', or 16")]
+DownFactor = Annotated[
+    int | None,
+    typer.Option(min=1, help="Side of pooled cells; 1 for none.", show_default="the weights', or 1"),
+]
+Weights = Annotated[str, typer.Option(help="auto (published), none (training-free), or a folder, file or Hub id.")]
+Height = Annotated[int | None, typer.Option(help="Height of the image in pixels.", show_default=OF_PIPELINE)]
+Width = Annotated[int | None, typer.Option(help="Width of the image in pixels.", show_default=OF_PIPELINE)]
+TextTokens = Annotated[int | None, typer.Option(min=1, help="Length of the text in tokens.", show_default=OF_PIPELINE)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU if there is one")]
+DType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Precision.", show_default="bfloat16; float32 on a CPU"),
+]
+# Eager, so that it is known when the outputs are checked.
+Overwrite = Annotated[bool, typer.Option("--overwrite", is_eager=True, help="Replace outputs that exist.")]
 
 
-class DType(StrEnum):
-    """Of query, key and value, or of the model."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+def input_file(help: str) -> Any:
+    """Return an option that takes a file that exists."""
+    return typer.Option(exists=True, dir_okay=False, help=help)
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of a name; without one, a GPU where there is one.
+def none_or(weights: str) -> str | None:
+    """Return `--weights` as `linearize` takes it."""
+    return None if weights == "none" else weights
+
+
+def check_output(context: typer.Context, file: Path | None) -> Path | None:
+    """Check that a file can be written: its folder exists, and the file does not, unless `--overwrite` is given.
 
     Raises:
-        BadParameter: it is not here.
+        BadParameter: it cannot.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in DTYPES or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise typer.BadParameter(f"{name!r} is not here; there is {', '.join(there)}", param_hint="--device")
-    return device
+    if file and not file.resolve().parent.is_dir():
+        raise typer.BadParameter(f"no such directory: {file.resolve().parent}")
+    if file and file.exists() and not context.params["overwrite"]:
+        raise typer.BadParameter(f"{file} exists; give another file, or --overwrite")
+    return file
 
 
-def check_picture_file(file: Path, option: str) -> None:
-    """Raises BadParameter where no picture can be saved as this file."""
-    if not file.resolve().parent.is_dir():
-        raise typer.BadParameter(f"no such directory: {file.resolve().parent}", param_hint=option)
+def check_image_output(context: typer.Context, file: Path) -> Path:
+    """Check that an image can be saved as this file.
+
+    Raises:
+        BadParameter: as `check_output`, or its ending names no image format.
+    """
+    check_output(context, file)
     if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
-        raise typer.BadParameter(f"{file} names no kind of picture; let it end in .png", param_hint=option)
+        raise typer.BadParameter(f"{file} names no image format; let it end in .png")
+    return file
+
+
+def select_device(name: str | None) -> torch.device:
+    """Return the device of a name; without one, a GPU if there is one.
+
+    Raises:
+        BadParameter: it does not exist.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    name = name or ("cuda" if gpus else "cpu")
+    available = ["cpu", *(f"cuda:{number}" for number in range(gpus))]
+    if name not in available and not (name == "cuda" and gpus):
+        raise typer.BadParameter(f"{name!r} does not exist; there is {', '.join(available)}", param_hint="--device")
+    return torch.device(name)
+
+
+def select_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name; without one, the usual one of the device."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name or DTYPES[device.type])
+    return dtype
+
+
+def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offload: bool = False) -> Any:
+    """Load a pipeline onto a device, or for offloading to it.
+
+    Args:
+        model: a folder, a Hub id, or `"demo"` for the small FLUX in the package.
+        device, dtype: where it runs, and how precisely.
+        offload: keep only the model at work on the GPU.
+
+    Raises:
+        BadParameter: there is no GPU to offload from.
+        ValueError: the device has no room for the weights.
+        OSError: there is no such model.
+    """
+    from diffusers import DiffusionPipeline
+
+    from clear_attn import demo
+    from clear_attn.cascade.memory_check import check_weights_fit
+
+    if offload and device.type == "cpu":
+        raise typer.BadParameter("it saves a GPU's memory, and there is no GPU; leave it out", param_hint="--offload")
+    pipe: Any = demo.pipeline(dtype) if model == "demo" else DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    check_weights_fit(pipe, device)
+    return pipe.to(device)
+
+
+def spell_options(message: str, names: Iterable[str]) -> str:
+    """Write the keyword arguments in a message as a command's options: `weights=None` as `--weights none`.
+
+    Calls, such as `linearize(pipe, window=8)`, stay as they are.
+
+    Examples:
+        >>> spell_options("window=9 and weights=None; linearize(pipe, window=8)", ["window", "weights"])
+        '--window 9 and --weights none; linearize(pipe, window=8)'
+    """
+
+    def spell(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        return f"--{name.replace('_', '-')} {'none' if value == 'None' else value.strip(chr(39))}" if name else match[0]
+
+    return re.sub(rf"\w\([^()]*\)|\b(?P<name>{'|'.join(names)})=(?P<value>'[^']*'|[\w./-]*\w)", spell, message)

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import numbers
 
+from clear_attn.utils.json_records import shorten
 
-def check_whole_number(name: str, value: object, remedy: str, least: int = 1) -> int:
-    """Returns ``value`` as an int where it is a whole number of at least ``least`` (a bool is none), else raises."""
+# Above any size of an image in tokens or pixels, and small enough that its square is a 64-bit integer.
+LARGEST = 2**20
+# What torch takes as the seed of a generator.
+LARGEST_SEED = 2**64 - 1
+
+
+def check_whole_number(name: str, value: object, remedy: str, least: int = 1, most: int = LARGEST) -> int:
+    """Return a whole number from ``least`` to ``most`` as an int.
+
+    Raises:
+        TypeError: it is not a whole number; a bool is none.
+        ValueError: it is out of range.
+
+    Example:
+        >>> check_whole_number("window", 0, "it is a radius in tokens")
+        Traceback (most recent call last):
+        ValueError: window must be at least 1, got 0; it is a radius in tokens
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}; {remedy}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}; {remedy}")
-    return int(value)
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {shorten(number)}; {remedy}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {shorten(number)}; {remedy}")
+    return number

@@ -5,38 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 
 def fetch(repo: str, file: str, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """Downloads a file through huggingface_hub's cache, and returns where it lies.
+    """Download a file through huggingface_hub's cache and return its path.
 
     Raises:
-        ValueError: not an id.
-        FileNotFoundError: no such repository, revision or file; or a private repository and no token for it.
-        PermissionError: a gated repository.
-        ConnectionError: the Hub is out of reach, and the file is not in the cache.
+        ValueError: `repo` is not an id.
+        FileNotFoundError: the repository, revision or file does not exist, or is private and the token has no access.
+        PermissionError: the repository is gated.
+        ConnectionError: the Hub cannot be reached, and the file is not in the cache.
     """
     where = repo + (f" at revision {revision!r}" if revision else "")
     try:
         return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision, token=token))
     except errors.HFValidationError as error:
-        raise ValueError(f"{repo!r} is no id of a Hub repository ({error}); give 'owner/repo'") from error
+        raise ValueError(f"{repo!r} is not the id of a Hub repository ({error}); give 'owner/repo'") from error
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{where} is gated: accept its terms on https://huggingface.co/{repo}, then log in or give token="
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{where} is no path here and does not exist on the Hub, or is private; check the id, or log in or give "
-            "token="
+            f"{where} is not a local path, and is missing on the Hub or private; check the id, or log in or give token="
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no revision {revision!r}; leave revision= out, or give another") from error
     except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"{where} is no path here, the Hub is out of reach (or HF_HUB_OFFLINE is set), and {file} is not in the "
-            f"cache, which holds {cached_files(repo) or 'nothing'} of it; connect once, or give the path of a file"
+            f"{where} is not a local path, the Hub cannot be reached (or HF_HUB_OFFLINE is set), and {file} is not in "
+            f"the cache, which has {cached_files(repo) or 'nothing'} of it; connect once, or give the path of a file"
         ) from error
     except errors.EntryNotFoundError as error:
         raise FileNotFoundError(f"{where} has no file {file}; name one that it has, owner/repo/file") from error
@@ -44,8 +43,13 @@ def fetch(repo: str, file: str, revision: str | None = None, token: str | bool |
         raise ConnectionError(f"the Hub did not give {file} of {where} ({error}); try again later") from error
 
 
+def in_cache(repo: str) -> bool:
+    """Return whether huggingface_hub's cache holds files of a repository."""
+    return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}").is_dir()
+
+
 def cached_files(repo: str) -> list[str]:
-    """The safetensors files of a repository that lie in the cache."""
+    """Return the safetensors files of a repository in the cache."""
     try:
         cache = huggingface_hub.scan_cache_dir()
     except errors.CacheNotFound:

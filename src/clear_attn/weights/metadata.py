@@ -1,6 +1,6 @@
-"""What is recorded of a linearized model: in clear_config.json, and in the config of its transformer.
+"""The record of a linearized model, in clear_config.json and in the config of its transformer.
 
-Writers use format 2; readers take format 1 too, in which CLEAR's window and down_factor were fields of their own.
+Writers use format 2. Readers accept format 1 too, in which CLEAR's window and down_factor were separate fields.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear_attn.methods import Clear, Method
+from clear_attn.methods import Method
 from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
+from clear_attn.utils.json_records import read_json, shorten, validate_record
 
 CONFIG_FILE = "clear_config.json"
 FORMAT = 2
 READABLE = (1, 2)
-# The entry in a linearized transformer's config, by which one that was saved whole is recognized.
+# The entry in a linearized transformer's config. It identifies a pipeline that was saved while it was linearized.
 CONFIG_ENTRY = "clear_attn"
+IN_CONFIG = f"the entry {CONFIG_ENTRY} in the config of this transformer"
 
 
 @dataclass(frozen=True)
 class Record:
-    """Of distilled weights.
+    """The record of distilled weights.
 
     Attributes:
-        method (`Method`): what they were distilled for.
-        architecture (`str`): the class of transformer in diffusers.
-        base_model (`str`, *optional*): the Hub id of the model that they are for.
-        source (`str`, *optional*): where they first came from: the published file, say, whose license they keep.
-        schedule (`Schedule`): what they are used with.
+        method (`Method`): the method that they were distilled for.
+        architecture (`str`): the transformer class in diffusers.
+        base_model (`str`, *optional*): the Hub id of their model.
+        source (`str`, *optional*): their first origin, such as the published file, which sets their license.
+        schedule (`Schedule`): the schedule that they are used with.
     """
 
     method: Method
@@ -55,20 +57,28 @@ class Record:
         return json.dumps(values, indent=2) + "\n"
 
 
-def read_method(values: Mapping[str, Any]) -> Method:
-    """Return the method of a record.
+def read_method(values: Mapping[str, Any], where: str = IN_CONFIG) -> Method:
+    """Return the method of a record, which errors name as `where`.
 
     Raises:
-        KeyError: it is not there.
-        TypeError, ValueError: a value out of range; an unknown method.
+        ValueError: it is not there or cannot be read; an unknown method.
     """
-    method = values.get("method")
-    return method_from_dict(method) if method else Clear(values["window"], values["down_factor"])
+    record = validate_record(values, {"method": dict | None}, where)["method"]
+    if record:
+        return method_from_dict(record, where)
+    own = validate_record(values, {"window": int, "down_factor": int}, where)
+    return method_from_dict(
+        {"name": "Clear", "settings": {name: own[name] for name in ("window", "down_factor")}}, where
+    )
 
 
-def read_schedule(values: Mapping[str, Any]) -> Schedule:
-    """Return the schedule of a record; it may have none."""
-    return Schedule.from_dict(values.get("schedule", {}))
+def read_schedule(values: Mapping[str, Any], where: str = IN_CONFIG) -> Schedule:
+    """Return the schedule of a record, which may have none; errors name the record as `where`.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return Schedule.from_dict(validate_record(values, {"schedule": dict | None}, where)["schedule"] or {}, where)
 
 
 def read_record(file: Path) -> Record:
@@ -77,22 +87,22 @@ def read_record(file: Path) -> Record:
     Raises:
         ValueError: it is no such file, or of another format.
     """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        check_format(values, str(file))
-        method, schedule = read_method(values), read_schedule(values)
-        return Record(method, str(values["architecture"]), values["base_model"], values["source"], schedule)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no whole {CONFIG_FILE} ({error}); save or fetch it again") from error
+    where = str(file)
+    values = read_json(file)
+    check_format(values, where)
+    fields = validate_record(values, {"architecture": str, "base_model": str | None, "source": str | None}, where)
+    names = fields["architecture"], fields["base_model"], fields["source"]
+    return Record(read_method(values, where), *names, read_schedule(values, where))
 
 
-def check_format(values: Mapping[str, Any], where: str) -> None:
+def check_format(values: Any, where: str) -> None:
     """Raise ValueError for a record of a format that this version cannot read."""
-    found = values["format"]
+    record = validate_record(values, {"format": int, "library_version": str | None}, where)
+    found = record["format"]
     if found not in READABLE:
-        version = values.get("library_version", "another version")
+        version = record["library_version"] or "another version"
         raise ValueError(
-            f"{where} is of format {found!r}, written by clear_attn {version}, and this version reads {FORMAT}; "
+            f"{where} is of format {shorten(found)}, written by clear_attn {version}, and this version reads {FORMAT}; "
             "update clear_attn (pip install -U clear_attn), or save the weights again"
         )
 
@@ -100,9 +110,12 @@ def check_format(values: Mapping[str, Any], where: str) -> None:
 def make_metadata(
     transformer: Any, method: Method, schedule: Schedule, weights: str | None, source: str | None
 ) -> dict[str, Any]:
-    """Return the entry of a transformer that was linearized with weights of this name and first source.
+    """Return the config entry of a linearized transformer.
 
-    With its own weights, these are None.
+    Args:
+        transformer, method, schedule: what was linearized, and how.
+        weights: the name of its distilled weights; None for its own.
+        source: their first origin; None for its own.
     """
     return {
         "format": FORMAT,
@@ -118,11 +131,16 @@ def metadata_of(transformer: Any) -> dict[str, Any] | None:
     """Return the entry in a transformer's config, or None.
 
     Raises:
-        ValueError: it is of another format.
+        ValueError: it cannot be read, or is of another format.
     """
-    metadata: dict[str, Any] | None = transformer.config.get(CONFIG_ENTRY)
-    if not metadata:
+    entry = transformer.config.get(CONFIG_ENTRY)
+    if entry is None:
         return None
-    check_format(metadata, "the config of this transformer")
-    # A ControlNet that is made from a transformer gets the transformer's config.
+    try:
+        check_format(entry, IN_CONFIG)
+        metadata = validate_record(entry, {"architecture": str, "weights": str | None, "source": str | None}, IN_CONFIG)
+    except ValueError as error:
+        remedy = f"or remove the entry by transformer.register_to_config({CONFIG_ENTRY}=None)"
+        raise ValueError(f"{error}, {remedy}") from error
+    # ControlNet.from_transformer() copies the transformer's config.
     return metadata if metadata["architecture"] == type(transformer).__name__ else None

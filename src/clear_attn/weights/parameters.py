@@ -1,27 +1,25 @@
-"""Distilled weights: which parameters they replace, and a checkpoint's file, checked in full before use.
+"""The parameters that distilled weights replace, and checkpoint files, which are validated before use.
 
 The format is that of the published checkpoints (Hugging Face `Huage001/CLEAR`): a safetensors file with
 `<layer>.to_q`, `to_k`, `to_v` of every attention layer, `<layer>.to_out.0` where the layer has one, each with
-`.weight` and `.bias`, and `<layer>.processor.spatial_weight` where keys are pooled, or what else a method's processors
-have for parameters. FLUX.2's single blocks, which
-project all in one, have `<layer>.to_qkv_mlp_proj` and `<layer>.to_out` instead.
+`.weight` and `.bias`, and `<layer>.processor.<name>` for the parameters of the method, such as `spatial_weight` for
+pooled keys. FLUX.2's single blocks have one fused projection: `<layer>.to_qkv_mlp_proj` and `<layer>.to_out`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clear_attn.models._diffusers import hooks_in
+from clear_attn.utils.json_records import parse_json
+from clear_attn.utils.tensor_files import read_tensors
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +28,7 @@ POOLED = ".processor.spatial_weight"
 
 
 def projections(layers: Mapping[str, Any], names: Iterable[str] = PROJECTIONS) -> dict[str, nn.Module]:
-    """Projections by name, a LoRA's wrapper where there is one; by default those whose weights are replaced."""
+    """Return the named projections of each layer that has them, or the LoRA layers that wrap them."""
     found = {
         f"{layer}.{projection}": functools.reduce(
             lambda module, name: getattr(module, name, None), projection.split("."), attn
@@ -38,7 +36,7 @@ def projections(layers: Mapping[str, Any], names: Iterable[str] = PROJECTIONS) -
         for layer, attn in layers.items()
         for projection in names
     }
-    # In most layers "to_out" is a list, whose first item is the projection.
+    # In most layers "to_out" is a list, and its first item is the projection.
     return {name: module for name, module in found.items() if not isinstance(module, (type(None), nn.ModuleList))}
 
 
@@ -48,7 +46,7 @@ def _base(projection: Any) -> Any:
 
 
 def replaced_parameters(layers: Mapping[str, Any]) -> dict[str, nn.Parameter]:
-    """The parameters that distilled weights replace, by their name in a checkpoint."""
+    """Return the parameters that distilled weights replace, by their names in a checkpoint."""
     return {
         f"{projection}.{name}": parameter
         for projection, module in projections(layers).items()
@@ -57,7 +55,7 @@ def replaced_parameters(layers: Mapping[str, Any]) -> dict[str, nn.Parameter]:
 
 
 def check_in_memory(transformer: Any, layers: Mapping[str, Any]) -> None:
-    """Raises RuntimeError where parameters that could be replaced are not in memory."""
+    """Raise RuntimeError if parameters that could be replaced are not in memory."""
     for hook in hooks_in(transformer):
         if getattr(getattr(hook, "group", None), "offload_to_disk_path", None):
             raise RuntimeError(
@@ -73,7 +71,7 @@ def check_in_memory(transformer: Any, layers: Mapping[str, Any]) -> None:
 
 
 def check_replaceable(layers: Mapping[str, Any]) -> None:
-    """Raises RuntimeError where values cannot be copied in, or not without spoiling what was made of the old ones."""
+    """Raise RuntimeError if values cannot be copied in, or a fused LoRA or projection would be lost."""
     for projection, module in projections(layers, (*PROJECTIONS, "to_qkv")).items():
         fused: Any = getattr(module, "merged_adapters", None)
         if fused:
@@ -84,24 +82,24 @@ def check_replaceable(layers: Mapping[str, Any]) -> None:
     for name, parameter in replaced_parameters(layers).items():
         if type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point:
             raise RuntimeError(
-                f"{name} is a {type(parameter).__name__} of {parameter.dtype}, as in a quantized model, and takes no "
-                "other values; load the model anew in bfloat16, linearize it, and quantize it then, or leave it its "
-                "own weights with weights=None"
+                f"{name} is a {type(parameter).__name__} of {parameter.dtype}, as in a quantized model, and cannot "
+                "take other values; load the model again in bfloat16, linearize it, then quantize it, or keep its own "
+                "weights with weights=None"
             )
     for layer, attn in layers.items():
         if attn.fused_projections:
             for name, values in _fused_from_parts(attn).items():
                 if not torch.equal(values, getattr(_base(attn.to_qkv), name)):
                     raise RuntimeError(
-                        f"{layer}.to_qkv.{name} is no longer what it was fused from, and would be lost; call "
-                        "transformer.unfuse_qkv_projections() first (and set fused_projections = False on SD3's "
-                        "attention layers, which diffusers forgets), or load the model anew"
+                        f"{layer}.to_qkv.{name} differs from the projections it was fused from, and would be lost; "
+                        "call transformer.unfuse_qkv_projections() first (and set fused_projections = False on SD3's "
+                        "attention layers, which diffusers does not do), or load the model again"
                     )
 
 
 @torch.no_grad()
 def copy_values(values: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
-    """Copies values into the parameters that stand, and into the fused projections made from them."""
+    """Copy values into the parameters, and into the fused projections made from them."""
     parameters = replaced_parameters(layers)
     for name, value in values.items():
         parameters[name].copy_(value)
@@ -112,18 +110,18 @@ def copy_values(values: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None
 
 
 def _fused_from_parts(attn: Any) -> dict[str, Tensor]:
-    """What the fused projection of query, key and value has to hold, by name."""
+    """Return the values that the fused projection of query, key and value must have, by name."""
     parts = [_base(getattr(attn, name)) for name in ("to_q", "to_k", "to_v")]
     names = [name for name, _ in parts[0].named_parameters(recurse=False)]
     return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads a `.safetensors` file.
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return the tensors of a `.safetensors` file, and the record of the method that it was distilled for, if any.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, or not whole, or empty.
+        ValueError: it is not a complete safetensors file, or empty; its record cannot be read.
     """
     file = Path(path)
     if not file.is_file():
@@ -133,8 +131,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "wrote, a Hub id (owner/repo), or None"
         )
     try:
-        checkpoint = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+        checkpoint, metadata = read_tensors(file)
+    except ValueError:
         with file.open("rb") as stream:
             start = stream.read(2)
         # A torch.save archive is a zip file or a bare pickle.
@@ -142,25 +140,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise ValueError(
                 f"{file} is a pickle, which could run code when loaded; convert it to safetensors first"
             ) from None
-        raise ValueError(f"{file} is no whole safetensors file ({error}); fetch it again") from error
+        raise
     if not checkpoint:
         raise ValueError(f"{file} holds no tensors; give a file of distilled weights, or weights=None")
-    return checkpoint
+    text = metadata.get(METHOD)
+    return checkpoint, parse_json(text, f"{file}, {METHOD}") if text else None
 
 
-# The entry in a file's own metadata that tells of another method than CLEAR.
+# The entry in a file's own metadata that records another method than CLEAR.
 METHOD = "clear_method"
 
 
-def method_in(path: Path) -> dict[str, Any] | None:
-    """What a `.safetensors` file says of the method that it was distilled for; None where it says nothing."""
-    with safe_open(path, "pt") as opened:
-        text = (opened.metadata() or {}).get(METHOD)
-    return json.loads(text) if text else None
-
-
 def pooled_factor(checkpoint: Mapping[str, Tensor]) -> int:
-    """The down_factor that a checkpoint was distilled for: the side of its pooled cells, or 1."""
+    """Return the down_factor that a checkpoint was distilled for: the side of its pooled cells, or 1."""
     shapes = {tuple(value.shape) for name, value in checkpoint.items() if name.endswith(POOLED)}
     if not shapes:
         return 1
@@ -173,7 +165,7 @@ def pooled_factor(checkpoint: Mapping[str, Tensor]) -> int:
 
 
 def own_parameters(processors: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters of the library's processors, by their name in a checkpoint."""
+    """Return the parameters of the library's processors, by their names in a checkpoint."""
     return {
         f"{layer}.processor.{name}": parameter
         for layer, processor in processors.items()
@@ -182,7 +174,7 @@ def own_parameters(processors: Mapping[str, nn.Module]) -> dict[str, nn.Paramete
 
 
 def check_checkpoint(checkpoint: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], model: str) -> None:
-    """Raises ValueError where a checkpoint does not fit a model's parameters in names, shapes or values."""
+    """Raise ValueError if the names, shapes or values of a checkpoint do not fit a model's parameters."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     _raise_if("misses", shapes.keys() - checkpoint.keys(), model)
     _raise_if("has unexpected", checkpoint.keys() - shapes.keys(), model)
@@ -195,7 +187,7 @@ def check_checkpoint(checkpoint: Mapping[str, Tensor], parameters: Mapping[str, 
     other = {f"{name} {value.dtype}" for name, value in checkpoint.items() if value.dtype not in DTYPES}
     _raise_if("has other values than float32, bfloat16 or float16:", other, model)
     dtype = next(iter(parameters.values())).dtype
-    # As the model will hold them: float16 has no room for large values.
+    # In the model's dtype: large values overflow in float16.
     unusable = {name for name, x in checkpoint.items() if not torch.isfinite(x.to(dtype).float()).all()}
     _raise_if(f"has NaN or infinity, as {dtype}, in", unusable, model)
 

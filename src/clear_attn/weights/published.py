@@ -9,6 +9,7 @@ from typing import Any
 
 from clear_attn.methods import Clear, Method
 from clear_attn.models._diffusers import name_or_path_of
+from clear_attn.weights.hub import in_cache
 
 # https://huggingface.co/Huage001/CLEAR, by method.
 REPO = "Huage001/CLEAR"
@@ -21,11 +22,11 @@ FILES: dict[Clear, str] = {
 }
 BASE = "black-forest-labs/FLUX.1-dev"
 SERVED = (BASE, "black-forest-labs/FLUX.1-schnell")
-LICENCE = (
-    "derived from FLUX.1-dev and under its non-commercial licence, "
+LICENSE_TEXT = (
+    "derived from FLUX.1-dev and under its non-commercial license, "
     "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
 )
-# What tells FLUX.1 from smaller models and from Fill, Control and Redux variants, whose input is wider.
+# Distinguishes FLUX.1 from smaller models, and from Fill, Control and Redux variants, which have wider inputs.
 CLASS = "FluxTransformer2DModel"
 ARCHITECTURE = {
     "in_channels": 64,
@@ -49,7 +50,7 @@ def published_file(method: Method) -> str:
     """Return the published file for a method.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is none; the message lists those that exist.
     """
     check_published(method)
     found = next((file for published, file in FILES.items() if published == method), None)
@@ -68,36 +69,48 @@ def published_method(file: str) -> Clear | None:
 
 
 def name_of(pipe: Any, transformer: Any) -> str:
-    """The Hub id, or else the folder, that a transformer or its pipeline was loaded from; "" where neither says."""
-    configs = (getattr(part, "config", {}) for part in (transformer, pipe))
-    paths = map(name_or_path_of, configs)
-    return _hub_id(next(filter(None, paths), "").removesuffix("/transformer"))
-
-
-def _hub_id(path: str) -> str:
-    """Of a snapshot in the Hub's cache, the id of its repository; any other path as it is."""
-    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots", path)
-    return "/".join(cached.groups()) if cached else path
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
+    """Return the Hub id or path that a transformer or its pipeline was loaded from, "" if neither has one."""
+    path = _path_of(pipe, transformer)
+    return _cached_id(path) or path
 
 
 def base_model_of(pipe: Any, transformer: Any) -> str | None:
-    """The Hub id of a pipeline, or None where it was not loaded from the Hub."""
-    name = name_of(pipe, transformer)
-    return name if _is_hub_id(name) else None
+    """Return the Hub id of a pipeline, or None if it was not loaded from the Hub.
+
+    A relative path looks like a Hub id, so an id counts if the Hub's cache holds the repository.
+    """
+    path = _path_of(pipe, transformer)
+    return _cached_id(path) or (path if path in SERVED or (_looks_like_hub_id(path) and in_cache(path)) else None)
+
+
+def shared_name_of(pipe: Any, transformer: Any) -> str:
+    """Return the Hub id of a pipeline, or the name of its folder without the path, for files that are shared."""
+    return base_model_of(pipe, transformer) or Path(_path_of(pipe, transformer)).name
+
+
+def _path_of(pipe: Any, transformer: Any) -> str:
+    configs = (getattr(part, "config", {}) for part in (transformer, pipe))
+    return next(filter(None, map(name_or_path_of, configs)), "").removesuffix("/transformer")
+
+
+def _cached_id(path: str) -> str | None:
+    """Return the id of the repository whose snapshot in a cache of the Hub a path names, or None."""
+    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots", path)
+    return "/".join(cached.groups()) if cached else None
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
 def check_served(pipe: Any, transformer: Any) -> str | None:
-    """Whether the published weights suit a model unasked.
+    """Check whether `weights="auto"` may use the published weights for a model.
 
     Returns:
-        None for a model they are known to suit, else the name of a fine-tune whose own weights they replace.
+        None for a model that they are known to fit, else the name of a fine-tune, which they would overwrite.
 
     Raises:
-        ValueError: not the architecture they were distilled for, or a variant of it with another task.
+        ValueError: the model has another architecture than they were distilled for, or another task.
     """
     kind, name = type(transformer).__name__, name_of(pipe, transformer)
     if kind != CLASS:
@@ -116,10 +129,10 @@ def check_served(pipe: Any, transformer: Any) -> str | None:
             f"(weights='{REPO}/{FILES[Clear(16)]}' is the published one for window 16) or give weights=None to "
             "keep the model's own (training-free)"
         )
-    known = name in SERVED if _is_hub_id(name) else Path(name).name in {Path(served).name for served in SERVED}
+    known = name in SERVED if _looks_like_hub_id(name) else Path(name).name in {Path(served).name for served in SERVED}
     return None if known else name or "an unnamed FLUX.1 transformer"
 
 
 def is_published(source: str | None) -> bool:
-    """Whether weights came from the published ones, and are under the licence of FLUX.1-dev."""
+    """Return whether weights derive from the published ones, and so have the license of FLUX.1-dev."""
     return source is not None and source.startswith(REPO + "/")

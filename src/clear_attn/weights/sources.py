@@ -1,4 +1,4 @@
-"""Where distilled weights come from: a file, a folder, the Hub, or what is published for a model."""
+"""Find distilled weights: in a file, in a folder, on the Hub, or published for a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
 from clear_attn.weights.hub import fetch
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
-from clear_attn.weights.parameters import method_in, pooled_factor, read_checkpoint
+from clear_attn.weights.parameters import pooled_factor, read_checkpoint
 from clear_attn.weights.published import (
     BASE,
     FILES,
-    LICENCE,
+    LICENSE_TEXT,
     REPO,
     check_published,
     check_served,
@@ -34,25 +34,43 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """Distilled weights, not yet compared with a model.
+    """Distilled weights, not yet validated against a model.
 
     Attributes:
         values: tensors by name.
         name: where they came from, as a user would give it.
-        method: what they were distilled for; None where nothing says.
-        down_factor: side of the pooled cells that their shapes show; 1 for none.
-        architecture: the class of transformer they are for, where that is known.
-        source: where they first came from, of which `name` may be a copy.
-        schedule: what they were saved with.
+        label: the same for files that are shared: a Hub id, or the name of a file or folder without its path.
+        method: the method that they were distilled for; None if not recorded.
+        down_factor: side of the pooled cells, from their shapes; 1 for none.
+        architecture: the transformer class that they are for; None if not recorded.
+        source: their first origin, such as the published file that `name` is a copy of.
+        schedule: the schedule that they were saved with.
     """
 
     values: dict[str, Tensor]
     name: str
+    label: str
     method: Method | None
     down_factor: int = 1
     architecture: str | None = None
     source: str | None = None
     schedule: Schedule = Schedule()
+
+
+def with_absolute_path(weights: str | os.PathLike[str] | None) -> str | None:
+    """Return the argument of `linearize` with a local path made absolute.
+
+    A relative path looks like a Hub id from another working directory.
+    """
+    if weights is None:
+        return None
+    path = Path(weights).expanduser()
+    return str(path.resolve()) if path.exists() else os.fspath(weights)
+
+
+def shared_name(weights: str) -> str:
+    """Return a Hub id, or the name of a local file or folder without its absolute path."""
+    return weights if HUB_FILE.fullmatch(weights) else Path(weights).name
 
 
 def load(
@@ -63,13 +81,13 @@ def load(
     revision: str | None,
     token: str | bool | None,
 ) -> Checkpoint:
-    """Finds and reads what `linearize` was asked for; its docstring tells the forms.
+    """Find and read the weights that the arguments of `linearize` name.
 
-    Of several published files it takes the one for the settings that are wanted.
+    Of several published files it takes the one for the wanted method.
 
     Raises:
-        TypeError: not a path or a name.
-        ValueError, FileNotFoundError, PermissionError, ConnectionError: nothing there, or not to be read.
+        TypeError: `weights` is not a path or name.
+        ValueError, FileNotFoundError, PermissionError, ConnectionError: they do not exist or cannot be read.
     """
     if not isinstance(weights, (str, os.PathLike)):
         raise TypeError(
@@ -79,7 +97,7 @@ def load(
         return _load_auto(pipe, transformer, wanted, revision, token)
     path = Path(weights).expanduser()
     on_hub = HUB_FILE.fullmatch(weights) if isinstance(weights, str) else None
-    # "folder/file.safetensors" could be a repository by its form; nobody means that.
+    # "folder/file.safetensors" has the form of a repository id, but means a file.
     if path.exists() or not on_hub or (on_hub[2] is None and path.suffix == ".safetensors"):
         return _load_local(path)
     repo, file = on_hub.groups()
@@ -97,8 +115,8 @@ def _load_auto(
     if fine_tune:
         logger.warning(
             "%s is not %s by name: the published weights replace its own to_q, to_k, to_v and to_out.0 in every "
-            "attention layer, and what it learned there is lost while it is linearized. weights=None keeps them; "
-            "weights='%s/%s' says that you mean it.",
+            "attention layer, and a fine-tune's changes there are lost while it is linearized. weights=None keeps "
+            "them; weights='%s/%s' does the same without this warning.",
             fine_tune,
             BASE,
             REPO,
@@ -108,26 +126,28 @@ def _load_auto(
 
 
 def _load_local(path: Path) -> Checkpoint:
-    if path.is_dir():
-        return _load_folder(path / CONFIG_FILE, path / WEIGHTS_FILE, str(path))
-    if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
-        return _load_folder(path.with_name(CONFIG_FILE), path, str(path))
-    source = f"{REPO}/{path.name}" if path.name in FILES.values() else None
-    return _load_file(path, str(path), published_method(path.name), source)
+    folder, weights = (path, path / WEIGHTS_FILE) if path.is_dir() else (path.parent, path)
+    if path.is_dir() or (path.name == WEIGHTS_FILE and (folder / CONFIG_FILE).is_file()):
+        found = _load_folder(folder / CONFIG_FILE, weights, str(path))
+    else:
+        source = f"{REPO}/{path.name}" if path.name in FILES.values() else None
+        found = _load_file(path, str(path), published_method(path.name), source)
+    return found._replace(label=path.resolve().name)
 
 
 def _load_file(path: Path, name: str, published: Method | None, source: str | None) -> Checkpoint:
     """Read a file without a record; methods other than CLEAR are named in the file itself."""
-    values, recorded = read_checkpoint(path), method_in(path)
+    values, recorded = read_checkpoint(path)
     factor = pooled_factor(values)
-    if recorded:
-        return Checkpoint(values, name, method_from_dict(recorded), factor, source=source)
-    return Checkpoint(values, name, published and published.with_settings(None, factor), factor, source=source)
+    method = published and published.with_settings(None, factor)
+    if recorded is not None:
+        method = method_from_dict(recorded, str(path))
+    return Checkpoint(values, name, name, method, factor, source=source)
 
 
 def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
     if repo == REPO:
-        logger.warning("%s/%s: weights %s", repo, file, LICENCE)
+        logger.warning("%s/%s: weights %s", repo, file, LICENSE_TEXT)
     name = f"{repo}/{file}"
     return _load_file(
         Path(fetch(repo, file, revision, token)), name, published_method(file) if repo == REPO else None, source=name
@@ -142,15 +162,15 @@ def _load_hub_folder(repo: str, revision: str | None, token: str | bool | None) 
 def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint:
     if not config_file.is_file():
         raise FileNotFoundError(
-            f"weights={name!r} is a directory without {CONFIG_FILE}, not one that clear_attn.save_pretrained() wrote "
-            "in full; give a .safetensors file in it, or save it again"
+            f"weights={name!r} is a directory without {CONFIG_FILE}, so clear_attn.save_pretrained() did not write "
+            "it completely; give a .safetensors file in it, or save it again"
         )
     record = read_record(config_file)
-    values = read_checkpoint(weights_file)
+    values, _ = read_checkpoint(weights_file)
     factor = pooled_factor(values)
     if record.method.pooled_factor not in (None, factor):
         raise ValueError(
             f"{config_file} says {record.method.as_arguments()}, and the weights next to it were distilled for "
             f"down_factor={factor}; save or fetch both again"
         )
-    return Checkpoint(values, name, record.method, factor, record.architecture, record.source, record.schedule)
+    return Checkpoint(values, name, name, record.method, factor, record.architecture, record.source, record.schedule)

@@ -1,16 +1,17 @@
-"""Time against pixels, both on logarithmic axes."""
+"""Time by number of pixels, both on logarithmic axes."""
 
 from __future__ import annotations
 
-import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from clear_attn.tools.bench.rows import TOKEN, Row
+from clear_attn.tools.bench.case import TOKEN, Row
 
-STYLES = {
+STYLES: dict[str, Any] = {
     "dense": {"color": "black"},
     "dense-pooled": {"color": "gray"},
     "raster-flex": {"linestyle": "--"},
@@ -18,43 +19,36 @@ STYLES = {
 }
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each level, one line for each variant, window and down_factor.
+def plot(title: str, rows: Sequence[Row], file: Path) -> None:
+    """Draw one line for each variant, window and down_factor.
 
     Raises:
-        ValueError: matplotlib writes no such kind of file.
+        ValueError: matplotlib does not know the format.
     """
-    panels = sorted({(row.level, row.backward) for row in rows}, reverse=True)
-    figure = Figure(figsize=(7 * len(panels), 5), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        of_panel = [row for row in rows if (row.level, row.backward) == panel]
-        for label, points in _lines(of_panel):
-            style = STYLES.get(points[0].variant, {})
-            pixels = [row.height * row.width * TOKEN**2 for row in points]
-            axes.plot(pixels, [row.median_s for row in points], marker="o", label=label, **style)
-            low, high = [row.min_s for row in points], [row.max_s for row in points]
-            axes.fill_between(pixels, low, high, alpha=0.2, color=axes.lines[-1].get_color())
-        first = of_panel[0]
-        what = "one denoising step" if first.level == "model" else "one attention"
-        passes = ", forward and backward" if first.backward else ""
-        axes.set(xscale="log", yscale="log", xlabel="pixels", ylabel="seconds")
-        axes.set_title(f"{what}{passes}: {first.heads} heads of {first.head_dim}, {first.dtype}\n{first.device}")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    lines: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        lines[_label(row)][row.case.height * row.case.width * TOKEN**2] = row
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for label, by_pixels in sorted(lines.items()):
+        pixels = sorted(by_pixels)
+        points = [by_pixels[each] for each in pixels]
+        medians = [row.timing.median_s for row in points]
+        (line,) = axes.plot(pixels, medians, marker="o", label=label, **STYLES.get(points[0].subject.name, {}))
+        low, high = ([bound(row.timing.seconds) for row in points] for bound in (min, max))
+        axes.fill_between(pixels, low, high, alpha=0.2, color=line.get_color())
+    case = rows[0].case
+    passes = ", forward and backward" if case.backward else ""
+    axes.set(xscale="log", yscale="log", xlabel="pixels", ylabel="seconds")
+    axes.set_title(f"{title}{passes}: {case.heads} heads of {case.head_dim}, {case.dtype_name}\n{rows[0].device_name}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
 
 
-def _lines(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows of each line, by size. Dense attention and the bound know no window: one row stands for all."""
-
-    def label(row: Row) -> str:
-        if row.variant in ("dense", "bound"):
-            return row.variant
-        pooled = f", f = {row.down_factor}" if row.down_factor > 1 else ""
-        return f"{row.variant}, r = {row.window}{pooled}"
-
-    lines = []
-    for name, group in itertools.groupby(sorted(rows, key=label), key=label):
-        points = list({(row.height, row.width): row for row in group}.values())
-        lines.append((name, sorted(points, key=lambda row: row.height * row.width)))
-    return lines
+def _label(row: Row) -> str:
+    """Return the line that a row is on. Dense attention and the bound have no window: one line stands for all."""
+    name, case = row.subject.name, row.case
+    if name in ("dense", "bound"):
+        return name
+    return f"{name}, r = {case.window}" + (f", f = {case.down_factor}" if case.down_factor > 1 else "")

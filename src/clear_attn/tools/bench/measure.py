@@ -1,4 +1,4 @@
-"""Times and memory of several subjects, run in turn in one process."""
+"""Time and memory of several subjects, measured in turn in one process."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class Subject(NamedTuple):
     """Something to time.
 
     Attributes:
-        name: for people.
-        call: does it once, and returns a result; may call what it is given at points that cut the time into parts.
-        weights: by which the parts are multiplied; other than 1 where only a share of the work is done.
-        error: how far a result is off, or None where that cannot be told.
+        name: as in a row.
+        call: runs it once and returns a result; may call its argument to mark points that cut the time into parts.
+        weights: factors of the parts, other than 1 where only a share of the work is done.
+        error: the error of a result, or None if it cannot be computed.
         around: a context in which it runs, entered and left outside the time.
+        flops: of the whole work, for the rate.
+        kernel: which of torch's kernels computes it, if torch has several.
+        peak_scales: whether memory grows with the share of the work, so that a share's peak says nothing.
     """
 
     name: str
@@ -33,21 +36,29 @@ class Subject(NamedTuple):
     weights: tuple[float, ...] = (1.0,)
     error: Callable[[Any], float | None] = lambda result: None
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    flops: int = 0
+    kernel: str | None = None
+    peak_scales: bool = True
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether only a share of the work is done, and the time is scaled."""
+        return any(weight != 1 for weight in self.weights)
 
 
 class Timing(NamedTuple):
-    """What was seen of one subject; times in seconds, memory in bytes.
+    """What was measured of one subject; times in seconds, memory in bytes.
 
     Attributes:
         seconds: of each run.
-        compile_s: how much longer the first run took, which compiles, without the weights.
-        peak_bytes: most memory held at once beyond what was held before the run.
+        compile_s: how much longer the first run took, which compiles.
+        peak_bytes: most memory held at once, beyond what was held before the run; None if it is not known.
         error: of a result.
     """
 
     seconds: list[float]
     compile_s: float
-    peak_bytes: int
+    peak_bytes: int | None
     error: float | None
 
     @property
@@ -56,9 +67,10 @@ class Timing(NamedTuple):
 
 
 def measure(subjects: Sequence[Subject], device: torch.device, runs: int) -> list[Timing | None]:
-    """Runs each subject once to warm up, once to weigh it, and then all in turn, so many times.
+    """Run each subject twice, for compilation and for memory, and then all in turn, ``runs`` times.
 
-    Returns None for a subject for which memory is too small.
+    Returns:
+        The timings, None for a subject that runs out of memory.
     """
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return _measure(subjects, device, runs)
@@ -71,16 +83,19 @@ def _measure(subjects: Sequence[Subject], device: torch.device, runs: int) -> li
             warm[number] = _warm_up(subject, device)
     rounds = []
     for _ in range(runs):
-        marks = []
+        marks = {}
         for number in warm:
             with subjects[number].around():
-                marks.append(_marks(subjects[number], device))
-        # Read when all is done: waiting in between would show the time it takes to launch small kernels.
-        rounds.append([_parts(each, device) for each in marks])
+                marks[number] = _marks(subjects[number], device)
+        # Read after the round: waiting within it would show the time it takes to launch small kernels.
+        rounds.append({number: _parts(each, device) for number, each in marks.items()})
     timings: list[Timing | None] = [None] * len(subjects)
-    for (number, (first_s, peak, error)), parts in zip(warm.items(), zip(*rounds, strict=True), strict=True):
-        seconds = [sum(p * w for p, w in zip(run, subjects[number].weights, strict=True)) for run in parts]
-        timings[number] = Timing(seconds, max(0.0, first_s - statistics.median(map(sum, parts))), peak, error)
+    for number, (first_s, peak, error) in warm.items():
+        subject, parts = subjects[number], [parts[number] for parts in rounds]
+        seconds = [sum(p * w for p, w in zip(run, subject.weights, strict=True)) for run in parts]
+        compile_s = max(0.0, first_s - statistics.median(map(sum, parts)))
+        known = peak if not (subject.extrapolated and subject.peak_scales) else None
+        timings[number] = Timing(seconds, compile_s, known, error)
     return timings
 
 
@@ -108,7 +123,7 @@ def _marks(subject: Subject, device: torch.device) -> list[Any]:
 
 
 def _parts(marks: Sequence[Any], device: torch.device) -> list[float]:
-    """Seconds between each mark and the next."""
+    """Return the seconds between each mark and the next."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(marks)]
@@ -122,7 +137,7 @@ def _peak_bytes(subject: Subject, device: torch.device) -> tuple[int, Any]:
         result = subject.call(lambda: None)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - held, result
-    # torch counts a CPU's memory only in its profiler's records.
+    # torch counts memory on a CPU only in the records of its profiler.
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = subject.call(lambda: None)

@@ -1,30 +1,36 @@
-"""The way through an evaluation: check, draw with the student, draw with the teacher, compare, write."""
+"""Evaluate linearized weights: check, draw with the student, draw with the teacher, compare, write."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.target import find_transformer
-from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Judges, make_metrics
+from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_metrics
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
-from clear_attn.tools.evaluate.report import Evaluation, seconds_of, sheet
-from clear_attn.tools.evaluate.student_images import Drawing, Drawn, draw, read_all
+from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
 from clear_attn.utils.atomic import atomic_contents
-from clear_attn.utils.validation import check_whole_number
+from clear_attn.utils.seeded_images import save_images_with_seeds
+from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.metadata import metadata_of
-from clear_attn.weights.published import name_of
+from clear_attn.weights.published import shared_name_of
 
 LIBRARIES = ("clear_attn", "torch", "diffusers", "transformers", "torchmetrics")
 
@@ -50,100 +56,126 @@ def evaluate(
     clip: str = CLIP,
     dino: str = DINO,
     download: bool = False,
-    save_pictures: bool = False,
+    save_images: bool = False,
 ) -> Evaluation:
-    """Draws the same prompts and seeds with a pipeline and with the same pipeline linearized, and compares.
+    """Draw the same prompts and seeds with a pipeline and with the same pipeline linearized, and compare the images.
 
-    Writes `eval.json`, `contact_sheet.png` of the first pictures, and with ``save_pictures`` the folders `teacher` and
+    Writes `eval.json`, `contact_sheet.png` of the first images, and with ``save_images`` the folders `teacher` and
     `student`, into ``output_dir``, when all is done. The pipeline is afterwards as it was.
 
     Args:
         pipe: a text-to-image pipeline that `linearize` supports, dense.
-        prompts: what to draw, each with the next seed.
+        prompts: what to draw; each image has the next seed.
         output_dir: a new or an empty folder.
         weights, window, down_factor, schedule, backend: of the student, as `linearize` takes them.
         height, width (`int`, *optional*): in pixels, whole tokens; by default the pipeline's.
-        seed (`int`, defaults to 0): of the first picture's noise, which is drawn on the CPU.
+        seed (`int`, defaults to 0): of the first image's noise, which is drawn on the CPU.
         num_inference_steps, guidance_scale, max_sequence_length: as the pipeline takes them, and by default its own.
-        batch_size (`int`, defaults to 1): pictures at a time.
-        metrics (*optional*): names of `catalogue.METRICS`, all of which must be at hand; by default those that are.
+        batch_size (`int`, defaults to 1): images per call of the pipeline.
+        metrics (*optional*): names of `metric_registry.METRICS`, all of which must be computable; by default those
+            that are.
         clip, dino (`str`): Hub ids or folders of the models for CLIP-I and CLIP-T, and for DINO. CLEAR's paper names
             neither; numbers from different models do not compare.
-        download (`bool`, defaults to `False`): fetch weights of metrics that are not here.
-        save_pictures (`bool`, defaults to `False`): keep the pictures, as PNG.
+        download (`bool`, defaults to `False`): download missing weights of metrics.
+        save_images (`bool`, defaults to `False`): keep the images, as PNG.
 
     Returns:
         The `Evaluation`, which prints as a table.
 
     Raises:
         TypeError, ValueError: an argument is out of range or unknown; the pipeline is linearized, or was saved so.
-        RuntimeError: a metric that was asked for by name cannot be computed, or none can.
+        RuntimeError: a metric of ``metrics`` cannot be computed, or none can.
         FileExistsError, NotADirectoryError: ``output_dir`` is not a new or an empty folder.
-        As `linearize` and the pipeline. All but the pipeline's own come before anything is drawn.
+        As `linearize` and the pipeline. All but the pipeline's own errors come before anything is drawn.
+
+    Examples:
+        >>> import tempfile
+        >>> from clear_attn import demo
+        >>> from clear_attn.tools.evaluate import evaluate
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = evaluate(
+        ...         demo.pipeline(), ["a red circle"], folder, weights=None, metrics=["psnr"], max_sequence_length=24
+        ...     )
+        >>> found.means["psnr"]["student"] > 10
+        True
     """
     transformer, _ = find_transformer(pipe)
     if not isinstance(pipe, DiffusionPipeline):
-        raise TypeError(f"pipe must be a diffusers pipeline, for it is to draw; got a {type(pipe).__name__}")
+        raise TypeError(f"pipe must be a diffusers pipeline, which draws images; got a {type(pipe).__name__}")
     if metadata_of(transformer):
         raise ValueError(
-            "this pipeline is linearized, or was saved while it was; give the original one: clear_attn.restore(pipe), "
-            "or load it anew"
+            "this pipeline is linearized, or was saved while it was; give the original: clear_attn.restore(pipe), "
+            "or load it again"
         )
-    prompts = _checked_prompts(prompts)
-    drawing = Drawing(
-        _whole_tokens(pipe, "height", height),
-        _whole_tokens(pipe, "width", width),
-        check_whole_number("seed", seed, "it is the first picture's", least=0),
-        num_inference_steps,
-        guidance_scale,
-        max_sequence_length,
-        check_whole_number("batch_size", batch_size, "it is the number of pictures at a time"),
-    )
+    _check_prompts(prompts)
+    check_whole_number("batch_size", batch_size, "it is the number of images per call")
     if num_inference_steps is not None:
         check_whole_number("num_inference_steps", num_inference_steps, "it is the number of denoising steps")
-    made, missing = make_metrics(metrics, Judges(prompts, clip, dino, download))
-    with atomic_contents(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as passing:
-        pictures = folder if save_pictures else Path(passing)
-        # The student first, for linearizing checks all that can be checked of its weights.
+    arguments = {
+        "height": _whole_tokens(pipe, "height", height),
+        "width": _whole_tokens(pipe, "width", width),
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "max_sequence_length": max_sequence_length,
+    }
+    seed = check_whole_number("seed", seed, "it is the first image's", least=0, most=LARGEST_SEED + 1 - len(prompts))
+    seeds = range(seed, seed + len(prompts))
+    made, missing = make_metrics(metrics, Sources(prompts, clip, dino, download))
+    with atomic_contents(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as temporary:
+        parent = folder if save_images else Path(temporary)
+        files = {row: [parent / row / f"{n:05}.png" for n in range(len(prompts))] for row in (STUDENT, TEACHER)}
+
+        def draw(row: str) -> dict[str, float]:
+            (parent / row).mkdir()
+            progress = functools.partial(tqdm, desc=row, unit="batch")
+            seconds = save_images_with_seeds(
+                pipe, prompts, seeds, files[row], batch_size=batch_size, progress=progress, **arguments
+            )
+            return {"total": sum(seconds), "per_image": median(seconds)}
+
+        # The student first, since linearizing checks all that can be checked of its weights.
         with linearized(pipe, window, down_factor, schedule=schedule, weights=weights, backend=backend):
             metadata = metadata_of(transformer) or {}
-            student = draw(pipe, prompts, drawing, pictures / STUDENT)
-        teacher = draw(pipe, prompts, drawing, pictures / TEACHER)
-        _compare(made, teacher, student, prompts, batch_size, execution_device_of(pipe))
+            seconds = {STUDENT: draw(STUDENT)}
+        seconds[TEACHER] = draw(TEACHER)
+        device = execution_device_of(pipe)
+        _compare(made, files, prompts, batch_size, device)
         evaluation = Evaluation(
             settings={
-                "model": name_of(pipe, transformer),
-                "weights": metadata["weights"],
-                "method": metadata["method"],
-                "schedule": metadata["schedule"],
+                "model": shared_name_of(pipe, transformer),
+                **{name: metadata[name] for name in ("weights", "method", "schedule")},
                 "backend": backend,
-                **drawing._asdict(),
+                **arguments,
+                "seed": seed,
+                "batch_size": batch_size,
                 "dtype": str(transformer.dtype).removeprefix("torch."),
-                "device": _device_name(execution_device_of(pipe)),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 "clip": clip,
                 "dino": dino,
             },
             versions=_versions(),
-            seconds={TEACHER: seconds_of(teacher, batch_size), STUDENT: seconds_of(student, batch_size)},
+            seconds=seconds,
             means={name: metric.compute() for name, metric in made.items()},
             missing=missing,
-            pictures=_by_picture(made, prompts, seed),
+            images=[
+                {"prompt": prompt, "seed": seeds[n], **{row: _numbers(made, row, n) for row in (TEACHER, STUDENT)}}
+                for n, prompt in enumerate(prompts)
+            ],
         )
-        sheet(evaluation, teacher, student).save(folder / "contact_sheet.png")
+        evaluation_sheet(evaluation, files).save(folder / "contact_sheet.png")
         (folder / "eval.json").write_text(evaluation.to_json(), encoding="utf-8")
     return evaluation
 
 
-def _checked_prompts(prompts: Sequence[str]) -> list[str]:
+def _check_prompts(prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError(f"prompts must be a list of texts, got {prompts!r}")
+        raise TypeError(f"prompts must be a list of strings, got {prompts!r}")
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
-    return list(prompts)
 
 
 def _whole_tokens(pipe: Any, name: str, side: int | None) -> int:
-    """A side of the picture in pixels; diffusers would round it down to whole tokens."""
+    """Return a side of the image in pixels; diffusers would round it down to whole tokens."""
     transformer, adapter = find_transformer(pipe)
     pixels = adapter.latents_per_token(transformer) * pipe.vae_scale_factor
     if side is None:
@@ -157,48 +189,32 @@ def _whole_tokens(pipe: Any, name: str, side: int | None) -> int:
 @torch.inference_mode()
 def _compare(
     metrics: Mapping[str, Metric],
-    teacher: Drawn,
-    student: Drawn,
+    files: Mapping[str, Sequence[Path]],
     prompts: Sequence[str],
     batch_size: int,
     device: torch.device,
 ) -> None:
-    for metric in metrics.values():
-        metric.to(device)
     for start in tqdm(range(0, len(prompts), batch_size), desc="comparing", unit="batch"):
         part = slice(start, start + batch_size)
-        of_teacher, of_student = (read_all(drawn.files[part]).to(device) for drawn in (teacher, student))
+        teacher, student = (read_images(files[row][part]).to(device) for row in (TEACHER, STUDENT))
         for metric in metrics.values():
-            metric.update(Batch(of_teacher, of_student, prompts[part]))
+            metric.update(Batch(teacher, student, prompts[part]))
 
 
-def _by_picture(metrics: Mapping[str, Metric], prompts: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": prompt,
-            "seed": seed + number,
-            **{
-                row: {
-                    name: metric.per_picture[row][number]
-                    for name, metric in metrics.items()
-                    if row in metric.per_picture
-                }
-                for row in (TEACHER, STUDENT)
-            },
-        }
-        for number, prompt in enumerate(prompts)
-    ]
+def read_images(files: Sequence[Path]) -> Tensor:
+    """Return images of one size as uint8 `[images, 3, height, width]`, on the CPU."""
+    arrays = [np.array(Image.open(file).convert("RGB")) for file in files]
+    return torch.from_numpy(np.stack(arrays)).movedim(-1, 1)
+
+
+def _numbers(metrics: Mapping[str, Metric], row: str, number: int) -> dict[str, float]:
+    """Return the numbers of one image by metric."""
+    return {name: metric.per_image[row][number] for name, metric in metrics.items() if row in metric.per_image}
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = dict.fromkeys(LIBRARIES, "not installed")
     for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

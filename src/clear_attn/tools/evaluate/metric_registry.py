@@ -1,4 +1,4 @@
-"""Which metrics there are, what each means, and how each is made of what is at hand.
+"""The metrics by name: what each means, and how it is made from what is installed and downloaded.
 
 All but PSNR and SSIM are columns of the table with which CLEAR's authors compare a linearized FLUX.1-dev with its
 original (arXiv 2412.16112, 1024 x 1024 px, 5,000 captions of COCO 2014).
@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from clear_attn.tools.evaluate.embeddings import Clip, Dino, ImageSimilarity, TextSimilarity
-from clear_attn.tools.evaluate.metrics import Frechet, Lpips, Mean, Metric, Score, psnr, ssim
+from clear_attn.tools.evaluate import metrics
+from clear_attn.tools.evaluate.embeddings import Clip, Dino
+from clear_attn.tools.evaluate.metrics import Mean, Metric
 from clear_attn.utils.optional_dependencies import Missing, imported, torch_hub_file
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -20,13 +21,13 @@ DINO = "facebook/dino-vits16"
 INCEPTION_FEATURES = 2048
 
 
-class Judges:
-    """What metrics look through, each loaded once, when it is first asked for.
+class Sources:
+    """What metrics are made from; each model is loaded once, when a metric first needs it.
 
     Attributes:
-        prompts: of the pictures to judge.
+        prompts: of the images to compare.
         clip_name, dino_name: Hub ids or folders.
-        download: whether what is not here may be fetched.
+        download: whether missing weights may be downloaded.
     """
 
     def __init__(self, prompts: Sequence[str], clip_name: str, dino_name: str, download: bool) -> None:
@@ -48,124 +49,108 @@ class Definition(NamedTuple):
         title: of its column.
         better: `"higher"` or `"lower"`.
         meaning: in a sentence.
-        make: makes it; raises `Missing` where it cannot be computed.
+        make: makes it; raises `Missing` if it cannot be computed.
     """
 
     title: str
     better: str
     meaning: str
-    make: Callable[[Judges], Metric]
+    make: Callable[[Sources], Metric]
 
 
-def _of_pixels(score: Score) -> Callable[[Judges], Metric]:
-    def make(judges: Judges) -> Metric:
-        imported("torchmetrics.functional.image")
-        return Mean(score)
-
-    return make
+def _of_pixels(score: metrics.Score) -> Mean:
+    imported("torchmetrics.functional.image")
+    return Mean(score)
 
 
-def _lpips(judges: Judges) -> Metric:
-    metrics: Any = imported("torchmetrics.image.lpip")
+def _lpips(sources: Sources) -> Metric:
+    lpip: Any = imported("torchmetrics.image.lpip")
     models: Any = imported("torchvision.models")
-    with torch_hub_file(models.AlexNet_Weights.DEFAULT.url, "AlexNet", judges.download):
-        distance = metrics.LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True)
-    return Mean(Lpips(distance))
+    with torch_hub_file(models.AlexNet_Weights.DEFAULT.url, "AlexNet", sources.download):
+        distance = lpip.LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True)
+    return Mean(metrics.lpips(distance))
 
 
-def _fid(judges: Judges) -> Metric:
-    enough_for_fid(len(judges.prompts), INCEPTION_FEATURES)
+def _fid(sources: Sources) -> Metric:
+    check_enough_for_fid(len(sources.prompts), INCEPTION_FEATURES)
     inception: Any = imported("torch_fidelity.feature_extractor_inceptionv3")
-    metrics: Any = imported("torchmetrics.image.fid")
-    with torch_hub_file(inception.URL_INCEPTION_V3, "Inception-v3", judges.download):
-        return Frechet(metrics.FrechetInceptionDistance(INCEPTION_FEATURES))
+    fid: Any = imported("torchmetrics.image.fid")
+    with torch_hub_file(inception.URL_INCEPTION_V3, "Inception-v3", sources.download):
+        return metrics.Frechet(fid.FrechetInceptionDistance(INCEPTION_FEATURES))
 
 
-def enough_for_fid(pictures: int, features: int) -> None:
-    """Raises Missing where the features' covariances could not have full rank; more pictures are better still."""
-    if pictures <= features:
+def check_enough_for_fid(images: int, features: int) -> None:
+    """Raise Missing if the covariances of the features cannot have full rank; more images are better still."""
+    if images <= features:
         raise Missing(
-            f"it takes more pictures than the {features} features whose covariances are compared, here {pictures}"
+            f"it takes more images than the {features} features whose covariances are compared, here {images}"
         )
 
 
-def _clip_t(judges: Judges) -> Metric:
-    cut = judges.clip.too_long(judges.prompts)
+def _clip_t(sources: Sources) -> Metric:
+    cut = sources.clip.too_long(sources.prompts)
     if cut:
         warnings.warn(
-            f"{cut} of {len(judges.prompts)} prompts have more than the {judges.clip.text_tokens} tokens that "
-            f"{judges.clip_name} reads; clip_t compares pictures with what comes before",
+            f"{cut} of {len(sources.prompts)} prompts have more than the {sources.clip.text_tokens} tokens that "
+            f"{sources.clip_name} reads; clip_t compares images with what comes before",
             stacklevel=2,
         )
-    return Mean(TextSimilarity(judges.clip))
+    return Mean(metrics.text_similarity(sources.clip))
 
 
 METRICS = {
     "fid": Definition(
-        "FID",
-        "lower",
-        "Frechet distance of the two sets of pictures by 2048 features of Inception-v3 (arXiv 1706.08500)",
+        *("FID", "lower"),
+        "Frechet distance of the two sets of images by 2048 features of Inception-v3 (arXiv 1706.08500)",
         _fid,
     ),
     "lpips": Definition(
-        "LPIPS", "lower", "learned distance of each two pictures through AlexNet (arXiv 1801.03924)", _lpips
+        *("LPIPS", "lower", "learned distance of each pair of images through AlexNet (arXiv 1801.03924)"), _lpips
     ),
     "clip_i": Definition(
-        "CLIP-I",
-        "higher",
-        "100 x cosine of the CLIP embeddings of each two pictures",
-        lambda judges: Mean(ImageSimilarity(judges.clip)),
+        *("CLIP-I", "higher", "100 x cosine of the CLIP embeddings of each pair of images"),
+        lambda sources: Mean(metrics.image_similarity(sources.clip)),
     ),
     "dino": Definition(
-        "DINO",
-        "higher",
-        "100 x cosine of the DINO class tokens of each two pictures",
-        lambda judges: Mean(ImageSimilarity(judges.dino)),
+        *("DINO", "higher", "100 x cosine of the DINO class tokens of each pair of images"),
+        lambda sources: Mean(metrics.image_similarity(sources.dino)),
     ),
     "clip_t": Definition(
-        "CLIP-T", "higher", "100 x cosine of the CLIP embeddings of each picture and its prompt", _clip_t
+        *("CLIP-T", "higher", "100 x cosine of the CLIP embeddings of each image and its prompt"), _clip_t
     ),
     "psnr": Definition(
-        "PSNR",
-        "higher",
-        "peak signal-to-noise ratio of each two pictures in dB, infinite for equal ones",
-        _of_pixels(psnr),
+        *("PSNR", "higher", "peak signal-to-noise ratio of each pair of images in dB, infinite for equal ones"),
+        lambda sources: _of_pixels(metrics.psnr),
     ),
     "ssim": Definition(
-        "SSIM", "higher", "structural similarity of each two pictures (Wang et al. 2004)", _of_pixels(ssim)
+        *("SSIM", "higher", "structural similarity of each pair of images (Wang et al. 2004)"),
+        lambda sources: _of_pixels(metrics.ssim),
     ),
 }
 
 
-def check_names(names: Sequence[str] | None) -> None:
-    """Raises ValueError where a name is no metric's."""
-    for name in names or ():
-        if name not in METRICS:
-            raise ValueError(f"{name!r} is no metric; there is {', '.join(METRICS)}")
-
-
-def make_metrics(names: Sequence[str] | None, judges: Judges) -> tuple[dict[str, Metric], dict[str, str]]:
-    """The metrics that can be computed, on the CPU, and why the others cannot.
+def make_metrics(names: Sequence[str] | None, sources: Sources) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Return the metrics that can be computed, and why the others cannot.
 
     Args:
-        names: those that are wanted, all of which must be there; None for all that can be.
-        judges: what they look through.
+        names: those that must be computed; None for all that can be.
+        sources: what they are made from.
 
     Raises:
         ValueError: a name is unknown.
-        RuntimeError: one that is wanted cannot be computed, or none at all.
+        RuntimeError: a metric of ``names`` cannot be computed, or none at all.
     """
-    check_names(names)
+    for name in names or ():
+        if name not in METRICS:
+            raise ValueError(f"{name!r} is not a metric; there is {', '.join(METRICS)}")
     made: dict[str, Metric] = {}
     missing: dict[str, str] = {}
     for name in METRICS if names is None else dict.fromkeys(names):
         try:
-            made[name] = METRICS[name].make(judges)
+            made[name] = METRICS[name].make(sources)
         except Missing as reason:
-            if names is not None:
-                raise RuntimeError(f"{name} cannot be computed: {reason}") from None
             missing[name] = str(reason)
-    if not made:
+    if not made or (names and missing):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-        raise RuntimeError(f"no metric can be computed ({reasons or 'none was asked for'})")
+        raise RuntimeError(f"metrics cannot be computed: {reasons or 'none was asked for'}")
     return made, missing

@@ -1,0 +1,111 @@
+"""The block sizes, warps and stages of each kernel on each architecture: what was compiled ahead of time and chosen.
+
+`clear-attn bench --level compile` compiles them, and tests hold the result to limits. Nothing here was measured on a
+GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KERNELS = ("forward", "query_gradient", "key_gradients", "shared_key_gradients")
+
+
+class Configuration(NamedTuple):
+    """How a kernel is compiled.
+
+    Attributes:
+        rows: of a program, 128 or 64.
+        columns: keys, or queries for the gradients of keys, of one step of a loop: 64, 32 or 16.
+        warps, stages: as Triton's `num_warps` and `num_stages`.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages"
+
+
+Table = dict[str, dict[int, Configuration]]
+
+# By kernel, then by the largest head_dim that a configuration serves.
+_AMPERE: Table = {
+    "forward": {128: Configuration(128, 64, 8, 3), 256: Configuration(64, 32, 8, 2)},
+    "query_gradient": {128: Configuration(128, 64, 8, 2), 256: Configuration(64, 16, 4, 2)},
+    "key_gradients": {
+        64: Configuration(128, 32, 8, 2),
+        128: Configuration(64, 32, 4, 2),
+        256: Configuration(64, 16, 8, 1),
+    },
+    "shared_key_gradients": {
+        64: Configuration(128, 32, 8, 2),
+        128: Configuration(64, 32, 4, 2),
+        256: Configuration(64, 16, 8, 1),
+    },
+}
+# Three stages spill 64 bytes at head_dim 128.
+_AMPERE_80: Table = {
+    **_AMPERE,
+    "forward": {
+        64: Configuration(128, 64, 8, 3),
+        128: Configuration(128, 64, 8, 2),
+        256: Configuration(64, 32, 8, 2),
+    },
+}
+_HOPPER: Table = {
+    "forward": {128: Configuration(128, 64, 8, 3), 256: Configuration(128, 32, 8, 2)},
+    "query_gradient": {128: Configuration(128, 64, 8, 2), 256: Configuration(128, 32, 8, 2)},
+    "key_gradients": {128: Configuration(128, 32, 8, 2), 256: Configuration(64, 16, 8, 1)},
+    "shared_key_gradients": {128: Configuration(128, 32, 8, 2), 256: Configuration(64, 16, 8, 1)},
+}
+_BLACKWELL: Table = {
+    "forward": _HOPPER["forward"],
+    "query_gradient": _HOPPER["query_gradient"],
+    "key_gradients": {
+        64: Configuration(128, 32, 8, 2),
+        128: Configuration(64, 32, 8, 2),
+        256: Configuration(64, 32, 8, 1),
+    },
+    "shared_key_gradients": {
+        64: Configuration(64, 32, 8, 2),
+        128: Configuration(128, 32, 8, 1),
+        256: Configuration(64, 16, 8, 1),
+    },
+}
+_CDNA: Table = {
+    "forward": {128: Configuration(128, 64, 8, 2), 256: Configuration(64, 32, 4, 2)},
+    "query_gradient": {128: Configuration(128, 32, 8, 2), 256: Configuration(64, 32, 4, 2)},
+    "key_gradients": {128: Configuration(64, 32, 4, 2), 256: Configuration(64, 16, 8, 1)},
+    "shared_key_gradients": {128: Configuration(64, 32, 4, 2), 256: Configuration(64, 16, 8, 1)},
+}
+
+CHOSEN: dict[str, Table] = {
+    "sm_80": _AMPERE_80,
+    "sm_86": _AMPERE,
+    "sm_89": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _BLACKWELL,
+    "sm_120": _AMPERE,
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
+}
+# What the interpreter runs, on no architecture.
+INTERPRETED = "sm_90"
+
+# Others that were tried, to be measured beside the chosen ones.
+CANDIDATES: dict[str, tuple[Configuration, ...]] = {
+    "forward": (Configuration(128, 64, 8, 2), Configuration(64, 64, 4, 3), Configuration(128, 32, 8, 3)),
+    "query_gradient": (Configuration(128, 32, 8, 2), Configuration(64, 64, 4, 2)),
+    "key_gradients": (Configuration(128, 64, 8, 2), Configuration(64, 32, 4, 2)),
+    "shared_key_gradients": (Configuration(128, 64, 8, 2), Configuration(64, 32, 4, 2)),
+}
+
+
+def configuration(architecture: str, kernel: str, head_dim: int) -> Configuration:
+    """Return the configuration of a kernel for a head_dim, by the smallest entry that is not below it."""
+    table = CHOSEN[architecture][kernel]
+    return table[min(most for most in table if most >= head_dim)]

@@ -1,0 +1,46 @@
+"""Triton's interpreter, which runs the kernels on a CPU in NumPy, with two faults of it mended.
+
+Triton chooses it when it is first imported with `TRITON_INTERPRET=1` in the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+VARIABLE = "TRITON_INTERPRET"
+
+
+def is_requested() -> bool:
+    """Whether the environment asks for the interpreter."""
+    return os.environ.get(VARIABLE) == "1"
+
+
+@functools.cache
+def mend() -> None:
+    """Mend what is wrong in Triton 3.6 and 3.9: a no-op where it is right."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    tl = interpreter.tl
+
+    def widen(handle: Any) -> Any:
+        # NumPy has no bfloat16: it is held as uint16, and a product would multiply the bit patterns as integers.
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data.astype(np.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        product = np.matmul(widen(a), widen(b), dtype=np.float32) + d.data
+        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # NumPy 2.4 converts no array of one dimension to an int.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_lang_tensor

@@ -1,0 +1,1 @@
+"""What one call carries to its attention layers, and how it gets there."""

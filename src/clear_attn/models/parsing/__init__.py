@@ -1,0 +1,1 @@
+"""What adapters share to parse the arguments of a call."""

@@ -1,0 +1,1 @@
+"""The attention processors of linearized layers."""

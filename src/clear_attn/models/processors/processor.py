@@ -1,0 +1,184 @@
+"""The attention processor of linearized layers: an adapter's projections around a method's attention."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clear_attn.methods import Layer, Method
+from clear_attn.models.context.context import ClearContext
+
+
+class Inputs(NamedTuple):
+    """What diffusers gives a processor."""
+
+    hidden_states: Tensor
+    encoder_hidden_states: Tensor | None = None
+    attention_mask: Tensor | None = None
+    image_rotary_emb: Any = None
+
+
+class ClearAttnProcessor(nn.Module):
+    """Attention of one layer of a linearized transformer, by any method.
+
+    The layer calls it as diffusers calls its own processors. What it needs beyond that arrives as `clear_context`,
+    which the entry hook of a linearized transformer adds to the call. A subclass adds nothing but the signature by
+    which another model's layers call it.
+
+    It is a module for the sake of its parameters, which are registered here and used in `forward` alone, so that
+    offloading hooks fire. Calling it means attention.
+
+    Args:
+        adapter: of the model.
+        method: what the linearized layers do, unless the schedule says otherwise.
+        layer: which one this is.
+        group: the number of the layer's group in a context.
+
+    Raises:
+        RuntimeError: when called without a context, with an attention mask, or under diffusers' context parallelism.
+    """
+
+    # What a user set on a layer's processor, and the next one there takes over.
+    layer_settings: tuple[str, ...] = ("_attention_backend", "_parallel_config")
+    # Declared, so that diffusers' set_attention_backend and enable_parallelism find them here.
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(
+        self, adapter: Any = None, method: Method | None = None, layer: Layer | None = None, group: int = 0
+    ) -> None:
+        super().__init__()
+        self.adapter, self.method, self.layer, self.group = adapter, method, layer, group
+        initial = method.parameters_for(layer) if method and layer else {}
+        self._names = tuple(initial)
+        for name, value in initial.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        clear_context: ClearContext | None = None,
+    ) -> Any:
+        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return self.run(attn, inputs, clear_context)
+
+    def run(self, attn: Any, inputs: Inputs, context: Any) -> Any:
+        """Project, attend, project out."""
+        context = self.validate_call(inputs, context)
+        query, key, value, rest = self.adapter.project(attn, inputs)
+        joint = self.as_module(query, key, value, context)
+        return self.adapter.project_out(attn, joint, inputs, rest)
+
+    def as_module(self, *args: Any) -> Tensor:
+        """Call `forward`, and the hooks on it."""
+        output: Tensor = super().__call__(*args)
+        return output
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: ClearContext) -> Tensor:
+        """Return the attention of the layer, `[batch, tokens, heads x head_dim]`."""
+        parameters = [getattr(self, name) for name in self._names]
+        return context.attend(self.group, query, key, value, parameters, self._attention_backend)
+
+    def extra_repr(self) -> str:
+        return repr(self.method)
+
+    def validate_call(self, inputs: Inputs, context: Any) -> Any:
+        """Return the context if a call can be served, else raise RuntimeError."""
+        # The layer's name is read only for an error: a compiled block that reads it is recompiled for each layer.
+        if context is None or self.adapter is None:
+            raise RuntimeError(
+                f"{self._where} was called without a context: call the linearized transformer, not its blocks; if its "
+                "hooks were removed, load the model again"
+            )
+        if inputs.attention_mask is not None:
+            raise RuntimeError(
+                f"{self._where} takes no attention mask, got one of shape {list(inputs.attention_mask.shape)}; leave "
+                "it out of joint_attention_kwargs, or clear_attn.restore() the model"
+            )
+        if self._parallel_config is not None:
+            raise RuntimeError(
+                f"{self._where} does not work under diffusers' context parallelism; leave it switched off"
+            )
+        return context
+
+    @property
+    def attention_backend(self) -> Any:
+        """The backend of diffusers that the user set for dense attention, or None."""
+        return self._attention_backend
+
+    @property
+    def _where(self) -> str:
+        return f"{type(self).__name__} at {self.layer.name if self.layer else 'an unnamed layer'}"
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """Return `[batch, tokens, heads, head_dim]` of `[batch, tokens, heads x head_dim]`."""
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def normalize(attn: Any, query: Tensor, key: Tensor, norms: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """Return query and key after the layer's norms, where it has them."""
+    norm_query, norm_key = (getattr(attn, norm, None) for norm in norms)
+    return norm_query(query) if norm_query else query, norm_key(key) if norm_key else key
+
+
+def _project_stream(
+    attn: Any, x: Tensor, names: tuple[str, str, str], fused: str | None, norms: tuple[str, str]
+) -> list[Tensor]:
+    parts = getattr(attn, fused)(x).chunk(3, dim=-1) if fused else [getattr(attn, name)(x) for name in names]
+    query, key, value = (split_heads(part, attn.inner_dim // attn.heads) for part in parts)
+    return [*normalize(attn, query, key, norms), value]
+
+
+def project(attn: Any, inputs: Inputs, text_first: bool, fused: bool) -> list[Tensor]:
+    """Return query, key and value `[batch, heads, tokens, head_dim]`, as FLUX's and SD3's own processors do.
+
+    A layer gets text and image apart, to be joined in the model's order, or one sequence.
+
+    Args:
+        attn: the layer.
+        inputs: of its processor.
+        text_first: the order in which text and image are joined.
+        fused: whether query, key and value come from one fused projection.
+    """
+    names, norms = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
+    streams = [_project_stream(attn, inputs.hidden_states, names, "to_qkv" if fused else None, norms)]
+    if inputs.encoder_hidden_states is not None:
+        names, norms = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+        text = _project_stream(attn, inputs.encoder_hidden_states, names, "to_added_qkv" if fused else None, norms)
+        streams.insert(0 if text_first else 1, text)
+    query, key, value = (torch.cat(each, dim=1) if len(each) > 1 else each[0] for each in zip(*streams, strict=True))
+    query, key = rotate(query, key, inputs.image_rotary_emb)
+    return [x.transpose(1, 2) for x in (query, key, value)]
+
+
+def rotate(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Return query and key `[batch, tokens, heads, head_dim]` with their rotary embedding."""
+    if rotary is None:
+        return query, key
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1)
+
+
+def project_out(attn: Any, joint: Tensor, inputs: Inputs, text_first: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Return what a layer gives for the output of its attention, image and text apart if it got them so.
+
+    Args:
+        joint: `[batch, tokens, heads x head_dim]`.
+    """
+    text_tokens = 0 if inputs.encoder_hidden_states is None else inputs.encoder_hidden_states.shape[1]
+    split = text_tokens if text_first else joint.shape[1] - text_tokens
+    first, second = joint[:, :split], joint[:, split:]
+    text, image = (first, second) if text_first else (second, first)
+    if getattr(attn, "to_out", None) is not None:
+        image = attn.to_out[1](attn.to_out[0](image))
+    if inputs.encoder_hidden_states is None:
+        return image
+    return image, text if getattr(attn, "context_pre_only", False) else attn.to_add_out(text)

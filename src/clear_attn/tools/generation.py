@@ -1,0 +1,124 @@
+"""What `clear-attn generate` does: resolve a plan, load the pipeline, draw, and save what is finished."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import typer
+from PIL import Image, ImageOps
+
+from clear_attn.cascade import HighresError, HighresInterrupted, HighresPlan, HighresResult, highres
+from clear_attn.cascade.plan import describe, fingerprint
+from clear_attn.cascade.planning import random_seed
+from clear_attn.cascade.result import plan_file, save_plan, save_with_plan, stage_file
+from clear_attn.models._diffusers import execution_device_of
+from clear_attn.parallel import launch, parallelize
+from clear_attn.patching.linearization import linearize
+from clear_attn.tools import options
+
+
+def open_image(file: Path) -> Image.Image:
+    """Return an image as viewers show it."""
+    with Image.open(file) as image:
+        # Cameras save how they were held, not a turned image.
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def load_plan(file: Path, image: Image.Image | None) -> HighresPlan:
+    """Load a plan, and check that it starts from an image.
+
+    Raises:
+        ValueError: it starts from another image, or from none.
+    """
+    plan, given = HighresPlan.load(file), fingerprint(image) if image else None
+    if given != plan.image:
+        wanted = f"starts from an image {plan.image}" if plan.image else "starts from no image"
+        raise ValueError(f"{file} {wanted}, and --init-image is {given or 'not given'}")
+    return plan
+
+
+def select_rank_device(name: str | None) -> torch.device:
+    """Return the device of a name; under torchrun each process has a GPU of its own, or all take the CPU."""
+    if not launch.launched() or name == "cpu":
+        return options.select_device(name)
+    if name is not None:
+        raise typer.BadParameter("under torchrun each process takes its own GPU; leave it out", param_hint="--device")
+    return launch.own_device()
+
+
+def differences(planned: dict[str, Any], present: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Return in words how one pipeline differs from another, as `describe` describes them."""
+    for name in sorted(planned.keys() | present.keys()):
+        before, now = planned.get(name), present.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name} was {before!r} and is {now!r}"
+
+
+def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: bool) -> None:
+    """Draw a large image and save it; under torchrun, with all processes.
+
+    After Ctrl-C or an error it saves the images that are finished, and ends the program.
+    """
+    if launch.launched():
+        arguments = _parallelize(pipe, arguments)
+
+    def save_stage(number: int, image: Image.Image, plan: HighresPlan) -> None:
+        if launch.is_first() and number == 0:
+            save_plan(plan, output)
+        if launch.is_first() and save_stages and number < len(plan.stages):
+            save_with_plan(image, stage_file(output, number, image), plan)
+
+    try:
+        result = highres(pipe, **arguments, callback_on_stage_end=save_stage)
+    except HighresInterrupted as stop:
+        _save_finished("Interrupted", stop.result, output)
+        raise typer.Exit(130) from None
+    except HighresError as failure:
+        cause = failure.__cause__
+        _save_finished(f"{type(cause).__name__}: {cause}", failure.result, output)
+        # Only CUDA has a class for this.
+        if isinstance(cause, MemoryError) or re.search("allocate memory|out of memory", str(cause)):
+            typer.echo("Less memory is needed for a smaller image, or on a GPU with --offload", err=True)
+        raise typer.Exit(1) from None
+    if launch.is_first():
+        saved = result.save(output)[-1]
+        typer.echo(f"Saved {saved} and {plan_file(output)}, seed {result.plan.seed}")
+    if launch.launched():
+        dist.destroy_process_group()
+
+
+def _parallelize(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Linearize a pipeline and split it over the ranks; return the arguments with one seed for all ranks."""
+    launch.join()
+    launch.interrupt_on_sigterm()
+    names = ("window", "down_factor", "weights", "revision")
+    linearize(pipe, **{name: arguments[name] for name in names if name in arguments})
+    parallelize(pipe)
+    if not launch.is_first():
+        pipe.set_progress_bar_config(disable=True)
+    if arguments.get("seed") is not None:
+        return arguments
+    seed = random_seed(execution_device_of(pipe))
+    dist.broadcast(seed, src=0)
+    return {**arguments, "seed": int(seed)}
+
+
+def warn_of_differences(plan: HighresPlan, pipe: Any) -> None:
+    """Warn if a pipeline is not the one of a plan."""
+    if changes := "; ".join(differences(plan.model, describe(pipe))):
+        typer.echo(f"Warning: the image will differ, as the pipeline does: {changes}", err=True)
+
+
+def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
+    if launch.launched():
+        launch.ignore_signals()
+    files = result.save(output) if launch.is_first() and result.images else []
+    saved = f"; saved {', '.join(map(str, files)) or 'nothing'}" if launch.is_first() else ""
+    typer.echo(f"{reason}{saved}", err=True)

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+import clear_attn as clear
+from tests.backends.triton.interpreted.cases import distance
+from tests.helpers import dummy_models
+
+FAMILIES = {
+    "flux": dummy_models.FLUX,
+    "sd3": dummy_models.SD3,
+    "flux2": dummy_models.FLUX2,
+    "qwen": dummy_models.QWEN,
+    "chroma": dummy_models.CHROMA,
+    "dit": dummy_models.DIT,
+}
+# From the reference in the same dtype, for the rest of a model rounds as well.
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def linearized(family, backend, dtype, **arguments):
+    transformer = family.transformer().to(dtype)
+    return clear.linearize(transformer, window=3, weights=None, backend=backend, **arguments)
+
+
+def call_of(family, transformer, dtype, grid=(9, 11), **arguments):
+    call = family.call(transformer, grid, **arguments)
+    return {
+        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in call.items()
+    }
+
+
+def output_of(family, backend, dtype, grid=(9, 11), **arguments):
+    transformer = linearized(family, backend, dtype, **arguments)
+    with torch.no_grad():
+        return transformer(**call_of(family, transformer, dtype, grid))[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_whole_models(family):
+    grid = (6, 6) if family is dummy_models.DIT else (9, 11)
+    expected = output_of(family, "reference", torch.float16, grid)
+    assert distance(output_of(family, "triton", torch.float16, grid), expected) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("family", [dummy_models.FLUX, dummy_models.SD3], ids=["flux", "sd3"])
+def test_bfloat16(family):
+    expected = output_of(family, "reference", torch.bfloat16)
+    assert distance(output_of(family, "triton", torch.bfloat16), expected) < TOLERANCE[torch.bfloat16]
+
+
+def test_pooled_keys():
+    expected = output_of(dummy_models.FLUX, "reference", torch.float16, down_factor=2)
+    output = output_of(dummy_models.FLUX, "triton", torch.float16, down_factor=2)
+    assert distance(output, expected) < TOLERANCE[torch.float16]
+
+
+def test_padded_text():
+    family, results = dummy_models.QWEN, []
+    for backend in ("reference", "triton"):
+        transformer = linearized(family, backend, torch.float16)
+        with torch.no_grad():
+            results.append(transformer(**call_of(family, transformer, torch.float16, batch=2, padded=(2, 0)))[0])
+    assert distance(results[1], results[0]) < TOLERANCE[torch.float16]
+
+
+def test_two_segments():
+    results = []
+    for backend in ("reference", "triton"):
+        transformer = linearized(dummy_models.FLUX, backend, torch.float16)
+        call = dummy_models.flux_call(transformer, (9, 11), (5, 6))
+        call = {k: x.half() if isinstance(x, torch.Tensor) and "ids" not in k else x for k, x in call.items()}
+        with torch.no_grad():
+            results.append(transformer(**call)[0])
+    assert distance(results[1], results[0]) < TOLERANCE[torch.float16]
+
+
+def test_training_with_checkpointing():
+    gradients = []
+    for checkpointing in (False, True):
+        transformer = linearized(dummy_models.FLUX, "triton", torch.float16).train()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        call = call_of(dummy_models.FLUX, transformer, torch.float16, (5, 9))
+        transformer(**call)[0].float().square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients)
+
+
+def test_a_compiled_model():
+    transformer = linearized(dummy_models.CHROMA, "triton", torch.float16)
+    call = call_of(dummy_models.CHROMA, transformer, torch.float16, (5, 9))
+    with torch.no_grad():
+        expected = transformer(**call)[0]
+        output = torch.compile(transformer, backend="aot_eager")(**call)[0]
+    assert distance(output, expected) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_model_compiled_by_inductor():
+    transformer = linearized(dummy_models.FLUX, "triton", torch.float16)
+    call = call_of(dummy_models.FLUX, transformer, torch.float16, (5, 9))
+    with torch.no_grad():
+        expected = transformer(**call)[0]
+        output = torch.compile(transformer)(**call)[0]
+    assert distance(output, expected) < 1e-2

@@ -1,0 +1,127 @@
+"""The table of models that the tests run with: one entry for each transformer class.
+
+A test of what differs by model is decorated with `each_family`. The fixture `family` is two of them, for the rest.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from tests.helpers import dummy_models
+
+
+class Family(NamedTuple):
+    """How to make a small model, variants of it, and calls; and what the model supports.
+
+    Attributes:
+        transformer: makes a small random one.
+        variants: keywords for `transformer` that make other kinds of it.
+        call: makes the keywords of a forward call, from grids, text, batch, seed and controlnet.
+        layers: the number of its attention layers.
+        text_tokens: the default length of the text; 0 for a model without text.
+        most_grids: the most images in one sequence: the image and its references.
+        square: whether images must be square.
+        residuals: whether a call takes the residuals of a ControlNet.
+        padding: whether a call takes a mask for padded text; `call` then takes `padded`, a length per text.
+        fused: whether its layers can fuse their projections.
+        default_device: whether diffusers creates all tensors of a call on the device of its inputs.
+        lora: whether diffusers can load a LoRA into it.
+        training: whether it can be distilled.
+        timestep_of_sigma_1: the timestep of a call at sigma 1; None if its timestep is not a sigma.
+    """
+
+    transformer: Callable
+    variants: list[dict]
+    call: Callable
+    layers: int
+    text_tokens: int = 512
+    most_grids: int = 1
+    square: bool = False
+    residuals: bool = False
+    padding: bool = False
+    fused: bool = True
+    default_device: bool = True
+    lora: bool = True
+    training: bool = False
+    timestep_of_sigma_1: float | None = 1.0
+
+    def grid(self, height, width):
+        """Return a grid of this size, or the square one of this height if images must be square."""
+        return (height, height) if self.square else (height, width)
+
+    def call_without_mask(self, *args, **kwargs):
+        """Make a call without a mask for padded text."""
+        return {name: value for name, value in self.call(*args, **kwargs).items() if "mask" not in name}
+
+
+FLUX = Family(
+    dummy_models.flux_transformer,
+    [{"guidance": False}, {"guidance": True}],
+    dummy_models.flux_call,
+    layers=4,
+    most_grids=2,
+    residuals=True,
+    training=True,
+)
+SD3 = Family(
+    dummy_models.sd3_transformer,
+    [{"dual": False}, {"dual": True}],
+    dummy_models.sd3_call,
+    layers=4,
+    text_tokens=333,
+    residuals=True,
+    training=True,
+    timestep_of_sigma_1=1000.0,
+)
+FLUX2 = Family(
+    dummy_models.flux2_transformer,
+    [{"guidance": False}, {"guidance": True}],
+    dummy_models.flux2_call,
+    layers=4,
+    most_grids=3,
+)
+QWEN = Family(
+    dummy_models.qwen_transformer,
+    [{}, {"zero_cond_t": True}],
+    dummy_models.qwen_call,
+    layers=3,
+    most_grids=3,
+    residuals=True,
+    padding=True,
+    fused=False,
+)
+CHROMA = Family(
+    dummy_models.chroma_transformer,
+    [{}],
+    dummy_models.chroma_call,
+    layers=4,
+    most_grids=2,
+    residuals=True,
+    padding=True,
+    default_device=False,
+)
+DIT = Family(
+    dummy_models.dit_transformer,
+    [{}, {"patch_size": 1, "out_channels": 4}],
+    dummy_models.dit_call,
+    layers=3,
+    text_tokens=0,
+    square=True,
+    fused=False,
+    lora=False,
+    timestep_of_sigma_1=None,
+)
+FAMILIES = {"flux": FLUX, "sd3": SD3, "flux2": FLUX2, "qwen": QWEN, "chroma": CHROMA, "dit": DIT}
+# Text first and text last, references, latents in two dimensions: enough for what does not differ by model.
+USUAL = ("flux", "sd3")
+
+
+def each_family(**properties):
+    """Run a test for every family, or for those with these properties."""
+    selected = {
+        name: family
+        for name, family in FAMILIES.items()
+        if all(getattr(family, field) == value for field, value in properties.items())
+    }
+    return pytest.mark.parametrize("family", selected.values(), ids=selected)

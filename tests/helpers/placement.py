@@ -1,0 +1,27 @@
+"""Ways to offload or cast a transformer."""
+
+import accelerate
+import torch
+
+
+def by_group(level):
+    def offload(transformer):
+        transformer.enable_group_offload(
+            onload_device=torch.device("cpu"),
+            offload_type=level,
+            num_blocks_per_group=1 if level == "block_level" else None,
+        )
+
+    return offload
+
+
+def as_a_whole(transformer):
+    accelerate.cpu_offload_with_hook(transformer, execution_device="cpu")
+
+
+def to_eight_bits(transformer):
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def nothing(transformer):
+    pass

@@ -1,0 +1,112 @@
+"""What others changed while a pipeline was linearized is not lost without a word."""
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+import clear_attn as clear
+from tests.helpers.snapshots import assert_same, checkpoint_for, layers_of, snapshot, train
+
+
+@pytest.fixture
+def weights(transformer, tmp_path):
+    save_file(checkpoint_for(transformer, 2), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def bake_lora(transformer):
+    """Fuse a LoRA and unload it."""
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "ff.net.2"], init_lora_weights=False))
+    transformer.fuse_lora()
+    transformer.unload_lora()
+
+
+def load_other_values(transformer):
+    state = {name: value + 0.01 * torch.randn(value.shape) for name, value in transformer.state_dict().items()}
+    transformer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_fused_and_unfused_is_no_change(transformer, weights, dtype):
+    clear.linearize(transformer.to(dtype), weights=weights)
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=0.1, target_modules=["to_q"], init_lora_weights=False))
+    transformer.fuse_lora()
+    transformer.unfuse_lora()
+    transformer.unload_lora()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clear.restore(transformer)
+
+
+CHANGES = {"LoRA baked in": bake_lora, "state dict loaded": load_other_values, "trained": train}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("verb", [clear.restore, lambda model: clear.linearize(model, weights=None)])
+def test_changed_values_that_would_be_lost_are_named(transformer, weights, change, verb):
+    clear.linearize(transformer, weights=weights)
+    change(transformer)
+    with pytest.warns(UserWarning, match=r"attention parameters \(.*to_q.*changed since clear_attn.linearize"):
+        verb(transformer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_moving_is_no_change(transformer, weights, dtype):
+    before = snapshot(transformer)
+    clear.linearize(transformer, weights=weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clear.linearize(transformer.to(dtype), weights=weights)
+        clear.restore(transformer)
+    # Originals come back unrounded; what was not replaced was rounded by the user's moves.
+    after, replaced = snapshot(transformer.float()), checkpoint_for(transformer)
+    for name, value in before["state"].items():
+        if name in replaced:
+            assert torch.equal(after["state"][name], value.to(dtype).float()), name
+
+
+def test_originals_come_back_unrounded_after_a_move_there_and_back(transformer, weights):
+    before = snapshot(transformer)["state"]
+    clear.linearize(transformer, weights=weights)
+    clear.restore(transformer.to(torch.bfloat16).float())
+    after, replaced = transformer.state_dict(), checkpoint_for(transformer)
+    assert all(torch.equal(after[name], before[name]) for name in replaced)
+    others = [name for name in before if name not in replaced and before[name].is_floating_point()]
+    assert any(not torch.equal(after[name], before[name]) for name in others)
+
+
+def test_nothing_is_lost_of_a_model_with_its_own_weights(transformer):
+    clear.linearize(transformer, 3, weights=None)
+    bake_lora(transformer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clear.restore(transformer)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_pooled_weights_are_trainable_where_the_layer_is(transformer, frozen):
+    transformer.requires_grad_(not frozen)
+    clear.linearize(transformer, 3, 2, weights=None)
+    own = [value for attn in layers_of(transformer).values() for value in attn.processor.parameters()]
+    assert own
+    assert all(value.requires_grad is not frozen for value in own)
+
+
+def test_nothing_trained_is_nothing_to_save(transformer, tmp_path):
+    clear.linearize(transformer, 3, 2, weights=None)
+    before = snapshot(transformer)
+    with pytest.raises(RuntimeError, match="nothing was trained since, so there is nothing to save"):
+        clear.save_pretrained(transformer, tmp_path / "saved")
+    assert_same(transformer, before)
+    assert not (tmp_path / "saved").exists()
+    train(transformer)
+    clear.save_pretrained(transformer, tmp_path / "saved")
+
+
+def test_pooled_weights_alone_are_something_to_save(transformer, tmp_path):
+    clear.linearize(transformer, 3, 2, weights=None)
+    next(iter(layers_of(transformer).values())).processor.spatial_weight.data.mul_(1.1)
+    clear.save_pretrained(transformer, tmp_path / "saved")

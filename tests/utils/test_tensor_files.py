@@ -1,0 +1,79 @@
+"""Safetensors files: Ctrl-C stays Ctrl-C, and only a broken file is called broken."""
+
+import os
+import signal
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from clear_attn.utils import tensor_files
+from clear_attn.utils.tensor_files import read_tensors
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file({"a": torch.randn(3), "b": torch.randn(2, 2)}, tmp_path / "x.safetensors", metadata={"of": "two"})
+    return tmp_path / "x.safetensors"
+
+
+def test_reads_tensors_and_metadata(file):
+    tensors, metadata = read_tensors(file)
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == {"a": (3,), "b": (2, 2)}
+    assert metadata == {"of": "two"}
+
+
+class SwallowsInterrupts:
+    """A file that is interrupted while safetensors reads it, which turns the interrupt into another error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, file, framework):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def keys(self):
+        return ["a"]
+
+    def get_tensor(self, name):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # where Python runs its signal handlers
+                pass
+        except KeyboardInterrupt:
+            pass
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("bare"), safetensors.SafetensorError("half")])
+def test_ctrl_c_is_ctrl_c_whatever_safetensors_makes_of_it(file, monkeypatch, error):
+    monkeypatch.setattr(tensor_files, "safe_open", SwallowsInterrupts(error))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        read_tensors(file)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_users_handler_is_called(file, monkeypatch):
+    calls = []
+    before = signal.signal(signal.SIGINT, lambda number, _: calls.append(number))
+    try:
+        monkeypatch.setattr(tensor_files, "safe_open", SwallowsInterrupts(ValueError("bare")))
+        with pytest.raises(ValueError, match="bare"):
+            read_tensors(file)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert calls == [signal.SIGINT]
+
+
+def test_half_a_file_is_named(file):
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a complete safetensors file"):
+        read_tensors(file)
