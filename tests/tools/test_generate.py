@@ -180,7 +180,7 @@ def test_starts_from_an_image_as_it_is_shown(tmp_path):
     [
         (("--prompt", "a red circle"), "--height, --width must be given, or a --plan"),
         ((*SMALL, "--height", 4), "4 x 160 px is less than one token of 8 px"),
-        ((*SMALL, "--height", 128, "--negative-prompt", "rain"), "negative_prompt has no effect without true_cfg_scale"),
+        ((*SMALL, "--height", 128, "--negative-prompt", "rain"), "negative_prompt has no effect without"),
         (
             (*SMALL, "--height", 128, "--true-cfg-scale", 4),
             "--true-cfg-scale 4.0 has no effect without negative_prompt",
@@ -209,7 +209,15 @@ def test_refuses(tmp_path, options, words, monkeypatch):
 
 
 def test_refuses_an_output_that_cannot_be_saved(tmp_path):
-    for file, words in (("no/out.png", "no such directory"), ("out.xyz", "names no image format")):
-        result = generate(tmp_path / file, *SMALL, "--height", 128)
+    (tmp_path / "mine.png.json").write_text('{"mine": 1}')
+    files = {
+        "no/out.png": "no such directory",
+        "out.xyz": "names no image format",
+        "out.ico": "does not end in .png",
+        f"{'x' * 240}.png": "cannot be written",
+        "mine.png": "is not a plan and would be overwritten",
+    }
+    for file, words in files.items():
+        result = generate(tmp_path / file, *SMALL, "--height", 128, "--overwrite")
         assert result.exit_code == 2
         assert words in shown(result)
