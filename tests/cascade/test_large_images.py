@@ -1,5 +1,6 @@
 """The cascade: what it draws, and what it leaves."""
 
+import gc
 from dataclasses import replace
 from unittest import mock
 
@@ -12,10 +13,12 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cascade import stage_runner as cascade
+from clear_attn.cascade.stage_runner import Cascade
 from clear_attn.demo.scenes import held_out_scenes, read
-from clear_attn.patching import state
+from clear_attn.patching import linearization, state
 from clear_attn.patching.context_managers import restored
+from clear_attn.patching.target import find_transformer
+from clear_attn.weights.parameters import replaced_parameters
 from tests.helpers import dummy_models
 from tests.helpers.large_images import BASE, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 from tests.helpers.placement import by_group
@@ -171,6 +174,43 @@ def test_refuses_a_base_image_whose_weights_were_given_up(pipe):
     assert draw(pipe, window=None, weights="auto", image=noise(64, 64)).finished
 
 
+def test_refuses_a_base_image_of_a_pipeline_without_its_original_weights(pipe, tmp_path):
+    clear.linearize(pipe, weights=demo.distilled()).save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="was loaded with distilled weights in it"):
+        draw(loaded, window=None, weights="auto")
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_holds_the_attention_weights_no_more_often_than_needed(pipe, linearized, monkeypatch):
+    """The originals and the distilled weights; for the base image of a linearized pipeline, the originals twice."""
+    distilled = {"weights": demo.distilled(), "window": None}
+    transformer, adapter = find_transformer(pipe)
+    weights = [each for each in replaced_parameters(adapter.attention_layers(transformer)).values() if each.ndim == 2]
+    shapes, once = {each.shape for each in weights}, sum(each.nbytes for each in weights)
+
+    def held():
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+        return sum({each.data_ptr(): each.nbytes for each in tensors if each.shape in shapes}.values())
+
+    others = held() - once
+    if linearized:
+        clear.linearize(pipe, weights=demo.distilled())
+        distilled["weights"] = "auto"
+    copies = []
+
+    def count(runner, step, timestep, tensors):
+        copies.append(round((held() - others) / once, 1))
+        return tensors
+
+    loads = mock.Mock(wraps=linearization.load)
+    monkeypatch.setattr(linearization, "load", loads)
+    draw(pipe, callback_on_step_end=count, **distilled)
+    assert copies == ([3.0] * 2 if linearized else [2.0] * 2) + [2.0] * 2
+    assert loads.call_count == (not linearized)
+
+
 class TestAfterwards:
     def test_all_is_as_it_was(self, pipe):
         before = everything(pipe)
@@ -193,6 +233,34 @@ class TestAfterwards:
             draw(pipe, callback_on_step_end=fail)
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         assert [image.size for image in caught.value.result.images] == [(64, 64)]
+        assert_as_it_was(pipe, before)
+
+    @pytest.mark.parametrize("broken", ["base image", "stage", "decoder"])
+    def test_nan_stops_at_its_stage(self, pipe, broken, monkeypatch):
+        before, steps, decode = everything(pipe), [], pipe.vae.decode
+
+        def break_latents(runner, step, timestep, tensors):
+            steps.append(step)
+            if isinstance(runner, FluxImg2ImgPipeline) == (broken == "stage"):
+                tensors["latents"][0, 0, 0] = float("nan")
+            return tensors
+
+        if broken == "decoder":
+            monkeypatch.setattr(
+                pipe.vae, "decode", lambda *args, **kwargs: (decode(*args, **kwargs)[0] * float("nan"),)
+            )
+        where = {
+            "base image": "base image, 64 x 64 px: the latents after step 1",
+            "stage": "stage 1 of 1, 128 x 128 px: the latents after step 1",
+            "decoder": "base image, 64 x 64 px: the decoded pixels",
+        }[broken]
+        words = (
+            f"FloatingPointError: {where}, in float32, contain NaN or infinity; .* bfloat16 or float32 usually helps"
+        )
+        with pytest.raises(clear.HighresError, match=words) as caught:
+            draw(pipe, callback_on_step_end=None if broken == "decoder" else break_latents)
+        assert len(caught.value.result.images) == (broken == "stage")
+        assert steps == {"base image": [0], "stage": [0, 1, 0], "decoder": []}[broken]
         assert_as_it_was(pipe, before)
 
     def test_ctrl_c_gives_what_was_finished(self, pipe):
@@ -238,16 +306,14 @@ class TestAfterwards:
         draw(pipe, callback_on_step_end=Look())
         assert seen == [{"latents", "prompt_embeds"}] * 4
 
-    # Linearizing, the original weights for the base image, the way back from them (which is tried again), and the way
-    # back from linearizing.
+    # A dense pipeline: linearizing after the base image, and the way back. A linearized one: the originals for the base
+    # image, and the way back from them. An interrupted way back is tried again.
     @pytest.mark.parametrize(
         ("linearized", "at", "finished"),
         [
-            (False, [1], None),
-            (False, [2], 0),
-            (False, [3], 1),
-            (False, [3, 4], 1),
-            (False, [4], 2),
+            (False, [1], 1),
+            (False, [1, 2], 1),
+            (False, [2], 2),
             (True, [1], 0),
             (True, [2], 1),
         ],
@@ -268,7 +334,7 @@ class TestAfterwards:
             copy_values(values, layers)
 
         monkeypatch.setattr(state, "copy_values", interrupted)
-        monkeypatch.setattr(cascade, "_run", lambda pipe, runner, plan, number, size, *_: noise(*size))
+        monkeypatch.setattr(Cascade, "_run", lambda self, runner, number, drawn, settings: noise(*drawn.size))
         with pytest.raises(KeyboardInterrupt) as caught:
             draw(pipe, **distilled)
         result = getattr(caught.value, "result", None)

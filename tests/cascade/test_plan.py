@@ -16,10 +16,11 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cascade import stage_runner as cascade
-from clear_attn.cascade.plan import describe
-from clear_attn.cascade.planning import base_size, between, check_aspect_ratio, check_grows, make_plan
+from clear_attn.cascade.pipelines import find_cascade_target
+from clear_attn.cascade.plan import ATTENTION, describe
+from clear_attn.cascade.planning import base_size, make_plan, stage_sizes, validate_aspect_ratio, validate_growth
 from clear_attn.cascade.result import HighresResult
+from clear_attn.cascade.stage_runner import Cascade
 from tests.helpers import dummy_models
 from tests.helpers.large_images import BASE, FAST, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 
@@ -29,7 +30,7 @@ class TestPlan:
         result = draw(pipe, stages=replace(STAGE, low_resolution_guidance=2))
         files = result.save(tmp_path / "out.png", stages=True)
         assert [file.name for file in files] == ["out-0-64x64.png", "out.png"]
-        for file in (*files, tmp_path / "out.json"):
+        for file in (*files, tmp_path / "out.png.json"):
             assert clear.HighresPlan.load(file) == result.plan
         again = clear.highres(pipe, **clear.HighresPlan.load(tmp_path / "out.png").arguments())
         assert again.plan == result.plan
@@ -51,7 +52,7 @@ class TestPlan:
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="toy")
         assert describe(pipe)["adapters"] == ["toy"]
         clear.linearize(pipe, 4, weights=None, backend="reference")
-        monkeypatch.setattr(cascade, "draw", lambda *args: None)
+        monkeypatch.setattr(Cascade, "draw", lambda *args: None)
         plan = draw(pipe, window=None, weights="auto").plan
         assert (plan.window, plan.weights, plan.revision, plan.backend) == (4, None, None, "reference")
         assert plan.arguments()["backend"] == "reference"
@@ -61,10 +62,10 @@ class TestPlan:
     def test_of_a_picture_does_not_tell_where_weights_lie(self, tmp_path):
         plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, str(demo.distilled()))
         HighresResult([noise(8, 8), noise(64, 64)], plan).save(tmp_path / "out.png")
-        assert clear.HighresPlan.load(tmp_path / "out.json") == plan
+        assert clear.HighresPlan.load(tmp_path / "out.png.json") == plan
         assert clear.HighresPlan.load(tmp_path / "out.png") == replace(plan, weights="small_flux_clear")
         on_hub = replace(plan, weights="owner/repo/file.safetensors")
-        assert on_hub.without_places() == on_hub
+        assert on_hub.without_paths() == on_hub
 
     def test_of_a_picture_beyond_the_limit_of_pil(self, tmp_path, monkeypatch):
         plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, None)
@@ -76,7 +77,7 @@ class TestPlan:
         clear.linearize(pipe, 4, weights=None)
         pipe.save_pretrained(tmp_path)
         loaded = type(pipe).from_pretrained(tmp_path)
-        monkeypatch.setattr(cascade, "draw", lambda *args: None)
+        monkeypatch.setattr(Cascade, "draw", lambda *args: None)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             assert draw(loaded, window=None, weights="auto").plan.window == 4
@@ -84,7 +85,7 @@ class TestPlan:
     def test_other_kinds_of_picture_have_it_beside_them(self, pipe, tmp_path):
         result = draw(pipe)
         result.save(tmp_path / "out.jpg")
-        assert clear.HighresPlan.load(tmp_path / "out.json") == result.plan
+        assert clear.HighresPlan.load(tmp_path / "out.jpg.json") == result.plan
 
     def test_format_1(self):
         plan = clear.HighresPlan.load(Path(__file__).parents[1] / "data" / "format_1" / "plan.json")
@@ -100,11 +101,15 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("{}", "no plan of a high-resolution picture: 'format'"),
-            ("[", "no plan"),
+            ("{}", "not a plan of a high-resolution image: 'format'"),
+            ("[", "not a plan"),
             ('{"format": 3}', "its format was written by clear_attn another version"),
             ('{"format": 1, "base": null, "stages": [], "colour": "red"}', "unexpected keyword argument 'colour'"),
             ('{"format": 2, "base": null, "stages": [], "colour": "red"}', "unexpected keyword argument 'colour'"),
+            ('{"format": 2, "base": null, "stages": [], "options": []}', r"options must be an object, got \[\]"),
+            ('{"format": 2, "base": null, "stages": [], "options": {"seed": 3}}', "options must not have 'seed'"),
+            ('{"format": 2, "base": null, "stages": [], "options": {"token": "x"}}', "options must not have 'token'"),
+            ('{"format": 2, "stages": ' + "[" * 3000, "not a plan"),
         ],
     )
     def test_refuses_other_files(self, text, words, tmp_path):
@@ -112,7 +117,7 @@ class TestPlan:
         with pytest.raises(ValueError, match=words):
             clear.HighresPlan.load(tmp_path / "plan.json")
         (tmp_path / "text.png").write_text(text)
-        with pytest.raises(ValueError, match="is no PNG picture"):
+        with pytest.raises(ValueError, match="is not a PNG image"):
             clear.HighresPlan.load(tmp_path / "text.png")
         noise(8, 8).save(tmp_path / "plain.png")
         with pytest.raises(ValueError, match="has no text entry 'clear_attn'"):
@@ -131,20 +136,20 @@ class TestSizes:
     )
     def test_cascades(self, size, first, stages):
         assert base_size(size, 1024, 16) == first
-        assert between(first, size, 16) == stages
+        assert stage_sizes(first, size, 16) == stages
 
     def test_no_size_is_refused_for_what_rounding_does(self, pipe):
         pipe.vae_scale_factor, pipe.default_sample_size = 8, 128  # FLUX.1's
         every = list(itertools.product(range(1024, 8193, 64), repeat=2))
         for size in every:
             seen = [base_size(size, 1024, 16)]
-            seen += between(seen[0], size, 16)
+            seen += stage_sizes(seen[0], size, 16)
             for before, after in itertools.pairwise(seen):
-                check_grows(before, after)
+                validate_growth(before, after)
         some = random.Random(0).sample(every, 100)
-        left_out = dict.fromkeys(("image", "base", "window", "down_factor", "schedule", "weights", "revision"))
+        attention = {**dict.fromkeys(ATTENTION), "backend": "auto"}
         for size in [(7872, 8192), (7104, 8192), (2208, 7232), (1040, 8192), (4112, 16), *some]:
-            plan = make_plan(pipe, PROMPT, size, **left_out, stages=clear.Stage(), seed=0, backend="auto", options={})
+            plan = make_plan(find_cascade_target(pipe), PROMPT, size, None, None, clear.Stage(), 0, attention, {})
             assert plan.stages[-1].size == size
 
     @pytest.mark.parametrize(
@@ -159,10 +164,10 @@ class TestSizes:
     )
     def test_aspect_ratios(self, before, after, same):
         with contextlib.nullcontext() if same else pytest.raises(ValueError, match="has another aspect ratio"):
-            check_aspect_ratio(before, after, 16)
+            validate_aspect_ratio(before, after, 16)
 
     def test_rounds_as_diffusers_does_and_says_so(self, pipe):
-        with pytest.warns(UserWarning, match="130 x 135 px is no multiple of 8 px; drawing 128 x 128 px"):
+        with pytest.warns(UserWarning, match="130 x 135 px is not a multiple of 8 px; drawing 128 x 128 px"):
             assert draw(pipe, 130, 135).image.size == (128, 128)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -197,9 +202,9 @@ BAD = [
         TypeError,
         "joint_attention_kwargs must be plain data, .* got a dict",
     ),
-    ({"self": 1}, TypeError, "pipelines is joint_attention_kwargs, max_sequence_length, negative_prompt, negative_p"),
-    ({"negative_prompt": "rain"}, ValueError, "negative_prompt does nothing without true_cfg_scale above 1"),
-    ({"true_cfg_scale": 4.0}, ValueError, "true_cfg_scale=4.0 does nothing without negative_prompt"),
+    ({"self": 1}, TypeError, "pipelines are joint_attention_kwargs, max_sequence_length, negative_prompt, negative_p"),
+    ({"negative_prompt": "rain"}, ValueError, "negative_prompt has no effect without true_cfg_scale above 1"),
+    ({"true_cfg_scale": 4.0}, ValueError, "true_cfg_scale=4.0 has no effect without negative_prompt"),
     ({"true_cfg_scale": "4"}, ValueError, "true_cfg_scale must be a number of at least 0, got '4'"),
     ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
     (
@@ -208,6 +213,19 @@ BAD = [
         r"96 x 120 px is smaller than the model's own 128 px; .* give base=Base\(height=\.\.\., width=\.\.\.\)",
     ),
     ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+    ({"seed": 2**64 - 1}, ValueError, "seed must be at most 18446744073709551614, got 18446744073709551615"),
+    ({"max_sequence_length": 100_000}, ValueError, "max_sequence_length.* cannot be greater than 512 but is 100000"),
+    ({"max_sequence_length": "24"}, TypeError, "max_sequence_length must be a whole number, got '24'"),
+    (
+        {"stages": clear.Stage(low_resolution_guidance=50)},
+        ValueError,
+        "low_resolution_guidance=50 is too much for 128 x 128 px: 5 levels are means over all its latents",
+    ),
+    (
+        {"callback_on_step_end_tensor_inputs": ["noise"]},
+        ValueError,
+        r"callback_on_step_end_tensor_inputs.* found \['noise'\]",
+    ),
 ]
 
 
@@ -250,13 +268,13 @@ def test_refuses_what_a_model_cannot_do(pipe):
     sd3 = dummy_models.sd3_pipeline()
     with pytest.raises(ValueError, match="ntk_factor=10 needs a rotary embedding"):
         draw(sd3, stages=clear.Stage(ntk_factor=10))
-    with pytest.raises(ValueError, match="negative_prompt does nothing without guidance"):
+    with pytest.raises(ValueError, match="negative_prompt has no effect without guidance"):
         draw(sd3, negative_prompt="rain", base=replace(BASE, guidance=1.0), stages=clear.Stage(guidance=1.0))
     with pytest.raises(
         ValueError, match=r"has positions for 72 x 72 tokens, 576 x 576 px, and 640 x 640 px needs more"
     ):
         draw(sd3, 640, 640)
-    with pytest.raises(TypeError, match="highres does not know a FluxTransformer2DModel"):
+    with pytest.raises(TypeError, match="highres does not support a FluxTransformer2DModel"):
         draw(pipe.transformer)
     pipe.scheduler = HeunDiscreteScheduler()
     with pytest.raises(ValueError, match="a HeunDiscreteScheduler has no static shift"):
@@ -270,7 +288,7 @@ class TestResult:
         result = HighresResult([noise(8, 8), noise(32, 32)], self.plan)
         files = result.save(tmp_path / "out.png")
         assert [file.name for file in files] == ["out-0-8x8.png", "out-1-32x32.png"]
-        assert {file.name for file in tmp_path.iterdir()} == {"out.json", *(file.name for file in files)}
+        assert {file.name for file in tmp_path.iterdir()} == {"out.png.json", *(file.name for file in files)}
         assert same(Image.open(files[1]), result.image)
 
     def test_without_images(self, tmp_path):

@@ -7,6 +7,7 @@ import copy
 import datetime
 import functools
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -22,7 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import clear_attn as clear
 from clear_attn.cascade import Stage
-from clear_attn.parallel.communication_volume import traffic
+from clear_attn.parallel import weights_digest
+from clear_attn.parallel.communication_volume import count_volume
 from clear_attn.patching.target import entry_hook_of
 from clear_attn.tools.bench import measure
 from tests.helpers import dummy_models, dummy_pipelines, families
@@ -93,7 +95,7 @@ def memory_is_shared():
 
 
 def bytes_are_counted():
-    """What is sent is what `traffic` says."""
+    """What is sent is what `count_volume` counts."""
     transformer, grid = dummy_models.flux_transformer(), (8 * dist.get_world_size() + 20, 13)
     call = dummy_models.flux_call(transformer, grid, batch=2)
     split(transformer, 9, 3)
@@ -103,7 +105,7 @@ def bytes_are_counted():
 
     def count(name, call, size):
         def wrapped(*args, **kwargs):
-            if kwargs.get("group") is not hook.sharder.links._control:
+            if kwargs.get("group") is not hook.sharder.communicator._control:
                 sent[name] += int(size(*args))
             return call(*args, **kwargs)
 
@@ -119,7 +121,7 @@ def bytes_are_counted():
     ):
         run(transformer, call)
     layout = clear.TokenLayout([grid], 7)
-    counted = traffic(layout, hook.method, dist.get_rank(), ranks, heads=2, head_dim=16, element=4, batch=2)
+    counted = count_volume(layout, hook.method, dist.get_rank(), ranks, heads=2, head_dim=16, element=4, batch=2)
     layers = families.FLUX.layers
     assert sent["batch_isend_irecv"] == layers * counted.halo
     assert sent["all_gather"] == layers * (counted.pooled + counted.text_lse) + counted.output(8)
@@ -151,6 +153,57 @@ def differing_calls():
     torch.testing.assert_close(run(transformer, call), expected, atol=0, rtol=0)
 
 
+def differing_weights():
+    """Every rank finds out, when it is split or in the next call; offloading and moving raise no false alarm."""
+    rank = dist.get_rank()
+
+    def refused(name):
+        return pytest.raises(
+            ValueError, match=f"ranks hold different weights: .*{name}.* of rank 1 is not that of rank 0"
+        )
+
+    transformer = dummy_models.flux_transformer()
+    call = dummy_models.flux_call(transformer, (16, 8))
+    clear.linearize(transformer, 3, weights=None)
+    if rank == 1:
+        with torch.no_grad():
+            transformer.transformer_blocks[0].attn.to_k.weight[3, 5] += 1e-6
+    with refused(r"transformer_blocks\.0\.attn\.to_k\.weight"):
+        clear.parallelize(transformer)
+    assert entry_hook_of(transformer).sharder is None
+    transformer = split(dummy_models.flux_transformer())
+    expected = run(transformer, call)
+    lora = LoraConfig(r=2, target_modules=["to_q"])
+    if rank == 1:
+        transformer.add_adapter(lora)
+    with refused("to_q"):
+        run(transformer, call)
+    if rank == 0:
+        transformer.add_adapter(lora)
+    run(transformer, call)
+    transformer = split(dummy_models.flux_transformer())
+    if rank == 1:
+        transformer.enable_group_offload(onload_device=CPU, offload_type="leaf_level")
+    for _ in range(2):
+        torch.testing.assert_close(run(transformer, call), expected, atol=0, rtol=0)
+    clear.linearize(transformer, 4, weights=None)
+    run(transformer, call)
+    if rank == 1:
+        with torch.no_grad():
+            transformer.proj_out.bias.mul_(-1)
+    with refused(r"proj_out\.bias"):
+        run(transformer, call)
+
+
+def weights_are_read_once():
+    transformer = dummy_models.flux_transformer()
+    call = dummy_models.flux_call(transformer, (16, 8))
+    split(transformer)
+    with mock.patch.object(weights_digest, "digest_of", side_effect=AssertionError("read again")):
+        run(transformer, call)
+        run(transformer, call)
+
+
 def refusals():
     transformer = dummy_models.flux_transformer()
     with pytest.raises(ValueError, match="only a linearized pipeline can be split"):
@@ -171,7 +224,7 @@ def refusals():
     with pytest.raises(RuntimeError, match="FirstBlockCache skips steps"):
         run(transformer, call)
     transformer.disable_cache()
-    with pytest.raises(ValueError, match="2 ranks are too many for a picture of 5 x 9 tokens, which has 1 tile row "):
+    with pytest.raises(ValueError, match="2 ranks are too many for an image of 5 x 9 tokens, which has 1 tile row "):
         run(transformer, call)
     assert torch.equal(run(copy.deepcopy(clear.deparallelize(transformer)), call), run(transformer, call))
 
@@ -248,7 +301,7 @@ def decoding():
     torch.testing.assert_close(draw(1), one, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="rank 0's decoding of the latents, rank 1's grids"):
         draw(1 + rank)
-    full, told = torch.OutOfMemoryError("full"), "rank 0 failed at what it makes for all"
+    full, told = torch.OutOfMemoryError("full"), "rank 0 failed to compute what it sends to all"
     with (
         mock.patch.object(pipe.vae.decoder.conv_in, "forward", side_effect=full),
         pytest.raises(RuntimeError, match=told if rank else "^full"),
@@ -273,7 +326,7 @@ def cascade():
 def too_many_ranks_for_a_stage():
     """Said before anything is drawn."""
     pipe, finished = clear.parallelize(clear.linearize(dummy_models.flux_pipeline(), 3, weights=None)), []
-    with pytest.raises(ValueError, match="the stage of 64 x 96 px: 2 ranks are too many for a picture of 8 x 12"):
+    with pytest.raises(ValueError, match="the stage of 64 x 96 px: 2 ranks are too many for an image of 8 x 12"):
         clear.highres(
             pipe,
             "a red circle",
@@ -294,8 +347,12 @@ def _stopped_in_a_layer(name, stop):
     run(transformer, call)
     if dist.get_rank() == 1:
         transformer.transformer_blocks[1].register_forward_pre_hook(lambda *_: stop())
+        with pytest.raises(RuntimeError, match=r"this rank came late, and the others|the store ended with"):
+            run(transformer, call)
+        print(f"{name}: rank 1 came late", flush=True)
+        return
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"waited in vain for .*; ranks that do not answer: 1\. "):
+    with pytest.raises(RuntimeError, match=r"timed out waiting for .*; ranks that do not answer: 1\. "):
         run(transformer, call)
     assert time.monotonic() - start < TIMEOUT + 3
     print(f"{name}: rank 1 was named", flush=True)
@@ -306,11 +363,17 @@ def a_rank_dies():
 
 
 def a_rank_hangs():
-    def hang():
-        time.sleep(TIMEOUT + 5)
-        os._exit(0)
+    _stopped_in_a_layer("a_rank_hangs", lambda: time.sleep(TIMEOUT + 2))
 
-    _stopped_in_a_layer("a_rank_hangs", hang)
+
+def a_rank_never_calls():
+    """Of three ranks, one does not call `parallelize`."""
+    if dist.get_rank() == 1:
+        time.sleep(TIMEOUT + 3)
+        return
+    with pytest.raises(RuntimeError, match=r"timed out waiting for clear_attn\.parallelize.*do not call it: 1\. "):
+        split(dummy_models.flux_transformer())
+    print("a_rank_never_calls: rank 1 was named", flush=True)
 
 
 CHECKS = {
@@ -322,6 +385,8 @@ CHECKS = {
         memory_is_shared,
         bytes_are_counted,
         differing_calls,
+        differing_weights,
+        weights_are_read_once,
         refusals,
         data_and_rows,
         compiled,
@@ -332,6 +397,7 @@ CHECKS = {
         too_many_ranks_for_a_stage,
         a_rank_dies,
         a_rank_hangs,
+        a_rank_never_calls,
     )
 }
 
@@ -340,7 +406,7 @@ def be_rank(rank, ranks, store, names):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        init_method=store,
         rank=rank,
         world_size=ranks,
         timeout=datetime.timedelta(seconds=TIMEOUT if "a_rank" in names[0] else 120),
@@ -360,8 +426,12 @@ def be_rank(rank, ranks, store, names):
 if __name__ == "__main__":
     for job in sys.argv[1:]:
         count, names = job.split(":")
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = int(count), f"{folder}/store", names.split(",")
+        with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            # As under torchrun without --standalone, the store of ranks that stop is on rank 0.
+            store = f"tcp://127.0.0.1:{free.getsockname()[1]}" if "a_rank" in names else f"file://{folder}/store"
+            free.close()
+            arguments = int(count), store, names.split(",")
             try:
                 torch.multiprocessing.start_processes(be_rank, arguments, nprocs=int(count), start_method="fork")
             except torch.multiprocessing.ProcessRaisedException as error:

@@ -14,9 +14,11 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn import TokenLayout, demo
 from clear_attn.core.window_mask import window_mask
-from clear_attn.parallel.communication_volume import traffic
+from clear_attn.parallel import weights_digest
+from clear_attn.parallel.communication_volume import count_volume
 from clear_attn.parallel.shard import TILE_ROW, Shard, ShardPlan, halo_from, tokens_of
-from tests.helpers import hardware, reference_attention
+from clear_attn.parallel.weights_digest import digest_of
+from tests.helpers import dummy_models, hardware, reference_attention
 
 
 @st.composite
@@ -95,7 +97,9 @@ def test_a_halo_does_not_grow_with_the_height():
 
 def test_pooled_keys_grow_with_the_picture():
     of = {
-        height: traffic(TokenLayout([(height, 24)], 5), clear.methods.Clear(8, 4), 1, 4, heads=4, head_dim=8, element=2)
+        height: count_volume(
+            TokenLayout([(height, 24)], 5), clear.methods.Clear(8, 4), 1, 4, heads=4, head_dim=8, element=2
+        )
         for height in (64, 128)
     }
     assert of[64].halo == of[128].halo == 2 * 2 * 7 * 24 * 2 * 32
@@ -105,7 +109,7 @@ def test_pooled_keys_grow_with_the_picture():
 
 
 def test_too_many_ranks():
-    with pytest.raises(ValueError, match="4 ranks are too many for a picture of 24 x 9 tokens, which has 3 tile rows"):
+    with pytest.raises(ValueError, match="4 ranks are too many for an image of 24 x 9 tokens, which has 3 tile rows"):
         Shard(TokenLayout([(24, 9)], 2), 0, 4)
 
 
@@ -130,6 +134,8 @@ CHECKS = {
         *(["equal_with_flex"] if "flex" in hardware.BACKENDS else []),
         "bytes_are_counted",
         "differing_calls",
+        "differing_weights",
+        "weights_are_read_once",
         "refusals",
         "compiled",
         "pipelines",
@@ -142,7 +148,7 @@ CHECKS = {
     4: ["equal", "data_and_rows", "memory_is_shared"],
 }
 # Each in processes of its own, which it leaves broken.
-STOPPED = ["a_rank_dies", "a_rank_hangs"]
+STOPPED = ["a_rank_dies", "a_rank_hangs", "a_rank_never_calls"]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +166,46 @@ def test_on_ranks(ran, ranks, check):
 @pytest.mark.parametrize("check", STOPPED)
 def test_a_rank_that_does_not_answer_is_named(ran, check):
     assert ran.stdout.count(f"{check}: rank 1 was named") == 2, ran.stderr[-6000:]
+
+
+def test_a_rank_that_comes_late_says_so(ran):
+    assert "a_rank_hangs: rank 1 came late" in ran.stdout, ran.stderr[-6000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
+def test_a_digest_changes_with_every_value(dtype):
+    """Also with the signs of two values, and with the order of spans."""
+    tensor = (torch.randn(2 * weights_digest.SPAN * 8 // dtype.itemsize + 3) * 50).to(dtype)
+    digest = digest_of(tensor)
+    assert digest == digest_of(tensor.clone()) == digest_of(torch.cat([tensor[:1], tensor])[1:])
+    for where in (0, 12345, len(tensor) - 1):
+        other = tensor.clone()
+        bits = other.view(torch.uint8)
+        bits[where * dtype.itemsize] ^= 1
+        assert digest_of(other) != digest, where
+        bits[(where + 1) * dtype.itemsize - 1] ^= 128
+        bits[5 * dtype.itemsize - 1] ^= 128
+        assert digest_of(other) != digest, where
+    assert digest_of(tensor.roll(weights_digest.SPAN * 8 // dtype.itemsize)) != digest
+
+
+def test_only_changed_weights_are_read_again(monkeypatch):
+    transformer, reads = dummy_models.flux_transformer(), []
+    monkeypatch.setattr(weights_digest, "digest_of", lambda tensor: reads.append(tensor) or str(len(reads)))
+    weights = weights_digest.WeightsDigest()
+    lines = weights.lines(transformer)
+    tensors = [*transformer.parameters(), *transformer.buffers()]
+    assert len(reads) == len(tensors)
+    transformer.to("cpu")
+    assert weights.lines(transformer) == lines
+    assert len(reads) == len(tensors)
+    with torch.no_grad():
+        transformer.proj_out.weight.add_(1)
+    assert weights.lines(transformer) != lines
+    assert len(reads) == len(tensors) + 1
+    transformer.proj_out.bias = torch.nn.Parameter(transformer.proj_out.bias.detach())
+    weights.lines(transformer)
+    assert len(reads) == len(tensors) + 2
 
 
 def test_generate_under_torchrun(tmp_path):

@@ -66,7 +66,7 @@ def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
         "256 x 256 image tokens",
         "53,604.4",
         "all 57 layers",
-        "Dense as before: the text queries",
+        "Unchanged: text queries",
         "attention to the pooled keys",
     ):
         assert words in text

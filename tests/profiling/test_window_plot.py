@@ -34,7 +34,7 @@ def test_what_is_drawn():
         (63, 63, False),
     ):
         assert seen[y, x] == expected
-    assert view.get_title() == f"token 3, 7 sees {int(seen.sum())} of 4,096 image tokens"
+    assert view.get_title() == f"token 3, 7 attends to {int(seen.sum())} of 4,096 image tokens"
     shares = [(axes.images[0].get_array() > 0).mean() for axes in (raster, tile)]
     assert shares[1] < shares[0]
     assert clear.plot_window(8, 12, 3, 4).axes[0].get_title().endswith("\nand the means of 6 cells")
@@ -45,7 +45,7 @@ def test_what_is_drawn():
     ("arguments", "error", "words"),
     [
         ((8, 8, 0), ValueError, "window must be at least 1"),
-        ((8, 8, 3, 1, (8, 0)), ValueError, r"token=\(8, 0\) is off a grid of 8 x 8"),
+        ((8, 8, 3, 1, (8, 0)), ValueError, r"token=\(8, 0\) is outside a grid of 8 x 8"),
         ((8, 8, 3, 1, (0, -1)), ValueError, "the column of token must be at least 0, got -1"),
         ((8.5, 8, 3), TypeError, "the height of a grid must be a whole number"),
     ],

@@ -53,7 +53,7 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
     options = (*FEW_STEPS, "--height", 128, "--init-image", start, "--save-stages", "--low-resolution-guidance", 1)
     result = generate(output, *options, "--weights", demo.distilled())
     assert result.exit_code == 0, result.output
-    assert f"Saved {output} and {tmp_path / 'out.json'}, seed 3" in result.output
+    assert f"Saved {output} and {tmp_path / 'out.png.json'}, seed 3" in result.output
     assert pixels(output).shape == (128, 160, 3)
     assert np.array_equal(pixels(tmp_path / "out-0-64x80.png"), pixels(start))
     stage = clear.HighresPlan.load(output).stages[0]
@@ -112,7 +112,7 @@ def test_saves_what_was_finished(tmp_path, start, monkeypatch, error, code, word
     assert f"{words} {first}\n" in result.output
     assert ("Less memory is needed for a smaller image" in result.output) == (code == 1)
     assert pixels(first).shape == (64, 80, 3)
-    assert clear.HighresPlan.load(tmp_path / "out.json").seed == 3
+    assert clear.HighresPlan.load(tmp_path / f"out.{ending}.json").seed == 3
     assert not (tmp_path / f"out.{ending}").exists()
 
 
@@ -180,10 +180,10 @@ def test_starts_from_an_image_as_it_is_shown(tmp_path):
     [
         (("--prompt", "a red circle"), "--height, --width must be given, or a --plan"),
         ((*SMALL, "--height", 4), "4 x 160 px is less than one token of 8 px"),
-        ((*SMALL, "--height", 128, "--negative-prompt", "rain"), "negative_prompt does nothing without true_cfg_scale"),
+        ((*SMALL, "--height", 128, "--negative-prompt", "rain"), "negative_prompt has no effect without"),
         (
             (*SMALL, "--height", 128, "--true-cfg-scale", 4),
-            "--true-cfg-scale 4.0 does nothing without negative_prompt",
+            "--true-cfg-scale 4.0 has no effect without negative_prompt",
         ),
         ((*SMALL, "--height", 128, "--strength", 0), "strength must be above 0 and at most 1, got 0"),
         ((*SMALL, "--height", 64), "64 x 160 px"),
@@ -209,7 +209,15 @@ def test_refuses(tmp_path, options, words, monkeypatch):
 
 
 def test_refuses_an_output_that_cannot_be_saved(tmp_path):
-    for file, words in (("no/out.png", "no such directory"), ("out.xyz", "names no image format")):
-        result = generate(tmp_path / file, *SMALL, "--height", 128)
+    (tmp_path / "mine.png.json").write_text('{"mine": 1}')
+    files = {
+        "no/out.png": "no such directory",
+        "out.xyz": "names no image format",
+        "out.ico": "does not end in .png",
+        f"{'x' * 240}.png": "cannot be written",
+        "mine.png": "is not a plan and would be overwritten",
+    }
+    for file, words in files.items():
+        result = generate(tmp_path / file, *SMALL, "--height", 128, "--overwrite")
         assert result.exit_code == 2
         assert words in shown(result)

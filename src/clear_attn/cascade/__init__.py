@@ -1,4 +1,4 @@
-"""Pictures larger than a model was trained on: a cascade of stages, and what keeps each of them right."""
+"""Images larger than a model was trained on, drawn by a cascade of stages."""
 
 from clear_attn.cascade.attention_scale import proportional_attention
 from clear_attn.cascade.large_images import highres

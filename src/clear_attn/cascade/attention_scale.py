@@ -1,4 +1,4 @@
-"""Proportional attention: scores are scaled up where there are more tokens than a model was trained on."""
+"""`proportional_attention`: scale scores up for more tokens than a model was trained on."""
 
 from __future__ import annotations
 
@@ -23,19 +23,26 @@ PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
 @contextlib.contextmanager
 def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
-    """Multiply the scale of the scores in all layers for the length of a `with` block.
+    """Multiply the scale of the scores in all attention layers for the length of a `with` block.
 
-    From CLEAR's published high-resolution run: the multiplier is sqrt(log(n) / log(4608)), where n is the number of
-    text and image tokens of a call, and ten times that with pooled keys. It keeps the entropy of attention about as it
-    was at 64 x 64 + 512 tokens (arXiv 2306.08645).
+    As in CLEAR's published high-resolution run, the multiplier is sqrt(log(n) / log(4608)) for a call with n text and
+    image tokens, and ten times that with pooled keys. It roughly keeps the entropy that attention has at 64 x 64 + 512
+    tokens (arXiv 2306.08645).
 
     Args:
         pipe: a supported pipeline or transformer, linearized or not.
 
     Raises:
-        TypeError: not a supported pipeline.
-        RuntimeError: attention processors of another library, or a method without scores; layers other than FLUX.1's
-            and SD3's, unless linearized; when called, also if the processors were replaced inside the block.
+        TypeError: the pipeline is not supported.
+        RuntimeError: attention processors are of another library, or of a method without scores; dense layers are not
+            of FLUX.1 or SD3; during a call, also if processors were replaced inside the block.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = clear.linearize(demo.pipeline(), window=4, weights=None)
+        >>> with proportional_attention(pipe):
+        ...     image = pipe("a red circle", num_inference_steps=1, max_sequence_length=24).images[0]
     """
     transformer, adapter = find_transformer(pipe)
     layers = adapter.attention_layers(transformer)
@@ -44,7 +51,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
     for layer, attn in layers.items():
         if is_exactly(before[layer], adapter.accepts):
             attn.set_processor(_DenseProcessor(before[layer], adapter))
-    # First, so that it reads what the caller gave.
+    # Before other hooks, so that it gets the caller's own arguments.
     handle = transformer.register_forward_pre_hook(_ScaleHook(adapter), with_kwargs=True, prepend=True)
     try:
         yield pipe
@@ -56,7 +63,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
 
 
 class _ScaleHook:
-    """A forward pre-hook with keywords that adds the multiplier to a call's attention keywords."""
+    """A forward pre-hook that adds the multiplier to a call's attention keywords."""
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
@@ -75,7 +82,7 @@ class _ScaleHook:
 
 
 class _DenseProcessor:
-    """Replaces diffusers' own processors of FLUX and SD3, which take no scale."""
+    """Replace diffusers' processors of FLUX and SD3, which take no scale."""
 
     def __init__(self, original: Any, adapter: ModelAdapter) -> None:
         self._attention_backend = attention_backend_of(original)
@@ -118,6 +125,6 @@ def _check_processors(processors: dict[str, Any], adapter: ModelAdapter) -> None
 def _check_takes_scale(layer: str, processor: Any) -> None:
     if not isinstance(processor, (ClearAttnProcessor, _DenseProcessor)):
         raise RuntimeError(
-            f"{layer} has a {type(processor).__name__}, whose scores proportional attention cannot scale; put one of "
-            "diffusers or of CLEAR in its place before the block, and leave it there until the end"
+            f"{layer} has a {type(processor).__name__}, whose scores proportional attention cannot scale; set a "
+            "processor of diffusers or clear_attn before the block, and keep it until the end"
         )

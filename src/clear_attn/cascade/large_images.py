@@ -1,4 +1,4 @@
-"""`highres`: large pictures in one call."""
+"""`highres`: images larger than a model was trained on, in one call."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from PIL import Image
 
-from clear_attn.cascade import stage_runner as cascade
+from clear_attn.cascade import stage_runner
 from clear_attn.cascade.memory_check import check_fits
+from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import HighresPlan
-from clear_attn.cascade.planning import draws_as_it_is, make_plan, with_settings_of
+from clear_attn.cascade.planning import make_plan, resolve_attention, runs_as_it_is, validate_calls
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
-from clear_attn.patching.context_managers import linearized
+from clear_attn.patching.linearization import prepare
 from clear_attn.patching.restoration import restored_state
-from clear_attn.patching.target import find_target
 
 
 def highres(
@@ -36,102 +36,97 @@ def highres(
     backend: str = "auto",
     image: Image.Image | None = None,
     base: Base | None = None,
-    stages: Stage | Sequence[Stage] = Stage(),  # noqa: B008, for it is frozen
+    stages: Stage | Sequence[Stage] = Stage(),  # noqa: B008, it is frozen
     seed: int | None = None,
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     callback_on_stage_end: Callable[[int, Image.Image, HighresPlan], None] | None = None,
     **options: Any,
 ) -> HighresResult:
-    """Draws a picture much larger than a model was trained on.
+    """Draw an image much larger than the model was trained on.
 
-    A base image at the model's own size comes first, with dense attention and the original weights; then each stage
-    enlarges it and draws it again with the linearized model (SDEdit). Afterwards the pipeline is as it was, also
-    after an error. All is checked before the first step: sizes, settings, weights, and whether memory can suffice.
+    The base image has the model's own size, dense attention and the original weights. Each stage then enlarges the
+    previous image and draws it again with the linearized model (SDEdit). Afterwards the pipeline is as it was, also
+    after an error. Sizes, settings, weights and memory are checked before the first step.
 
     Args:
         pipe: a FLUX.1, Stable Diffusion 3 or 3.5 pipeline, text to image or image to image, linearized or not.
-        prompt (`str`): what to draw.
+        prompt (`str`): text to draw.
         height, width (`int`): pixels; rounded down to whole tokens, with a warning.
         window, down_factor, schedule, weights, revision, token, backend: as in `linearize`, for all stages. A
-            linearized pipeline draws as it is where none of the first five is given.
-        image (`PIL.Image.Image`, *optional*): comes first instead of a base image; of the picture's aspect ratio.
+            linearized pipeline keeps its settings if none of the first five is given.
+        image (`PIL.Image.Image`, *optional*): starts the cascade instead of a base image; it needs the final image's
+            aspect ratio.
         base (`Base`, *optional*): settings of the base image.
-        stages (`Stage` or a sequence of them, defaults to `Stage()`): each stage in turn, the last one of the picture's
-            size. Or one without a size, whose settings are those of as few stages as grow by about four at most.
-        seed (`int`, *optional*): of the noise, see `HighresPlan`; by default drawn from torch's.
-        callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. `_interrupt`, set on
-            the pipeline that a callback gets or on ``pipe``, from anywhere, ends the picture after that step: the
-            result has the images finished so far.
+        stages (`Stage` or a sequence of them, defaults to `Stage()`): settings of each stage; the last one has the
+            final size. One without a size means as few stages as grow by a factor of at most about four.
+        seed (`int`, *optional*): seed of the noise, see `HighresPlan`; drawn from torch's generator by default.
+        callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. Setting `_interrupt` on the
+            pipeline that a callback gets, or on ``pipe`` from anywhere, stops after that step; the result has the
+            images finished so far.
         callback_on_stage_end (*optional*): called with the number of each finished image (0 is the first one), the
             image, and the plan.
         **options: further keywords for every call of the pipelines, plain data: `negative_prompt`,
             `max_sequence_length`, ...
 
     Returns:
-        `HighresResult`: all images, and the plan, from which the picture can be made again.
+        `HighresResult`: all images, and the plan, from which the image can be drawn again.
 
     Raises:
-        TypeError: not a supported pipeline; values of the wrong kind; unknown options.
-        ValueError: sizes, aspect ratios or settings that do not fit each other or the model; sizes that memory cannot
-            hold; another backend than that of a pipeline that is drawn as it is.
-        HighresInterrupted: Ctrl-C; its `result` has what was finished. It is a KeyboardInterrupt.
-        HighresError: any error while drawing, which is its `__cause__`; its `result` has what was finished.
-        And all that `linearize` raises, and with a base image `restore`.
+        TypeError: the pipeline is not supported; a value has the wrong type; an option is unknown.
+        ValueError: sizes, aspect ratios or settings do not fit each other, the model or memory; the backend is not
+            that of a linearized pipeline that keeps its settings.
+        RuntimeError: the original weights that the base image needs were discarded.
+        HighresInterrupted: Ctrl-C; its `result` has the finished images. It is a KeyboardInterrupt.
+        HighresError: an error while drawing, its `__cause__`; its `result` has the finished images. The cause is a
+            FloatingPointError for latents or pixels with NaN or infinity.
+        And the errors of `linearize`.
+
+    Example:
+        >>> from clear_attn import demo
+        >>> result = highres(
+        ...     demo.pipeline(),
+        ...     "a red circle",
+        ...     height=128,
+        ...     width=128,
+        ...     window=4,
+        ...     weights=None,
+        ...     base=Base(height=64, width=64, steps=1),
+        ...     stages=Stage(steps=1, strength=1.0),
+        ...     max_sequence_length=24,
+        ... )
+        >>> [image.size for image in result.images]
+        [(64, 64), (128, 128)]
     """
-    plan = make_plan(
-        pipe,
-        prompt,
-        (height, width),
-        image=image,
-        base=base,
-        stages=stages,
-        seed=seed,
-        window=window,
-        down_factor=down_factor,
-        schedule=schedule,
-        weights=weights,
-        revision=revision,
-        backend=backend,
-        options=options,
-    )
-    if plan.base:
-        restored_state(find_target(pipe))  # it is drawn with the original weights, which may have been given up
-    check_fits(pipe, plan)
-    callbacks = {
-        "callback_on_step_end": callback_on_step_end,
-        "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+    target = find_cascade_target(pipe)
+    attention: dict[str, Any] = {
+        "window": window,
+        "down_factor": down_factor,
+        "schedule": schedule,
+        "weights": weights,
+        "revision": revision,
+        "backend": backend,
     }
-    result = None
+    plan = make_plan(target, prompt, (height, width), image, base, stages, seed, attention, options)
+    inputs = stage_runner.callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+    validate_calls(target, plan, inputs)
+    change = None if runs_as_it_is(target, plan) else prepare(pipe, **attention, token=token)
+    plan = resolve_attention(target, plan, change)
+    if plan.base:
+        restored_state(target.patched)  # raises if the original weights were discarded
+    check_fits(target, plan)
+    result = HighresResult([], plan)
+
+    def on_image(drawn: Image.Image) -> None:
+        result.images.append(drawn)
+        if callback_on_stage_end:
+            callback_on_stage_end(len(result.images) - 1, drawn, plan)
+
     try:
-        with _linearized_as_asked(pipe, plan, token):
-            images: list[Image.Image] = []
-            result = HighresResult(images, with_settings_of(pipe, plan))
-
-            def finished(drawn: Image.Image) -> None:
-                images.append(drawn)
-                if callback_on_stage_end:
-                    callback_on_stage_end(len(images) - 1, drawn, result.plan)
-
-            with contextlib.suppress(cascade.Interrupted):
-                cascade.draw(pipe, result.plan, image, callbacks, finished)
+        with contextlib.suppress(stage_runner.Interrupted):
+            stage_runner.Cascade(target, plan, callback_on_step_end, inputs).draw(change, image, on_image)
     except KeyboardInterrupt:
-        if result is None:
-            raise
         raise HighresInterrupted(result) from None
     except Exception as error:
-        if result is None:
-            raise
         raise HighresError(result, error) from error
     return result
-
-
-def _linearized_as_asked(
-    pipe: Any, plan: HighresPlan, token: str | bool | None
-) -> contextlib.AbstractContextManager[object]:
-    if draws_as_it_is(pipe, plan):
-        return contextlib.nullcontext()
-    how = {
-        name: getattr(plan, name) for name in ("window", "down_factor", "schedule", "weights", "revision", "backend")
-    }
-    return linearized(pipe, **how, token=token)

@@ -1,35 +1,24 @@
-"""The diffusers pipelines that a cascade runs, made from the parts of the one that it is given."""
+"""The diffusers pipelines that draw a cascade, made from the components of the one that is given."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import diffusers
 
-from clear_attn.cascade.stages import check_number
-from clear_attn.models import ADAPTERS
+from clear_attn.cascade.stages import validate_number
+from clear_attn.models import ADAPTERS, ModelAdapter
 from clear_attn.models.class_names import is_instance
-from clear_attn.patching.target import entry_hook_of, find_transformer
+from clear_attn.patching.hooks import EntryHook
+from clear_attn.patching.target import Target, find_target
+from clear_attn.utils.validation import check_whole_number
 
-
-class Kind(NamedTuple):
-    """The pipeline classes of a model, see `HighresPipelines`."""
-
-    from_text: type
-    from_image: type
-    batched_guidance: bool
-
-    def batch(self, guidance: float | None) -> int:
-        """Return how many images one forward pass computes at a guidance scale."""
-        return 2 if self.batched_guidance and (guidance or 0) > 1 else 1
-
-
-# Keywords of the pipelines' calls that a plan says in other words, and where.
-ELSEWHERE = {
+# Keywords of the pipelines' calls that `highres` sets itself, and the argument to give instead.
+REPLACED = {
     "num_inference_steps": "steps of Base and Stage",
     "guidance_scale": "guidance of Base and Stage",
     "strength": "strength of Stage",
@@ -41,13 +30,64 @@ ELSEWHERE = {
     "output_type": "the result's images",
     "return_dict": "the result",
 }
-# What highres names itself, and what is no plain data.
+# Keywords that are arguments of `highres` too, and parts of the names of those that take tensors.
 OWN = {"self", "prompt", "height", "width", "image", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 TENSORS = ("embeds", "ip_adapter_image")
 
 
-def kind_of(pipe: Any) -> Kind:
-    """Return the classes that draw a pipeline's stages.
+class CascadeTarget(NamedTuple):
+    """A pipeline that `highres` draws with.
+
+    Attributes:
+        patched: the pipeline, its transformer and adapter.
+        text_to_image, image_to_image: classes of the pipelines that draw the base image and the stages.
+        batched_guidance: whether guidance runs two images in one forward pass.
+    """
+
+    patched: Target
+    text_to_image: Any
+    image_to_image: Any
+    batched_guidance: bool
+
+    @property
+    def pipe(self) -> Any:
+        return self.patched.pipe
+
+    @property
+    def transformer(self) -> Any:
+        return self.patched.transformer
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        return self.patched.adapter
+
+    @property
+    def hook(self) -> EntryHook | None:
+        """The entry hook, if the pipeline is linearized."""
+        return self.patched.hook
+
+    @property
+    def token(self) -> int:
+        """The side of a token in pixels."""
+        return self.adapter.latents_per_token(self.transformer) * int(self.pipe.vae_scale_factor)
+
+    @property
+    def native_side(self) -> int:
+        """The longer side in pixels of the images that the model was trained on."""
+        return int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes that share an image."""
+        return self.hook.sharder.ranks if self.hook and self.hook.sharder else 1
+
+    def batch(self, guidance: float | None) -> int:
+        """Return how many images one forward pass computes at a guidance scale."""
+        return 2 if self.batched_guidance and (guidance or 0) > 1 else 1
+
+
+def find_cascade_target(pipe: Any) -> CascadeTarget:
+    """Return what `highres` needs of a pipeline.
 
     Raises:
         TypeError: `highres` does not support the pipeline.
@@ -55,24 +95,25 @@ def kind_of(pipe: Any) -> Kind:
     supported = [adapter.highres_pipelines for adapter in ADAPTERS if adapter.highres_pipelines is not None]
     for text_to_image, image_to_image, batched_guidance in supported:
         if is_instance(pipe, (text_to_image, image_to_image)):
-            return Kind(getattr(diffusers, text_to_image), getattr(diffusers, image_to_image), batched_guidance)
+            classes = getattr(diffusers, text_to_image), getattr(diffusers, image_to_image)
+            return CascadeTarget(find_target(pipe), *classes, batched_guidance)
     names = ", ".join(name for each in supported for name in (each.text_to_image, each.image_to_image))
-    raise TypeError(f"highres does not know a {type(pipe).__name__}; give one of: {names}")
+    raise TypeError(f"highres does not support a {type(pipe).__name__}; give one of: {names}")
 
 
-def defaults_of(pipeline: type) -> dict[str, Any]:
-    """The keywords of a pipeline's call and their defaults."""
+def call_defaults(pipeline: Any) -> dict[str, Any]:
+    """Return the keywords of a pipeline's call with their defaults."""
     return {each.name: each.default for each in inspect.signature(pipeline.__call__).parameters.values()}
 
 
 def static_schedule(scheduler: Any, shift: float | None) -> Any:
-    """A scheduler of the same kind with a static shift; with None, a copy."""
+    """Return a scheduler of the same class with a static shift; with None, a copy."""
     changes = {} if shift is None else {"use_dynamic_shifting": False, "shift": shift}
     return type(scheduler).from_config(scheduler.config, **changes)
 
 
-def check_schedule(scheduler: Any, shift: float | None) -> None:
-    """Raises ValueError where a scheduler knows no static shift."""
+def validate_shift(scheduler: Any, shift: float | None) -> None:
+    """Raise ValueError if a scheduler has no static shift."""
     if shift is not None and "shift" not in scheduler.config:
         raise ValueError(
             f"a {type(scheduler).__name__} has no static shift; set shift=None in each Stage, or give the pipeline a "
@@ -80,16 +121,16 @@ def check_schedule(scheduler: Any, shift: float | None) -> None:
         )
 
 
-def check_options(options: dict[str, Any], kind: Kind) -> None:
-    """Raise TypeError for a keyword that not both pipelines take, or a value that is no plain data."""
-    common = defaults_of(kind.from_text).keys() & defaults_of(kind.from_image).keys()
-    known = {name for name in common - OWN - ELSEWHERE.keys() if not any(part in name for part in TENSORS)}
+def validate_options(target: CascadeTarget, options: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for a keyword that not both pipelines take, or a value that they refuse."""
+    common = call_defaults(target.text_to_image).keys() & call_defaults(target.image_to_image).keys()
+    known = {name for name in common - OWN - REPLACED.keys() if not any(part in name for part in TENSORS)}
     for name, value in options.items():
-        if name in ELSEWHERE:
-            raise TypeError(f"highres takes no {name}; see {ELSEWHERE[name]}")
+        if name in REPLACED:
+            raise TypeError(f"highres takes no {name}; see {REPLACED[name]}")
         if name not in known:
             raise TypeError(
-                f"highres got an unknown keyword {name!r}; what it hands on to the pipelines is "
+                f"highres got an unknown keyword {name!r}; the keywords that it passes on to the pipelines are "
                 f"{', '.join(sorted(known))}"
             )
         try:
@@ -98,35 +139,47 @@ def check_options(options: dict[str, Any], kind: Kind) -> None:
             raise TypeError(
                 f"{name} must be plain data, so that the image can be drawn again, got a {type(value).__name__}"
             ) from None
+    if options.get("max_sequence_length") is not None:
+        check_whole_number("max_sequence_length", options["max_sequence_length"], "it is a number of text tokens")
 
 
-def check_guidance(options: dict[str, Any], kind: Kind, scales: Sequence[float | None]) -> None:
-    """Raise ValueError where a negative prompt, or the guidance by it, would do nothing."""
+def validate_inputs(pipeline: Any, pipe: Any, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments that the check of a diffusers pipeline refuses.
+
+    Args:
+        pipeline: a class of pipelines.
+        pipe: the pipeline that has its components.
+        given: arguments of a call.
+    """
+    parameters = inspect.signature(pipeline.check_inputs).parameters
+    optional = {name: None for name, each in parameters.items() if each.default is each.empty and name != "self"}
+    known = {name: value for name, value in given.items() if name in parameters}
+    pipeline.check_inputs(pipe, **{**optional, **known})
+
+
+def validate_guidance(target: CascadeTarget, options: Mapping[str, Any], scales: Sequence[float | None]) -> None:
+    """Raise ValueError for a negative prompt, or a scale of its guidance, that would have no effect."""
     negative = [name for name, value in options.items() if name.startswith("negative_prompt") and value is not None]
-    if kind.batched_guidance:
-        if negative and all(kind.batch(scale) == 1 for scale in scales):
-            raise ValueError(f"{negative[0]} does nothing without guidance; let that of Base or Stage be above 1")
+    if target.batched_guidance:
+        if negative and all(target.batch(scale) == 1 for scale in scales):
+            raise ValueError(
+                f"{negative[0]} has no effect without guidance; give Base or Stage a guidance above 1, or leave it out"
+            )
         return
     true_scale = options.get("true_cfg_scale", 1)
-    check_number("true_cfg_scale", true_scale, 0, "4 is usual, 1 is off")
+    validate_number("true_cfg_scale", true_scale, 0, "4 is usual, 1 is off")
     if negative and true_scale <= 1:
         raise ValueError(
-            f"{negative[0]} does nothing without true_cfg_scale above 1; give true_cfg_scale=4, say (it takes twice "
-            "the time), or leave it out"
+            f"{negative[0]} has no effect without true_cfg_scale above 1; give true_cfg_scale=4, for example (it takes "
+            "twice the time), or leave it out"
         )
     if true_scale > 1 and "negative_prompt" not in negative:
-        raise ValueError(f"true_cfg_scale={true_scale} does nothing without negative_prompt; give one, '' for none")
-
-
-def ranks_of(pipe: Any) -> int:
-    """Return how many processes an image is split over."""
-    hook = entry_hook_of(find_transformer(pipe)[0])
-    return hook.sharder.ranks if hook and hook.sharder else 1
+        raise ValueError(f"true_cfg_scale={true_scale} has no effect without negative_prompt; give one, '' for none")
 
 
 @contextlib.contextmanager
 def tiled_vae(vae: Any) -> Iterator[None]:
-    """Encode and decode images larger than the autoencoder's tile tile by tile, for the length of a `with` block."""
+    """Encode and decode images larger than the autoencoder's tile by tiles, for the length of a `with` block."""
     before = vae.use_tiling
     vae.enable_tiling()
     try:

@@ -1,4 +1,4 @@
-"""All that a picture is made from, as plain data: kept beside it and in it, so that it can be made again."""
+"""Plans: everything an image is drawn from, as plain data that is saved with it."""
 
 from __future__ import annotations
 
@@ -23,20 +23,26 @@ FORMAT = 2
 READABLE = (1, 2)
 # The name of a PNG file's text entry.
 PNG_ENTRY = "clear_attn"
+# The fields that are arguments of `highres`; of them, those that `linearize` takes too.
+ATTENTION = ("window", "down_factor", "schedule", "weights", "revision", "backend")
+ARGUMENTS = ("prompt", "height", "width", "base", "stages", "seed", *ATTENTION)
+# Names that `options` must not have: these, and the other arguments of `highres`.
+RESERVED = {*ARGUMENTS, "pipe", "image", "token", "options", "self"}
 
 
-def software() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that an image depends on."""
     return {name: importlib.metadata.version(name) for name in ("clear_attn", "diffusers", "torch")}
 
 
 def fingerprint(image: Image.Image) -> dict[str, Any]:
-    """Return what tells one image from another."""
+    """Return the hash of an image's pixels and its size."""
     pixels = image.convert("RGB").tobytes()
     return {"sha256": hashlib.sha256(pixels).hexdigest(), "height": image.height, "width": image.width}
 
 
 def describe(pipe: Any) -> dict[str, Any]:
-    """Return what a pipeline is, as far as an image depends on it and its weights do not say."""
+    """Return what an image depends on of a pipeline, except for its weights."""
     transformer, _ = find_transformer(pipe)
     schedule = json.loads(pipe.scheduler.to_json_string())
     return {
@@ -54,25 +60,31 @@ def describe(pipe: Any) -> dict[str, Any]:
 def _active_adapters(pipe: Any) -> list[str]:
     try:
         return list(pipe.get_active_adapters())
-    except (AttributeError, ValueError):  # a pipeline that takes none, or no peft
+    except (AttributeError, ValueError):  # the pipeline takes none, or peft is not installed
         return []
 
 
 @dataclass(frozen=True)
 class HighresPlan:
-    """What `highres` draws. The same plan draws the same picture, as far as the same software and device do.
+    """Everything that `highres` draws an image from. On the same software and device it gives the same image.
 
     Attributes:
-        prompt (`str`), height, width (`int`, pixels): of the picture.
-        base (`Base`, *optional*): of the first image, sizes and steps filled in; None where one was given.
-        stages: those after it, sizes and NTK factors filled in.
-        seed (`int`): of the base image's noise; stage number n draws its noise from seed + n.
-        window, down_factor, schedule, weights, revision, backend: of `linearize`.
+        prompt (`str`), height, width (`int`, pixels): of the final image.
+        base (`Base`, *optional*): of the base image, with size, steps and guidance resolved; None if an image was
+            given.
+        stages (tuple of `Stage`): of each stage, with size and NTK factor resolved.
+        seed (`int`): of the base image's noise; stage n draws its noise with seed + n.
+        window, down_factor, schedule, weights, revision, backend: as in `linearize`.
         options: further keywords of the pipelines' calls.
-        image (*optional*): of the image given, `sha256` of its pixels, `height` and `width`.
+        image (*optional*): `sha256` of the pixels, `height` and `width` of the image that was given.
         model: `pipeline`, its class; `name`, its Hub id or the name of its folder; `dtype`; `scheduler`, its class
             and config; `adapters`, the names of active LoRAs.
-        made_with: versions.
+        made_with: versions of clear_attn, diffusers and torch.
+
+    Example:
+        >>> plan = HighresPlan("a lighthouse", 2048, 2048, Base(), (Stage(),), 0, 8, 4, None)
+        >>> HighresPlan.from_json(plan.to_json()) == plan
+        True
     """
 
     prompt: str
@@ -90,7 +102,7 @@ class HighresPlan:
     options: dict[str, Any] = field(default_factory=dict)
     image: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
-    made_with: dict[str, str] = field(default_factory=software)
+    made_with: dict[str, str] = field(default_factory=versions)
 
     @property
     def drawn(self) -> tuple[Base | Stage, ...]:
@@ -98,13 +110,11 @@ class HighresPlan:
         return (self.base, *self.stages) if self.base else self.stages
 
     def arguments(self) -> dict[str, Any]:
-        """The keywords that make `clear_attn.highres(pipe, **plan.arguments())` draw it again; add the image given."""
-        names = ("prompt", "height", "width", "base", "stages", "seed")
-        how = ("window", "down_factor", "schedule", "weights", "revision", "backend")
-        return {**{name: getattr(self, name) for name in (*names, *how)}, **self.options}
+        """Return the keywords of `clear_attn.highres` that draw the image again; add the image if one was given."""
+        return {**self.options, **{name: getattr(self, name) for name in ARGUMENTS}}
 
-    def without_places(self) -> HighresPlan:
-        """The plan with the name alone of weights on this machine: where they lie is for nobody who sees a picture."""
+    def without_paths(self) -> HighresPlan:
+        """Return the plan with the names alone of local weights, for shared images: the paths are private."""
         return self if self.weights is None else dataclasses.replace(self, weights=shared_name(self.weights))
 
     def to_json(self) -> str:
@@ -112,16 +122,22 @@ class HighresPlan:
 
     @classmethod
     def from_json(cls, text: str, where: str = "this text") -> HighresPlan:
-        """Reads what `to_json` wrote, also in format 1.
+        """Read a plan that `to_json` wrote, also in format 1.
 
         Raises:
-            ValueError: it is something else, or of another format.
+            ValueError: it is not a plan, or has another format; its options name an argument of `highres`.
         """
         try:
             values = json.loads(text)
             if values.pop("format") not in READABLE:
                 version = values.get("made_with", {}).get("clear_attn", "another version")
                 raise ValueError(f"its format was written by clear_attn {version}; draw it with that version")
+            for name in ("options", "model"):
+                if not isinstance(values.get(name, {}), dict):
+                    raise ValueError(f"{name} must be an object, got {values[name]!r:.80}")
+            reserved = sorted(name for name in values.get("options", ()) if name in RESERVED or "callback" in name)
+            if reserved:
+                raise ValueError(f"options must not have {reserved[0]!r}; set the plan's own field")
             base, schedule = values.pop("base"), values.pop("schedule", None)
             return cls(
                 base=Base(**base) if base else None,
@@ -129,30 +145,30 @@ class HighresPlan:
                 schedule=None if schedule is None else Schedule.from_dict(schedule),
                 **values,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} is no plan of a high-resolution picture: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{where} is not a plan of a high-resolution image: {error}") from error
 
     @classmethod
     def load(cls, file: Path | str) -> HighresPlan:
-        """Reads the JSON file beside a picture, or the PNG picture itself.
+        """Read the JSON file next to an image, or the PNG image itself.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds no plan.
+            ValueError: it has no plan.
         """
         file = Path(file)
         if file.suffix.lower() != ".png":
             return cls.from_json(file.read_text(encoding="utf-8"), str(file))
         text = _png_entry(file)
         if text is None:
-            raise ValueError(f"{file} has no text entry {PNG_ENTRY!r}; give a picture that clear_attn saved")
+            raise ValueError(f"{file} has no text entry {PNG_ENTRY!r}; give an image that clear_attn saved")
         return cls.from_json(text, str(file))
 
 
 def _png_entry(file: Path) -> str | None:
-    """Of a picture of any size, where PIL's own `open` has a limit."""
+    """Read the text entry of an image of any size; PIL's own `open` has a limit."""
     try:
-        with PngImageFile(file) as picture:
-            return picture.text.get(PNG_ENTRY)
+        with PngImageFile(file) as image:
+            return image.text.get(PNG_ENTRY)
     except SyntaxError as error:
-        raise ValueError(f"{file} is no PNG picture ({error}); give one that clear_attn saved") from None
+        raise ValueError(f"{file} is not a PNG image ({error}); give one that clear_attn saved") from None

@@ -1,13 +1,12 @@
-"""From the arguments of `highres` to a plan: every size and setting filled in, all of it checked."""
+"""Plan a cascade: resolve every size and setting of `highres`, and validate all of it before anything is drawn."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,103 +15,96 @@ from torch import Tensor
 
 from clear_attn.backends.selection import validate_backend
 from clear_attn.cascade.pipelines import (
-    Kind,
-    check_guidance,
-    check_options,
-    check_schedule,
-    defaults_of,
-    kind_of,
-    ranks_of,
+    CascadeTarget,
+    call_defaults,
+    validate_guidance,
+    validate_inputs,
+    validate_options,
+    validate_shift,
 )
-from clear_attn.cascade.plan import HighresPlan, describe, fingerprint
-from clear_attn.cascade.rope import check_ntk_factor, has_rotary_embedding
-from clear_attn.cascade.stages import Base, Size, Stage, size_name
-from clear_attn.methods.schedule import Schedule
+from clear_attn.cascade.plan import ATTENTION, HighresPlan, describe, fingerprint
+from clear_attn.cascade.rope import validate_ntk_factor
+from clear_attn.cascade.stages import Base, Size, Stage, format_size
 from clear_attn.parallel.shard import check_ranks
-from clear_attn.patching.target import entry_hook_of, find_transformer
+from clear_attn.patching.linearization import Change
 from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.sources import with_absolute_path
 
 PUBLISHED_NTK_FACTOR = 10.0
 # CLEAR's published run is one stage at four times the side.
-LARGEST_GROWTH = 4
-# As much of its height or width as an image may lose by being enlarged to another size.
-LARGEST_DISTORTION = 0.05
+MAX_GROWTH = 4
+# The share of its height or width that an image may lose when it is enlarged to another size.
+MAX_DISTORTION = 0.05
 
 
 def make_plan(
-    pipe: Any,
+    target: CascadeTarget,
     prompt: str,
     size: Size,
-    *,
     image: Image.Image | None,
     base: Base | None,
     stages: Stage | Sequence[Stage],
     seed: int | None,
-    window: int | None,
-    down_factor: int | None,
-    schedule: Schedule | None,
-    weights: str | os.PathLike[str] | None,
-    revision: str | None,
-    backend: str,
-    options: dict[str, Any],
+    attention: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> HighresPlan:
-    """Return a plan whose attention settings are as asked, for `with_settings_of` to fill in; errors as `highres`."""
-    validate_backend(backend)
-    kind, (transformer, adapter) = kind_of(pipe), find_transformer(pipe)
-    token = adapter.latents_per_token(transformer) * pipe.vae_scale_factor
+    """Return the plan of a cascade. Its attention settings are those asked for; see `resolve_attention`.
+
+    Args:
+        target: what draws it.
+        prompt, image, base, stages, seed, options: as in `highres`, which lists the errors raised.
+        size: height and width of the final image in pixels.
+        attention: the settings that `linearize` takes.
+    """
+    validate_backend(attention["backend"])
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be one text, got {prompt!r}; call highres once for each picture")
+        raise TypeError(f"prompt must be one text, got {prompt!r}; call highres once for each image")
     for name, side in zip(("height", "width"), size, strict=True):
         check_whole_number(name, side, "it is in pixels")
-    size, native = rounded(size, token), int(pipe.default_sample_size * pipe.vae_scale_factor)
-    derived = image is None and (base is None or base.height is None)
+    size, token = round_down(size, target.token), target.token
     if image is None:
-        if derived:
-            _check_not_small(size, native)
-        base = _with_defaults(_with_size(base or Base(), base_size(size, native, token), token), kind)
+        asked = base or Base()
+        if asked.height is None:
+            _validate_not_small(size, target.native_side)
+        base = _resolve_base(target, asked, size)
         first = base.size
     else:
-        first = _check_image(image, base)
-    if seed is None:
-        seed = int(random_seed())
-    seed = check_whole_number("seed", seed, "any will do", least=0, most=LARGEST_SEED)
+        asked, first = None, _validate_image(image, base)
+    resolved = _resolve_stages(target, stages, first, size)
+    most = LARGEST_SEED - len(resolved)
+    seed = int(random_seed()) if seed is None else seed
+    seed = check_whole_number("seed", seed, "each stage adds 1 to it", least=0, most=most)
     plan = HighresPlan(
         prompt=prompt,
         height=size[0],
         width=size[1],
         base=base,
-        stages=_filled(stages, first, size, token, transformer),
+        stages=resolved,
         seed=seed,
-        window=window,
-        down_factor=down_factor,
-        weights=with_absolute_path(weights),
-        revision=revision,
-        backend=backend,
-        schedule=schedule,
+        **{**attention, "weights": with_absolute_path(attention["weights"])},
         options=dict(options),
         image=None if image is None else fingerprint(image),
-        model=describe(pipe),
+        model=describe(target.pipe),
     )
-    seen = [first, *(stage.size for stage in plan.stages)]
-    for before, after in itertools.pairwise(seen):
-        check_grows(before, after)
-    if seen[-1] != size:
-        raise ValueError(
-            f"the last stage draws {size_name(seen[-1])}, and the image is to be {size_name(size)}; leave out its "
-            "height and width"
-        )
-    # Sizes that were not given are rounded to whole tokens, and differ by that.
-    asked = [] if isinstance(stages, Stage) else [each for each in stages if each.height is not None]
-    for before, after in itertools.pairwise([*([] if derived else [first]), *(each.size for each in asked), size]):
-        check_aspect_ratio(before, after, token)
-    _check_positions(transformer, adapter.max_grid_side(transformer), plan, token)
+    _validate_sizes(target, plan, first)
+    # Sizes that were not given are rounded to whole tokens, which changes their aspect ratio.
+    given = [first] if asked is None or asked.height is not None else []
+    given += [] if isinstance(stages, Stage) else [each.size for each in stages if each.height is not None]
+    for before, after in itertools.pairwise([*given, size]):
+        validate_aspect_ratio(before, after, token)
     for stage in plan.stages:
-        check_schedule(pipe.scheduler, stage.shift)
-    check_options(options, kind)
-    check_guidance(options, kind, [each.guidance for each in plan.drawn])
-    _check_ranks_have_rows(plan, token, ranks_of(pipe))
+        validate_shift(target.pipe.scheduler, stage.shift)
+    validate_options(target, options)
+    validate_guidance(target, options, [each.guidance for each in plan.drawn])
     return plan
+
+
+def validate_calls(target: CascadeTarget, plan: HighresPlan, tensor_inputs: Sequence[str]) -> None:
+    """Raise ValueError for a call of a plan that the check of its diffusers pipeline refuses."""
+    given = {**plan.options, "prompt": plan.prompt, "callback_on_step_end_tensor_inputs": tensor_inputs}
+    for each in plan.drawn:
+        pipeline = target.image_to_image if isinstance(each, Stage) else target.text_to_image
+        validate_inputs(pipeline, target.pipe, {**given, **dataclasses.asdict(each)})
 
 
 def random_seed(device: torch.device | str = "cpu") -> Tensor:
@@ -120,15 +112,14 @@ def random_seed(device: torch.device | str = "cpu") -> Tensor:
     return torch.randint(2**31, (), device=device)
 
 
-def draws_as_it_is(pipe: Any, plan: HighresPlan) -> bool:
-    """Return whether a pipeline is linearized and a plan asks for no other settings than its own.
+def runs_as_it_is(target: CascadeTarget, plan: HighresPlan) -> bool:
+    """Return whether a pipeline is linearized and a plan asks for no other settings.
 
     Raises:
         ValueError: the plan asks for another backend alone.
     """
-    hook = entry_hook_of(find_transformer(pipe)[0])
-    asked = plan.window, plan.down_factor, plan.schedule, plan.weights, plan.revision
-    if hook is None or asked != (None, None, None, "auto", None):
+    hook, asked = target.hook, [getattr(plan, name) for name in ATTENTION if name != "backend"]
+    if hook is None or asked != [None, None, None, "auto", None]:
         return False
     if plan.backend not in ("auto", hook.backend):
         raise ValueError(
@@ -138,14 +129,13 @@ def draws_as_it_is(pipe: Any, plan: HighresPlan) -> bool:
     return True
 
 
-def with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
-    """Return a plan with the attention settings of a linearized pipeline, as far as it knows them.
+def resolve_attention(target: CascadeTarget, plan: HighresPlan, change: Change | None) -> HighresPlan:
+    """Return a plan with the attention settings of a change, or of a pipeline that is linearized already.
 
     Raises:
-        RuntimeError: it is linearized with another method than CLEAR.
+        RuntimeError: they are of another method than CLEAR.
     """
-    transformer, _ = find_transformer(pipe)
-    hook = entry_hook_of(transformer)
+    hook = change.state.hook if change else target.hook
     assert hook
     method: Any = hook.method
     if method.pooled_factor is None:
@@ -163,90 +153,74 @@ def with_settings_of(pipe: Any, plan: HighresPlan) -> HighresPlan:
     )
 
 
-def rounded(size: Size, token: int) -> Size:
-    """Return a size in whole tokens, rounded down as diffusers does, with a warning where that changes it.
+def round_down(size: Size, token: int) -> Size:
+    """Return a size rounded down to whole tokens, as diffusers does; warn if that changes it.
 
     Raises:
-        ValueError: less than a token.
+        ValueError: it is less than a token.
     """
     if min(size) < token:
-        raise ValueError(f"{size_name(size)} is less than one token of {token} px; give the size in pixels")
+        raise ValueError(f"{format_size(size)} is less than one token of {token} px; give the size in pixels")
     whole = size[0] // token * token, size[1] // token * token
     if whole != size:
-        warnings.warn(f"{size_name(size)} is no multiple of {token} px; drawing {size_name(whole)}", stacklevel=4)
+        message = f"{format_size(size)} is not a multiple of {token} px; drawing {format_size(whole)}"
+        warnings.warn(message, stacklevel=4)
     return whole
 
 
-def base_size(size: Size, native: int, token: int) -> Size:
-    """Return the size with the native length as its longer side, in whole tokens."""
-    height, width = (max(1, round(side * native / max(size) / token)) * token for side in size)
+def base_size(size: Size, native_side: int, token: int) -> Size:
+    """Return the size of the base image, in whole tokens: its longer side is the native one."""
+    height, width = (max(1, round(side * native_side / max(size) / token)) * token for side in size)
     return height, width
 
 
-def between(first: Size, last: Size, token: int) -> list[Size]:
-    """Return the sizes of the fewest stages that grow by one factor, of about four at most, the last included."""
+def stage_sizes(first: Size, last: Size, token: int) -> list[Size]:
+    """Return the sizes of as few stages as possible that grow by one factor of at most about four, up to the last."""
     growth = max(last[0] / first[0], last[1] / first[1])
-    # A base image that was rounded down is not what a further stage is for.
-    count = max(1, math.ceil(math.log(growth, LARGEST_GROWTH) - 0.05))
-    sizes = [
-        (
-            round(first[0] * (last[0] / first[0]) ** (number / count) / token) * token,
-            round(first[1] * (last[1] / first[1]) ** (number / count) / token) * token,
-        )
-        for number in range(1, count)
-    ]
+    # A base image that was rounded down needs no stage more.
+    count = max(1, math.ceil(math.log(growth, MAX_GROWTH) - 0.05))
+
+    def between(start: int, end: int, number: int) -> int:
+        return round(start * (end / start) ** (number / count) / token) * token
+
+    sizes = [(between(first[0], last[0], number), between(first[1], last[1], number)) for number in range(1, count)]
     return [*sizes, last]
 
 
-def check_grows(before: Size, after: Size) -> None:
-    """Raise ValueError where a size is smaller than the one before it."""
+def validate_growth(before: Size, after: Size) -> None:
+    """Raise ValueError for a stage that is smaller than the image before it."""
     if after[0] < before[0] or after[1] < before[1]:
         raise ValueError(
-            f"a stage of {size_name(after)} is smaller than the {size_name(before)} before it; let stages grow, or "
+            f"a stage of {format_size(after)} is smaller than the {format_size(before)} before it; let stages grow, or "
             "start from a smaller image"
         )
 
 
-def check_aspect_ratio(before: Size, after: Size, token: int) -> None:
-    """Raise ValueError where a size is of another aspect ratio than the one before it.
+def validate_aspect_ratio(before: Size, after: Size, token: int) -> None:
+    """Raise ValueError for a size with another aspect ratio than the one before it.
 
-    Where the longer sides agree, the shorter ones may be less than a token of the smaller size apart, and less than
-    5 %.
+    With equal longer sides, the shorter ones may differ by less than a token of the smaller size, and less than 5 %.
     """
     sides = before[0] * after[1], before[1] * after[0]
     apart = abs(sides[0] - sides[1])
-    if apart >= token * max(after) or apart >= LARGEST_DISTORTION * max(sides):
+    if apart >= token * max(after) or apart >= MAX_DISTORTION * max(sides):
         share = min(before[0] / after[0], before[1] / after[1])
         wanted = round(after[0] * share), round(after[1] * share)
         raise ValueError(
-            f"{size_name(before)} has another aspect ratio than {size_name(after)}; crop it to {size_name(wanted)}, or "
-            "ask for another size"
+            f"{format_size(before)} has another aspect ratio than {format_size(after)}; crop it to "
+            f"{format_size(wanted)}, or ask for another size"
         )
 
 
-def _check_not_small(size: Size, native: int) -> None:
-    if max(size) < native:
+def _validate_not_small(size: Size, native_side: int) -> None:
+    if max(size) < native_side:
         raise ValueError(
-            f"{size_name(size)} is smaller than the model's own {native} px; call the pipeline itself, or give "
+            f"{format_size(size)} is smaller than the model's own {native_side} px; call the pipeline itself, or give "
             "base=Base(height=..., width=...)"
         )
 
 
-def _with_size(settings: Any, default: Size, token: int) -> Any:
-    size = default if settings.height is None else rounded((settings.height, settings.width), token)
-    return dataclasses.replace(settings, height=size[0], width=size[1])
-
-
-def _with_defaults(base: Base, kind: Kind) -> Base:
-    defaults = defaults_of(kind.from_text)
-    return dataclasses.replace(
-        base,
-        steps=defaults["num_inference_steps"] if base.steps is None else base.steps,
-        guidance=defaults["guidance_scale"] if base.guidance is None else base.guidance,
-    )
-
-
-def _check_image(image: Any, base: Base | None) -> Size:
+def _validate_image(image: Any, base: Base | None) -> Size:
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL image, got a {type(image).__name__}; open it with PIL.Image.open")
     if base is not None:
@@ -254,44 +228,72 @@ def _check_image(image: Any, base: Base | None) -> Size:
     return image.height, image.width
 
 
-def _filled(
-    stages: Stage | Sequence[Stage], first: Size, last: Size, token: int, transformer: Any
+def _resolve_size(settings: Any, default: Size, token: int) -> Any:
+    size = default if settings.height is None else round_down((settings.height, settings.width), token)
+    return dataclasses.replace(settings, height=size[0], width=size[1])
+
+
+def _resolve_base(target: CascadeTarget, base: Base, last: Size) -> Base:
+    base = _resolve_size(base, base_size(last, target.native_side, target.token), target.token)
+    defaults = call_defaults(target.text_to_image)
+    steps = defaults["num_inference_steps"] if base.steps is None else base.steps
+    guidance = defaults["guidance_scale"] if base.guidance is None else base.guidance
+    return dataclasses.replace(base, steps=steps, guidance=guidance)
+
+
+def _resolve_stages(
+    target: CascadeTarget, stages: Stage | Sequence[Stage], first: Size, last: Size
 ) -> tuple[Stage, ...]:
     if isinstance(stages, Stage):
         if stages.height is not None:
             raise ValueError(f"stages={stages} has a size; give it in a list, or leave its height and width out")
-        steps = between(first, last, token)
-        stages = [dataclasses.replace(stages, height=size[0], width=size[1]) for size in steps]
+        sizes = stage_sizes(first, last, target.token)
+        stages = [dataclasses.replace(stages, height=size[0], width=size[1]) for size in sizes]
     if not stages:
         raise ValueError("stages is empty; give at least one Stage, or leave it out")
-    usual = PUBLISHED_NTK_FACTOR if has_rotary_embedding(transformer) else 1.0
-    filled = []
     for stage in stages:
         if not isinstance(stage, Stage):
             raise TypeError(f"stages must be clear_attn.Stage each, got a {type(stage).__name__}")
-        if stage.ntk_factor is None:
-            stage = dataclasses.replace(stage, ntk_factor=usual)
-        elif stage.ntk_factor != 1:
-            check_ntk_factor(transformer, stage.ntk_factor)
-        filled.append(_with_size(stage, last, token))
-    return tuple(filled)
+    embedding = target.adapter.rotary_embedding(target.transformer)
+    default = 1.0 if embedding is None else PUBLISHED_NTK_FACTOR
+    resolved = []
+    for stage in stages:
+        factor = default if stage.ntk_factor is None else stage.ntk_factor
+        if factor != 1:
+            validate_ntk_factor(target.transformer, embedding, factor)
+        resolved.append(_resolve_size(dataclasses.replace(stage, ntk_factor=factor), last, target.token))
+    return tuple(resolved)
 
 
-def _check_positions(transformer: Any, most: int | None, plan: HighresPlan, token: int) -> None:
-    """Raise ValueError if a model has no positions for the rows or columns of a size."""
+def _validate_sizes(target: CascadeTarget, plan: HighresPlan, first: Size) -> None:
+    """Raise ValueError for sizes that shrink, miss the final one, or do not suit the model, ranks or guidance."""
+    last, token = (plan.height, plan.width), target.token
+    sizes = [first, *(stage.size for stage in plan.stages)]
+    for before, after in itertools.pairwise(sizes):
+        validate_growth(before, after)
+    if sizes[-1] != last:
+        raise ValueError(
+            f"the last stage draws {format_size(sizes[-1])}, and the image is to be {format_size(last)}; leave out its "
+            "height and width"
+        )
+    most = target.adapter.max_grid_side(target.transformer)
     for each in plan.drawn:
         if most is not None and max(each.size) > most * token:
             raise ValueError(
-                f"this {type(transformer).__name__} has positions for {most} x {most} tokens, "
-                f"{size_name((most * token, most * token))}, and {size_name(each.size)} needs more; ask for a smaller "
-                "picture, or take a FLUX.1, whose positions have no end"
+                f"this {type(target.transformer).__name__} has positions for {most} x {most} tokens, "
+                f"{format_size((most * token, most * token))}, and {format_size(each.size)} needs more; ask for a "
+                "smaller image, or take a FLUX.1, which has no limit"
             )
-
-
-def _check_ranks_have_rows(plan: HighresPlan, token: int, ranks: int) -> None:
-    """Raise ValueError where a stage has too few rows for the processes that an image is split over."""
-    for stage in plan.stages if ranks > 1 else ():
-        try:
-            check_ranks((stage.size[0] // token, stage.size[1] // token), ranks)
-        except ValueError as error:
-            raise ValueError(f"the stage of {size_name(stage.size)}: {error}") from None
+    for stage in plan.stages:
+        latents = max(stage.size) // int(target.pipe.vae_scale_factor)
+        levels, most_levels = stage.low_resolution_guidance or 0, (latents - 1).bit_length()
+        if levels > most_levels:
+            raise ValueError(
+                f"low_resolution_guidance={levels} is too much for {format_size(stage.size)}: {most_levels} levels are "
+                "means over all its latents; 2 is usual"
+            )
+        if target.ranks > 1:
+            try:
+                check_ranks((stage.size[0] // token, stage.size[1] // token), target.ranks)
+            except ValueError as error:
+                raise ValueError(f"the stage of {format_size(stage.size)}: {error}") from None

@@ -1,4 +1,4 @@
-"""What `highres` gives: the images, and the plan that they were made from."""
+"""The result of `highres`: the images, and the plan they were drawn from."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan
+from clear_attn.cascade.stages import Size
 from clear_attn.utils.atomic import atomic_file, atomic_text
+from clear_attn.utils.image_files import save_or_fall_back, try_write, validate_image_file
 
 
 @dataclass(frozen=True)
 class HighresResult:
-    """Of `highres`.
+    """What `highres` returns.
 
     Attributes:
-        images: the first image, drawn or given, and that of each finished stage, RGB.
-        plan (`HighresPlan`): what they were made from.
+        images: RGB images: the first one, drawn or given, and that of each finished stage.
+        plan (`HighresPlan`): what they were drawn from.
     """
 
     images: list[Image.Image]
@@ -27,7 +29,7 @@ class HighresResult:
 
     @property
     def image(self) -> Image.Image:
-        """The last one.
+        """The last image.
 
         Raises:
             ValueError: no image was finished.
@@ -42,56 +44,105 @@ class HighresResult:
         return len(self.images) == 1 + len(self.plan.stages)
 
     def save(self, file: Path | str, *, stages: bool = False) -> list[Path]:
-        """Saves the last image, with the plan in it (PNG) and beside it (the same name, ending in .json).
+        """Save the last image, with the plan in it (PNG only) and next to it (`out.png.json` for `out.png`).
 
-        Of an unfinished result every image, each with its number and size in its name.
+        Of an unfinished result, save every image, with its number and size in its name. An image that cannot be written
+        goes to a file in the system's temporary folder, with a warning that names it.
 
         Args:
-            file: where it goes; other kinds of picture than PNG have the plan only beside them. In the picture, weights
-                on this machine are named without the folder that they lie in.
-            stages: save the images before it too, each with its number and size in its name.
+            file: where the last image goes, a `.png`, `.jpg`, `.webp`, `.tif` or `.bmp` file. The plan in an image has
+                the names of local weights without their folders.
+            stages: also save the images before the last one, with number and size in their names.
 
         Returns:
-            The pictures' files.
+            The files of the images, the last image's last.
 
         Raises:
-            ValueError: no image was finished.
+            ValueError: no image was finished, or the file's format does not suit the image.
+            FileExistsError: the plan would overwrite a JSON file that is not a plan.
+            OSError: neither the files nor a fallback file can be written.
         """
         file, last = Path(file), self.image
+        validate_image_file(file, (last.height, last.width))
         numbered = self.images if not self.finished else self.images[:-1] if stages else []
-        files = {stage_file(file, number, image): image for number, image in enumerate(numbered)}
+        images = {stage_file(file, number, image): image for number, image in enumerate(numbered)}
         if self.finished:
-            files[file] = last
-        save_plan(self.plan, file)
-        for path, image in files.items():
-            save_with_plan(image, path, self.plan)
-        return list(files)
+            images[file] = last
+        _validate_plan_file(plan_file(file))
+        written = [save_or_fall_back(_saver(image, self.plan), path) for path, image in images.items()]
+        save_or_fall_back(lambda _: save_plan(self.plan, file), plan_file(file))
+        return written
+
+
+def _saver(image: Image.Image, plan: HighresPlan) -> Any:
+    return lambda path: save_with_plan(image, path, plan)
 
 
 def stage_file(file: Path, number: int, image: Image.Image) -> Path:
-    """Where an image on the way goes: out.png's first one to out-0-1024x1024.png, height before width."""
+    """Return the file of an intermediate image: out-0-1024x768.png for the first of out.png, height before width."""
     return file.with_name(f"{file.stem}-{number}-{image.height}x{image.width}{file.suffix}")
 
 
+def plan_file(file: Path) -> Path:
+    """Return the file of an image's plan: out.png.json for out.png."""
+    return file.with_name(f"{file.name}.json")
+
+
 def save_plan(plan: HighresPlan, file: Path) -> None:
-    """Beside a picture, in a file of the same name that ends in .json."""
-    atomic_text(file.with_suffix(".json"), plan.to_json())
+    """Save a plan next to the image that is drawn from it.
+
+    Raises:
+        FileExistsError: there is a file of the plan's name that is not a plan.
+    """
+    _validate_plan_file(plan_file(file))
+    atomic_text(plan_file(file), plan.to_json())
+
+
+def _validate_plan_file(file: Path) -> None:
+    if file.exists():
+        try:
+            HighresPlan.load(file)
+        except (OSError, ValueError):
+            raise FileExistsError(f"{file} is not a plan and would be overwritten; give another file") from None
 
 
 def save_with_plan(image: Image.Image, file: Path, plan: HighresPlan) -> None:
+    """Save an image, with the plan in it if it is a PNG file."""
     options: dict[str, Any] = {}
     if file.suffix.lower() == ".png":
         options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt(PNG_ENTRY, plan.without_places().to_json())
+        options["pnginfo"].add_itxt(PNG_ENTRY, plan.without_paths().to_json())
     with atomic_file(file) as unfinished:
         image.save(unfinished, **options)
+
+
+def validate_output(file: Path, size: Size) -> None:
+    """Check before drawing that an image, its plan and intermediate images can be saved, by writing trial files.
+
+    Args:
+        file: where the image goes.
+        size: height and width of the image in pixels.
+
+    Raises:
+        ValueError: the file's format is unknown or cannot hold the image.
+        FileExistsError: the plan would overwrite a file that is not a plan.
+        OSError: the folder does not exist, or nothing can be written there under such a name.
+    """
+    validate_image_file(file, size)
+    if not file.resolve().parent.is_dir():
+        raise FileNotFoundError(f"no such directory: {file.resolve().parent}; create it, or give another file")
+    # The names of intermediate images are the longest.
+    longest = file.with_name(f"{file.stem}-99-{size[0]}x{size[1]}{file.suffix}")
+    for each in (file, plan_file(file), longest):
+        try_write(each)
+    _validate_plan_file(plan_file(file))
 
 
 class HighresInterrupted(KeyboardInterrupt):
     """Ctrl-C inside `highres`; the pipeline is as it was.
 
     Attributes:
-        result (`HighresResult`): what was finished by then.
+        result (`HighresResult`): the images that were finished.
     """
 
     def __init__(self, result: HighresResult) -> None:
@@ -100,10 +151,10 @@ class HighresInterrupted(KeyboardInterrupt):
 
 
 class HighresError(RuntimeError):
-    """An error while `highres` drew, which is this one's `__cause__`; the pipeline is as it was.
+    """An error while `highres` drew, which is its `__cause__`; the pipeline is as it was.
 
     Attributes:
-        result (`HighresResult`): what was finished by then.
+        result (`HighresResult`): the images that were finished.
     """
 
     def __init__(self, result: HighresResult, cause: Exception) -> None:

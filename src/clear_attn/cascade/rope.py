@@ -1,4 +1,4 @@
-"""Rotary positions beyond what a model was trained on."""
+"""`ntk_scaling`: rotary positions beyond those that a model was trained on."""
 
 from __future__ import annotations
 
@@ -14,24 +14,31 @@ PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
 @contextlib.contextmanager
 def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[PipelineOrTransformer]:
-    """NTK-aware scaling for the length of a `with` block: the base theta of the rotary embedding times a factor.
+    """Multiply theta of the rotary embedding by a factor for the length of a `with` block: NTK-aware scaling.
 
-    Slow rotations become slower, so that far positions look as near ones did in training, and fast ones hardly
-    change, so that neighbours are still told apart. With theta 10,000 and factor 10 it is what CLEAR's published
-    high-resolution run does. Blocks may be nested; their factors multiply.
+    Low frequencies become lower, so that far positions look like near ones in training. High frequencies hardly change,
+    so that neighbors stay distinguishable. CLEAR's published high-resolution run multiplies theta 10,000 by 10. Blocks
+    can be nested; their factors multiply.
 
     Args:
-        pipe: a supported pipeline or transformer with a rotary embedding computed from theta, FLUX.1, FLUX.2 or Chroma,
+        pipe: a pipeline or transformer with a rotary embedding computed from theta (FLUX.1, FLUX.2 or Chroma),
             linearized or not.
-        factor (`float`): of theta; 1 changes nothing.
+        factor (`float`): factor of theta; 1 changes nothing.
 
     Raises:
-        TypeError: not a supported pipeline.
-        ValueError: a factor that is not a finite number above 0; a model without rotary embedding.
+        TypeError: the pipeline is not supported.
+        ValueError: the factor is not a finite number above 0; the model has no rotary embedding.
+
+    Example:
+        >>> from clear_attn import demo
+        >>> pipe = demo.pipeline()
+        >>> with ntk_scaling(pipe, 10):
+        ...     print(pipe.transformer.pos_embed.theta)
+        100000
     """
     transformer, adapter = find_transformer(pipe)
-    check_ntk_factor(transformer, factor)
     embedding: Any = adapter.rotary_embedding(transformer)
+    validate_ntk_factor(transformer, embedding, factor)
     before = embedding.theta
     embedding.theta = before * factor
     try:
@@ -40,17 +47,11 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
         embedding.theta = before
 
 
-def has_rotary_embedding(transformer: object) -> bool:
-    """Return whether a supported transformer computes a rotary embedding from theta in each call."""
-    _, adapter = find_transformer(transformer)
-    return adapter.rotary_embedding(transformer) is not None
-
-
-def check_ntk_factor(transformer: object, factor: object) -> None:
-    """Raises ValueError where a factor is no number above 0 or the model has no rotary embedding."""
+def validate_ntk_factor(transformer: object, embedding: object | None, factor: object) -> None:
+    """Raise ValueError for a factor that is not a number above 0, or a transformer without rotary embedding."""
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < math.inf:
         raise ValueError(f"ntk_factor must be a finite number above 0, got {factor!r}; 10 is usual, 1 changes nothing")
-    if not has_rotary_embedding(transformer):
+    if embedding is None:
         raise ValueError(
             f"ntk_factor={factor} needs a rotary embedding, and a {type(transformer).__name__} has none that it would "
             "change; leave it out"

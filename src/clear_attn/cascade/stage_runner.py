@@ -1,10 +1,10 @@
-"""Draws a plan: the base image, then each stage upon the image before it."""
+"""Draw a plan: the base image, then each stage from the image before it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -13,118 +13,133 @@ from torch import Tensor
 
 from clear_attn.cascade.attention_scale import proportional_attention
 from clear_attn.cascade.guidance import guide
-from clear_attn.cascade.pipelines import kind_of, static_schedule, tiled_vae
+from clear_attn.cascade.pipelines import CascadeTarget, static_schedule, tiled_vae
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.rope import ntk_scaling
-from clear_attn.cascade.stages import Base, Size, Stage, size_name
+from clear_attn.cascade.stages import Base, Stage, format_size
 from clear_attn.models._diffusers import execution_device_of, progress_bar_config_of, reset_interrupt
-from clear_attn.patching.context_managers import restored
+from clear_attn.patching.context_managers import applied, restored
+from clear_attn.patching.linearization import Change
+
+StepCallback = Callable[..., dict[str, Any]]
 
 
-class Interrupted(Exception):  # noqa: N818, for it is no error
-    """A callback, or another thread, has set `_interrupt` of the pipeline."""
+class Interrupted(Exception):  # noqa: N818, for it is not an error
+    """A callback or another thread has set `_interrupt` of the pipeline."""
 
 
-def draw(
-    pipe: Any,
-    plan: HighresPlan,
-    image: Image.Image | None,
-    callbacks: dict[str, Any],
-    finished: Callable[[Image.Image], None],
-) -> None:
-    """Draws the first image and that of each stage, and hands on each as soon as it is there.
+class Cascade(NamedTuple):
+    """The drawing of one image.
 
-    Args:
-        pipe: linearized.
+    Attributes:
+        target: the pipeline.
         plan: what to draw.
-        image: the first image, where the plan has no base.
-        callbacks: keywords of the pipelines' calls.
-        finished: takes each image.
-
-    Raises:
-        Interrupted: by a callback, or another thread.
+        on_step_end: the caller's callback after each step.
+        tensor_inputs: names of the tensors that the callback gets.
     """
-    reset_interrupt(pipe)
-    if plan.base:
-        with restored(pipe):
-            image = _draw_base(pipe, plan, plan.base, callbacks)
-            finished(image)
-    else:
-        assert image
-        image = image.convert("RGB")
-        finished(image)
-    for number, stage in enumerate(plan.stages, start=1):
-        _stop_if_interrupted(pipe)
-        image = _draw_stage(pipe, plan, number, stage, image, callbacks)
-        finished(image)
+
+    target: CascadeTarget
+    plan: HighresPlan
+    on_step_end: StepCallback | None
+    tensor_inputs: Sequence[str]
+
+    def draw(self, change: Change | None, image: Image.Image | None, on_image: Callable[[Image.Image], None]) -> None:
+        """Draw the base image and each stage.
+
+        Args:
+            change: linearizes the pipeline for the stages; None if it is linearized as planned.
+            image: the first image, if the plan has no base.
+            on_image: called with each image as soon as it is finished, the first one included.
+
+        Raises:
+            Interrupted: by a callback or another thread.
+            FloatingPointError: latents or an image have NaN or infinity.
+        """
+        reset_interrupt(self.target.pipe)
+        if self.plan.base:
+            with restored(self.target.pipe) if self.target.hook else contextlib.nullcontext():
+                image = self._draw_base(self.plan.base)
+                on_image(image)
+        else:
+            assert image
+            image = image.convert("RGB")
+            on_image(image)
+        with applied(change) if change else contextlib.nullcontext():
+            for number, stage in enumerate(self.plan.stages, start=1):
+                _stop_if_interrupted(self.target.pipe)
+                image = self._draw_stage(number, stage, image)
+                on_image(image)
+
+    def _draw_base(self, base: Base) -> Image.Image:
+        pipe = self.target.pipe
+        scheduler = static_schedule(pipe.scheduler, None)
+        runner = self.target.text_to_image(**{**pipe.components, "scheduler": scheduler})
+        return self._run(runner, 0, base, {"num_inference_steps": base.steps, "generator": self._generator(0)})
+
+    def _draw_stage(self, number: int, stage: Stage, image: Image.Image) -> Image.Image:
+        pipe, generator = self.target.pipe, self._generator(number)
+        scheduler = static_schedule(pipe.scheduler, stage.shift)
+        runner = self.target.image_to_image(**{**pipe.components, "scheduler": scheduler})
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(tiled_vae(pipe.vae))
+            if (factor := stage.ntk_factor or 1) != 1:
+                stack.enter_context(ntk_scaling(pipe, factor))
+            if stage.proportional:
+                stack.enter_context(proportional_attention(pipe))
+            latents = _encode(runner, image, stage, generator)
+            if stage.low_resolution_guidance:
+                guide(scheduler, latents, stage.low_resolution_guidance)
+            schedule = {"strength": stage.strength, "num_inference_steps": stage.steps}
+            return self._run(runner, number, stage, {"image": latents, "generator": generator, **schedule})
+
+    def _run(self, runner: Any, number: int, drawn: Base | Stage, settings: dict[str, Any]) -> Image.Image:
+        pipe, options = self.target.pipe, self.plan.options
+        name = f"stage {number} of {len(self.plan.stages)}" if number else "base image"
+        title = f"{name}, {format_size(drawn.size)}"
+        runner.set_progress_bar_config(**{"desc": title, **progress_bar_config_of(pipe)})
+
+        def after_step(runner: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+            given = {name: tensors[name] for name in self.tensor_inputs}
+            changed = self.on_step_end(runner, step, timestep, given) if self.on_step_end else given
+            _stop_if_interrupted(runner, pipe)
+            _validate_finite(changed.get("latents", tensors["latents"]), f"{title}: the latents after step {step + 1}")
+            return changed
+
+        try:
+            decoded = runner(
+                self.plan.prompt,
+                height=drawn.height,
+                width=drawn.width,
+                guidance_scale=drawn.guidance,
+                **{**options, **settings},
+                callback_on_step_end=after_step,
+                callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *self.tensor_inputs])),
+                output_type="pt",
+            ).images
+        finally:
+            # Offloaded models go back to the CPU; this runner has no hooks of its own for that.
+            pipe.maybe_free_model_hooks()
+        _validate_finite(decoded, f"{title}: the decoded pixels")
+        images: list[Image.Image] = runner.image_processor.numpy_to_pil(runner.image_processor.pt_to_numpy(decoded))
+        return images[0]
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.plan.seed + number)
 
 
-def _draw_base(pipe: Any, plan: HighresPlan, base: Base, callbacks: dict[str, Any]) -> Image.Image:
-    runner = kind_of(pipe).from_text(**{**pipe.components, "scheduler": static_schedule(pipe.scheduler, None)})
-    settings = {"num_inference_steps": base.steps, "guidance_scale": base.guidance, "generator": _generator(plan, 0)}
-    return _run(pipe, runner, plan, 0, base.size, settings, callbacks)
+def callback_inputs(on_step_end: StepCallback | None, tensor_inputs: Sequence[str]) -> list[str]:
+    """Return the names of the tensors that a callback gets; a callback of diffusers names them itself."""
+    own = isinstance(on_step_end, (PipelineCallback, MultiPipelineCallbacks))
+    return list(on_step_end.tensor_inputs if own else tensor_inputs)  # type: ignore[union-attr]
 
 
-def _draw_stage(
-    pipe: Any, plan: HighresPlan, number: int, stage: Stage, image: Image.Image, callbacks: dict[str, Any]
-) -> Image.Image:
-    scheduler = static_schedule(pipe.scheduler, stage.shift)
-    runner = kind_of(pipe).from_image(**{**pipe.components, "scheduler": scheduler})
-    generator = _generator(plan, number)
-    with contextlib.ExitStack() as around:
-        around.enter_context(tiled_vae(pipe.vae))
-        if (factor := stage.ntk_factor or 1) != 1:
-            around.enter_context(ntk_scaling(pipe, factor))
-        if stage.proportional:
-            around.enter_context(proportional_attention(pipe))
-        latents = _encode(runner, image, stage.size, generator)
-        if stage.low_resolution_guidance:
-            guide(scheduler, latents, stage.low_resolution_guidance)
-        settings = {
-            "image": latents,
-            "strength": stage.strength,
-            "num_inference_steps": stage.steps,
-            "guidance_scale": stage.guidance,
-            "generator": generator,
-        }
-        return _run(pipe, runner, plan, number, stage.size, settings, callbacks)
-
-
-def _run(
-    pipe: Any,
-    runner: Any,
-    plan: HighresPlan,
-    number: int,
-    size: Size,
-    settings: dict[str, Any],
-    callbacks: dict[str, Any],
-) -> Image.Image:
-    title = f"stage {number} of {len(plan.stages)}" if number else "base image"
-    runner.set_progress_bar_config(**{"desc": f"{title}, {size_name(size)}", **progress_bar_config_of(pipe)})
-    arguments = {**settings, **plan.options, **_heeding(pipe, **callbacks)}
-    try:
-        return runner(plan.prompt, height=size[0], width=size[1], **arguments).images[0]
-    finally:
-        # Offloaded models go back to where they wait; this runner has put no hooks on them.
-        pipe.maybe_free_model_hooks()
-
-
-def _heeding(
-    pipe: Any, callback_on_step_end: Callable[..., dict[str, Any]] | None, callback_on_step_end_tensor_inputs: list[str]
-) -> dict[str, Any]:
-    """The caller's callback, after which a pipeline that was interrupted stops at once, and decodes nothing."""
-
-    def on_step_end(runner: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        changed = callback_on_step_end(runner, step, timestep, tensors) if callback_on_step_end else tensors
-        _stop_if_interrupted(runner, pipe)
-        return changed
-
-    if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-        callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-    return {
-        "callback_on_step_end": on_step_end,
-        "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-    }
+def _validate_finite(values: Tensor, where: str) -> None:
+    if not torch.isfinite(values).all():
+        dtype = str(values.dtype).removeprefix("torch.")
+        raise FloatingPointError(
+            f"{where}, in {dtype}, contain NaN or infinity; where float16 overflows, bfloat16 or float32 usually helps "
+            "(pipe.vae.to(torch.float32) for the autoencoder alone); else look at the LoRAs and the guidance scale"
+        )
 
 
 def _stop_if_interrupted(*pipes: Any) -> None:
@@ -132,16 +147,11 @@ def _stop_if_interrupted(*pipes: Any) -> None:
         raise Interrupted
 
 
-def _generator(plan: HighresPlan, number: int) -> torch.Generator:
-    """The base image's noise is of the plan's seed, stage n's of seed + n."""
-    return torch.Generator("cpu").manual_seed(plan.seed + number)
-
-
 @torch.no_grad()
-def _encode(runner: Any, image: Image.Image, size: Size, generator: torch.Generator) -> Tensor:
-    """The latents of an image enlarged to a size, as image-to-image pipelines make them, `[1, channels, h, w]`."""
-    vae = runner.vae
-    enlarged = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+def _encode(runner: Any, image: Image.Image, stage: Stage, generator: torch.Generator) -> Tensor:
+    """Return the latents of an enlarged image as image-to-image pipelines make them, `[1, channels, height, width]`."""
+    vae, (height, width) = runner.vae, stage.size
+    enlarged = image.resize((width, height), Image.Resampling.LANCZOS)
     pixels = runner.image_processor.preprocess(enlarged).to(execution_device_of(runner), vae.dtype)
     encoded = vae.encode(pixels)
     latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents

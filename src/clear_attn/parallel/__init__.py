@@ -1,4 +1,4 @@
-"""One picture on many ranks of torch.distributed, with the same result as on one."""
+"""One image on many ranks of torch.distributed, with the same result as on one."""
 
 from clear_attn.parallel.parallelization import deparallelize, parallelize
 

@@ -1,4 +1,4 @@
-"""How many bytes each rank sends, counted from the layout, beside attention that splits a sequence in other ways."""
+"""Count the bytes that each rank sends, next to other ways to split attention over ranks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Method
 from clear_attn.parallel.shard import check_ranks, halo_from, rows_of
 
-# Of log-sum-exps and of sums of the text's parts, whatever the dtype of the model.
+# Bytes of a log-sum-exp and of a sum of text parts, for every dtype of the model.
 WIDE = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """What one rank sends in bytes, in one attention layer with text but for `output`.
+class CommunicationVolume:
+    """Bytes that one rank sends in an attention layer with text; `output` is once per step.
 
-    A gathering of n ranks sends a rank's part n - 1 times, and a sum 2 (n - 1) / n times the tensor, as rings do.
+    With n ranks, all_gather sends a rank's part n - 1 times, all_reduce 2 (n - 1) / n times the tensor, as rings do.
 
     Attributes:
-        halo: keys and values of its tokens that others' windows reach.
+        halo: keys and values of its tokens in the windows of other ranks.
         pooled: its pooled keys and values, to all.
-        text_lse, text_sum: what merges the ranks' parts of the text's attention.
-        ring: in the place of all these, ring attention: keys and values of the rank's tokens, to all.
-        all_to_all: likewise, with heads split during attention: query, key, value and output; None where the ranks do
-            not divide the heads.
-        tokens: image tokens of the largest share, which a gathered output sends for each rank.
+        text_lse, text_sum: to merge the ranks' parts of the attention of text.
+        ring: of ring attention instead: keys and values of the rank's tokens, to all.
+        all_to_all: of splitting by heads during attention instead: query, key, value and output; None if the number of
+            ranks does not divide the heads.
+        tokens: image tokens of the largest shard, which a gathered output sends for each rank.
+        ranks, element, batch: number of ranks, bytes of a value, images in one forward pass.
     """
 
     halo: int
@@ -43,15 +44,15 @@ class Traffic:
 
     @property
     def layer(self) -> int:
-        """All that a rank sends in a layer."""
+        """All bytes that a rank sends in a layer."""
         return self.halo + self.pooled + self.text_lse + self.text_sum
 
     def output(self, channels: int) -> int:
-        """What it sends once in a step: its output tokens of so many channels, to all."""
+        """Return the bytes of its output tokens, which it sends to all once per step."""
         return (self.ranks - 1) * self.tokens * channels * self.element * self.batch
 
 
-def traffic(
+def count_volume(
     layout: TokenLayout,
     method: Method,
     rank: int,
@@ -61,19 +62,19 @@ def traffic(
     head_dim: int,
     element: int,
     batch: int = 1,
-) -> Traffic:
-    """Counts what a rank sends for a picture.
+) -> CommunicationVolume:
+    """Count the bytes that a rank sends.
 
     Args:
         layout: of the whole image.
         method: CLEAR, or dense attention.
-        rank, ranks: which one it is, of how many.
+        rank, ranks: this rank and the number of ranks.
         heads, head_dim: of attention.
-        element: bytes of a number of the model's dtype.
-        batch: pictures in one forward pass.
+        element: bytes of a value in the model's dtype.
+        batch: images in one forward pass.
 
     Raises:
-        ValueError: more ranks than tile rows.
+        ValueError: there are more ranks than tile rows.
     """
     check_ranks(layout.grids[0], ranks)
     token = heads * head_dim * element * batch
@@ -83,7 +84,7 @@ def traffic(
     most_cells = max(_cells(layout, method.pooled_factor or 1, each, ranks) for each in range(ranks))
     text = layout.text_tokens
     joint = text + layout.image_tokens
-    return Traffic(
+    return CommunicationVolume(
         halo=2 * sent * token,
         pooled=2 * others * most_cells * token,
         text_lse=others * text * heads * WIDE * batch,
@@ -103,7 +104,7 @@ def _tokens(layout: TokenLayout, rank: int, ranks: int) -> int:
 
 
 def _cells(layout: TokenLayout, factor: int, rank: int, ranks: int) -> int:
-    """How many pooled cells have a token of a rank."""
+    """Return the number of pooled cells with a token of a rank."""
     cells = 0
     if factor == 1:
         return 0

@@ -1,11 +1,13 @@
-"""What goes between ranks: sent now, awaited later, and whoever does not answer is named."""
+"""Communication between ranks: it starts now and is awaited later, and errors name the ranks that do not answer."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,29 +18,36 @@ from torch import Tensor
 from clear_attn.parallel.handles import remember
 from clear_attn.utils._torch import default_store, timeout_of
 
-# Seconds, of those waiting, between two looks whether a rank has raised the alarm.
-LOOK = 0.5
-# At most how long the others are given to say that they are alive, when one did not answer.
+# Seconds between two checks whether another rank has raised the alarm.
+POLL_S = 0.5
+# The longest time that other ranks have to report after one did not answer.
 GRACE = datetime.timedelta(seconds=60)
 
-# What may be broadcast.
+# Dtypes that may be broadcast.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST_DIMENSIONS = 6
+MAX_DIMENSIONS = 6
 
 Value = TypeVar("Value")
-Pending = Callable[[], Value]
+# Waits for a result.
+Future = Callable[[], Value]
+
+# The number of communicators made so far among the same ranks; all ranks make them in the same order.
+_made: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
-class Links:
-    """The ranks that share a picture, in a process group.
+class Communicator:
+    """The ranks of a process group that share an image.
 
     Args:
-        group: theirs.
+        group: the process group.
 
     Attributes:
-        rank, ranks (`int`): which one this is, of how many, in the group.
-        names: by rank in the group, its rank in the whole job, for errors.
+        rank, ranks (`int`): this rank and the number of ranks, in the group.
+        names: the global rank of each rank in the group, for errors.
         handle: see `clear_attn.parallel.handles`.
+
+    Raises:
+        RuntimeError: a rank of the group does not make its communicator in time.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -48,17 +57,28 @@ class Links:
         timeout = timeout_of(group)
         self.grace = min(GRACE, timeout / 4)
         self.patience = timeout - self.grace
-        # Small things that the host reads go past the devices.
         self.names = dist.get_process_group_ranks(group)
-        self._control = dist.new_group(self.names, timeout, "gloo", use_local_synchronization=True)
-        self._roll = f"clear_attn/{'-'.join(map(str, self.names))}"
+        members = "-".join(map(str, self.names))
+        self._prefix = f"clear_attn/{members}/{next(_made[members])}"
         self._store = default_store()
+        self._meet()
+        # For small tensors on the CPU, past the devices.
+        self._control = dist.new_group(self.names, timeout, "gloo", use_local_synchronization=True)
 
-    def __deepcopy__(self, memo: object) -> Links:
+    def __deepcopy__(self, memo: object) -> Communicator:
         return self  # a process has one place in a group
 
-    def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Pending[None]:
-        """Starts to send tensors to peers, and to receive into others; what is sent must live until the end."""
+    def _meet(self) -> None:
+        """Wait for all ranks: what follows would hang without one of them, and not say which."""
+        absent = self._wait_for("meeting", self.patience, range(self.ranks))
+        if absent:
+            raise RuntimeError(
+                f"rank {self.names[self.rank]} timed out waiting for clear_attn.parallelize(); ranks that do not call "
+                f"it: {self._name(absent)}. Call it on every rank of the group, and look at their last output"
+            )
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Future[None]:
+        """Start to send tensors to peers and to receive others in place; keep what is sent until the end."""
         operations = [
             *(dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in sends),
             *(dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in receives),
@@ -66,16 +86,16 @@ class Links:
         if not operations:
             return lambda: None
         device = operations[0].tensor.device
-        return self._start("tokens at a border", device, lambda: dist.batch_isend_irecv(operations))
+        return self._start("halo tokens", device, lambda: dist.batch_isend_irecv(operations))
 
-    def gather(self, own: Tensor, lengths: Sequence[int], dim: int) -> Pending[list[Tensor]]:
-        """Starts to gather a tensor of each rank, whose lengths along a dimension differ."""
+    def all_gather(self, own: Tensor, lengths: Sequence[int], dim: int) -> Future[list[Tensor]]:
+        """Start to gather a tensor of each rank; lengths along one dimension may differ."""
         most = max(lengths)
         padded = own.new_zeros(*own.shape[:dim], most, *own.shape[dim + 1 :])
         padded.narrow(dim, 0, own.shape[dim]).copy_(own)
         parts = [torch.empty_like(padded) for _ in range(self.ranks)]
         wait = self._start(
-            "tokens of all", own.device, lambda: [dist.all_gather(parts, padded, group=self.group, async_op=True)]
+            "all tokens", own.device, lambda: [dist.all_gather(parts, padded, group=self.group, async_op=True)]
         )
 
         def finish() -> list[Tensor]:
@@ -84,32 +104,32 @@ class Links:
 
         return finish
 
-    def add_up(self, own: Tensor) -> Pending[None]:
-        """Starts to add up a tensor over all ranks, in place."""
+    def all_reduce(self, own: Tensor) -> Future[None]:
+        """Start to sum a tensor over all ranks, in place."""
         return self._start("text tokens", own.device, lambda: [dist.all_reduce(own, group=self.group, async_op=True)])
 
     def broadcast(self, make: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """What the first rank makes, for all; its shape and dtype go before it.
+        """Return what `make` returns on the first rank; its shape and dtype are sent first.
 
         Raises:
-            RuntimeError: the first rank could not make it, which is told on all others.
+            RuntimeError: on all other ranks, if `make` failed on the first one.
         """
-        header = torch.zeros(2 + MOST_DIMENSIONS, dtype=torch.int64, device="cpu")
+        header = torch.zeros(2 + MAX_DIMENSIONS, dtype=torch.int64, device="cpu")
         tensor = torch.empty(0)
         if self.rank == 0:
             try:
                 tensor = make().contiguous()
                 header[: 2 + tensor.ndim] = torch.tensor([1 + DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape])
             except Exception:
-                self.compare(header)  # so that nobody waits for it
+                self.compare(header)  # so that no rank waits for it
                 raise
         dtype, dimensions, *shape = self.compare(header)[0].tolist()
         if not dtype:
-            raise RuntimeError(f"rank {self.names[0]} failed at what it makes for all; look at what it last wrote")
+            raise RuntimeError(f"rank {self.names[0]} failed to compute what it sends to all; see its own error")
         if self.rank:
             tensor = torch.empty(shape[:dimensions], dtype=DTYPES[dtype - 1], device=device)
         wait = self._start(
-            "the decoded picture",
+            "the decoded image",
             device,
             lambda: [dist.broadcast(tensor, group=self.group, group_src=0, async_op=True)],
         )
@@ -117,27 +137,27 @@ class Links:
         return tensor
 
     def compare(self, own: Tensor) -> Tensor:
-        """All ranks' values of a small tensor on the CPU, `[ranks, ...]`."""
+        """Return all ranks' values of a small tensor on the CPU, `[ranks, ...]`."""
         parts = [torch.empty_like(own) for _ in range(self.ranks)]
         self._start("a call", own.device, lambda: [dist.all_gather(parts, own, group=self._control, async_op=True)])()
         return torch.stack(parts)
 
-    def _start(self, what: str, device: torch.device, start: Callable[[], list[Any]]) -> Pending[None]:
-        with self._naming(what):
+    def _start(self, what: str, device: torch.device, start: Callable[[], list[Any]]) -> Future[None]:
+        with self._naming_absent(what):
             works = start()
 
         def wait() -> None:
-            with self._naming(what):
+            with self._naming_absent(what):
                 if device.type == "cpu":
                     self._wait_on_host(works)
-                else:  # the device waits, and the process group's own watch ends the job where it waits in vain
+                else:  # the device waits, and the process group's watchdog ends the job after its timeout
                     for work in works:
                         work.wait()
 
         return wait
 
     def _wait_on_host(self, works: Sequence[Any]) -> None:
-        """Waits, and gives up also where another rank has."""
+        """Wait, and stop waiting when another rank raises the alarm."""
         over, failures = threading.Event(), []
 
         def wait() -> None:
@@ -150,35 +170,64 @@ class Links:
                 over.set()
 
         threading.Thread(target=wait, daemon=True).start()
-        while not over.wait(LOOK):
-            if self._store.check([f"{self._roll}/alarm"]):
-                raise RuntimeError("another rank has given up waiting")
+        while not over.wait(POLL_S):
+            if self._store.check([f"{self._prefix}/alarm"]):
+                raise RuntimeError("another rank timed out")
         if failures:
             raise failures[0]
 
     @contextlib.contextmanager
-    def _naming(self, what: str) -> Iterator[None]:
-        """Raises what went wrong between ranks as an error that names those that are gone."""
+    def _naming_absent(self, what: str) -> Iterator[None]:
+        """Turn an error of communication into one that names the ranks that do not answer."""
         try:
             yield
-        except torch.OutOfMemoryError:  # a RuntimeError, too, and no other rank's fault
+        except torch.OutOfMemoryError:  # a RuntimeError too, and no other rank's fault
             raise
         except RuntimeError as error:
-            gone = ", ".join(map(str, self._missing())) or "none, so look at the network between them"
             raise RuntimeError(
-                f"rank {self.names[self.rank]} waited in vain for {what}; ranks that do not answer: {gone}. Look at "
-                "what they last wrote, and start all ranks again"
+                f"rank {self.names[self.rank]} timed out waiting for {what}; {self._diagnose()}"
             ) from error
 
-    def _missing(self) -> list[int]:
-        """The names of those that do not come to a roll call: all that wait come, when one has given up."""
-        silent, end = set(range(self.ranks)), time.monotonic() + self.grace.total_seconds()
+    def _diagnose(self) -> str:
+        """Return which ranks do not answer, and what to do.
+
+        Every waiting rank raises the alarm and reports; those that do not report are gone. The first one to know keeps
+        it in the store, for ranks that come late. It waits until the others have read it: the store may end with it.
+        """
+        again = "Look at their last output, and start all ranks again"
+        found, absent = f"{self._prefix}/found", list(range(self.ranks))
+        end = time.monotonic() + self.grace.total_seconds()
         try:
-            self._store.set(f"{self._roll}/alarm", "")
-            self._store.set(f"{self._roll}/{self.rank}", "")
-            while silent and time.monotonic() < end:
-                time.sleep(LOOK / 10)
-                silent = {rank for rank in silent if not self._store.check([f"{self._roll}/{rank}"])}
-        except RuntimeError:
-            return [0]  # of the job, where the store is
-        return [self.names[rank] for rank in sorted(silent)]
+            for key in ("alarm", f"report/{self.rank}"):
+                self._store.set(f"{self._prefix}/{key}", "")
+            while absent and time.monotonic() < end and not self._store.check([found]):
+                time.sleep(POLL_S / 10)
+                absent = self._unset("report", absent)
+            if not self._store.check([found]):
+                self._store.set(found, ",".join(map(str, absent)))
+            absent = [int(rank) for rank in self._store.get(found).decode().split(",") if rank]
+            others = [rank for rank in range(self.ranks) if rank not in absent]
+            self._wait_for("end", datetime.timedelta(seconds=4 * POLL_S), others)
+        except RuntimeError:  # from the store
+            if self.rank in absent:
+                return f"the store ended with rank 0, which failed or has stopped waiting for this rank. {again}"
+        if self.rank in absent:
+            return f"this rank came late, and the others have stopped waiting for it. {again}, with a longer timeout"
+        if not absent:
+            return f"all ranks answer, so check the network between them. {again}"
+        return f"ranks that do not answer: {self._name(absent)}. {again}"
+
+    def _name(self, ranks: Sequence[int]) -> str:
+        return ", ".join(str(self.names[rank]) for rank in ranks)
+
+    def _unset(self, key: str, ranks: Sequence[int]) -> list[int]:
+        return [rank for rank in ranks if not self._store.check([f"{self._prefix}/{key}/{rank}"])]
+
+    def _wait_for(self, key: str, patience: datetime.timedelta, ranks: Sequence[int]) -> list[int]:
+        """Set a key in the store for this rank, and return the ranks that do not set theirs in time."""
+        self._store.set(f"{self._prefix}/{key}/{self.rank}", "")
+        absent, end = list(ranks), time.monotonic() + patience.total_seconds()
+        with contextlib.suppress(RuntimeError):  # the store ends with a rank that has stopped waiting
+            while (absent := self._unset(key, absent)) and time.monotonic() < end:
+                time.sleep(POLL_S / 10)
+        return absent

@@ -1,88 +1,104 @@
-"""Consistency check at the entry: all ranks must get the same call."""
+"""Consistency check at the entry: all ranks must get the same call and hold the same weights."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clear_attn.parallel.communicator import Links
+from clear_attn.parallel.communicator import Communicator
 from clear_attn.utils._torch import named_leaves_of
 
-# Tensors of so many values at most are compared value by value, others by projections on random signs.
+# Tensors of up to this many values are compared value by value, others by projections on random signs.
 FEW = 64
 PROJECTIONS = 16
-# Relative to a tensor's length: what one prompt makes of two kinds of GPU in bfloat16 may differ so much, while one
-# other word among 512, or another seed, differs more in one of the projections.
+# Relative to a tensor's norm: two kinds of GPU may give this much difference for one prompt in bfloat16, while another
+# word among 512, or another seed, differs more in one of the projections.
 TOLERANCE = 0.01
 
 REMEDY = "give all ranks the same arguments, and generators of the same seed"
 
 
-def check_same(links: Links, call: dict[str, Any], settings: str) -> None:
-    """Raises ValueError on every rank where one was given another call.
+def check_same(communicator: Communicator, call: dict[str, Any], settings: str, weights: Sequence[str] = ()) -> None:
+    """Raise ValueError on every rank if one got another call or holds other weights.
 
     Args:
-        links: to the others.
-        call: keywords, tensors among them.
-        settings: what else must be the same.
+        communicator: of the ranks.
+        call: keywords, with tensors among them.
+        settings: text that must be the same.
+        weights: lines of `WeightsDigest`.
     """
     leaves = named_leaves_of(call)
     tensors = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
     others = [(name, leaf) for name, leaf in leaves if isinstance(leaf, (str, int, float, bool))]
     shapes = [f"{name} is {list(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors]
     plain = [f"{name} is {value!r}" for name, value in others]
-    _check_text(links, [settings, *plain, *shapes])
-    _check_values(links, tensors)
+    texts = _differing_texts(communicator, ["\n".join([settings, *plain, *shapes]), "\n".join(weights)])
+    for rank, (theirs, their_weights) in enumerate(texts):
+        _raise_if_calls_differ(communicator, rank, texts[0][0].split("\n"), theirs.split("\n"))
+        _raise_if_weights_differ(communicator, rank, texts[0][1], their_weights)
+    _check_values(communicator, tensors)
 
 
-def _check_text(links: Links, lines: list[str]) -> None:
-    text = "\n".join(lines).encode()
+def _differing_texts(communicator: Communicator, own: Sequence[str]) -> list[list[str]]:
+    """Return the texts of each rank, or an empty list if they are all the same, which a digest shows."""
+    text = "\0".join(own).encode()
     digest = torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8, device="cpu")
-    if (links.compare(digest) == digest).all():
-        return
-    length = int(links.compare(torch.tensor(len(text), device="cpu")).max())
+    if (communicator.compare(digest) == digest).all():
+        return []
+    length = int(communicator.compare(torch.tensor(len(text), device="cpu")).max())
     padded = torch.tensor(list(text.ljust(length)), dtype=torch.uint8, device="cpu")
-    said = [bytes(each.tolist()).decode().rstrip().split("\n") for each in links.compare(padded)]
-    for rank, theirs in enumerate(said):
-        if theirs != said[0]:
-            differing = [side for side in zip(said[0], theirs, strict=False) if side[0] != side[1]]
-            first, other = differing[0] if differing else (f"{len(said[0])} inputs", f"{len(theirs)}")
-            names = links.names[0], links.names[rank]
+    return [bytes(each.tolist()).decode().rstrip(" ").split("\0") for each in communicator.compare(padded)]
+
+
+def _raise_if_calls_differ(communicator: Communicator, rank: int, first: list[str], other: list[str]) -> None:
+    if other != first:
+        differing = [side for side in zip(first, other, strict=False) if side[0] != side[1]]
+        ours, theirs = differing[0] if differing else (f"{len(first)} inputs", f"{len(other)}")
+        names = communicator.names[0], communicator.names[rank]
+        raise ValueError(
+            f"ranks were given different calls: rank {names[0]}'s {ours}, rank {names[1]}'s {theirs}; {REMEDY}"
+        )
+
+
+def _raise_if_weights_differ(communicator: Communicator, rank: int, first: str, other: str) -> None:
+    """Compare by name; empty digests are of values that cannot be read, and pass."""
+    ours, theirs = (dict(line.rsplit(": ", 1) for line in text.split("\n") if line) for text in (first, other))
+    for name in [*ours, *theirs]:
+        digests = ours.get(name), theirs.get(name)
+        if digests[0] != digests[1] and "" not in digests:
             raise ValueError(
-                f"ranks were given different calls: rank {names[0]}'s {first}, rank {names[1]}'s {other}; {REMEDY}"
+                f"ranks hold different weights: {name} of rank {communicator.names[rank]} is not that of rank "
+                f"{communicator.names[0]}; load the same model, distilled weights and LoRAs on every rank"
             )
 
 
-def _check_values(links: Links, tensors: list[tuple[str, Tensor]]) -> None:
+def _check_values(communicator: Communicator, tensors: list[tuple[str, Tensor]]) -> None:
     if not tensors:
         return
-    seen = links.compare(torch.cat([_summary(tensor) for _, tensor in tensors]))
-    sizes = [_size(tensor) for _, tensor in tensors]
-    for (name, tensor), part in zip(tensors, seen.split(sizes, dim=1), strict=True):
+    summaries = [_summary(tensor) for _, tensor in tensors]
+    gathered = communicator.compare(torch.cat(summaries))
+    for (name, tensor), part in zip(tensors, gathered.split([len(each) for each in summaries], dim=1), strict=True):
         tolerance = TOLERANCE * part[:, -1:].max() if tensor.numel() > FEW else 0.0
         for rank, differs in enumerate(~((part - part[0]).abs() <= tolerance).all(dim=1) & ~_same(part)):
             if differs:
-                names = links.names[rank], links.names[0]
+                names = communicator.names[rank], communicator.names[0]
                 raise ValueError(
                     f"ranks were given different calls: {name} of rank {names[0]} is not rank {names[1]}'s; {REMEDY}"
                 )
 
 
 def _same(part: Tensor) -> Tensor:
-    """Which ranks' values are rank 0's to the bit, also where they are no numbers."""
+    """Return which ranks' values equal rank 0's bit for bit, also if they are NaN."""
     return (part.view(torch.int64) == part[0].view(torch.int64)).all(dim=1)
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() if tensor.numel() <= FEW else PROJECTIONS + 1
-
-
 def _summary(tensor: Tensor) -> Tensor:
-    """float64 on the CPU: few values as they are; of many the projections, and their length at the end."""
+    """Return few values as they are, and many as their projections and norm, in float64 on the CPU."""
     if tensor.numel() <= FEW:
         return tensor.detach().flatten().to("cpu", torch.float64)
     rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
@@ -93,7 +109,7 @@ def _summary(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _signs(length: int, seed: int, device: torch.device) -> Tensor:
-    """Drawn once, for that takes the host longer than all else here, and the calls of a picture are alike."""
+    """Draw the signs once: it is the slowest part of the check, and all calls of an image have the same shapes."""
     rng = torch.Generator("cpu").manual_seed(seed)
     with torch.inference_mode(False):
         signs = torch.randint(0, 2, (length, PROJECTIONS), generator=rng, device="cpu").float() * 2 - 1

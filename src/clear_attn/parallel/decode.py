@@ -1,18 +1,18 @@
-"""The autoencoder on one rank, for all."""
+"""Decode latents on one rank for all."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
 from clear_attn.models._diffusers import remove_hook
-from clear_attn.parallel.communicator import Links
+from clear_attn.parallel.communicator import Communicator
 from clear_attn.parallel.consistency import check_same
+from clear_attn.patching.target import entry_hook_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,46 +20,39 @@ NAME = "clear_attn_decode"
 
 
 class DecodeOnOneRank(ModelHook):
-    """In a decoder: the first rank decodes, and the others are given what comes of it.
+    """A hook on a decoder: the first rank decodes and sends the image to the others.
 
     Args:
-        links: to the other ranks.
-        applies: tells whether calls are split at present; where not, every rank decodes for itself.
+        communicator: of the ranks.
+        transformer: every rank decodes for itself while its calls are not split.
     """
 
-    def __init__(self, links: Links, applies: Callable[[], bool]) -> None:
+    def __init__(self, communicator: Communicator, transformer: Any) -> None:
         super().__init__()
-        self.links = links
-        self.applies = applies
+        self.communicator = communicator
+        self.transformer = weakref.ref(transformer)
 
     def __deepcopy__(self, memo: object) -> DecodeOnOneRank:
         return self
 
     def new_forward(self, module: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        decode = self.fn_ref.original_forward
-        if not self.applies():
+        decode, transformer = self.fn_ref.original_forward, self.transformer()
+        hook = None if transformer is None else entry_hook_of(transformer)
+        if hook is None or hook.sharder is None:
             return decode(sample, *args, **kwargs)
-        # Also finds out ranks that do not come to the end in the same step.
-        check_same(self.links, {"the latents to decode": sample}, "decoding of the latents")
-        return self.links.broadcast(lambda: decode(sample, *args, **kwargs), sample.device)
+        # Also finds ranks that take another number of steps.
+        check_same(self.communicator, {"the latents to decode": sample}, "decoding of the latents")
+        return self.communicator.broadcast(lambda: decode(sample, *args, **kwargs), sample.device)
 
 
-def decode_on_one_rank(vae: Any, links: Links, applies: Callable[[], bool]) -> None:
-    decode_everywhere(vae)
-    HookRegistry.check_if_exists_or_initialize(vae.decoder).register_hook(DecodeOnOneRank(links, applies), NAME)
-    logger.info("rank 0 of %d decodes the latents, for all", links.ranks)
+def decode_on_one_rank(vae: Any, communicator: Communicator, transformer: Any) -> None:
+    """Install the hook, in place of an earlier one."""
+    decode_on_every_rank(vae)
+    hook = DecodeOnOneRank(communicator, transformer)
+    HookRegistry.check_if_exists_or_initialize(vae.decoder).register_hook(hook, NAME)
+    logger.info("rank 0 of %d decodes the latents for all", communicator.ranks)
 
 
-def decode_everywhere(vae: Any) -> None:
+def decode_on_every_rank(vae: Any) -> None:
+    """Remove the hook."""
     remove_hook(vae.decoder, NAME)
-
-
-def weakly(transformer: Any, is_split: Callable[[Any], bool]) -> Callable[[], bool]:
-    """Whether a transformer is split, asked without keeping it alive."""
-    reference = weakref.ref(transformer)
-
-    def applies() -> bool:
-        there = reference()
-        return there is not None and is_split(there)
-
-    return applies

@@ -1,4 +1,4 @@
-"""Objects by number: a compiled graph passes tensors alone, and what is called from it needs more."""
+"""Objects by number: custom operators of a compiled graph take tensors alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _numbers = itertools.count()
 
 
 def remember(thing: object) -> Tensor:
-    """int64 `[]` on the CPU, by which `recall` finds an object for as long as it lives."""
+    """Return the handle of an object, int64 `[]` on the CPU, which `recall` takes as long as the object lives."""
     number = next(_numbers)
     _known[number] = thing
     with torch.inference_mode(False):
@@ -22,4 +22,5 @@ def remember(thing: object) -> Tensor:
 
 
 def recall(handle: Tensor) -> Any:
+    """Return the object of a handle."""
     return _known[int(handle)]

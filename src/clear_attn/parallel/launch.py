@@ -1,4 +1,4 @@
-"""Processes that torchrun has started."""
+"""Processes started by torchrun."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 
 def launched() -> int:
-    """How many processes torchrun has started, this one included; 0 where it has not started this one."""
+    """Return the number of processes that torchrun has started; 0 if it has not started this one."""
     return int(os.environ.get("WORLD_SIZE", 0)) if "LOCAL_RANK" in os.environ else 0
 
 
 def join() -> None:
-    """Joins the ranks that torchrun has started, unless that is done.
+    """Initialize torch.distributed under torchrun, unless that is done.
 
     Raises:
         RuntimeError: torchrun has not started this process.
@@ -24,19 +24,21 @@ def join() -> None:
         return
     if not launched():
         raise RuntimeError(
-            "this process is no rank of several; start the script with torchrun --nproc_per_node N, or call "
+            "this process is not one of several ranks; start the script with torchrun --nproc_per_node N, or call "
             "torch.distributed.init_process_group() before"
         )
     dist.init_process_group()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes, for all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Return whether this process is the one that writes files."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not launched() or int(os.environ.get("RANK", 0)) == 0
 
 
 def own_device() -> torch.device:
-    """The GPU that is this rank's on its machine, made the current one; the CPU where there are none.
+    """Return the GPU of this rank on its machine, made the current one; the CPU if there are no GPUs.
 
     Raises:
         ValueError: there are fewer GPUs than ranks.
@@ -50,12 +52,12 @@ def own_device() -> torch.device:
     return torch.device("cuda", rank)
 
 
-def stop_as_by_ctrl_c() -> None:
-    """Lets SIGTERM, by which torchrun ends the others when one rank fails, raise a KeyboardInterrupt."""
+def interrupt_on_sigterm() -> None:
+    """Raise KeyboardInterrupt on SIGTERM, which torchrun sends to the other ranks when one fails."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def finish_what_is_begun() -> None:
-    """Lets no further signal interrupt a process that is ending: torchrun hands on the Ctrl-C that all have had."""
+def ignore_signals() -> None:
+    """Ignore further signals in a process that is ending: torchrun passes on the Ctrl-C that all have received."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,4 @@
-"""What one rank has of a picture: its tile rows, what it needs of others' and they of its. A function of the whole
-layout, the rank and the number of ranks; nothing is sent here."""
+"""Shards: the rows of tokens that a rank holds of a layout, and the halo that ranks exchange. Nothing is sent here."""
 
 from __future__ import annotations
 
@@ -11,36 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear_attn.core.coordinates import (
-    Grid,
-    Segment,
-    invert_permutation,
-    select_rows,
-    to_tensor,
-)
+from clear_attn.core.coordinates import Grid, Segment, invert_permutation, select_rows, to_tensor
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan, pooled_cells
 from clear_attn.core.region import AttentionRegion
 
-# Of tokens: ranks have whole ones, so that a rank's tiles are cut by its border no more than by the picture's.
+# Rows of tokens in a tile. Ranks hold whole tile rows, so that their borders cut no tiles.
 TILE_ROW = 8
 
 Rows = list[slice]
 
 
 def check_ranks(grid: Grid, ranks: int) -> None:
-    """Raises ValueError where there are more ranks than a picture has tile rows."""
+    """Raise ValueError for more ranks than an image has tile rows."""
     height, width = grid
     tile_rows = -(-height // TILE_ROW)
     if ranks > tile_rows:
         raise ValueError(
-            f"{ranks} ranks are too many for a picture of {height} x {width} tokens, which has {tile_rows} tile "
-            f"row{'s' * (tile_rows > 1)} of {TILE_ROW} tokens; use at most {tile_rows}, or draw a taller picture"
+            f"{ranks} ranks are too many for an image of {height} x {width} tokens, which has {tile_rows} tile "
+            f"row{'s' * (tile_rows > 1)} of {TILE_ROW} tokens; use at most {tile_rows}, or draw a taller image"
         )
 
 
 def span_of(layout: TokenLayout, rank: int, ranks: int) -> tuple[int, int]:
-    """The first row of the first grid that a rank has, and the first that it no longer has."""
+    """Return the first row of the first grid that a rank holds, and the row after its last one."""
     height = layout.grids[0][0]
     tile_rows = -(-height // TILE_ROW)
     first, last = (min(height, TILE_ROW * (tile_rows * each // ranks)) for each in (rank, rank + 1))
@@ -48,7 +41,7 @@ def span_of(layout: TokenLayout, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def rows_between(layout: TokenLayout, first: int, last: int) -> Rows:
-    """The rows of each segment that stand where those rows of the first grid stand."""
+    """Return the rows of each segment at the y coordinates of some rows of the first grid."""
 
     def row(axes: Segment, bound: int) -> int:
         if bound <= 0:
@@ -59,7 +52,7 @@ def rows_between(layout: TokenLayout, first: int, last: int) -> Rows:
 
 
 def rows_of(layout: TokenLayout, rank: int, ranks: int) -> Rows:
-    """The rows of each segment that a rank has; of other segments than the first it may be none."""
+    """Return the rows of each segment that a rank holds; except in the first segment, it may hold none."""
     return rows_between(layout, *span_of(layout, rank, ranks))
 
 
@@ -74,9 +67,9 @@ def rows_attended(layout: TokenLayout, rows: Rows, window: float) -> Rows:
 
 
 def strips_of(layout: TokenLayout, rank: int, ranks: int, window: float) -> list[tuple[Rows, bool]]:
-    """A rank's rows from top to bottom, cut where what they need begins or ceases to be the rank's own.
+    """Return a rank's rows from top to bottom, split by whether they need the halo above or below.
 
-    With each, whether it needs tokens of other ranks.
+    Each comes with whether it needs any halo.
     """
     own = rows_of(layout, rank, ranks)
     first, last = span_of(layout, rank, ranks)
@@ -94,12 +87,12 @@ def strips_of(layout: TokenLayout, rank: int, ranks: int, window: float) -> list
 
 
 def tokens_of(layout: TokenLayout, rank: int, ranks: int) -> np.ndarray:
-    """int64 `[tokens]`, the raster indices of a rank's tokens in their order, which no window changes: tile order."""
+    """Return int64 `[tokens]`, the raster indices of a rank's tokens in tile order."""
     return select_rows(layout.segments, rows_of(layout, rank, ranks)).raster
 
 
 def halo_from(layout: TokenLayout, peer: int, rank: int, ranks: int, window: float) -> np.ndarray:
-    """int64 `[tokens]`, the raster indices of those tokens of a peer that a rank needs, in raster order."""
+    """Return int64 `[tokens]`, the raster indices of the tokens of a peer that a rank needs, in raster order."""
     needed, there = rows_attended(layout, rows_of(layout, rank, ranks), window), rows_of(layout, peer, ranks)
     parts = []
     for axes, a, b in zip(layout.segments, needed, there, strict=True):
@@ -109,12 +102,12 @@ def halo_from(layout: TokenLayout, peer: int, rank: int, ranks: int, window: flo
 
 
 class Strip(AttentionRegion):
-    """Some of a rank's rows, with the keys that they may attend to: image keys, text, pooled keys.
+    """Some of a rank's rows, with the keys that they attend to: image keys, text, pooled keys.
 
     Attributes:
-        queries: int64, positions of its queries among the rank's tokens.
-        image_keys: int64, positions of its image keys among the rank's tokens and, after them, those received.
-        needs_halo (`bool`): whether any of them is received.
+        queries: int64, positions of the queries among the rank's tokens.
+        image_keys: int64, positions of the image keys among the rank's tokens, followed by its halo.
+        needs_halo (`bool`): whether any of them is in the halo.
     """
 
     def __init__(
@@ -130,28 +123,27 @@ class Strip(AttentionRegion):
 
 
 class Message(NamedTuple):
-    """Image tokens that go to a peer, or come from it: positions among those that the sender has, int64."""
+    """Image tokens that go to a peer or come from it: int64 positions among the tokens that this rank has."""
 
     peer: int
     tokens: Tensor
 
 
 class Shard:
-    """The part of a layout that a rank has: as `TokenLayout`, with its image tokens alone.
+    """The part of a layout that a rank holds: all text tokens and some image tokens, with `TokenLayout`'s attributes.
 
     Args:
-        whole: the layout of all ranks' tokens.
-        rank, ranks: which one it is, of how many.
+        whole: the layout of all tokens.
+        rank, ranks: this rank and the number of ranks.
 
     Attributes:
         permutation: int64 `[own image tokens]`; `x[permutation]` takes the rank's tokens from raster order.
-        inverse_permutation: int64 `[all image tokens]`; puts all ranks' tokens, one rank's after the other's, into
-            raster order.
-        in_whole: int64 `[own image tokens]`; takes the rank's tokens from the whole's tile order.
+        inverse_permutation: int64 `[all image tokens]`; puts the concatenated tokens of all ranks into raster order.
+        in_whole: int64 `[own image tokens]`; takes the rank's tokens from the tile order of the whole layout.
         counts: the number of image tokens of each rank.
 
     Raises:
-        ValueError: more ranks than tile rows.
+        ValueError: there are more ranks than tile rows.
     """
 
     def __init__(self, whole: TokenLayout, rank: int, ranks: int) -> None:
@@ -174,25 +166,25 @@ class Shard:
 
     @functools.cached_property
     def without_text(self) -> Shard:
-        """The part of a layer that attends among image tokens alone."""
+        """The shard for layers without text."""
         return Shard(self.whole.without_text, self.rank, self.ranks) if self.text_tokens else self
 
 
 class ShardPlan(Plan):
-    """A method with a window, or dense attention, on the part of a layout that a rank has.
+    """CLEAR or dense attention on the shard of a rank.
 
     Args:
-        shard: the rank's part.
+        shard: of the rank.
         window: radius in tokens; infinite for dense attention.
         down_factor: side of the pooled cells; 1 for none.
 
     Attributes:
         strips: the rank's rows from top to bottom.
-        sends, receives (`Message`): halo tokens, by peer. Those that are received come after the rank's own.
-        pool_index, pool_weight: as in `WindowPlan`, of the cells that contain a token of the rank; the weight is 0 for
-            tokens that it has not, so that the ranks' sums of a cell add up to it.
-        cells: int64, by rank, which of all cells these are.
-        all_cells: the number of cells of all ranks.
+        sends, receives (`Message`): halo tokens, by peer. Received tokens come after the rank's own.
+        pool_index, pool_weight: as in `WindowPlan`, of the cells with a token of the rank. The weight of other ranks'
+            tokens is 0, so that the sums of all ranks add up to the pooled cell.
+        cells: int64, for each rank the indices of these cells among all.
+        all_cells: the number of cells of the image.
     """
 
     def __init__(self, shard: Shard, window: float, down_factor: int = 1) -> None:

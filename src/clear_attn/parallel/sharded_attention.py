@@ -1,6 +1,6 @@
-"""CLEAR's attention where each rank has a share of the image tokens: the same numbers as on one.
+"""CLEAR's attention over several ranks, each with a shard of the image tokens, with the same numbers as on one.
 
-It stands behind a custom operator, so that a compiled graph takes it as it is.
+It is a custom operator, which compiled graphs call as it is.
 """
 
 from __future__ import annotations
@@ -14,82 +14,60 @@ from torch import Tensor
 from clear_attn.backends.selection import BACKENDS, validate_call
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention
 from clear_attn.methods.method import Options
-from clear_attn.parallel.communicator import Links, Pending
+from clear_attn.parallel.communicator import Communicator, Future
 from clear_attn.parallel.handles import recall, remember
 from clear_attn.parallel.shard import Shard, ShardPlan, Strip
 
-# How many scores are held at a time, where they are held.
+# The number of scores held at a time, by kernels that hold them.
 MAX_SCORES = 2**26
 
 
 class ShardedPlan(ShardPlan):
-    """A plan whose attention is computed by all ranks together.
+    """A plan whose attention all ranks compute together.
 
     Args:
         shard: the rank's part of a layout.
         window, down_factor: see `ShardPlan`.
-        links: to the other ranks.
+        communicator: of the ranks.
     """
 
-    def __init__(self, shard: Shard, window: float, down_factor: int, links: Links) -> None:
+    def __init__(self, shard: Shard, window: float, down_factor: int, communicator: Communicator) -> None:
         super().__init__(shard, window, down_factor)
-        self.handle, self.links = remember(self), links
+        self.handle, self.communicator = remember(self), communicator
 
     def prepare(self, backend: str) -> None:
-        """Build what a backend needs; compiled layers cannot."""
+        """Build what a backend needs, which compiled layers cannot do."""
         for strip in self.strips if math.isfinite(self.window) else ():
             BACKENDS[backend].prepare(strip)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, pooled: tuple[Tensor, Tensor] | None, options: Options
     ) -> Tensor:
-        """Return the attention of the rank's own queries; `pooled` are its sums of its tokens in each cell.
+        """Return the attention of the rank's own queries; `pooled` are the sums of its tokens in each cell.
 
-        The text's dense attention has to return its log-sum-exp, which the kernels that `options.dense` calls do not,
-        so that is not used.
+        Dense attention of text must return its log-sum-exp. The kernels of `options.dense` do not, and are not used.
         """
         parts = [] if pooled is None else list(pooled)
         backend, scale = options.backend, options.scale
         bias = (options.bias.text, options.bias.text_queries) if options.bias else (None, None)
-        output = _attend(query, key, value, parts, self.handle, backend, scale, *bias)
+        output: Tensor = attend(query, key, value, parts, self.handle, backend, scale, *bias)
         return output.transpose(1, 2)
 
 
 @torch.library.custom_op("clear_attn::parallel", mutates_args=())
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pooled: list[Tensor],
-    plan: Tensor,
-    backend: str,
-    scale: float,
-    text_bias: Tensor | None,
-    text_query_bias: Tensor | None,
-) -> Tensor:
-    return attend(query, key, value, pooled, recall(plan), backend, scale, text_bias, text_query_bias)
-
-
-@_attend.register_fake
-def _(query, key, value, pooled, plan, backend, scale, text_bias, text_query_bias):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.transpose(1, 2).shape)
-
-
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     pooled: list[Tensor],
-    plan: ShardedPlan,
+    handle: Tensor,
     backend: str,
     scale: float,
-    text_bias: Tensor | None = None,
-    text_query_bias: Tensor | None = None,
+    text_bias: Tensor | None,
+    text_query_bias: Tensor | None,
 ) -> Tensor:
-    """Return `[batch, tokens, heads, head_dim]`.
-
-    What other ranks wait for is sent first; what comes from them is waited for last.
-    """
+    """Return `[batch, tokens, heads, head_dim]`. Send first what other ranks need; wait last for what they send."""
+    plan: ShardedPlan = recall(handle)
     validate_call(backend, query.device, query.dtype, query.shape[-1], needs_grad=False)
     output = query.new_empty(query.transpose(1, 2).shape)
     image, text = (output.transpose(1, 2)[:, :, where] for where in (plan.image, plan.text))
@@ -125,11 +103,19 @@ def attend(
     return output
 
 
-def _start_halo(own: Tensor, plan: ShardedPlan) -> Pending[Tensor]:
-    """Then the rank's own keys and values, those of its halo behind them, `[2, batch, heads, tokens, head_dim]`."""
+@attend.register_fake
+def _(query, key, value, pooled, handle, backend, scale, text_bias, text_query_bias):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.transpose(1, 2).shape)
+
+
+def _start_halo(own: Tensor, plan: ShardedPlan) -> Future[Tensor]:
+    """Start the exchange of halo tokens.
+
+    The future gives keys and values, the rank's own and then its halo, `[2, batch, heads, tokens, head_dim]`.
+    """
     sends = [(peer, own.index_select(3, tokens)) for peer, tokens in plan.sends]
     receives = [(peer, own.new_empty(*own.shape[:3], len(tokens), own.shape[4])) for peer, tokens in plan.receives]
-    wait = plan.links.exchange(sends, receives)
+    wait = plan.communicator.exchange(sends, receives)
 
     def finish() -> Tensor:
         wait()
@@ -139,14 +125,14 @@ def _start_halo(own: Tensor, plan: ShardedPlan) -> Pending[Tensor]:
     return finish
 
 
-def _start_pooling(pooled: list[Tensor], plan: ShardedPlan) -> Pending[list[Tensor]]:
-    """Then a list of all pooled keys and values, `[2, batch, heads, cells, head_dim]`, empty where there are none.
+def _start_pooling(pooled: list[Tensor], plan: ShardedPlan) -> Future[list[Tensor]]:
+    """Start to gather pooled keys and values; the sums of a cell that lies on several ranks are added.
 
-    A cell that lies on several ranks is the sum of theirs.
+    The future gives a list of `[2, batch, heads, cells, head_dim]`, empty without pooled keys.
     """
     if not pooled:
         return list
-    wait = plan.links.gather(torch.stack(pooled), [len(cells) for cells in plan.cells], dim=3)
+    wait = plan.communicator.all_gather(torch.stack(pooled), [len(cells) for cells in plan.cells], dim=3)
 
     def finish() -> list[Tensor]:
         parts = torch.cat(wait(), dim=3)
@@ -163,20 +149,20 @@ def _start_text(
     plan: ShardedPlan,
     scale: float,
     text_query_bias: Tensor | None,
-) -> Pending[Pending[Tensor]]:
-    """The text's attention to the rank's keys; then, in two steps, to all ranks'.
+) -> Future[Future[Tensor]]:
+    """Start attention of text queries to the rank's keys; two futures merge it over all ranks.
 
-    Each rank's part weighs exp(its log-sum-exp - that over all keys). The text's own keys count on the first rank.
+    The weight of a rank's part is exp(its log-sum-exp - that over all keys). The first rank adds the text keys.
     """
-    rows = slice(None) if plan.links.rank == 0 else plan.image
-    bias = text_query_bias if plan.links.rank == 0 else None  # other ranks add image keys alone, which have none
+    rows = slice(None) if plan.communicator.rank == 0 else plan.image
+    bias = text_query_bias if plan.communicator.rank == 0 else None  # image keys have no bias
     part, lse = dense_with_lse(query[:, :, plan.text], key[:, :, rows], value[:, :, rows], scale, bias)
-    wait = plan.links.gather(lse, [plan.text_tokens] * plan.links.ranks, dim=2)
+    wait = plan.communicator.all_gather(lse, [plan.text_tokens] * plan.communicator.ranks, dim=2)
 
-    def weigh() -> Pending[Tensor]:
+    def weigh() -> Future[Tensor]:
         weight = torch.exp(lse - torch.logsumexp(torch.stack(wait()), dim=0))
         total = part.to(weight.dtype) * weight[..., None]
-        finish = plan.links.add_up(total)
+        finish = plan.communicator.all_reduce(total)
 
         def result() -> Tensor:
             finish()
@@ -190,7 +176,7 @@ def _start_text(
 def dense_with_lse(
     query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention and its log-sum-exp, over spans of keys where the scores would have to be held."""
+    """Return dense attention and its log-sum-exp, over spans of keys if the scores have to be held."""
     batch, heads, queries, _ = query.shape
     span = key.shape[2] if has_lse_kernel(query) else max(1, MAX_SCORES // (batch * heads * queries))
     biases = [None] * len(key.split(span, dim=2)) if bias is None else bias.split(span, dim=-1)

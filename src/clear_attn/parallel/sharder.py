@@ -1,4 +1,4 @@
-"""Split the calls of a linearized transformer over ranks: its tokens at the entry, its output at the end."""
+"""Split the calls of a linearized transformer over ranks, at its entry, and gather its output."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from clear_attn.models._diffusers import hooks_in, is_first_block_cache
 from clear_attn.models.adapter import InnerHook
 from clear_attn.models.qwen_image import join_positions
 from clear_attn.models.sd3 import into_tile_order
-from clear_attn.parallel.communicator import Links
+from clear_attn.parallel.communicator import Communicator
 from clear_attn.parallel.consistency import check_same
 from clear_attn.parallel.shard import Shard
 from clear_attn.parallel.sharded_attention import ShardedPlan
+from clear_attn.parallel.weights_digest import WeightsDigest
 from clear_attn.utils._torch import leaves_of
 
-# The shard of the call that runs, for the hooks inside the transformer; its layout owns it.
+# The shard of the running call, for hooks inside the transformer; the layout owns it.
 _shard: contextvars.ContextVar[weakref.ref[Shard] | None] = contextvars.ContextVar("clear_attn_shard", default=None)
 
 
@@ -36,23 +37,24 @@ class Sharder:
     """Split calls over ranks, see `clear_attn.patching.hooks.Sharder`.
 
     Args:
-        links: to the other ranks.
+        communicator: of the ranks.
     """
 
-    def __init__(self, links: Links) -> None:
-        self.links = links
-        self.ranks = links.ranks
-        self.gather = Gather(links)
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+        self.ranks = communicator.ranks
+        self.gather = Gather(communicator)
+        self.weights = WeightsDigest()
 
     def __deepcopy__(self, memo: object) -> Sharder:
         return self
 
     def shard(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Shard:
-        """The rank's shard of a call.
+        """Return this rank's shard of a call.
 
         Raises:
-            RuntimeError: gradients are asked for; FirstBlockCache is on; a rank does not answer.
-            ValueError: ranks were given different calls; more ranks than tile rows.
+            RuntimeError: gradients are needed; FirstBlockCache is on; a rank does not answer.
+            ValueError: ranks were given different calls or hold different weights; there are more ranks than tile rows.
         """
         tensors = [*leaves_of(call), *transformer.parameters()]
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
@@ -62,23 +64,28 @@ class Sharder:
             )
         if any(is_first_block_cache(hook) for hook in hooks_in(transformer)):
             raise RuntimeError(
-                "FirstBlockCache skips steps by the values of a rank's own tokens, so ranks would part; call "
-                "disable_cache() on the transformer, or take off what apply_first_block_cache() put on"
+                "FirstBlockCache skips steps by the values of a rank's own tokens, so ranks would skip others; call "
+                "disable_cache() on the transformer, or remove the hooks of apply_first_block_cache()"
             )
-        check_same(self.links, call, f"grids {layout.grids}, {settings}")
-        key = self.links.rank, self.ranks
+        weights = self.weights.lines(transformer)
+        check_same(self.communicator, call, f"grids {layout.grids}, {settings}", weights)
+        key = self.communicator.rank, self.ranks
         if key not in layout.shards:
             layout.shards[key] = Shard(layout, *key)
         shard: Shard = layout.shards[key]
         _shard.set(weakref.ref(shard))
         return shard
 
+    def check_weights(self, transformer: Any) -> None:
+        """Raise ValueError if ranks hold different weights."""
+        check_same(self.communicator, {}, "no call", self.weights.lines(transformer))
+
     def plan(self, method: Method, shard: Shard) -> ShardedPlan:
         """Return the plan of a method on a rank's part of a layout."""
-        return ShardedPlan(shard, method.halo(), method.pooled_factor or 1, self.links)
+        return ShardedPlan(shard, method.halo(), method.pooled_factor or 1, self.communicator)
 
     def inner_hooks(self, adapter: ModelAdapter, transformer: Any) -> list[InnerHook]:
-        """Takes the rank's tokens where all are put into tile order inside; gathers all behind the last layer."""
+        """Return hooks that take the rank's tokens where the model permutes, and gather all after the last layer."""
         inside = [(inner.module, TAKE.get(inner.hook)) for inner in adapter.inner_hooks(transformer)]
         entrances = [InnerHook(module, take) for module, take in inside if take]
         return [*entrances, InnerHook(transformer.proj_out, self.gather)]
@@ -86,14 +93,14 @@ class Sharder:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def take_shard(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """A forward hook behind the one that puts tokens into tile order."""
+    """Take the rank's tokens, in a forward hook after the one that permutes them into tile order."""
     shard = _current()
     return output if shard is None else output[:, shard.in_whole]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def take_positions(module: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """A forward hook behind the one that joins the positions of text and image tokens, in tile order."""
+    """Take the rank's positions, in a forward hook after the one that joins those of text and image in tile order."""
     shard = _current()
     if shard is None:
         return output
@@ -101,15 +108,15 @@ def take_positions(module: Any, args: tuple[Any, ...], output: tuple[Tensor, Ten
     return tuple(torch.cat([part[:text], part[text:][shard.in_whole]]) for part in output)
 
 
-# The hooks of adapters after which the rank's tokens are taken.
+# Hooks of adapters, and the hooks after them that take the rank's tokens.
 TAKE: dict[Callable[..., Any], Callable[..., Any]] = {into_tile_order: take_shard, join_positions: take_positions}
 
 
 class Gather:
-    """A forward hook: all ranks' tokens, one rank's after the other's."""
+    """A forward hook that concatenates the tokens of all ranks."""
 
-    def __init__(self, links: Links) -> None:
-        self.links = links
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
 
     def __deepcopy__(self, memo: object) -> Gather:
         return self
@@ -118,4 +125,6 @@ class Gather:
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         shard = _current()
         _shard.set(None)
-        return output if shard is None else torch.cat(self.links.gather(output, shard.counts, dim=1)(), dim=1)
+        return (
+            output if shard is None else torch.cat(self.communicator.all_gather(output, shard.counts, dim=1)(), dim=1)
+        )

@@ -11,7 +11,7 @@ from torch import nn
 
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.patching.linearization import linearize
+from clear_attn.patching.linearization import Change, prepare
 from clear_attn.patching.restoration import restore
 from clear_attn.patching.state import apply, capture, check_writable, original_state
 from clear_attn.patching.target import PipelineOrTransformer, entry_hook_of, find_target, find_transformer
@@ -46,8 +46,7 @@ def linearized(
         >>> clear.is_linearized(pipe)
         False
     """
-    back = _restore_point(pipe)
-    linearize(
+    change = prepare(
         pipe,
         window,
         down_factor,
@@ -58,8 +57,17 @@ def linearized(
         token=token,
         backend=backend,
     )
-    try:
+    with applied(change):
         yield pipe
+
+
+@contextlib.contextmanager
+def applied(change: Change) -> Iterator[None]:
+    """Apply a change for the length of a `with` block; then return to the state before, whatever it was."""
+    back = _restore_point(change.target.pipe)
+    try:
+        change.apply()
+        yield
     finally:
         back()
 

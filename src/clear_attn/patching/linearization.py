@@ -31,6 +31,36 @@ from clear_attn.weights.samples import sample
 from clear_attn.weights.sources import Checkpoint, load
 
 
+class Change(NamedTuple):
+    """A validated change of a target, to be applied once.
+
+    Attributes:
+        target: what is changed.
+        original: the state that `restore` applies.
+        state: what is applied. Its hook gets the values that are replaced when it is.
+        kept: names of the values that the hook keeps for `restore`.
+    """
+
+    target: Target
+    original: State
+    state: State
+    kept: tuple[str, ...]
+
+    def apply(self) -> None:
+        """Change the transformer in one transaction, and release the new values, which are then in the model."""
+        hook, values = self.state.hook, self.state.values
+        assert hook
+        before = capture(self.target, values)
+        kept = {name: self.original.values.get(name, before.values[name]) for name in self.kept}
+        hook.original = self.original._replace(values=kept)
+        try:
+            apply(self.target, self.state)
+        except BaseException:
+            apply(self.target, before)
+            raise
+        values.clear()
+
+
 class Settings(NamedTuple):
     """The resolved settings.
 
@@ -110,6 +140,35 @@ def linearize(
         >>> clear.is_linearized(clear.restore(pipe))
         False
     """
+    prepare(
+        pipe,
+        window,
+        down_factor,
+        method=method,
+        schedule=schedule,
+        weights=weights,
+        revision=revision,
+        token=token,
+        backend=backend,
+        keep_original=keep_original,
+    ).apply()
+    return pipe
+
+
+def prepare(
+    pipe: Any,
+    window: int | None = None,
+    down_factor: int | None = None,
+    *,
+    method: Method | None = None,
+    schedule: Schedule | None = None,
+    weights: str | os.PathLike[str] | None = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    backend: str = "auto",
+    keep_original: bool = True,
+) -> Change:
+    """Return the change that `linearize` applies, resolved, loaded and validated; arguments and errors as there."""
     target = find_target(pipe)
     original = original_state(target)
     _validate_target(target, original)
@@ -129,8 +188,7 @@ def linearize(
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
     change = _validate_settings(target, original, settings)
     warn_if_changed(target)
-    _apply_change(target, *change)
-    return pipe
+    return change
 
 
 def _validate_target(target: Target, original: State) -> None:
@@ -166,8 +224,8 @@ def _load_weights(
     return load(weights, target.pipe, target.transformer, wanted, revision, token)
 
 
-def _validate_settings(target: Target, original: State, settings: Settings) -> tuple[State, State]:
-    """Return the present state of a target and the one to apply; the target is not changed."""
+def _validate_settings(target: Target, original: State, settings: Settings) -> Change:
+    """Return the change to these settings; the target is not changed."""
     method, schedule, source = settings.method, settings.schedule, settings.source
     method.validate_backend(settings.backend)
     if source:
@@ -178,10 +236,8 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> t
     described = target.adapter.describe_layers(target.transformer)
     parameters = replaced_parameters(target.layers)
     values = {name: value for name, value in (source.values if source else {}).items() if name in parameters}
-    before = capture(target, values.keys() | original.values.keys())
     if original.values and not source:  # with a source it was checked before loading
         check_replaceable(target.layers)
-    kept = {name: original.values.get(name, before.values[name]) for name in values} if settings.keep_original else {}
     metadata = original.metadata
     unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
     hook = EntryHook(
@@ -191,7 +247,7 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> t
         described,
         settings.backend,
         source.name if source else unchanged[0],
-        original._replace(values=kept),
+        original._replace(values={}),
         originals_discarded=bool(values) and not settings.keep_original,
         sharder=sharder,
     )
@@ -210,16 +266,8 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> t
     hook.samples = {**sample({**parameters, **own}), **written}
     weights = (source.label, source.source) if source else unchanged
     entry = make_metadata(target.transformer, method, schedule, *weights)
-    return before, State(hook, dict(processors), {**original.values, **values}, entry)
-
-
-def _apply_change(target: Target, before: State, after: State) -> None:
-    """Change the transformer in one transaction."""
-    try:
-        apply(target, after)
-    except BaseException:
-        apply(target, before)
-        raise
+    state = State(hook, dict(processors), {**original.values, **values}, entry)
+    return Change(target, original, state, kept=tuple(values) if settings.keep_original else ())
 
 
 def make_processors(

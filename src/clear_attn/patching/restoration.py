@@ -46,9 +46,13 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
 
 
 def restored_state(target: Target) -> State:
-    """Return the state that `restore` applies; errors as there."""
+    """Return the state with the original weights.
+
+    Raises:
+        RuntimeError: they were discarded, or the pipeline was loaded without them.
+    """
     original = original_state(target)
-    if target.hook and original.metadata and original.metadata["weights"]:
+    if original.metadata and original.metadata["weights"]:
         raise RuntimeError(
             f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), because it was "
             "saved while it was linearized; load the original pipeline instead"

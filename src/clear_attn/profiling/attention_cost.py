@@ -1,12 +1,10 @@
-"""What a image costs: the work of attention, counted exactly, dense and linearized, and memory."""
+"""`cost`: FLOPs of attention and memory of one forward pass."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from typing import Any
-
-from torch import nn
 
 from clear_attn.core.coordinates import Grid
 from clear_attn.methods import Clear, Method
@@ -15,7 +13,7 @@ from clear_attn.models import ModelAdapter
 from clear_attn.patching.resolve import override_method
 from clear_attn.patching.target import entry_hook_of, find_transformer
 from clear_attn.profiling.cost_report import Cost, LayerGroup
-from clear_attn.profiling.memory import memory_of
+from clear_attn.profiling.memory import memory_of, models_of
 from clear_attn.utils.validation import check_whole_number
 from clear_attn.weights.metadata import metadata_of, read_method, read_schedule
 
@@ -34,7 +32,7 @@ def cost(
     text_tokens: int | None = None,
     batch: int = 1,
 ) -> Cost:
-    """Counts one forward pass over one image size: attention's work, and memory; no reference images.
+    """Count the FLOPs of attention and the memory of one forward pass, without reference images.
 
     Args:
         pipe: a supported pipeline or transformer, linearized or not.
@@ -42,14 +40,17 @@ def cost(
         window, down_factor (`int`, *optional*): default to those of a linearized pipeline, else 16 and 1.
         method (`Method`, *optional*): defaults to that of a linearized pipeline, else CLEAR.
         schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.
-        text_tokens (`int`, *optional*): length of the text sequence; by default that of the adapter's pipelines, 512
-            for FLUX and Chroma and, as the most it takes, Qwen-Image, 333 for SD3.
+        text_tokens (`int`, *optional*): length of the text sequence. Defaults to that of the model's pipelines: 512
+            for FLUX, Chroma and Qwen-Image (its maximum), 333 for SD3.
         batch (`int`, defaults to 1): images in one forward pass.
 
+    Returns:
+        `Cost`: FLOPs and bytes; `print` shows a table.
+
     Raises:
-        TypeError: not a supported pipeline, a method that cannot stand in there, or a number that is not whole.
-        ValueError: a size below one token, another number out of range, a method with a window, or a schedule of
-            layers that are not there.
+        TypeError: the pipeline or the method is not supported; a number is not whole.
+        ValueError: a size is below one token; another number is out of range; both a method and a window are given;
+            the schedule names layers that do not exist.
 
     Example:
         >>> from clear_attn import demo
@@ -58,33 +59,29 @@ def cost(
     """
     transformer, adapter = find_transformer(pipe)
     pixels = adapter.latents_per_token(transformer) * (getattr(pipe, "vae_scale_factor", None) or DEFAULT_VAE_SCALE)
-    sides = []
     for name, side in (("height", height), ("width", width)):
-        side = check_whole_number(name, side, "it is in pixels")
-        if side < pixels:
+        if check_whole_number(name, side, "it is in pixels") < pixels:
             raise ValueError(f"{name}={side} is less than one token of {pixels} pixels; give the size in pixels")
-        sides.append(side // pixels)
     text_tokens = adapter.default_text_tokens if text_tokens is None else text_tokens
     text_tokens = check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0)
     batch = check_whole_number("batch", batch, "it is the number of images")
-    own, own_schedule = _present_settings(transformer)
-    asked = override_method(own, window, down_factor, method)
-    schedule = own_schedule if schedule is None else schedule
-    counted = _count(transformer, adapter, (sides[0], sides[1]), text_tokens, batch, asked, schedule)
+    own_method, own_schedule = _settings_of(transformer)
+    method = override_method(own_method, window, down_factor, method)
+    grid, schedule = (int(height) // pixels, int(width) // pixels), own_schedule if schedule is None else schedule
+    counted = _count(transformer, adapter, grid, text_tokens, batch, method, schedule)
     controlnet = getattr(pipe, "controlnet", None)
     nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])
-    models = {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
-    tokens = text_tokens + counted.image_tokens
-    models = models or {"transformer": transformer}
-    channels = counted.heads * counted.head_dim
-    memory = memory_of(models, transformer, channels, tokens, batch, height, width, adapter.activation_factor)
+    models, factor = models_of(pipe) or {"transformer": transformer}, adapter.activation_factor
+    channels, tokens = counted.heads * counted.head_dim, text_tokens + counted.image_tokens
     return dataclasses.replace(
-        counted, controlnets=tuple(_count_controlnet(net, counted) for net in nets), memory=memory
+        counted,
+        controlnets=tuple(_count_controlnet(net, counted) for net in nets),
+        memory=memory_of(models, transformer, channels, factor, tokens, batch, height, width),
     )
 
 
-def _present_settings(transformer: Any) -> tuple[Method, Schedule]:
-    """Return the method and schedule of a linearized model, or of one that was saved so; else the defaults."""
+def _settings_of(transformer: Any) -> tuple[Method, Schedule]:
+    """Return the method and schedule of a linearized model, or of one that was saved linearized; else the defaults."""
     if hook := entry_hook_of(transformer):
         return hook.method, hook.schedule
     if metadata := metadata_of(transformer):
@@ -93,13 +90,7 @@ def _present_settings(transformer: Any) -> tuple[Method, Schedule]:
 
 
 def _count(
-    transformer: Any,
-    adapter: ModelAdapter,
-    grid: Grid,
-    text_tokens: int,
-    batch: int,
-    method: Method,
-    schedule: Schedule,
+    transformer: Any, adapter: ModelAdapter, grid: Grid, text: int, batch: int, method: Method, schedule: Schedule
 ) -> Cost:
     layers = list(adapter.describe_layers(transformer).values())
     schedule.validate_layers([layer.name for layer in layers], type(transformer).__name__)
@@ -108,26 +99,13 @@ def _count(
     counts = Counter(
         (schedule.method_for(method, layer), layer.has_text, schedule.names(layer.name) is not None) for layer in layers
     )
-    first = layers[0]
-    return Cost(
-        height=grid[0],
-        width=grid[1],
-        text_tokens=text_tokens,
-        batch=batch,
-        heads=first.heads,
-        head_dim=first.head_dim,
-        method=method,
-        groups=tuple(
-            LayerGroup(own, has_text, number, exception) for (own, has_text, exception), number in counts.items()
-        ),
-        dense_above_sigma=schedule.dense_above_sigma,
-    )
+    groups = tuple(LayerGroup(own, has_text, number, named) for (own, has_text, named), number in counts.items())
+    return Cost(*grid, text, batch, layers[0].heads, layers[0].head_dim, method, groups, schedule.dense_above_sigma)
 
 
 def _count_controlnet(controlnet: Any, counted: Cost) -> tuple[int, int]:
-    """Return the FLOPs of a ControlNet's attention for the same image, dense and as it is."""
+    """Return the FLOPs of a ControlNet's attention for the same image: dense, and as it is."""
     net, adapter = find_transformer(controlnet)
-    method, schedule = _present_settings(net)
     grid = counted.height, counted.width
-    own = _count(net, adapter, grid, counted.text_tokens, counted.batch, method, schedule)
+    own = _count(net, adapter, grid, counted.text_tokens, counted.batch, *_settings_of(net))
     return own.dense_step_flops, own.step_flops if entry_hook_of(net) else own.dense_step_flops

@@ -1,4 +1,4 @@
-"""The work of one forward pass, dense and linearized, as numbers and as a report."""
+"""FLOPs of one forward pass, dense and linearized, as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from clear_attn.core.window_mask import BLOCK
 from clear_attn.methods import Dense, Method
 from clear_attn.profiling.memory import Memory
 
+# What `Cost.to_dict` copies: fields, and properties computed from them.
+FIELDS = ("height", "width", "text_tokens", "batch", "heads", "head_dim", "dense_above_sigma", "controlnets")
+TOKENS_AND_LAYERS = ("image_tokens", "pooled_tokens", "layers", "layers_without_text")
+DERIVED = (*TOKENS_AND_LAYERS, "layer_gflops", "dense_layer_gflops", "ratio", "block_list_bytes")
+
 
 class LayerGroup(NamedTuple):
-    """Layers that attend alike.
+    """Layers with the same method.
 
     Attributes:
-        method: what they do.
-        has_text: whether text takes part in their attention.
-        layers: how many there are.
+        method: of the layers.
+        has_text: whether they attend to text.
+        layers: their number.
         exception: whether a schedule names them.
     """
 
@@ -32,21 +37,21 @@ class LayerGroup(NamedTuple):
 class Cost:
     """The attention of one forward pass of a transformer.
 
-    FLOPs count a multiplication and an addition each: 4 x pairs of query and key x (heads x head_dim) for a layer, as
-    in CLEAR's table 2; other methods count their own. They leave out projections and all else that a layer does, which
-    linearizing does not change.
+    FLOPs count multiplications and additions: 4 x query-key pairs x (heads x head_dim) per layer, as in table 2 of
+    CLEAR (arXiv 2412.16112); other methods count their own. Projections and the rest of a layer, which linearizing does
+    not change, are not counted.
 
     Attributes:
         height, width (`int`): of the grid, in tokens.
-        text_tokens, batch (`int`): numbers of text tokens and images.
+        text_tokens, batch (`int`): numbers of text tokens and of images.
         heads, head_dim (`int`): of a layer.
-        method (`Method`): of the layers that no schedule names.
-        groups (`LayerGroup`s): all attention layers.
-        dense_above_sigma (`float`, *optional*): the sigma above which a call is dense, by a schedule. All other numbers
-            are of a call that is not.
-        controlnets: of each ControlNet in the pipeline, the FLOPs of its attention, dense and as it is; not part of
-            the other numbers.
-        memory (`Memory`, *optional*): of the weights, of a forward pass, and of decoding.
+        method (`Method`): of the layers that the schedule does not name.
+        groups (tuple of `LayerGroup`): all attention layers.
+        dense_above_sigma (`float`, *optional*): calls above this sigma are dense. All other numbers are of a
+            call below.
+        controlnets: for each ControlNet of the pipeline, the FLOPs of its attention, dense and as it is. They are not
+            part of the other numbers.
+        memory (`Memory`, *optional*): of the weights, a forward pass, and decoding.
     """
 
     height: int
@@ -85,21 +90,21 @@ class Cost:
 
     @property
     def layers_without_text(self) -> int:
-        """The number of attention layers among image tokens alone."""
+        """The number of attention layers that do not attend to text."""
         return sum(group.layers for group in self.groups if not group.has_text)
 
     def flops(self, pairs: int) -> int:
-        """Return the FLOPs of a number of pairs of query and key."""
+        """Return the FLOPs of a number of query-key pairs."""
         return 4 * pairs * self.heads * self.head_dim
 
     def layer_work(self, method: Method, has_text: bool = True) -> dict[str, int]:
-        """Return the FLOPs of one layer by a method for one image, by kind."""
+        """Return the FLOPs of one layer with a method for one image, by kind."""
         text = self.text_tokens if has_text else 0
         of_text = {"text queries, all keys": self.flops(text * (text + self.image_tokens))}
         return {**of_text, **method.flops((self.height, self.width), text, self.heads, self.head_dim)}
 
     def own_layer_work(self) -> dict[str, float]:
-        """Return the FLOPs of a linearized layer with text for one image, by kind; the mean if such layers differ."""
+        """Return the FLOPs of a linearized layer with text for one image, by kind; the mean if layers differ."""
         own = [group for group in self.groups if group.has_text and not group.exception]
         total = sum(group.layers for group in own)
         works = [(group.layers, self.layer_work(group.method)) for group in own]
@@ -110,7 +115,7 @@ class Cost:
 
     @property
     def step_flops(self) -> int:
-        """Of all layers and images."""
+        """FLOPs of all layers and images."""
         return self.batch * sum(self._group_flops(group, group.method) for group in self.groups)
 
     @property
@@ -127,31 +132,20 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """How many times the linearized work is in the dense work."""
+        """Dense FLOPs divided by linearized FLOPs."""
         return self.dense_step_flops / self.step_flops
 
     @property
     def block_list_bytes(self) -> int:
-        """Memory of FlexAttention's block lists, which grow with the square of the tokens, once for all layers."""
+        """Memory of FlexAttention's block lists, shared by all layers; it grows with the square of the tokens."""
         keys = self.text_tokens + self.image_tokens + self.pooled_tokens
         query_blocks, key_blocks = -(-self.image_tokens // BLOCK), -(-keys // BLOCK)
         return 2 * 4 * query_blocks * (key_blocks + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers, for JSON."""
-        names = ("height", "width", "text_tokens", "batch", "heads", "head_dim", "dense_above_sigma", "controlnets")
-        derived = (
-            "image_tokens",
-            "pooled_tokens",
-            "layers",
-            "layers_without_text",
-            "layer_gflops",
-            "dense_layer_gflops",
-            "ratio",
-            "block_list_bytes",
-        )
         return {
-            **{name: getattr(self, name) for name in (*names, *derived)},
+            **{name: getattr(self, name) for name in (*FIELDS, *DERIVED)},
             "method": self.method.to_dict(),
             "memory": self.memory.to_dict() if self.memory else None,
             "step_gflops": self.step_flops / 1e9,
@@ -189,24 +183,24 @@ class Cost:
         batch = f", {self.batch} images at a time" if self.batch > 1 else ""
         return (
             f"{self.height} x {self.width} image tokens, {self.text_tokens} text tokens, "
-            f"{self.method.as_arguments()}{batch}: attention's work falls {self.ratio:.1f} times"
+            f"{self.method.as_arguments()}{batch}: {self.ratio:.1f} times fewer FLOPs of attention"
         )
 
     def _remarks(self) -> list[str]:
-        remarks = ["Dense as before: the text queries, and all that is not attention."]
+        remarks = ["Unchanged: text queries, and everything that is not attention."]
         lists = f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"
         quadratic = [*([lists] if self.method.uses_backends else []), *filter(None, [self.method.quadratic])]
         if quadratic:
             remarks.append(f"Still growing with the square of the tokens: {' and '.join(quadratic)}.")
         if self.dense_above_sigma is not None:
-            remarks.append(f"Steps above sigma {self.dense_above_sigma:g} are dense; this counts one of the others.")
+            remarks.append(f"Steps above sigma {self.dense_above_sigma:g} are dense; this counts one below.")
         if any(dense == own for dense, own in self.controlnets):
             remarks.append(
-                "A dense ControlNet becomes local by linearize(pipe.controlnet, ..., weights=None), several by a call "
+                "Linearize a dense ControlNet with linearize(pipe.controlnet, ..., weights=None), several with a call "
                 "for each of pipe.controlnet.nets."
             )
         if self.layers_without_text:
-            remarks.append(f"In {self.layers_without_text} of the layers image tokens attend alone, without text.")
+            remarks.append(f"{self.layers_without_text} of the layers do not attend to text.")
         if self.memory:
             remarks.append(str(self.memory))
         return remarks

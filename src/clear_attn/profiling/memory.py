@@ -1,20 +1,24 @@
-"""What a picture costs in memory: the weights exactly, and what they compute on between bounds."""
+"""Memory: of weights exactly, of activations between bounds, and what a device has."""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from accelerate.hooks import CpuOffload
+from torch import nn
 
-from clear_attn.utils._torch import inner_tensors_of
+from clear_attn.utils._torch import stored_tensors
 
 GIB = 2**30
 
 
 class Bytes(NamedTuple):
-    """Of memory: no less than `least`, as a rule not above `likely`."""
+    """Bounds of memory: no less than `least`, as a rule no more than `likely`."""
 
     least: int
     likely: int
@@ -22,18 +26,17 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """What one forward pass of a transformer and the decoding of its picture hold, in bytes.
+    """Bytes that one forward pass of a transformer and the decoding of its image hold.
 
     Attributes:
         weights: of each model given, exactly, as they are stored.
-        activations (`Bytes`): of a forward pass without gradients. Least: in an attention layer, query, key, value,
-            the output and the residual stream, 5 x tokens x (heads x head_dim) elements; nothing can do without
-            them. Likely: 20 such, for 14 to 20 were measured on a CPU with diffusers' blocks, dense and linearized,
-            uncompiled; of FLUX.2's 24, for 22 were measured.
+        activations (`Bytes`): of a forward pass without gradients. Least: query, key, value, output and residual
+            stream of an attention layer, 5 x tokens x (heads x head_dim) elements. Likely: 20 times such a tensor;
+            diffusers' blocks held 14 to 20 on a CPU, dense and linearized, uncompiled. FLUX.2's: 24, measured 22.
         decode (`Bytes`): of the decoder of an autoencoder like AutoencoderKL. Least: a residual block at full size
-            holds its input and the same normed, each of the channels of the last but one level. Likely: 4 such, for
-            3.4 to 3.9 were measured. Both 0 where no such decoder is given.
-        decode_tiled (`Bytes`): the same tile by tile, with the picture.
+            holds its input and its normed input, with the channels of the last but one level. Likely: 4 such tensors;
+            3.4 to 3.9 were measured. Both are 0 if no such decoder is given.
+        decode_tiled (`Bytes`): the same tile by tile, with the image.
     """
 
     weights: dict[str, int]
@@ -56,7 +59,7 @@ class Memory:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, as text."""
+    """Return bytes as text in GiB."""
     return f"{size / GIB:.1f}" if size > 0.1 * GIB else f"{size / GIB:.2g}"
 
 
@@ -64,61 +67,63 @@ def _range(size: Bytes) -> str:
     return f"{gib(size.least)} to {gib(size.likely)} GiB"
 
 
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the models of a pipeline by name; none of a single transformer."""
+    return {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
+
+
 def memory_of(
-    models: dict[str, nn.Module],
+    models: Mapping[str, nn.Module],
     transformer: Any,
     channels: int,
+    factor: int,
     tokens: int,
     batch: int,
     height: int,
     width: int,
-    activation_factor: int,
 ) -> Memory:
-    """Counts the memory of a picture.
+    """Return the memory that an image takes.
 
     Args:
         models: by name; the autoencoder as `vae`.
-        transformer: that runs.
+        transformer: the one that runs.
         channels: of its tokens, heads x head_dim.
-        tokens: text and image.
-        batch: pictures at a time.
-        height, width: of the picture in pixels.
-        activation_factor: what a forward pass likely holds, in tokens x channels elements.
+        factor: `activation_factor` of its adapter.
+        tokens: number of text and image tokens.
+        batch: images in one forward pass.
+        height, width: of the image in pixels.
     """
     stream = batch * tokens * channels * _element(transformer)
     vae = models.get("vae")
     whole = _decode(vae, height, width)
     tile = int(getattr(vae, "tile_sample_min_size", 0))
-    picture = 3 * height * width * _element(vae) if whole.least else 0
+    image = 3 * height * width * _element(vae) if whole.least else 0
     tiled = _decode(vae, min(tile, height), min(tile, width))
     return Memory(
         weights={name: weight_bytes(model) for name, model in models.items()},
-        activations=Bytes(5 * stream, activation_factor * stream),
+        activations=Bytes(5 * stream, factor * stream),
         decode=whole,
-        decode_tiled=Bytes(tiled.least + picture, tiled.likely + 2 * picture),
+        decode_tiled=Bytes(tiled.least + image, tiled.likely + 2 * image),
     )
 
 
 def weight_bytes(model: nn.Module, device: torch.device | str | None = None) -> int:
-    """Of a model's parameters and buffers as they are stored, or of those on a device; cuda alone is any of them."""
+    """Return the bytes of a model's parameters and buffers as stored; given a device, of those on it.
+
+    A device without an index means all devices of its type.
+    """
     wanted = None if device is None else torch.device(device)
-    stored = [part for tensor in [*model.parameters(), *model.buffers()] for part in _stored(tensor)]
-    return sum(x.numel() * x.element_size() for x in stored if wanted is None or _is_on(x, wanted))
-
-
-def _stored(tensor: Tensor) -> list[Tensor]:
-    """What a tensor is made of: itself, or, as in quantized models, others that stand for it."""
-    inner = inner_tensors_of(tensor)
-    return [tensor] if inner is None else [part for each in inner for part in _stored(each)]
-
-
-def _is_on(tensor: Tensor, device: torch.device) -> bool:
-    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+    stored = [part for tensor in [*model.parameters(), *model.buffers()] for part in stored_tensors(tensor)]
+    return sum(
+        x.nbytes
+        for x in stored
+        if wanted is None or (x.device.type == wanted.type and wanted.index in (None, x.device.index))
+    )
 
 
 def _decode(vae: Any, height: int, width: int) -> Bytes:
     channels = getattr(getattr(vae, "config", None), "block_out_channels", None)
-    if vae is None or not channels or not hasattr(vae, "decoder"):
+    if not channels or not hasattr(vae, "decoder"):
         return Bytes(0, 0)
     block = channels[min(1, len(channels) - 1)] * height * width * _element(vae)
     return Bytes(2 * block, 4 * block)
@@ -127,3 +132,45 @@ def _decode(vae: Any, height: int, width: int) -> Bytes:
 def _element(model: Any) -> int:
     # What is stored in a byte is computed in two.
     return max(2, model.dtype.itemsize)
+
+
+def pipeline_bytes(pipe: Any, device: torch.device | None = None) -> int:
+    """Return the bytes of a pipeline's weights; given a device, of those on it now."""
+    return sum(weight_bytes(model, device) for model in models_of(pipe).values())
+
+
+def offloaded_models(pipe: Any) -> set[str]:
+    """Return the names of the models that accelerate's model offload moves to the device when they run."""
+    return {name for name, model in models_of(pipe).items() if isinstance(getattr(model, "_hf_hook", None), CpuOffload)}
+
+
+def peak_memory(pipe: Any, device: torch.device, work: Mapping[str, Bytes]) -> Bytes:
+    """Return the most that a device holds at once: weights on it, those of the running model, and its activations.
+
+    Args:
+        pipe: a pipeline; under model offload a model is on the device only while it runs.
+        device: to count on.
+        work: activations by model; the models run one after the other.
+    """
+    models, offloaded = models_of(pipe), offloaded_models(pipe)
+    resident = sum(weight_bytes(model, device) for name, model in models.items() if name not in offloaded)
+    held = {name: resident + (weight_bytes(model) if name in offloaded else 0) for name, model in models.items()}
+    idle = Bytes(0, 0)
+    return Bytes(
+        max(size + work.get(name, idle).least for name, size in held.items()),
+        max(size + work.get(name, idle).likely for name, size in held.items()),
+    )
+
+
+def available_memory(device: torch.device) -> tuple[float, float]:
+    """Return the total and the free bytes of a device; infinity where they are not known."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return total, total - torch.mps.driver_allocated_memory()
+    if device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total  # free memory cannot be told from the system's caches
+    return math.inf, math.inf

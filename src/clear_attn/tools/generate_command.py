@@ -66,9 +66,11 @@ def generate(
 ) -> None:
     """Draw an image much larger than the model was trained on; under torchrun, on all its processes together."""
     from clear_attn.cascade import Base, Stage
+    from clear_attn.cascade.result import plan_file, validate_output
+    from clear_attn.parallel import launch
     from clear_attn.tools import generation
 
-    options.check_output(context, output.with_suffix(".json"))
+    options.check_output(context, plan_file(output))
     image = generation.open_image(init_image) if init_image else None
     if plan:
         _check_not_in_plan(context)
@@ -94,6 +96,8 @@ def generate(
         base = {"base": Base(steps=base_steps, guidance=base_guidance)} if own_base else {}
         given = {name: context.params[name] for name in PASSED_ON if context.params[name] is not None}
         arguments = {**required, **base, **given, "weights": options.none_or(weights), "stages": stage}
+    if launch.is_first():
+        validate_output(output, (arguments["height"], arguments["width"]))
     where = generation.select_rank_device(device)
     pipe = options.load_pipeline(model, where, options.select_dtype(dtype, where), offload=offload)
     if planned:

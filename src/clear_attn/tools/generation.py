@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from clear_attn.cascade import HighresError, HighresInterrupted, HighresPlan, HighresResult, highres
 from clear_attn.cascade.plan import describe, fingerprint
 from clear_attn.cascade.planning import random_seed
-from clear_attn.cascade.result import save_plan, save_with_plan, stage_file
+from clear_attn.cascade.result import plan_file, save_plan, save_with_plan, stage_file
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
 from clear_attn.patching.linearization import linearize
@@ -88,8 +88,8 @@ def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: boo
             typer.echo("Less memory is needed for a smaller image, or on a GPU with --offload", err=True)
         raise typer.Exit(1) from None
     if launch.is_first():
-        result.save(output)
-        typer.echo(f"Saved {output} and {output.with_suffix('.json')}, seed {result.plan.seed}")
+        saved = result.save(output)[-1]
+        typer.echo(f"Saved {saved} and {plan_file(output)}, seed {result.plan.seed}")
     if launch.launched():
         dist.destroy_process_group()
 
@@ -97,7 +97,7 @@ def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: boo
 def _parallelize(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Linearize a pipeline and split it over the ranks; return the arguments with one seed for all ranks."""
     launch.join()
-    launch.stop_as_by_ctrl_c()
+    launch.interrupt_on_sigterm()
     names = ("window", "down_factor", "weights", "revision")
     linearize(pipe, **{name: arguments[name] for name in names if name in arguments})
     parallelize(pipe)
@@ -118,7 +118,7 @@ def warn_of_differences(plan: HighresPlan, pipe: Any) -> None:
 
 def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
     if launch.launched():
-        launch.finish_what_is_begun()
+        launch.ignore_signals()
     files = result.save(output) if launch.is_first() and result.images else []
     saved = f"; saved {', '.join(map(str, files)) or 'nothing'}" if launch.is_first() else ""
     typer.echo(f"{reason}{saved}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -54,7 +55,7 @@ def check_output(context: typer.Context, file: Path | None) -> Path | None:
     """
     if file and not file.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such directory: {file.resolve().parent}")
-    if file and file.exists() and not context.params["overwrite"]:
+    if file and os.path.exists(file) and not context.params["overwrite"]:
         raise typer.BadParameter(f"{file} exists; give another file, or --overwrite")
     return file
 

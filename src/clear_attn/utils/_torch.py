@@ -82,9 +82,18 @@ def inner_tensors_of(tensor: Tensor) -> list[Tensor] | None:
     return [getattr(tensor, name) for name in names]
 
 
+def stored_tensors(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a tensor is stored as: itself, or those inside a quantized one (torch 2.13)."""
+    inner = inner_tensors_of(tensor)
+    return [tensor] if inner is None else [part for each in inner for part in stored_tensors(each)]
+
+
 def version_of(tensor: Tensor) -> object:
     """A value that differs after a tensor was written to; never equal where torch keeps none (torch 2.13)."""
-    return getattr(tensor, "_version", object())
+    try:
+        return tensor._version
+    except (AttributeError, RuntimeError):  # inference tensors have none
+        return object()
 
 
 def unwrap_compiled(module: Any) -> Any:

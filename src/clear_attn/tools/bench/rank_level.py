@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from clear_attn.parallel.communication_volume import Traffic, traffic
+from clear_attn.parallel.communication_volume import CommunicationVolume, count_volume
 from clear_attn.tools.bench.case import Case
 from clear_attn.tools.tables import format_table
 
@@ -42,7 +42,7 @@ class Scaling(NamedTuple):
 
     case: Case
     ranks: int
-    traffic: Traffic
+    traffic: CommunicationVolume
     times: Times | None
 
     @property
@@ -88,7 +88,7 @@ def scale(case: Case, ranks: int, times: Times | None) -> Scaling:
         ValueError: more ranks than the image has tile rows.
     """
     size = {"heads": case.heads, "head_dim": case.head_dim, "element": case.dtype.itemsize, "batch": case.batch}
-    sent = [traffic(case.layout, case.method, rank, ranks, **size) for rank in range(ranks)]
+    sent = [count_volume(case.layout, case.method, rank, ranks, **size) for rank in range(ranks)]
     return Scaling(case, ranks, max(sent, key=lambda each: each.layer), times)
 
 
