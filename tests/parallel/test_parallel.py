@@ -152,16 +152,19 @@ def ran():
     return _run(sys.executable, "-m", "tests.helpers.rank_checks", *jobs, *(f"3:{check}" for check in STOPPED))
 
 
+@pytest.mark.xdist_group("ranks")  # one start of the processes
 @pytest.mark.parametrize(("ranks", "check"), [(ranks, check) for ranks, checks in CHECKS.items() for check in checks])
 def test_on_ranks(ran, ranks, check):
     assert f"{check} on {ranks}: " in ran.stdout, ran.stderr[-6000:]
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("check", STOPPED)
 def test_a_rank_that_does_not_answer_is_named(ran, check):
     assert ran.stdout.count(f"{check}: rank 1 was named") == 2, ran.stderr[-6000:]
 
 
+@pytest.mark.slow
 def test_generate_under_torchrun(tmp_path):
     options = ("--prompt", "a red circle", "--height", 192, "--width", 128, "--window", 4, "--weights", "none")
     options = (*options, "--seed", 3, "--max-sequence-length", 24, "--steps", 2, "--strength", 0.5, "--device", "cpu")
