@@ -1,4 +1,4 @@
-"""Shares of a picture, without processes; and, on several, that they give what one gives."""
+"""Parts of an image, without processes; and, on several, that they give what one gives."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from tests.helpers import hardware, reference_attention
 
 
 @st.composite
-def pictures(draw):
+def cases(draw):
     """A layout, a method and a number of ranks."""
     ranks = draw(st.integers(1, 5), "ranks")
     height = draw(st.integers(TILE_ROW * (ranks - 1) + 1, TILE_ROW * (ranks + 2)), "height")
@@ -35,9 +35,9 @@ def plan_of(shard, method):
     return ShardPlan(shard, method.halo(), method.pooled_factor or 1)
 
 
-@given(pictures())
-def test_shards_hold_all_tokens_once_and_attend_to_what_they_may(picture):
-    layout, method, ranks = picture
+@given(cases())
+def test_shards_hold_all_tokens_once_and_attend_to_what_they_may(case):
+    layout, method, ranks = case
     shards = [Shard(layout, rank, ranks) for rank in range(ranks)]
     plans = [plan_of(shard, method) for shard in shards]
     permutation = torch.cat([shard.permutation for shard in shards])
@@ -64,9 +64,9 @@ def _to(plan, rank):
     return next(message.tokens for message in plan.sends if message.peer == rank)
 
 
-@given(pictures())
-def test_parts_of_pooled_cells_add_up(picture):
-    layout, method, ranks = picture
+@given(cases())
+def test_parts_of_pooled_cells_add_up(case):
+    layout, method, ranks = case
     whole = clear.methods.Clear(5, method.pooled_factor or 1).plan(layout)
     values = torch.randn(layout.image_tokens, dtype=torch.float64)  # in raster order
     total = torch.zeros(whole.pooled_tokens, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_a_halo_does_not_grow_with_the_height():
     assert halos == [[0, 7 * 24, 7 * 24]] * 3
 
 
-def test_pooled_keys_grow_with_the_picture():
+def test_pooled_keys_grow_with_the_image():
     of = {
         height: traffic(TokenLayout([(height, 24)], 5), clear.methods.Clear(8, 4), 1, 4, heads=4, head_dim=8, element=2)
         for height in (64, 128)
