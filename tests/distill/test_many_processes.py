@@ -53,14 +53,8 @@ def student_of(settings):
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "ddp",
-        pytest.param("fsdp2", marks=pytest.mark.slow),
-        pytest.param("zero2", marks=[pytest.mark.slow, needs_deepspeed]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
 def test_two_processes_are_one_with_two_batches_to_a_step(kind, settings, tmp_path):
     """Also where the run on two is stopped and goes on, and each process has saved its own part."""
     spread = change(settings, output_dir=str(tmp_path / kind), resume_from_checkpoint="latest")

@@ -169,8 +169,8 @@ class TestKeepOriginal:
         assert_same(transformer, before)
 
 
-# Values, four processors, the hooks and the metadata are seven steps. The first time, two hooks are registered, and a third
-# one for SD3.
+# Values, four processors, the hooks and the metadata are seven steps. The first time, two hooks are registered, and
+# for SD3 a third one.
 @pytest.mark.parametrize(
     ("linearized_before", "at"), [*((False, at) for at in range(1, 10)), *((True, at) for at in range(1, 8))]
 )

@@ -518,6 +518,7 @@ def test_the_whole_model_compiled_under_checkpointing(kind):
     assert_close(gradients(model, calls, lambda call: outputs(compiled, call)), expected)
 
 
+@pytest.mark.slow
 @hardware.needs_compiler
 def test_inductor():
     """The models' smallest case, for compiling takes long; the operator alone has all the others."""
