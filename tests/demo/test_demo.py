@@ -39,7 +39,7 @@ class TestScenes:
         assert not held_out & training
         assert held_out | training == set(all_scenes())
 
-    @pytest.mark.parametrize("size", [64, 128, 512])
+    @pytest.mark.parametrize("size", [64, 128, pytest.param(512, marks=pytest.mark.slow)])
     def test_what_is_drawn_can_be_read(self, size):
         rng = np.random.default_rng(0)
         for scene in all_scenes()[:60]:
@@ -84,11 +84,12 @@ class TestSmallFlux:
         # diffusers writes down the folder that a model was loaded from.
         assert not any("_name_or_path" in file.read_text() for file in files if file.suffix == ".json")
 
-    def test_draws_captions_it_was_not_trained_on(self, pipe):
+    @pytest.mark.parametrize("count", [8, pytest.param(40, marks=pytest.mark.slow)])
+    def test_draws_captions_it_was_not_trained_on(self, pipe, count):
         evaluation = example("evaluate_small_flux")
-        scenes = held_out_scenes()[:40]
+        scenes = held_out_scenes()[:count]
         counts = evaluation.count_right(scenes, evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=20))
-        assert counts["right"] >= 36, counts
+        assert counts["right"] >= 0.9 * count, counts
 
     def test_draws_at_its_own_size_and_with_long_padding_by_default(self, pipe):
         scene = held_out_scenes()[0]
@@ -98,10 +99,8 @@ class TestSmallFlux:
 
     def test_a_window_that_covers_the_image_draws_the_same(self, pipe):
         def sample():
-            generator = torch.Generator().manual_seed(0)
-            return pipe(
-                "a red cross on a white ground, at the top left", generator=generator, output_type="latent"
-            ).images
+            generator, prompt = torch.Generator().manual_seed(0), "a red cross on a white ground, at the top left"
+            return pipe(prompt, generator=generator, num_inference_steps=4, output_type="latent").images
 
         expected = sample()
         clear.linearize(pipe, 23, weights=None)
@@ -109,6 +108,7 @@ class TestSmallFlux:
         clear.restore(pipe)
         assert torch.equal(sample(), expected)
 
+    @pytest.mark.slow
     def test_training_runs_and_repeats(self, tmp_path):
         training = example("train_small_flux")
         for name in ("first", "second"):
@@ -121,13 +121,14 @@ class TestSmallFlux:
 
 
 class TestDistilled:
-    def test_draws_what_the_dense_model_draws(self, pipe, monkeypatch):
+    @pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.slow)])
+    def test_draws_what_the_dense_model_draws(self, pipe, count):
         """With a window, and seeds, where the model's own weights do not."""
         evaluation = example("evaluate_small_flux")
-        scenes = held_out_scenes()[:12]
+        scenes = held_out_scenes()[:count]
 
         def draw():
-            return np.stack(evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=12)) / 255.0
+            return np.stack(evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=count)) / 255.0
 
         dense = draw()
         with clear.linearized(pipe, 8, weights=None):
@@ -139,6 +140,7 @@ class TestDistilled:
     def test_is_small(self):
         assert sum(file.stat().st_size for file in demo.distilled().iterdir()) < 2 * 2**20
 
+    @pytest.mark.slow
     def test_training_runs(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(EXAMPLES)
         distilling = example("distill_small_flux")
@@ -207,6 +209,7 @@ class TestCommand:
         assert "--height 8 is less than one token" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda file: file.stem)
 def test_notebooks_run(file, tmp_path):
     notebook = nbformat.read(file, as_version=4)

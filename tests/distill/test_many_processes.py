@@ -35,13 +35,13 @@ def settings(tmp_path, data):
 def on_many(kind, settings):
     """Trains on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    told = {"zero2": {"ACCELERATE_USE_DEEPSPEED": "true"}, "fsdp2": {"FSDP_VERSION": "2"}}
+    environment = {"zero2": {"ACCELERATE_USE_DEEPSPEED": "true"}, "fsdp2": {"FSDP_VERSION": "2"}}
     run = subprocess.run(
         [*command, "-m", "tests.helpers.training_worker", kind, json.dumps(dataclasses.asdict(settings))],
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **told.get(kind, {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment.get(kind, {})},
     )
     assert run.returncode == 0, run.stderr[-3000:]
 
@@ -53,6 +53,7 @@ def student_of(settings):
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
 def test_two_processes_are_one_with_two_batches_to_a_step(kind, settings, tmp_path):
     """Also where the run on two is stopped and goes on, and each process has saved its own part."""

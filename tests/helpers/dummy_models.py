@@ -98,7 +98,7 @@ def flux_pipeline():
 
 
 def image_ids(*grids):
-    """`img_ids` of one picture and, as in Kontext, of its reference pictures."""
+    """`img_ids` of one image and, as in Kontext, of its reference images."""
     parts = []
     for number, (height, width) in enumerate(grids):
         yx = torch.cartesian_prod(torch.arange(height), torch.arange(width))
@@ -239,7 +239,7 @@ def dit_transformer(**changes):
 
 
 def dit_call(transformer, grid, text=0, batch=1, seed=0, controlnet=False):
-    """Keywords of a forward call with random values; the picture is square, with the grid's first side."""
+    """Keywords of a forward call with random values; the image is square, with the grid's first side."""
     random, config = _random(seed), transformer.config
     side = config.patch_size * grid[0]
     return {

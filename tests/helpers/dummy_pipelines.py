@@ -12,7 +12,7 @@ def _quiet(pipe):
 
 
 def unasked():
-    """Stands where a text encoder does, for a pipeline learns from it on which device it computes."""
+    """Return a text encoder that is not called: a pipeline reads the device from it."""
     return dummy_models.small_sd3().text_encoder_3
 
 

@@ -20,7 +20,7 @@ def scores_of(query, key, bias):
 
 
 def softmax(query, key, value, mask=True, bias=None):
-    """Of image queries to all keys, text first; the mask is of image tokens, or of what stands for them."""
+    """Of image queries to all keys, text first; the mask is of image tokens, or of what represents them."""
     scores = scores_of(query, key, bias)
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
     if mask is not True:

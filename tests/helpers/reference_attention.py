@@ -23,10 +23,10 @@ def pool(x, grids, factor, weight):
     """`[..., tokens, d]` to `[..., cells, d]`, one cell at a time."""
     cells, start = [], 0
     for height, width in grids:
-        picture = x[..., start : start + height * width, :].unflatten(-2, (height, width))
+        image = x[..., start : start + height * width, :].unflatten(-2, (height, width))
         for top in range(0, height, factor):
             for left in range(0, width, factor):
-                cell = picture[..., top : top + factor, left : left + factor, :]
+                cell = image[..., top : top + factor, left : left + factor, :]
                 share = weight[: cell.shape[-3], : cell.shape[-2], None]
                 scale = factor**2 / (cell.shape[-3] * cell.shape[-2])
                 cells.append((cell * share).sum(dim=(-3, -2)) * scale)

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from tests.helpers import hardware
 from tests.matrix.operations import (
-    Deed,
-    anew,
+    Operation,
     attention_broadcast,
     cache_dit,
     cast_layerwise,
@@ -19,6 +18,7 @@ from tests.matrix.operations import (
     fused_lora,
     gguf_file,
     int8,
+    load_again_before,
     lora,
     nf4,
     nothing,
@@ -44,7 +44,7 @@ class Refusal(NamedTuple):
     """An error and what it says to do instead, done to the pipeline that was refused, linearized or not."""
 
     words: str
-    way_out: Deed
+    way_out: Operation
 
 
 class Column(NamedTuple):
@@ -63,8 +63,8 @@ class Column(NamedTuple):
         marks: of pytest.
     """
 
-    do: Deed
-    same: Deed | None = None
+    do: Operation
+    same: Operation | None = None
     changes: bool = False
     orders: tuple[str, ...] = (BEFORE, AFTER)
     trained: bool = True
@@ -86,8 +86,8 @@ def for_all(families: tuple[str, ...], orders: tuple[str, ...], refusal: Refusal
 ALL = tuple(dict.fromkeys(row.family for row in ROWS.values()))
 
 
-def quantized(quantize: Deed) -> Refusal:
-    return Refusal("as in a quantized model, .* linearize it, and quantize it then", anew(quantize))
+def quantized(quantize: Operation) -> Refusal:
+    return Refusal("as in a quantized model, .* linearize it, and quantize it then", load_again_before(quantize))
 
 
 # These pipelines do not tell the cache which of their calls is which.

@@ -30,7 +30,7 @@ class Cell(NamedTuple):
     linearize: Callable[[Any], Any]
 
 
-Deed = Callable[[Any, Cell], Any]
+Operation = Callable[[Any, Cell], Any]
 
 
 def nothing(pipe: Any, cell: Cell) -> None:
@@ -42,7 +42,7 @@ def nothing(pipe: Any, cell: Cell) -> None:
 ADAPTED = "attn.to_q", "attn.to_v", "attn.to_out.0", "ff.net.2", "proj_mlp", "to_qkv_mlp_proj", "img_mlp.net.2"
 
 
-def lora(seed: int, name: str, adapter_scale: float | None = None) -> Deed:
+def lora(seed: int, name: str, adapter_scale: float | None = None) -> Operation:
     def load(pipe: Any, cell: Cell) -> None:
         rng = torch.Generator().manual_seed(seed)
         values = {}
@@ -103,7 +103,7 @@ def without_offload_linearize_offload(pipe: Any, cell: Cell) -> None:
     offload_sequentially(pipe, cell)
 
 
-def offload_groups(level: str) -> Deed:
+def offload_groups(level: str) -> Operation:
     def offload(pipe: Any, cell: Cell) -> None:
         blocks = 1 if level == "block_level" else None
         pipe.transformer.enable_group_offload(
@@ -208,7 +208,7 @@ def gguf_file(pipe: Any, cell: Cell) -> None:
     cell.row.dress(pipe)
 
 
-def anew(quantize: Deed) -> Deed:
+def load_again_before(quantize: Operation) -> Operation:
     """Loads the pipeline once more, linearizes and then quantizes it."""
 
     def start_over(pipe: Any, cell: Cell) -> Any:

@@ -95,8 +95,8 @@ def test_cell(row, column, order, tmp_path, record_property):
         without = drawn_plainly(plain_cell, column, nothing, call)
         assert (without - expected).abs().max() > 2 * column.tolerance * scale
     pipe, refusal = row.pipeline(), column.refusals.get((row.family, order))
-    deeds = [column.do, lambda pipe, cell: cell.linearize(pipe)]
-    first, second = deeds if order == BEFORE else reversed(deeds)
+    operations = [column.do, lambda pipe, cell: cell.linearize(pipe)]
+    first, second = operations if order == BEFORE else reversed(operations)
     pipe = first(pipe, cell) or pipe
     if refusal:
         before = snapshot(pipe.transformer)
@@ -129,6 +129,6 @@ def test_restored_each_pipeline_draws_as_before(row):
 
 def test_the_page_tells_of_these_cells():
     text = PAGE.read_text(encoding="utf-8")
-    assert sections(tables()) in text, "write it anew: python -m tests.matrix"
+    assert sections(tables()) in text, "write it again: python -m tests.matrix"
     for words, number in notes().items():
         assert re.search(rf"^{number}\. .*{words}", text, re.MULTILINE), words

@@ -190,10 +190,10 @@ def test_work_of_linear_attention_is_the_tables_with_one_head_and_linear_text_qu
     assert sum(linear.values()) + 2 * 512 * 3072**2 == 4 * 4608 * 3072**2 == pytest.approx(174.0e9, abs=0.06e9)
 
 
-@pytest.mark.parametrize("grid", [*GRIDS, (33, 40), (64, 64)], ids=str)
+@pytest.mark.parametrize("grid", [*GRIDS, (33, 40), (32, 32)], ids=str)
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("method", [methods.Swin(4), methods.Swin(5), methods.Strided(3), methods.Strided(50)], ids=str)
-def test_work_counts_visible_pairs(method, number, grid):
+def test_work_counts_pairs(method, number, grid):
     seen = RULES[type(method)](method, number)
     key = torch.eye(grid[0] * grid[1], dtype=torch.float64)[None, None]
     processor = types.SimpleNamespace(method=method)

@@ -56,13 +56,13 @@ def test_masks_that_do_not_fit(transformer):
 def test_pipelines_with_guidance(kind):
     pipe = dummy_pipelines.chroma(kind)
     side = 2 * pipe.vae_scale_factor
-    picture = Image.effect_mandelbrot((9 * side, 7 * side), (-2, -1, 1, 1), 50).convert("RGB")
+    image = Image.effect_mandelbrot((9 * side, 7 * side), (-2, -1, 1, 1), 50).convert("RGB")
     # ChromaInpaintPipeline of diffusers 0.42.1 reads it, and the model does not know it.
     pipe.transformer.register_to_config(guidance_embeds=False)
     further = {
         ChromaPipeline: {},
-        ChromaImg2ImgPipeline: {"image": picture, "strength": 1.0},
-        ChromaInpaintPipeline: {"image": picture, "mask_image": picture.convert("L"), "strength": 1.0},
+        ChromaImg2ImgPipeline: {"image": image, "strength": 1.0},
+        ChromaInpaintPipeline: {"image": image, "mask_image": image.convert("L"), "strength": 1.0},
     }[kind]
 
     def draw():

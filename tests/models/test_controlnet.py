@@ -1,4 +1,4 @@
-"""ControlNets made local: their residuals are the plain rule's, whatever the layers are not told."""
+"""Linearized ControlNets: their residuals are those of the rule."""
 
 import copy
 
@@ -23,7 +23,7 @@ def flux_call(controlnet, grid, text, batch):
     rng = torch.Generator().manual_seed(5)
     if controlnet.input_hint_block is None:
         call["controlnet_cond"] = torch.randn(call["hidden_states"].shape, generator=rng)
-    else:  # a picture, which the ControlNet itself makes eight times smaller and packs
+    else:  # an image, which the ControlNet itself makes eight times smaller and packs
         call["controlnet_cond"] = torch.randn(batch, 3, 16 * grid[0], 16 * grid[1], generator=rng)
     if controlnet.union:
         call["controlnet_mode"] = torch.ones(batch, 1, dtype=torch.long)
@@ -41,7 +41,7 @@ def sd3_call(controlnet, grid, text, batch):
 KINDS = {
     "flux": (flux_controlnet, {}, flux_call),
     "flux-union": (flux_controlnet, {"num_mode": 3}, flux_call),
-    "flux-picture": (
+    "flux-image": (
         flux_controlnet,
         {"patch_size": 2, "in_channels": 64, "conditioning_embedding_channels": 16},
         flux_call,
@@ -102,7 +102,7 @@ def test_only_training_free():
         clear.linearize(flux_controlnet())
 
 
-def test_in_a_pipeline_beside_its_transformer(pipe):
+def test_in_a_pipeline_with_its_transformer(pipe):
     heads = {"num_attention_heads": 4, "attention_head_dim": 32}
     controlnet = wake(
         FluxControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_single_layers=1, **heads)
@@ -110,12 +110,12 @@ def test_in_a_pipeline_beside_its_transformer(pipe):
     pipe = FluxControlNetPipeline(**pipe.components, controlnet=controlnet)
     pipe.set_progress_bar_config(disable=True)
     rng = torch.Generator()
-    picture = Image.effect_noise((96, 72), 90).convert("RGB")
+    image = Image.effect_noise((96, 72), 90).convert("RGB")
 
     def draw():
         return pipe(
             "a red circle",
-            control_image=picture,
+            control_image=image,
             height=72,
             width=96,
             max_sequence_length=24,

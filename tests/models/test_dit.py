@@ -123,8 +123,8 @@ class LinearProcessor:
         )
         scores = query.relu() @ key.relu().transpose(2, 3)
         output = (scores / scores.sum(-1, keepdim=True) @ value).transpose(1, 2).flatten(2)
-        picture = value.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, 2 * [math.isqrt(value.shape[2])])
-        convolved = torch.nn.functional.conv2d(picture, self.kernel, padding=2, groups=len(self.kernel))
+        image = value.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, 2 * [math.isqrt(value.shape[2])])
+        convolved = torch.nn.functional.conv2d(image, self.kernel, padding=2, groups=len(self.kernel))
         return attn.to_out[0](output + convolved.flatten(2).transpose(1, 2))
 
 

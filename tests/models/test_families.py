@@ -18,7 +18,7 @@ from clear_attn.models import adapter_for, flux
 from clear_attn.patching import plan_cache
 from clear_attn.patching.target import entry_hook_of
 from tests.helpers import hardware
-from tests.helpers.families import each_family
+from tests.helpers.families import FLUX, SD3, each_family
 from tests.helpers.reference_model import check_compiled_blocks, in_raster_order, run
 
 GRID = st.sampled_from([(1, 1), (3, 5), (8, 8), (13, 7), (17, 23), (16, 24)])
@@ -190,6 +190,7 @@ def test_compiled_transformer(family, transformer):
 
 
 @hardware.needs_compiler
+@pytest.mark.parametrize("family", [FLUX, pytest.param(SD3, marks=pytest.mark.slow)], ids=["flux", "sd3"])
 def test_twenty_sizes_stay_within_bounds(family, transformer, monkeypatch):
     """Caches stay bounded, FlexAttention is compiled a handful of times, and nothing takes a dense path."""
     for module in (attention, dense, tiled):

@@ -1,4 +1,4 @@
-"""What FLUX has of its own: positions in `img_ids`, reference pictures, diffusers' attention backends."""
+"""What is particular to FLUX: positions in `img_ids`, reference images, diffusers' attention backends."""
 
 import itertools
 
@@ -18,7 +18,9 @@ def transformer():
 
 
 @hardware.needs_compiler
-@pytest.mark.parametrize("backend", hardware.BACKENDS)
+@pytest.mark.parametrize(
+    "backend", ["flex", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiled", "reference"))]
+)
 def test_regional_compilation(backend):
     """Of more blocks than torch would compile one by one."""
     torch.compiler.reset()  # compilations are counted for each line of code, over all tests
@@ -46,7 +48,7 @@ def graphs_of(transformer, calls):
 
 
 @hardware.needs_compiler
-@pytest.mark.parametrize("backend", ["tiled", "flex"])
+@pytest.mark.parametrize("backend", ["flex", pytest.param("tiled", marks=pytest.mark.slow)])
 def test_compiled_blocks_settle(backend):
     """Ten sizes and three text lengths take the compilations of the plain model, and FlexAttention's own two."""
     transformer = families.FLUX.transformer()
@@ -62,7 +64,7 @@ def test_compiled_blocks_settle(backend):
 
 
 class TestIds:
-    def test_coarse_ids_are_counted_anew(self):
+    def test_coarse_ids_are_counted_again(self):
         ids = dummy_models.image_ids((2, 600))
         assert ids.bfloat16().float()[:, 2].unique().numel() < 600
         positions = flux._parse_ids(ids.bfloat16())
@@ -79,7 +81,7 @@ class TestIds:
         expected = run(transformer, call)
         assert torch.equal(run(transformer, {**call, "img_ids": call["img_ids"][None]}), expected)
 
-    def test_a_changed_tensor_is_read_anew(self):
+    def test_a_changed_tensor_is_read_again(self):
         ids = dummy_models.image_ids((4, 6))
         assert flux._read_ids(ids).grids == ((4, 6),)
         ids.copy_(dummy_models.image_ids((6, 4)))
@@ -109,7 +111,7 @@ class TestIds:
         with pytest.raises(ValueError, match=r"img_ids must tell where .* got None"):
             run(transformer, {**families.FLUX.call(transformer, (4, 6)), "img_ids": None})
 
-    def test_refuses_ids_for_another_picture(self, transformer):
+    def test_refuses_ids_for_another_image(self, transformer):
         call = families.FLUX.call(transformer, (4, 6))
         clear.linearize(transformer, 3, weights=None)
         with pytest.raises(ValueError, match="img_ids place 20 image tokens, hidden_states has 24"):

@@ -1,4 +1,4 @@
-"""What SD3 has of its own: pictures as input, dual attention, batched guidance, skipped layers."""
+"""What is particular to SD3: images as input, dual attention, batched guidance, skipped layers."""
 
 import pytest
 import torch

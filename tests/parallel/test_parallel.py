@@ -1,4 +1,4 @@
-"""Shares of a picture, without processes; and, on several, that they give what one gives."""
+"""Parts of an image, without processes; and, on several, that they give what one gives."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ from tests.helpers import dummy_models, hardware, reference_attention
 
 
 @st.composite
-def pictures(draw):
+def cases(draw):
     """A layout, a method and a number of ranks."""
     ranks = draw(st.integers(1, 5), "ranks")
     height = draw(st.integers(TILE_ROW * (ranks - 1) + 1, TILE_ROW * (ranks + 2)), "height")
@@ -37,9 +37,9 @@ def plan_of(shard, method):
     return ShardPlan(shard, method.halo(), method.pooled_factor or 1)
 
 
-@given(pictures())
-def test_shards_hold_all_tokens_once_and_attend_to_what_they_may(picture):
-    layout, method, ranks = picture
+@given(cases())
+def test_shards_hold_all_tokens_once_and_attend_to_what_they_may(case):
+    layout, method, ranks = case
     shards = [Shard(layout, rank, ranks) for rank in range(ranks)]
     plans = [plan_of(shard, method) for shard in shards]
     permutation = torch.cat([shard.permutation for shard in shards])
@@ -66,9 +66,9 @@ def _to(plan, rank):
     return next(message.tokens for message in plan.sends if message.peer == rank)
 
 
-@given(pictures())
-def test_parts_of_pooled_cells_add_up(picture):
-    layout, method, ranks = picture
+@given(cases())
+def test_parts_of_pooled_cells_add_up(case):
+    layout, method, ranks = case
     whole = clear.methods.Clear(5, method.pooled_factor or 1).plan(layout)
     values = torch.randn(layout.image_tokens, dtype=torch.float64)  # in raster order
     total = torch.zeros(whole.pooled_tokens, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_a_halo_does_not_grow_with_the_height():
     assert halos == [[0, 7 * 24, 7 * 24]] * 3
 
 
-def test_pooled_keys_grow_with_the_picture():
+def test_pooled_keys_grow_with_the_image():
     of = {
         height: count_volume(
             TokenLayout([(height, 24)], 5), clear.methods.Clear(8, 4), 1, 4, heads=4, head_dim=8, element=2
@@ -158,11 +158,13 @@ def ran():
     return _run(sys.executable, "-m", "tests.helpers.rank_checks", *jobs, *(f"3:{check}" for check in STOPPED))
 
 
+@pytest.mark.xdist_group("ranks")  # one start of the processes
 @pytest.mark.parametrize(("ranks", "check"), [(ranks, check) for ranks, checks in CHECKS.items() for check in checks])
 def test_on_ranks(ran, ranks, check):
     assert f"{check} on {ranks}: " in ran.stdout, ran.stderr[-6000:]
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("check", STOPPED)
 def test_a_rank_that_does_not_answer_is_named(ran, check):
     assert ran.stdout.count(f"{check}: rank 1 was named") == 2, ran.stderr[-6000:]
@@ -208,6 +210,7 @@ def test_only_changed_weights_are_read_again(monkeypatch):
     assert len(reads) == len(tensors) + 2
 
 
+@pytest.mark.slow
 def test_generate_under_torchrun(tmp_path):
     options = ("--prompt", "a red circle", "--height", 192, "--width", 128, "--window", 4, "--weights", "none")
     options = (*options, "--seed", 3, "--max-sequence-length", 24, "--steps", 2, "--strength", 0.5, "--device", "cpu")

@@ -1,4 +1,4 @@
-"""The rest of a pipeline's life: offloading, casting, shared and copied transformers, before and after linearizing."""
+"""Offloading, casting, sharing and copying transformers, before and after linearizing."""
 
 import copy
 
@@ -94,5 +94,5 @@ def test_a_deep_copy_has_its_own_original(family, transformer, checkpoint):
 
 def test_originals_given_up_are_freed(transformer, checkpoint):
     clear.linearize(transformer, 4, weights=checkpoint, keep_original=False)
-    door = next(iter(transformer._forward_pre_hooks.values()))
-    assert not door.original.values
+    hook = next(iter(transformer._forward_pre_hooks.values()))
+    assert not hook.original.values

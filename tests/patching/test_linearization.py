@@ -1,4 +1,4 @@
-"""The verbs: what they change, that they undo it bit for bit, and what they refuse before they touch anything."""
+"""What linearize, restore and their context managers change, undo bit for bit, and refuse before any change."""
 
 import copy
 import pickle
@@ -169,8 +169,8 @@ class TestKeepOriginal:
         assert_same(transformer, before)
 
 
-# Copying values, four processors, setting the door and the mark are seven steps, and the first door needs two hooks,
-# SD3's a third.
+# Values, four processors, the hooks and the metadata are seven steps. The first time, two hooks are registered, and
+# for SD3 a third one.
 @pytest.mark.parametrize(
     ("linearized_before", "at"), [*((False, at) for at in range(1, 10)), *((True, at) for at in range(1, 8))]
 )

@@ -42,7 +42,7 @@ def test_the_least_recently_used_layout_goes_with_its_plans():
     cache = PlanCache()
     plan = weakref.ref(cache.plan(Clear(3), layout_of(cache, 1), Clear.plan))
     kept = layout_of(cache, 2)
-    for width in range(3, 3 + LAYOUTS - 1):
+    for width in range(3, 3 + 2 * LAYOUTS):
         layout_of(cache, width)
         assert layout_of(cache, 2) is kept
     gc.collect()

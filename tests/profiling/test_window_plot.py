@@ -1,4 +1,4 @@
-"""The pictures of the rule, against the masks."""
+"""Plots of the rule, against the masks."""
 
 import sys
 

@@ -257,6 +257,18 @@ ENABLE = {
 }
 
 
+# Compiled blocks with every way to checkpoint take long.
+each_backend_and_checkpointing = pytest.mark.parametrize(
+    ("backend", "enable"),
+    [
+        pytest.param(backend, enable, id=f"{backend}-{name}", marks=[pytest.mark.slow] if slow else [])
+        for backend in BACKENDS
+        for name, enable in ENABLE.items()
+        for slow in [backend != "eager" and name != "default"]
+    ],
+)
+
+
 def compile_blocks(model, backend):
     if backend != "eager":
         model.compile_repeated_blocks(fullgraph=True, backend=backend)
@@ -306,8 +318,7 @@ def test_compiled_blocks_read_the_context_at_run_time(kind):
     check_run_time(kind, "aot_eager", [(SMALL, 1), (LARGE, 1), (SMALL, 2), (LARGE, 2), (WIDE, 3), (SMALL, 1)])
 
 
-@pytest.mark.parametrize("enable", ENABLE.values(), ids=ENABLE)
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend_and_checkpointing
 def test_gradients_with_two_sizes_in_flight(kind, backend, enable):
     calls = [kind[1](SMALL, seed=1), kind[1](LARGE, seed=2), kind[1](SMALL, seed=3)]
     expected = plain_gradients(kind, calls)
@@ -383,8 +394,7 @@ def test_without_gradients_nothing_is_kept(kind, backend, mode):
     torch.testing.assert_close(output.clone(), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("enable", ENABLE.values(), ids=ENABLE)
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend_and_checkpointing
 def test_a_context_lives_as_long_as_its_graph(kind, backend, enable):
     model = build(kind).train()
     compile_blocks(model, backend)
@@ -409,9 +419,8 @@ def block_inputs(kind, call):
     return inputs[0]
 
 
-@pytest.mark.parametrize("enable", ENABLE.values(), ids=ENABLE)
+@each_backend_and_checkpointing
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_interrupted_call_leaves_nothing_behind(kind, backend, error, enable):
     model = build(kind)
     compile_blocks(model, backend)
@@ -509,6 +518,7 @@ def test_the_whole_model_compiled_under_checkpointing(kind):
     assert_close(gradients(model, calls, lambda call: outputs(compiled, call)), expected)
 
 
+@pytest.mark.slow
 @hardware.needs_compiler
 def test_inductor():
     """The models' smallest case, for compiling takes long; the operator alone has all the others."""
