@@ -17,13 +17,14 @@ from clear_attn.core.coordinates import (
     tile_permutation,
     to_tensor,
 )
+from clear_attn.utils._torch import outside_transforms
 from clear_attn.utils.validation import check_whole_number
 
 
 @functools.lru_cache(maxsize=16)
 def grid_permutation(grid: Grid, device: torch.device) -> Tensor:
     """Return int64 `[tokens]`: `x[grid_permutation]` puts the tokens of one image from raster into tile order."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), outside_transforms():
         return to_tensor(tile_permutation(grid), device)
 
 

@@ -26,7 +26,7 @@ from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MUL
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
-from clear_attn.utils._torch import leaves_of, map_tensors
+from clear_attn.utils._torch import leaves_of, map_tensors, outside_transforms
 
 if TYPE_CHECKING:
     from clear_attn.patching.state import State
@@ -104,7 +104,8 @@ class EntryHook:
         self.validate_installed(transformer)
         call = self.adapter.bind_call(transformer, args, kwargs)
         parsed = self.adapter.parse_call(transformer, call)
-        layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
+        with outside_transforms():
+            layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
         backend = self._select_backend(transformer, call, parsed.device)
         if self.sharder:
             settings = f"{self.method}, {self.schedule}, backend {backend}"
@@ -138,8 +139,9 @@ class EntryHook:
         groups, text_bias = [], self.adapter.text_bias(call)
         for method, layer in zip(self.methods_of(call), self.representatives, strict=True):
             own = layout if layer.has_text else layout.without_text
-            plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
-            plan.prepare(backend)
+            with outside_transforms():
+                plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
+                plan.prepare(backend)
             groups.append(Group(method, plan, ScoreBias.on_plan(plan, *text_bias)))
         return groups
 

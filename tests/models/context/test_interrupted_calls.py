@@ -1,4 +1,4 @@
-"""An error or Ctrl-C inside any block leaves nothing behind that a layer could read, for every carrier of the context."""
+"""An error or Ctrl-C inside any block leaves nothing behind that a layer could read, for every carrier."""
 
 import gc
 import weakref
@@ -73,7 +73,7 @@ def test_a_layer_called_afterwards_says_that_it_has_no_context(family):
     args, kwargs = inputs.pop()
     kwargs = {name: value for name, value in kwargs.items() if name != "clear_context"}
     gc.collect()
-    with pytest.raises(RuntimeError, match="was called without a context|outside a call of its linearized"):
+    with pytest.raises(RuntimeError, match=r"was called without a context|outside a call of its linearized"):
         attention(*args, **kwargs)
 
 
