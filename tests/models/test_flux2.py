@@ -92,5 +92,5 @@ def test_ids_of_a_further_axis_must_agree_in_an_image(transformer):
     call["img_ids"] = call["img_ids"].clone()
     call["img_ids"][:, 5, 3] = 1
     clear.linearize(transformer, 3, weights=None)
-    with pytest.raises(ValueError, match="img_ids must number the tokens of each picture row by row"):
+    with pytest.raises(ValueError, match="img_ids must number the tokens of each image row by row"):
         run(transformer, call)

@@ -30,9 +30,17 @@ def pool(image: Tensor, plan: Any, spatial_weight: Tensor) -> Tensor:
         `[batch, heads, pooled tokens, head_dim]`.
     """
     # An offloaded weight may wait elsewhere.
-    weight = plan.pool_weight * spatial_weight.flatten().to(plan.pool_weight.device)
+    weight = cell_weight(plan, image.dtype) * spatial_weight.flatten().to(plan.pool_weight.device)
     cells = image.index_select(2, plan.pool_index.flatten()).unflatten(2, plan.pool_index.shape)
     return torch.einsum("bhcnd,cn->bhcd", cells, weight.to(image.dtype))
+
+
+def cell_weight(plan: Any, dtype: torch.dtype) -> Tensor:
+    """Return the plan's `pool_weight`, in float64 exactly where that is computed in."""
+    weight: Tensor = plan.pool_weight
+    if dtype != torch.float64:
+        return weight
+    return weight.shape[1] / (weight.shape[1] / weight.double()).round() * (weight > 0)
 
 
 def clear_attention(

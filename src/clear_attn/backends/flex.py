@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from clear_attn.backends import tiled
+from clear_attn.backends.derivatives import validate_derivatives
 from clear_attn.backends.softmax import expand_heads
 from clear_attn.core.region import AttentionRegion
 from clear_attn.core.window_mask import BLOCK, BlockIndices, Coordinates, in_window
@@ -193,6 +194,7 @@ def attend(
 
     On a CPU, where FlexAttention keeps the log-sum-exp to itself, that comes from the tiled backend, at its cost.
     """
+    validate_derivatives("flex", query, key, value)
     if query.device.type != "cpu":
         return attend_directly(query, key, value, region, key_bias, scale, return_lse)
     lse = tiled.attend(query, key, value, region, key_bias, scale, True)[1] if return_lse else None

@@ -17,13 +17,14 @@ from clear_attn.core.coordinates import (
     tile_permutation,
     to_tensor,
 )
+from clear_attn.utils._torch import outside_transforms
 from clear_attn.utils.validation import check_whole_number
 
 
 @functools.lru_cache(maxsize=16)
 def grid_permutation(grid: Grid, device: torch.device) -> Tensor:
     """Return int64 `[tokens]`: `x[grid_permutation]` puts the tokens of one image from raster into tile order."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), outside_transforms():
         return to_tensor(tile_permutation(grid), device)
 
 
@@ -78,6 +79,7 @@ class TokenLayout:
             "text_tokens", text_tokens, "it is the number of tokens off the grid", least=0
         )
         self.text_first, self.device = text_first, torch.device(device)
+        self._elsewhere: dict[torch.device, TokenLayout] = {}
         self.segments = segments_of(self.grids)
         self.shards: dict[tuple[int, int], Any] = {}
         self.token_set = select_rows(self.segments, [slice(0, height) for height, _ in self.grids])
@@ -91,6 +93,16 @@ class TokenLayout:
         with torch.inference_mode(False):
             self.permutation = to_tensor(self.token_set.raster, self.device)
             self.inverse_permutation = to_tensor(invert_permutation(self.token_set.raster), self.device)
+
+    def on(self, device: torch.device) -> TokenLayout:
+        """Return the layout with its tensors on a device, the same one for each call."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = TokenLayout(
+                self.grids, self.text_tokens, text_first=self.text_first, device=device
+            )
+        return self._elsewhere[device]
 
     @functools.cached_property
     def without_text(self) -> TokenLayout:

@@ -115,6 +115,10 @@ class Flux(ModelAdapter):
         return transformer.pos_embed
 
 
+# bfloat16 tells integers apart up to here.
+EXACT_INTEGERS = 256
+
+
 class _Positions(NamedTuple):
     """What `img_ids` say: the grids, and the same ids in float32 where theirs is too coarse for integers."""
 
@@ -129,26 +133,52 @@ def _parse_ids(ids: Tensor) -> _Positions:
             "pass them as diffusers' pipeline does"
         )
     values = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float32)
+    coarse = ids.dtype in (torch.bfloat16, torch.float16)
     _, lengths = torch.unique_consecutive(values[:, 0], return_counts=True)
     grids, regular = [], []
-    for part in values.split(lengths.tolist()):
-        # The first row's number is nobody else's, also where bfloat16 makes others collide.
-        width = int((part[:, 1] == part[0, 1]).sum())
+    for part, width in (found for image in values.split(lengths.tolist()) for found in _find_grids(image, coarse)):
         height = len(part) // width
-        rows, columns = part[::width, 1], part[:width, 2]
-        others = part[:1, 3:].expand(len(part), -1)
-        if not (torch.equal(part[:, 1:3], torch.cartesian_prod(rows, columns)) and torch.equal(part[:, 3:], others)):
-            raise ValueError(
-                f"img_ids must number the tokens of each picture row by row; {len(part)} of them with the first "
-                f"number {part[0, 0].item():g} are no grid of {width} columns; pass them as diffusers' pipeline does"
-            )
         grids.append((height, width))
-        counted = torch.cartesian_prod(*(torch.arange(len(line), device="cpu") + line[0] for line in (rows, columns)))
-        regular.append(torch.cat([part[:, :1], counted, others], dim=1))
+        rows, columns = (
+            torch.arange(n, device="cpu") + first for n, first in zip((height, width), part[0, 1:3], strict=True)
+        )
+        regular.append(torch.cat([part[:, :1], torch.cartesian_prod(rows, columns), part[:, 3:]], dim=1))
     exact = torch.cat(regular)
     # Replaced only if rounding them gives the coarser numbers; positions of another kind are left alone.
-    counts = ids.dtype in (torch.bfloat16, torch.float16) and torch.equal(exact.to(ids.dtype).float(), values)
+    counts = coarse and torch.equal(exact.to(ids.dtype).float(), values)
     return _Positions(tuple(grids), exact.to(ids.device) if counts else None)
 
 
 _read_ids = ReadOnce(_parse_ids)
+
+
+def _find_grids(ids: Tensor, coarse: bool) -> list[tuple[Tensor, int]]:
+    """Return the ids of each image among those of one number, and its columns.
+
+    Several reference images may have one number, apart from each other or at the same place.
+    """
+    # The first row's number is nobody else's, also where bfloat16 makes others collide.
+    width = int((ids[:, 1] == ids[0, 1]).sum())
+    grid = torch.cartesian_prod(ids[::width, 1], ids[:width, 2])
+    if torch.equal(ids[:, 1:3], grid) and (ids[:, 3:] == ids[0, 3:]).all():
+        return [(ids, width)]
+    ends = (ids[1:, 1] != ids[:-1, 1]) | (ids[1:, 2] < ids[:-1, 2])
+    rows = ids.tensor_split((ends.nonzero().flatten() + 1).tolist())
+    images: list[list[Tensor]] = []
+    for row in rows:
+        if images and _continues(images[-1][-1], row, coarse):
+            images[-1].append(row)
+        else:
+            images.append([row])
+    if any(len(image) < 2 or len(image[0]) < 2 for image in images):  # any order of tokens is made of single rows
+        raise ValueError(
+            f"img_ids must number the tokens of each image row by row; {len(ids)} of them with the first number "
+            f"{ids[0, 0].item():g} are no grid of {len(rows[0])} columns; pass them as diffusers' pipeline does"
+        )
+    return [(torch.cat(image), len(image[0])) for image in images]
+
+
+def _continues(above: Tensor, row: Tensor, coarse: bool) -> bool:
+    """Return whether a row of ids is the next one of the same image."""
+    collides = coarse and bool(row[0, 1] == above[0, 1] >= EXACT_INTEGERS)
+    return torch.equal(row[:, 2:], above[:, 2:]) and (collides or bool(row[0, 1] > above[0, 1]))

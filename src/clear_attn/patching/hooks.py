@@ -7,6 +7,7 @@ of different size, a recomputation for gradients or a deep copy each have their 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +27,7 @@ from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MUL
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
-from clear_attn.utils._torch import leaves_of, map_tensors
+from clear_attn.utils._torch import leaves_of, map_tensors, outside_transforms
 
 if TYPE_CHECKING:
     from clear_attn.patching.state import State
@@ -104,15 +105,19 @@ class EntryHook:
         self.validate_installed(transformer)
         call = self.adapter.bind_call(transformer, args, kwargs)
         parsed = self.adapter.parse_call(transformer, call)
-        layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
+        with outside_transforms():
+            layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
         backend = self._select_backend(transformer, call, parsed.device)
         if self.sharder:
             settings = f"{self.method}, {self.schedule}, backend {backend}"
             layout = self.sharder.shard(transformer, call, layout, settings)
         passed_on = dict(call.get(self.adapter.keywords) or {})
+        text_bias = self.adapter.text_bias(call)
+        make_groups = functools.partial(self._plan_groups, self.methods_of(call), text_bias, layout, backend)
         context = ClearContext(
-            self._plan_groups(call, layout, backend),
+            make_groups(layout.device),
             layout,
+            make_groups=None if self.sharder else make_groups,
             backend=backend,
             scale_multiplier=passed_on.pop(SCALE_MULTIPLIER, 1.0),
             role=passed_on.pop(ROLE, None),
@@ -134,13 +139,24 @@ class EntryHook:
     def _sigma_of(self, call: dict[str, Any]) -> float | None:
         return self.schedule.sigma_of(self.adapter.sigma(call)) if self.schedule.depends_on_sigma else None
 
-    def _plan_groups(self, call: dict[str, Any], layout: Any, backend: str) -> list[Group]:
-        groups, text_bias = [], self.adapter.text_bias(call)
-        for method, layer in zip(self.methods_of(call), self.representatives, strict=True):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _plan_groups(
+        self,
+        methods: list[Method],
+        text_bias: tuple[torch.Tensor | None, torch.Tensor | None],
+        layout: Any,
+        backend: str,
+        device: torch.device,
+    ) -> list[Group]:
+        groups = []
+        bias, weight = (None if x is None else x.to(device) for x in text_bias)
+        layout = layout if device == layout.device else layout.on(device)
+        for method, layer in zip(methods, self.representatives, strict=True):
             own = layout if layer.has_text else layout.without_text
-            plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
-            plan.prepare(backend)
-            groups.append(Group(method, plan, ScoreBias.on_plan(plan, *text_bias)))
+            with outside_transforms():
+                plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
+                plan.prepare(backend)
+            groups.append(Group(method, plan, ScoreBias.on_plan(plan, bias, weight)))
         return groups
 
     def _select_backend(self, transformer: Any, call: dict[str, Any], device: torch.device) -> str:
@@ -229,7 +245,12 @@ class PermutedForward:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def unpermute(adapter: ModelAdapter, output: Any, layout: Any) -> Any:
     """Return a transformer's output with all its tensors in raster order."""
-    return map_tensors(lambda tensor: adapter.unpermute_output(tensor, layout), output)
+
+    def unpermute_tensor(tensor: torch.Tensor) -> torch.Tensor:
+        own = layout if tensor.device == layout.device else layout.on(tensor.device)
+        return adapter.unpermute_output(tensor, own)
+
+    return map_tensors(unpermute_tensor, output)
 
 
 def wrap_forward(transformer: Any, adapter: ModelAdapter) -> bool:

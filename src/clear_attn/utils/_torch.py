@@ -18,6 +18,7 @@ from torch import Tensor, nn
 READ_IN = "2.13"
 
 try:
+    from torch._functorch import pyfunctorch
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
     from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
     from torch.utils._triton import has_triton as _has_triton
@@ -94,6 +95,17 @@ def version_of(tensor: Tensor) -> object:
         return tensor._version
     except (AttributeError, RuntimeError):  # inference tensors have none
         return object()
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is inside a transform of `torch.func`: grad, jvp, vmap and others (torch 2.13)."""
+    return bool(_private(_private(torch._C, "_functorch"), "is_functorch_wrapped_tensor")(tensor))
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Leave the transforms of `torch.func` for a `with` block, for tensors that outlive them (torch 2.13)."""
+    cleared: AbstractContextManager[Any] = _private(pyfunctorch, "temporarily_clear_interpreter_stack")()
+    return cleared
 
 
 def unwrap_compiled(module: Any) -> Any:

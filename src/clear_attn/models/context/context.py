@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from clear_attn.core.plan import Plan
@@ -26,6 +27,9 @@ class Group(NamedTuple):
     bias: ScoreBias | None = None
 
 
+MakeGroups = Callable[[torch.device], list[Group]]
+
+
 class ClearContext:
     """The settings and index tensors of one call.
 
@@ -35,6 +39,7 @@ class ClearContext:
     Args:
         groups: by the number that a processor holds.
         layout: the `TokenLayout` of the call, or the part of it that this rank has.
+        make_groups: makes the groups for another device, where the layers of a model are on several.
         backend: of `clear_attn.backends`, or "auto".
         scale_multiplier: multiplies head_dim^-0.5.
         role: whether the teacher or the student computes, in distillation.
@@ -49,15 +54,26 @@ class ClearContext:
         groups: Sequence[Group],
         layout: Any = None,
         *,
+        make_groups: MakeGroups | None = None,
         backend: str = "auto",
         scale_multiplier: float = 1.0,
         role: str | None = None,
         record: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         self.groups, self.layout = list(groups), layout
+        self.make_groups = make_groups
+        self._elsewhere: dict[torch.device, list[Group]] = {}
         self.backend, self.scale_multiplier = backend, scale_multiplier
         self.role, self.record = role, record
         self.permuted = True
+
+    def on(self, device: torch.device) -> list[Group]:
+        """Return the groups with their tensors on the device of a layer, made once per call and device."""
+        if self.make_groups is None or self.layout is None or device == self.layout.device:
+            return self.groups
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self.make_groups(device)
+        return self._elsewhere[device]
 
     def attend(
         self,
@@ -77,7 +93,7 @@ class ClearContext:
             parameters: of the layer.
             attention_backend: of diffusers, for dense attention.
         """
-        method, plan, bias = self.groups[group]
+        method, plan, bias = self.on(query.device)[group]
         options = self._options(bias, query, attention_backend)
         return method.attend(query, key, value, plan, parameters, options).transpose(1, 2).flatten(2, 3)
 
@@ -85,8 +101,9 @@ class ClearContext:
         self, group: int, query: Tensor, key: Tensor, value: Tensor, attention_backend: Any = None
     ) -> Tensor:
         """Return dense attention, as `attend`."""
-        plan = DensePlan(self.groups[group].plan)
-        options = self._options(self.groups[group].bias, query, attention_backend)
+        _, own, bias = self.on(query.device)[group]
+        plan = DensePlan(own)
+        options = self._options(bias, query, attention_backend)
         return plan.attend(query, key, value, None, options).transpose(1, 2).flatten(2, 3)
 
     def _options(self, bias: ScoreBias | None, query: Tensor, attention_backend: Any) -> Options:

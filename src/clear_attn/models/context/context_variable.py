@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clear_attn.backends.derivatives import needs_transforms
 from clear_attn.models.context.context import ClearContext
 
 
@@ -89,6 +90,8 @@ def attend_published(
     Raises:
         RuntimeError: none is published.
     """
+    if needs_transforms(query, key, value, *parameters):  # the operator would drop them
+        return _required_context().attend(group, query, key, value, parameters, attention_backend)
     device = query.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     output: Tensor = torch.ops.clear_attn.attend(query, key, value, parameters, group, attention_backend, autocast)[0]
@@ -134,13 +137,18 @@ def _attend_with(context: ClearContext, query: Tensor, *args: Any) -> Tensor:
     return output.contiguous()
 
 
-def _attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _required_context() -> ClearContext:
     context = current()
     if context is None:
         raise RuntimeError(
             "an attention layer was called outside a call of its linearized transformer; call the transformer, not "
             "its blocks, and enable gradient checkpointing with the model's own enable_gradient_checkpointing()"
         )
+    return context
+
+
+def _attend(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    context = _required_context()
     handle = torch.zeros((), dtype=torch.int64, device="cpu")
     handle.untyped_storage().clear_context = context  # type: ignore[attr-defined]
     return _attend_with(context, query, *args), handle
@@ -192,8 +200,16 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return query_grad, key_grad, value_grad, rest, None, None, None
 
 
+def _refuse_second_backward(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(
+        "the attention of this model has no second derivatives, for its layers get their context through a custom "
+        "operator; clear_attn.restore() the model for them"
+    )
+
+
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 _library.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("clear_attn::attend", _attend_fake, lib=_library)
 torch.library.register_fake("clear_attn::attend_backward", _attend_backward_fake, lib=_library)
 torch.library.register_autograd("clear_attn::attend", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("clear_attn::attend_backward", _refuse_second_backward, lib=_library)

@@ -1,0 +1,26 @@
+"""Derivatives beyond a backward pass: custom operators would drop them without an error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from clear_attn.utils._torch import is_transformed
+
+
+def needs_transforms(*tensors: Tensor) -> bool:
+    """Return whether a tensor has a forward-mode tangent, or is inside a transform of `torch.func`."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(is_transformed(x) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def validate_derivatives(backend: str, *tensors: Tensor) -> None:
+    """Raise RuntimeError if a backend behind a custom operator gets a tensor of `needs_transforms`."""
+    if needs_transforms(*tensors):
+        raise RuntimeError(
+            f"backend={backend!r} has gradients by a backward pass, and neither forward-mode derivatives nor "
+            "transforms of torch.func; use backend='reference', inside "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
