@@ -10,9 +10,9 @@ import torch
 from PIL import ExifTags, Image
 
 from clear_attn import demo
-from clear_attn.distill import buckets, cache
-from clear_attn.distill.cache import Cache, Origin, batches
-from clear_attn.distill.data import from_dataset, from_folder
+from clear_attn.distill.data import buckets, cache
+from clear_attn.distill.data.cache import Cache, Origin, batches
+from clear_attn.distill.data.examples import from_dataset, from_folder
 from clear_attn.models import training_adapter_for
 from tests.helpers.training_runs import fill
 

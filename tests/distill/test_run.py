@@ -16,10 +16,10 @@ from clear_attn import demo
 from clear_attn.distill import Settings, checkpoint, train
 from clear_attn.distill import trainer as run_module
 from clear_attn.distill import training_run as training
-from clear_attn.distill.cache import Cache
-from clear_attn.distill.data import from_folder
+from clear_attn.distill.data.cache import Cache
+from clear_attn.distill.data.examples import from_folder
+from clear_attn.distill.data.seeds import hash_of
 from clear_attn.distill.losses import interpolate
-from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.student import STUDENT, student_values
 from clear_attn.distill.validation import Validation
 from clear_attn.models.flux import FluxTraining

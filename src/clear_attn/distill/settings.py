@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.optimization import SchedulerType
 
-from clear_attn.distill import buckets
+from clear_attn.distill.data import buckets
 from clear_attn.methods import Method, parse
 from clear_attn.patching.resolve import resolve_method
 

@@ -15,12 +15,13 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from clear_attn.distill import cache, checkpoint
-from clear_attn.distill.cache import Cache
+from clear_attn.distill import checkpoint
+from clear_attn.distill.data import cache
+from clear_attn.distill.data.cache import Cache
+from clear_attn.distill.data.prepare import DTYPES, guidance_of
+from clear_attn.distill.data.seeds import hash_of
 from clear_attn.distill.losses import draw_sigmas
 from clear_attn.distill.optimizers import make_optimizer, prepare_plugins, rate_of
-from clear_attn.distill.prepare import DTYPES, guidance_of
-from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.sharding import assign, is_spread, load_optimizer_state, optimizer_state, whole
 from clear_attn.distill.step import Batch, Losses, Weights, distillation_losses

@@ -12,7 +12,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
-from clear_attn.distill import checkpoint, prepare
+from clear_attn.distill import checkpoint
+from clear_attn.distill.data import prepare
 from clear_attn.distill.optimizers import check_optimizer
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.trainer import Run, shared

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from clear_attn.distill.prepare import drawing_of
-from clear_attn.distill.seeds import hash_of
+from clear_attn.distill.data.prepare import drawing_of
+from clear_attn.distill.data.seeds import hash_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.student import STUDENT, TEACHER, keywords
 from clear_attn.models import training_adapter_for

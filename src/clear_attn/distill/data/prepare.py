@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from clear_attn.distill import cache
-from clear_attn.distill import drawn_data as generate
-from clear_attn.distill.cache import Cache, Origin
-from clear_attn.distill.data import Example, from_dataset, from_folder
-from clear_attn.distill.drawn_data import Drawing
+from clear_attn.distill.data import cache
+from clear_attn.distill.data import generated as generate
+from clear_attn.distill.data.cache import Cache, Origin
+from clear_attn.distill.data.examples import Example, from_dataset, from_folder
+from clear_attn.distill.data.generated import Drawing
 from clear_attn.distill.settings import Settings
 from clear_attn.models import training_adapter_for
 from clear_attn.patching.target import find_transformer

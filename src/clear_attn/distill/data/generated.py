@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clear_attn.distill.data import METADATA, Example, check_same_origin, listed_in, on_disk
-from clear_attn.distill.seeds import hash_of
+from clear_attn.distill.data.examples import METADATA, Example, check_same_origin, listed_in, on_disk
+from clear_attn.distill.data.seeds import hash_of
 from clear_attn.utils.atomic import atomic_file, atomic_text
 from clear_attn.utils.seeded_images import generate_with_seeds
 

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clear_attn.distill.buckets import fit
-from clear_attn.distill.data import Example, check_same_origin
-from clear_attn.distill.seeds import hash_of
+from clear_attn.distill.data.buckets import fit
+from clear_attn.distill.data.examples import Example, check_same_origin
+from clear_attn.distill.data.seeds import hash_of
 from clear_attn.distill.step import Batch
 from clear_attn.models import TrainingAdapter
 from clear_attn.utils.atomic import atomic_file, atomic_text
