@@ -29,7 +29,7 @@ from clear_attn.distill.optimizers import make_optimizer
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.step import Batch, Weights, distillation_losses
 from clear_attn.distill.student import add_student
-from clear_attn.distill.training_memory import counted
+from clear_attn.distill.optimizers import counted
 from clear_attn.models import training_adapter_for
 
 STEPS = 3

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan
-from clear_attn.methods import Layer, Method, ScoreBias
+from clear_attn.methods import Dense, Layer, Method, ScoreBias
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
 from clear_attn.models.adapter import InnerHook
-from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
+from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, TEACHER, ClearContext, Group
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
@@ -109,12 +109,14 @@ class EntryHook:
             settings = f"{self.method}, {self.schedule}, backend {backend}"
             layout = self.sharder.shard(transformer, call, layout, settings)
         passed_on = dict(call.get(self.adapter.keywords) or {})
+        role = passed_on.pop(ROLE, None)
+        methods = [Dense()] * len(self.representatives) if role == TEACHER else self.methods_of(call)
         context = ClearContext(
-            self._plan_groups(call, layout, backend),
+            self._plan_groups(call, methods, layout, backend),
             layout,
             backend=backend,
             scale_multiplier=passed_on.pop(SCALE_MULTIPLIER, 1.0),
-            role=passed_on.pop(ROLE, None),
+            role=role,
             record=passed_on.pop(RECORDER, None),
         )
         permuted = self.adapter.permute_inputs(call, layout)
@@ -133,9 +135,9 @@ class EntryHook:
     def _sigma_of(self, call: dict[str, Any]) -> float | None:
         return self.schedule.sigma_of(self.adapter.sigma(call)) if self.schedule.depends_on_sigma else None
 
-    def _plan_groups(self, call: dict[str, Any], layout: Any, backend: str) -> list[Group]:
+    def _plan_groups(self, call: dict[str, Any], methods: Sequence[Method], layout: Any, backend: str) -> list[Group]:
         groups, text_bias = [], self.adapter.text_bias(call)
-        for method, layer in zip(self.methods_of(call), self.representatives, strict=True):
+        for method, layer in zip(methods, self.representatives, strict=True):
             own = layout if layer.has_text else layout.without_text
             plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
             plan.prepare(backend)

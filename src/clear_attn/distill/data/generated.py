@@ -1,4 +1,4 @@
-"""The teacher's own pictures to learn from, which serve better than photographs (arXiv 2412.16112, section 3.3)."""
+"""The teacher's own images as training data, which serve better than photographs (arXiv 2412.16112, section 3.3)."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clear_attn.distill.data.examples import METADATA, Example, check_same_origin, listed_in, on_disk
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clear_attn.distill.data.examples import METADATA, Example, check_same_origin, on_disk, read_metadata
 from clear_attn.distill.data.seeds import hash_of
+from clear_attn.models import TrainingAdapter
 from clear_attn.utils.atomic import atomic_file, atomic_text
+from clear_attn.utils.json_records import read_json
 from clear_attn.utils.seeded_images import generate_with_seeds
 
 INDEX = "generated.json"
 
 
-class Drawing(NamedTuple):
-    """How pictures are drawn: a folder holds those of one way alone.
+class Generation(NamedTuple):
+    """How images are generated. All images of a folder agree in it.
 
     Attributes:
         model, revision: the teacher.
         resolution: side in pixels.
         text_tokens: the length that prompts are padded to.
-        steps: of denoising, None for the pipeline's own.
-        guidance: what a guided model is told, None for others, whose pipelines use their own.
-        seed: picture by picture, seeds follow from it.
+        steps: of denoising, None for the pipeline's default.
+        guidance: embedded guidance scale; None for other models, with the pipeline's default.
+        seed: the seeds of images follow from it.
     """
 
     model: str
@@ -36,80 +42,85 @@ class Drawing(NamedTuple):
     guidance: float | None
     seed: int
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `generate_with_seeds`."""
-        return {
-            "height": self.resolution,
-            "width": self.resolution,
-            "max_sequence_length": self.text_tokens,
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
-        }
+    def run(self, pipe: Any, seeds: Sequence[int], text: dict[str, Tensor], **arguments: Any) -> list[Image.Image]:
+        """Return an image per seed, of text that is encoded as the pipeline's keywords."""
+        return generate_with_seeds(
+            pipe,
+            seeds,
+            height=self.resolution,
+            width=self.resolution,
+            max_sequence_length=self.text_tokens,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            **text,
+            **arguments,
+        )
 
 
 def examples(folder: Path, prompts: Sequence[str], count: int) -> list[Example]:
-    """The pictures that will be there: the prompts in turn, as often as the count asks for."""
+    """Return the images that will be in the folder: of the prompts in turn, until there are enough."""
     numbered = enumerate(itertools.islice(itertools.cycle(prompts), count))
     return [on_disk(folder / f"{number:06}.png", prompt) for number, prompt in numbered]
 
 
 def missing(folder: Path, wanted: Sequence[Example]) -> list[int]:
-    """The numbers of the pictures that are not there."""
+    """Return the numbers of the images that do not exist yet."""
     return [number for number, example in enumerate(wanted) if not (folder / example.name).exists()]
 
 
-def begin(folder: Path, wanted: Sequence[Example], drawing: Drawing) -> None:
-    """Makes the folder, with its captions, so that it can be trained on as any other.
+def begin(folder: Path, wanted: Sequence[Example], generation: Generation) -> None:
+    """Create the folder with its captions, so that it can be trained on like any other.
 
     Raises:
-        ValueError: the folder's pictures were drawn otherwise, or of other prompts, or were not drawn here.
+        ValueError: the folder's images were generated in another way, of other prompts, or not here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / INDEX
     if index.is_file():
-        before = json.loads(index.read_text(encoding="utf-8"))
-        check_same_origin(before, drawing, f"the pictures in {folder} were drawn")
+        check_same_origin(read_json(index), generation, f"the images in {folder} were generated")
     elif any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else already; give an empty folder to draw pictures in")
-    captions = listed_in(folder / METADATA) if (folder / METADATA).is_file() else {}
+        raise ValueError(f"{folder} is not empty; give an empty folder to generate images in")
+    captions = read_metadata(folder / METADATA) if (folder / METADATA).is_file() else {}
     for each in wanted:
         if captions.get(each.name, each.prompt) != each.prompt and (folder / each.name).exists():
             raise ValueError(
-                f"{folder / each.name} was drawn for {captions[each.name]!r}, and the prompts now say {each.prompt!r}; "
-                "give another folder, or the prompts as they were"
+                f"{folder / each.name} was generated for {captions[each.name]!r}, and the prompts now say "
+                f"{each.prompt!r}; give another folder, or the prompts as they were"
             )
-    # Those of an earlier, longer run stay.
-    captions |= {each.name: each.prompt for each in wanted}
+    captions |= {each.name: each.prompt for each in wanted}  # those of an earlier, longer run stay
     lines = [json.dumps({"file_name": name, "prompt": prompt}) + "\n" for name, prompt in captions.items()]
-    atomic_text(index, json.dumps(drawing._asdict(), indent=1) + "\n")
+    atomic_text(index, json.dumps(generation._asdict(), indent=1) + "\n")
     atomic_text(folder / METADATA, "".join(lines))
 
 
-def draw(
+def generate(
     pipe: Any,
+    training: TrainingAdapter,
     folder: Path,
     wanted: Sequence[Example],
     numbers: Sequence[int],
-    drawing: Drawing,
+    generation: Generation,
     batch_size: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> None:
-    """Draws pictures, each with a seed of its own, so that those of an interrupted run are never drawn twice.
+    """Generate images, each with its own seed, so that an interrupted run never generates one twice.
 
     Args:
         pipe: the teacher, on its device.
-        folder: that `begin` has made.
-        wanted: all pictures.
-        numbers: which of them to draw.
-        drawing: how.
-        batch_size: pictures at a time.
-        progress: wraps the places where batches start, as tqdm does.
+        training: its transformer's training adapter.
+        folder: prepared by `begin`.
+        wanted: all images.
+        numbers: which of them to generate.
+        generation: how.
+        batch_size: images at a time.
+        progress: wraps the starts of batches, as tqdm does.
     """
     for start in progress(range(0, len(numbers), batch_size)):
         batch = numbers[start : start + batch_size]
-        prompts = [wanted[number].prompt for number in batch]
-        seeds = [hash_of(drawing.seed, number) for number in batch]
-        images = generate_with_seeds(pipe, seeds, prompt=prompts, **drawing.arguments())
+        with torch.no_grad():
+            prompts = [wanted[number].prompt for number in batch]
+            text = training.pipeline_arguments(pipe, prompts, generation.text_tokens)
+        images = generation.run(pipe, [hash_of(generation.seed, number) for number in batch], text)
         for number, image in zip(batch, images, strict=True):
             with atomic_file(folder / wanted[number].name) as unfinished:
                 image.save(unfinished)

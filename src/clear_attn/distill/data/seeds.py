@@ -1,4 +1,4 @@
-"""Seeds that follow from what they are for, so that nothing random depends on what ran before."""
+"""Seeds that depend only on their purpose, not on what ran before."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import hashlib
 
 
 def hash_of(*parts: int | str) -> int:
-    """One seed of several parts: what is random at a step depends on the step alone, also after an interruption."""
+    """Return a seed of several parts, such as the run's seed and a step: the same after an interruption."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
