@@ -80,7 +80,7 @@ def prediction_error(training_run):
 @pytest.mark.parametrize("student", ["full", "lora"])
 @families.each_family(training=True)
 def test_a_student_learns_and_its_weights_load(family, student, tmp_path):
-    # FLUX.2's single blocks train their feed-forward network with the projections, and need a lower rate and more steps.
+    # The projections of FLUX.2 single blocks hold their feed-forward network: a lower rate, and more steps.
     rate = (1e-3 if family is families.FLUX2 else 4e-3) * (1 if student == "full" else 3)
     steps = 150 if family is families.FLUX2 else 50
     changes = {"student": student, "rank": 8, "learning_rate": rate, "max_train_steps": steps}
