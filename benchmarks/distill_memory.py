@@ -103,7 +103,9 @@ def main(
     seconds = []
     with Peak(device) as peak:
         for _ in range(STEPS):
-            batch = Batch(*(torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes))
+            made = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+            latents, text, pooled = made
+            batch = Batch(latents, {"text": text, "pooled": pooled})
             started = time.perf_counter()
             with torch.autocast(device, torch.bfloat16):
                 losses = distillation_losses(
