@@ -25,11 +25,10 @@ from rich import print
 from rich.table import Table
 
 import clear_attn as clear
-from clear_attn.distill.optimizers import make_optimizer
+from clear_attn.distill.optimizers import counted, make_optimizer
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.step import Batch, Weights, distillation_losses
 from clear_attn.distill.student import add_student
-from clear_attn.distill.training_memory import counted
 from clear_attn.models import training_adapter_for
 
 STEPS = 3
@@ -103,7 +102,9 @@ def main(
     seconds = []
     with Peak(device) as peak:
         for _ in range(STEPS):
-            batch = Batch(*(torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes))
+            made = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+            latents, text, pooled = made
+            batch = Batch(latents, {"text": text, "pooled": pooled})
             started = time.perf_counter()
             with torch.autocast(device, torch.bfloat16):
                 losses = distillation_losses(

@@ -10,9 +10,9 @@ import torch
 from PIL import ExifTags, Image
 
 from clear_attn import demo
-from clear_attn.distill import buckets, cache
-from clear_attn.distill.cache import Cache, Origin, batches
-from clear_attn.distill.data import from_dataset, from_folder
+from clear_attn.distill.data import buckets, cache
+from clear_attn.distill.data.cache import Cache, Origin, batches
+from clear_attn.distill.data.examples import from_dataset, from_folder
 from clear_attn.models import training_adapter_for
 from tests.helpers.training_runs import fill
 
@@ -53,18 +53,18 @@ class TestFolder:
             assert ours.open().tobytes() == theirs.open().tobytes()
         file = packed / "data_000001.tar"
         file.write_bytes(file.read_bytes()[:700])
-        with pytest.raises(ValueError, match=r"data_000001\.tar is no whole tar file"):
+        with pytest.raises(ValueError, match=r"data_000001\.tar is not a complete tar file"):
             from_folder(packed)
 
     @pytest.mark.parametrize(
         ("spoil", "message"),
         [
-            (lambda folder: [path.unlink() for path in folder.glob("*.png")], "has no pictures"),
-            (lambda folder: (folder / "1.txt").unlink(), r"1 of 3 pictures .* have no caption, 1.png first"),
+            (lambda folder: [path.unlink() for path in folder.glob("*.png")], "has no images"),
+            (lambda folder: (folder / "1.txt").unlink(), r"1 of 3 images .* have no caption, 1.png first"),
             (lambda folder: (folder / "1.txt").write_text("  \n"), "have no caption"),
-            (lambda folder: (folder / "1.json").write_text("{}"), "1.json has no prompt"),
+            (lambda folder: (folder / "1.json").write_text("{}"), "1.json must have one text as its prompt, got None"),
             (lambda folder: (folder / "1.txt").write_text("caption", encoding="utf-16"), "1.txt is no text in UTF-8"),
-            (lambda folder: (folder / "metadata.jsonl").write_text("{}\n"), "line 1 of .* has no file_name and prompt"),
+            (lambda folder: (folder / "metadata.jsonl").write_text("{}\n"), "line 1 of .* has no 'file_name'"),
         ],
     )
     def test_refusals(self, tmp_path, spoil, message):
@@ -109,9 +109,9 @@ class TestDataset:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ({"text": None}, "caption_column='text' has None in row 1; it must have one text in each"),
-            ({"text": " "}, "caption_column='text' has ' ' in row 1"),
-            ({"text": ["a", "b"]}, r"has \['a', 'b'\] in row 1"),
+            ({"text": None}, "caption_column='text' of row 1 must have one text as its prompt, got None"),
+            ({"text": " "}, "caption_column='text' of row 1 is empty; write a caption"),
+            ({"text": ["a", "b"]}, r"of row 1 must have one text as its prompt, got \['a', 'b'\]"),
         ],
     )
     def test_rows_without_a_caption(self, row, message):
@@ -120,7 +120,7 @@ class TestDataset:
 
     def test_a_column_without_pictures(self):
         rows = self.Rows([{"image": "0.png", "text": "a red circle"}])
-        with pytest.raises(ValueError, match="image_column='image' holds a str, no pictures"):
+        with pytest.raises(ValueError, match="image_column='image' has a str, not an image"):
             from_dataset(rows, "image", "text")
         with pytest.raises(ValueError, match="the dataset has no rows"):
             from_dataset(self.Rows(), "image", "text")
@@ -187,8 +187,8 @@ class TestCache:
         assert made.sizes == [(16, 16), (20, 12), (16, 16), (20, 12), (16, 16)]
         batch = made.read([0, 2], torch.Generator().manual_seed(0))
         text, pooled, _ = pipe.encode_prompt([(data / "2.txt").read_text()], None, max_sequence_length=24)
-        torch.testing.assert_close(batch.text[1:], text)
-        torch.testing.assert_close(batch.pooled[1:], pooled)
+        torch.testing.assert_close(batch.text["text"][1:], text)
+        torch.testing.assert_close(batch.text["pooled"][1:], pooled)
         decoded = pipe.vae.decode(batch.latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample
         expected = torch.tensor(list(Image.open(data / "2.png").getdata())).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
         assert (decoded[1] - expected).abs().mean() < 0.05
@@ -241,13 +241,13 @@ class TestCache:
         (data / "3.png").write_bytes((data / "3.png").read_bytes()[:50])
         made = self.build(pipe, data, tmp_path / "cache")
         assert len(made) == 4
-        assert "skipped 3.png: it is a broken picture (1 so far)" in caplog.text
+        assert "skipped 3.png: it is a broken image (1 so far)" in caplog.text
 
     def test_too_many_broken_pictures(self, pipe, tmp_path):
         data = fill(tmp_path / "data", 5)
         for number in (1, 3):
             (data / f"{number}.png").write_bytes(b"no picture")
-        with pytest.raises(ValueError, match=r"2 of 5 pictures are broken, as 1.png, 3.png; replace them"):
+        with pytest.raises(ValueError, match=r"2 of 5 images are broken, such as 1.png, 3.png; replace them"):
             self.build(pipe, data, tmp_path / "cache")
 
     def test_a_full_disk_leaves_what_was_there(self, pipe, tmp_path, monkeypatch):

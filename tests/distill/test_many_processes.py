@@ -89,5 +89,5 @@ def test_config_files(name):
 
 
 def test_no_such_config_file():
-    with pytest.raises(ValueError, match="there is a config file for each of fsdp2, zero2; not for 'zero9'"):
+    with pytest.raises(ValueError, match="there are config files named fsdp2, zero2, got 'zero9'"):
         config_file("zero9")

@@ -68,7 +68,7 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         train(change(settings, checkpoints_total_limit=1))
     folder = Path(settings.output_dir)
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+    assert {path.name for path in folder.iterdir()} == {".lock", "checkpoint-2"}
     assert checkpoint.read(folder / "checkpoint-2", run_module.RUN)["step"] == 2
 
 
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
     monkeypatch.setattr(run_module, "distillation_losses", losses)
     with pytest.raises(FloatingPointError, match=r"loss of step 4 \(\{'flow_matching': 0.* is not finite"):
         train(settings)
-    assert [path.name for path in Path(settings.output_dir).iterdir()] == ["checkpoint-2"]
+    assert {path.name for path in Path(settings.output_dir).iterdir()} == {".lock", "checkpoint-2"}
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(settings, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(settings, monkeypatch):
     monkeypatch.setattr(run_module.Run, "_one_step", one_step)
     with pytest.raises(FloatingPointError, match="the norm of the gradient of step 3 is not finite; the last"):
         train(change(settings, max_train_steps=3))
-    assert [path.name for path in Path(settings.output_dir).iterdir()] == ["checkpoint-2"]
+    assert {path.name for path in Path(settings.output_dir).iterdir()} == {".lock", "checkpoint-2"}
 
 
 def test_weights_that_are_not_finite_are_not_saved(settings, monkeypatch):
@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings, monkeypatch):
     monkeypatch.setattr(run_module.Run, "_update_average", spoil)
     with pytest.raises(FloatingPointError, match=r"after step 4 .* is not finite"):
         train(settings)
-    assert [path.name for path in Path(settings.output_dir).iterdir()] == ["checkpoint-2"]
+    assert {path.name for path in Path(settings.output_dir).iterdir()} == {".lock", "checkpoint-2"}
 
 
 def test_a_run_that_is_killed_while_it_saves(settings, tmp_path):
@@ -162,7 +162,9 @@ def test_a_run_that_is_killed_while_it_saves(settings, tmp_path):
     other = change(settings, output_dir=str(tmp_path / "other"), resume_from_checkpoint="latest")
     command = [sys.executable, "-c", textwrap.dedent(script), json.dumps(dataclasses.asdict(other))]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
-    assert {path.name for path in Path(other.output_dir).iterdir()} == {"checkpoint-2", ".unfinished-checkpoint-4"}
+    assert {path.name for path in Path(other.output_dir).iterdir()} == {
+        ".lock", "checkpoint-2", ".unfinished-checkpoint-4"
+    }  # fmt: skip
     train(other)
     assert_same_weights(settings, other)
 
@@ -187,7 +189,7 @@ class TestRefusals:
     def test_another_run_in_the_folder(self, settings):
         train(settings)
         before = weights_of(settings)
-        with pytest.raises(FileExistsError, match="holds a run already, with checkpoint-4; continue it with"):
+        with pytest.raises(FileExistsError, match="has a run already, with checkpoint-4; continue it with"):
             train(settings)
         assert all(torch.equal(value, before[name]) for name, value in weights_of(settings).items())
 
@@ -218,12 +220,14 @@ class TestRefusals:
     def test_an_earlier_checkpoint_than_the_last(self, settings, tmp_path):
         train(settings)
         for wanted in ("checkpoint-2", str(Path(settings.output_dir) / "checkpoint-2")):
-            with pytest.raises(FileExistsError, match=r"holds checkpoint-4 beside the .*checkpoint-2 to continue;"):
+            with pytest.raises(
+                FileExistsError, match=r"has checkpoint-4 as well as the .*checkpoint-2 to continue from;"
+            ):
                 train(change(settings, resume_from_checkpoint=wanted))
         branch = change(settings, output_dir=str(tmp_path / "branch"))
         train(change(branch, resume_from_checkpoint=str(Path(settings.output_dir) / "checkpoint-2")))
         assert_same_weights(settings, branch)
-        with pytest.raises(FileExistsError, match="branch holds checkpoint-4 beside the"):
+        with pytest.raises(FileExistsError, match="branch has checkpoint-4 as well as the"):
             train(change(branch, resume_from_checkpoint=str(Path(settings.output_dir) / "checkpoint-4")))
 
     @pytest.mark.parametrize("resumed", [None, "latest"])
@@ -231,6 +235,6 @@ class TestRefusals:
         folder = Path(settings.output_dir)
         folder.mkdir()
         (folder / WEIGHTS_FILE).write_bytes(b"mine")
-        with pytest.raises(FileExistsError, match=f"holds a run already, with {WEIGHTS_FILE}; give another output_dir"):
+        with pytest.raises(FileExistsError, match=f"has a run already, with {WEIGHTS_FILE}; give another output_dir"):
             train(change(settings, resume_from_checkpoint=resumed))
         assert (folder / WEIGHTS_FILE).read_bytes() == b"mine"

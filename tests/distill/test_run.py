@@ -16,10 +16,10 @@ from clear_attn import demo
 from clear_attn.distill import Settings, checkpoint, train
 from clear_attn.distill import trainer as run_module
 from clear_attn.distill import training_run as training
-from clear_attn.distill.cache import Cache
-from clear_attn.distill.data import from_folder
+from clear_attn.distill.data.cache import Cache
+from clear_attn.distill.data.examples import from_folder
+from clear_attn.distill.data.seeds import hash_of
 from clear_attn.distill.losses import interpolate
-from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.student import STUDENT, student_values
 from clear_attn.distill.validation import Validation
 from clear_attn.models.flux import FluxTraining
@@ -50,7 +50,7 @@ def test_a_run_and_its_result(settings, student):
     assert moved
     assert all(".attn.to_" in name for name in moved)
     assert {path.name for path in folder.iterdir()} == {
-        "README.md", "clear_config.json", WEIGHTS_FILE, "checkpoint-2", "checkpoint-4"
+        ".lock", "README.md", "clear_config.json", WEIGHTS_FILE, "checkpoint-2", "checkpoint-4"
     }  # fmt: skip
     clear.restore(pipe)
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
@@ -74,7 +74,7 @@ def test_training_brings_the_student_nearer(settings):
     batch = Cache(Path(settings.latents_dir)).read(range(6), rng)
     adapter, transformer = FluxTraining(), demo.pipeline().transformer
     noise, sigma = torch.randn(batch.latents.shape, generator=rng), torch.linspace(0.1, 0.9, 6)
-    call = adapter.training_call(interpolate(batch.latents, noise, sigma), sigma, batch.text, batch.pooled, None)
+    call = adapter.training_call(interpolate(batch.latents, noise, sigma), sigma, batch.text, None)
     teacher = run(transformer, call)
     errors = []
     for weights in (None, settings.output_dir):
@@ -143,7 +143,7 @@ class TestGenerated:
     def test_of_another_way(self, settings):
         train(settings)
         other = change(settings, num_inference_steps=3, output_dir=settings.output_dir + "2")
-        with pytest.raises(ValueError, match="were drawn for steps 2, not 3; give another folder"):
+        with pytest.raises(ValueError, match="were generated for steps 2, not 3; give another folder"):
             train(other)
 
     def test_of_other_prompts(self, settings):
@@ -151,7 +151,7 @@ class TestGenerated:
         prompts, before = Path(settings.prompts), from_folder(Path(settings.train_data_dir))
         prompts.write_text("a new one\n" + prompts.read_text())
         other = change(settings, output_dir=settings.output_dir + "2")
-        with pytest.raises(ValueError, match=r"000000.png was drawn for 'a red .*, and the prompts now say 'a new"):
+        with pytest.raises(ValueError, match=r"000000.png was generated for 'a red .*, and the prompts now say 'a new"):
             train(other)
         after = from_folder(Path(settings.train_data_dir))
         assert [each.prompt for each in after] == [each.prompt for each in before]
@@ -166,7 +166,7 @@ class TestGenerated:
         folder = Path(settings.train_data_dir)
         folder.mkdir()
         (folder / "holiday.png").write_bytes(b"mine")
-        with pytest.raises(ValueError, match="holds something else already"):
+        with pytest.raises(ValueError, match="drawn is not empty; give an empty folder"):
             train(settings)
         assert [path.name for path in folder.iterdir()] == ["holiday.png"]
 
@@ -205,7 +205,7 @@ class TestTrackers:
             return [Image.new("RGB", (64, 64))]
 
         shown = []
-        monkeypatch.setattr(Validation, "_pictures", pictures)
+        monkeypatch.setattr(Validation, "_images", pictures)
         train(change(settings, use_ema=True, validation_prompts=["a red circle"]))
         for name, value in weights_of(settings).items():
             assert torch.equal(value, shown[-1][name]), name
@@ -279,7 +279,7 @@ class TestRefusals:
 
     def test_accelerate_was_told_otherwise(self, settings, monkeypatch, fresh_accelerate):
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
-        with pytest.raises(ValueError, match="configured with 3 gradient_accumulation_steps, and the run is to have 2"):
+        with pytest.raises(ValueError, match="configured with 3 gradient_accumulation_steps, and the run with 2"):
             train(change(settings, gradient_accumulation_steps=2))
 
     def test_a_teacher_that_was_saved_linearized(self, settings, tmp_path):

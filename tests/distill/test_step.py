@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 import clear_attn as clear
 from clear_attn.distill import losses
-from clear_attn.distill.step import Batch, Weights, distillation_losses
+from clear_attn.distill.step import Weights, distillation_losses
 from clear_attn.distill.student import (
     STUDENT,
     TEACHER,
@@ -25,8 +25,9 @@ from clear_attn.distill.student import (
 )
 from clear_attn.models import training_adapter_for
 from clear_attn.weights.parameters import POOLED, replaced_parameters
-from tests.helpers import dummy_models, families
+from tests.helpers import families
 from tests.helpers.reference_model import run
+from tests.helpers.training_runs import training_batch
 
 
 @pytest.fixture(params=[name for name, family in families.FAMILIES.items() if family.training])
@@ -53,18 +54,14 @@ def perturb(parameters):
 
 
 def as_role(role, call, outputs=None):
-    return {**call, "joint_attention_kwargs": keywords(role, outputs)}
+    name = "attention_kwargs" if "img_shapes" in call else "joint_attention_kwargs"
+    return {**call, name: keywords(role, outputs)}
 
 
-def batch_for(transformer, grid=(7, 10), batch=2):
-    rng = torch.Generator().manual_seed(3)
-    channels = transformer.config.in_channels // (
-        4 if isinstance(transformer, dummy_models.FluxTransformer2DModel) else 1
-    )
-    latents = torch.randn(batch, channels, 2 * grid[0], 2 * grid[1], generator=rng)
-    text = torch.randn(batch, 5, transformer.config.joint_attention_dim, generator=rng)
-    pooled = torch.randn(batch, transformer.config.pooled_projection_dim, generator=rng)
-    return Batch(latents, text, pooled), torch.randn(latents.shape, generator=rng), torch.tensor([0.3, 0.8])[:batch]
+def batch_for(transformer):
+    batch = training_batch(transformer, (7, 10))
+    rng = torch.Generator().manual_seed(4)
+    return batch, torch.randn(batch.latents.shape, generator=rng), torch.tensor([0.3, 0.8])
 
 
 def step(transformer, weights=PAPER, matched=None, wrap=lambda module: module):
@@ -165,7 +162,7 @@ def test_the_losses_of_a_step(family):
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
     found = step(transformer, Weights(2.0, 3.0, 5.0), layers)
     noisy = torch.stack([(1 - s) * x + s * n for x, n, s in zip(batch.latents, noise, sigma, strict=True)])
-    call = training.training_call(noisy, sigma, batch.text, batch.pooled, None)
+    call = training.training_call(noisy, sigma, batch.text, None)
     outputs = {role: Outputs(layers) for role in (TEACHER, STUDENT)}
     student = run(transformer, as_role(STUDENT, call, outputs[STUDENT]))
     teacher = run(transformer, as_role(TEACHER, call, outputs[TEACHER]))
@@ -216,16 +213,6 @@ def test_the_attention_that_is_compared_is_the_models_own():
     order = clear.TokenLayout([(9, 13)], 7).permutation
     expected = torch.cat([seen[0][:, :7], seen[0][:, 7:][:, order]], dim=1)
     torch.testing.assert_close(outputs.by_layer[layer], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("other", [families.FLUX2, families.QWEN, families.CHROMA], ids=["flux2", "qwen", "chroma"])
-def test_models_that_cannot_have_a_student_yet(other):
-    transformer = clear.linearize(other.transformer(), 3, weights=None)
-    before = dict(transformer.attn_processors)
-    with pytest.raises(TypeError, match=rf"a {type(transformer).__name__} cannot be distilled"):
-        add_student(transformer)
-    assert transformer.attn_processors == before
-    assert all(parameter.requires_grad for parameter in transformer.parameters())
 
 
 def test_packing_is_diffusers_own():

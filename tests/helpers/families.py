@@ -80,6 +80,7 @@ FLUX2 = Family(
     dummy_models.flux2_call,
     layers=4,
     most_grids=3,
+    training=True,
 )
 QWEN = Family(
     dummy_models.qwen_transformer,
@@ -90,6 +91,7 @@ QWEN = Family(
     residuals=True,
     padding=True,
     fused=False,
+    training=True,
 )
 CHROMA = Family(
     dummy_models.chroma_transformer,
@@ -100,6 +102,7 @@ CHROMA = Family(
     residuals=True,
     padding=True,
     default_device=False,
+    training=True,
 )
 DIT = Family(
     dummy_models.dit_transformer,

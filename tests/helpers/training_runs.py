@@ -3,17 +3,19 @@
 import dataclasses
 from pathlib import Path
 
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from clear_attn import demo
 from clear_attn.demo.scenes import draw, training_scenes
 from clear_attn.distill import Settings
+from clear_attn.distill.step import Batch
 from clear_attn.weights.sources import WEIGHTS_FILE
 
 
 def fill(folder, count=5, sizes=((64, 64),)):
-    """Pictures of scenes, each with a caption in a text file."""
+    """Images of scenes, each with a caption in a text file."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in zip(range(count), training_scenes(), strict=False):
         height, width = sizes[number % len(sizes)]
@@ -49,3 +51,17 @@ def change(settings, **changes):
 
 def weights_of(settings):
     return load_file(Path(settings.output_dir) / WEIGHTS_FILE)
+
+
+def training_batch(transformer, grid, batch=2, seed=3):
+    """Random latents of a grid of tokens, and random texts, of which the last has two tokens of padding."""
+    rng = torch.Generator().manual_seed(seed)
+    config, packed = transformer.config, "SD3" not in type(transformer).__name__
+    channels = config.in_channels // (4 if packed else 1)
+    text = {"text": torch.randn(batch, 5, config.joint_attention_dim, generator=rng)}
+    if "pooled_projection_dim" in config:
+        text["pooled"] = torch.randn(batch, config.pooled_projection_dim, generator=rng)
+    else:
+        text["mask"] = torch.ones(batch, 5)
+        text["mask"][-1, 3:] = 0
+    return Batch(torch.randn(batch, channels, 2 * grid[0], 2 * grid[1], generator=rng), text)

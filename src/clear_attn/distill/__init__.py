@@ -1,4 +1,4 @@
-"""Training of linearized attention after the same model's dense attention."""
+"""Distillation of a model's dense attention into its linearized attention."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ __all__ = ["Settings", "config_file", "train"]
 
 
 def config_file(name: str) -> Path:
-    """The file for `accelerate launch --config_file`: of "zero2" (DeepSpeed) or "fsdp2".
+    """Return a file for `accelerate launch --config_file`: "zero2" (DeepSpeed) or "fsdp2".
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such file.
     """
     files = {path.stem: path for path in Path(__file__).with_name("configs").glob("*.yaml")}
     if name not in files:
-        raise ValueError(f"there is a config file for each of {', '.join(sorted(files))}; not for {name!r}")
+        raise ValueError(f"there are config files named {', '.join(sorted(files))}, got {name!r}")
     return files[name]

@@ -1,4 +1,4 @@
-"""What `accelerate launch -m clear_attn.distill` runs."""
+"""The command line: `accelerate launch -m clear_attn.distill`."""
 
 from __future__ import annotations
 

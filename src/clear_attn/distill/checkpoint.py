@@ -1,4 +1,4 @@
-"""A run's checkpoints: written whole or not at all, the oldest deleted, and read back without pickles."""
+"""Checkpoints of a run: written completely or not at all, the oldest deleted, read without pickles."""
 
 from __future__ import annotations
 
@@ -9,24 +9,47 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 from torch import Tensor
 
-from clear_attn.utils.atomic import atomic_directory, unfinished_directory
+from clear_attn.utils.atomic import UNFINISHED, atomic_directory, unfinished_directory
+from clear_attn.utils.json_records import read_json
+from clear_attn.utils.tensor_files import read_tensors
 from clear_attn.weights.metadata import CONFIG_FILE
 from clear_attn.weights.sources import WEIGHTS_FILE
 
 PREFIX = "checkpoint-"
 SETTINGS = "settings.json"
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Reserve a training folder for one run, and delete what a killed run left unfinished there.
+
+    The operating system releases the lock when its process ends, however it ends.
+
+    Raises:
+        FileExistsError: another run has the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            for left in list(folder.rglob(f"{UNFINISHED}*")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            yield
+    except Timeout:
+        raise FileExistsError(f"another run is using {folder}; wait for it, or give another output_dir") from None
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """A nested value for JSON, its tensors put aside under the names that stand in their place."""
+    """Return a nested value as JSON, with tensors moved into a dict and replaced by their names in it."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):
-        # Keys that are numbers, as in an optimizer's state, would come back as text.
+        # A list, since JSON would turn numbers that are keys, as in an optimizer's state, into text.
         return {"items": [[key, pack(each, tensors, f"{name}.{key}")] for key, each in value.items()]}
     if isinstance(value, (list, tuple)):
         return [pack(each, tensors, f"{name}.{number}") for number, each in enumerate(value)]
@@ -36,7 +59,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The reverse of `pack`."""
+    """Undo `pack`."""
     if isinstance(value, dict) and "tensor" in value:
         return tensors[value["tensor"]]
     if isinstance(value, dict):
@@ -46,59 +69,67 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 @contextlib.contextmanager
 def writing(folder: Path, step: int, limit: int | None) -> Iterator[Path]:
-    """Yield a directory that becomes a step's checkpoint when all is written; then delete all but the last `limit`.
+    """Yield a directory that becomes a step's checkpoint at the end; then delete all but the last `limit`.
 
     An error deletes what was written, and the earlier checkpoints stay.
     """
-    for left in folder.glob(unfinished(folder, "*").name):  # by a run that was killed
-        shutil.rmtree(left)
     with atomic_directory(folder / f"{PREFIX}{step}") as written:
         yield written
     for old in all_of(folder)[: -limit if limit else 0]:
-        # Under another name first: half a checkpoint must not be taken for one.
+        # Renamed first: an interrupt must not leave half a checkpoint under its name.
         shutil.rmtree(old.replace(unfinished_directory(old)))
 
 
-def unfinished(folder: Path, step: int | str) -> Path:
-    """Return where a step's checkpoint is written."""
+def unfinished(folder: Path, step: int) -> Path:
+    """Return where a step's checkpoint is written, until it is complete."""
     return unfinished_directory(folder / f"{PREFIX}{step}")
 
 
 def write(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
-    """Writes one part of a checkpoint: its tensors, then all else."""
+    """Write one part of a checkpoint: a file of tensors, and one of everything else."""
     tensors: dict[str, Tensor] = {}
     packed = pack(state, tensors)
     save_file(tensors, checkpoint / f"{name}.safetensors")
     (checkpoint / f"{name}.json").write_text(json.dumps(packed), encoding="utf-8")
 
 
+def read(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Return one part of a checkpoint.
+
+    Raises:
+        ValueError: it is not complete.
+    """
+    with _reading(checkpoint):
+        packed = read_json(checkpoint / f"{name}.json")
+        tensors, _ = read_tensors(checkpoint / f"{name}.safetensors")
+        state: dict[str, Any] = unpack(packed, tensors)
+    return state
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Turn errors into one that names the checkpoint before this one."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
+        present = all_of(checkpoint.parent)
+        before = present[: present.index(checkpoint)][-1:] if checkpoint in present else []
+        remedy = f"to continue from {before[0].name}" if before else "and start again"
+        raise ValueError(f"{checkpoint} is not a complete checkpoint ({error}); delete it {remedy}") from error
+
+
 def all_of(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """Return the checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
-def read(checkpoint: Path, name: str) -> dict[str, Any]:
-    """One part of a checkpoint.
-
-    Raises:
-        FileNotFoundError: it is no checkpoint, or has no such part.
-    """
-    files = checkpoint / f"{name}.json", checkpoint / f"{name}.safetensors"
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{checkpoint} is no whole checkpoint: it has no {file.name}")
-    packed, tensors = files
-    state: dict[str, Any] = unpack(json.loads(packed.read_text(encoding="utf-8")), load_file(tensors))
-    return state
-
-
 def find(folder: Path, wanted: str | None) -> Path | None:
-    """The checkpoint that a run is to continue, or None where it is to begin.
+    """Return the checkpoint to continue from, or None to begin.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        FileExistsError: the folder holds another run's result or checkpoints, or later ones than that.
+        FileExistsError: the folder has another run's result or checkpoints, or later ones than that.
     """
     present = all_of(folder)
     if wanted == "latest" and present:
@@ -107,36 +138,29 @@ def find(folder: Path, wanted: str | None) -> Path | None:
         found = Path(str(wanted)) if Path(str(wanted)).is_dir() else folder / str(wanted)
         if not found.is_dir():
             raise FileNotFoundError(f"there is no checkpoint {wanted!r}, neither here nor in {folder}")
-        # What comes after it would be taken for the latest one, and the new ones for old.
+        # A later one would be taken for the latest, and new ones for old.
         if present and present[-1].resolve() != found.resolve():
             raise FileExistsError(
-                f"{folder} holds {present[-1].name} beside the {found} to continue; delete what is not to be gone on "
-                "with, or give another output_dir"
+                f"{folder} has {present[-1].name} as well as the {found} to continue from; delete those not to "
+                "continue from, or give another output_dir"
             )
         return found
-    there = [*present[-1:], *(folder / name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists())]
-    if there:
+    existing = [*present[-1:], *(folder / name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists())]
+    if existing:
         remedy = "continue it with resume_from_checkpoint='latest', or " if present else ""
-        raise FileExistsError(f"{folder} holds a run already, with {there[0].name}; {remedy}give another output_dir")
+        raise FileExistsError(f"{folder} has a run already, with {existing[0].name}; {remedy}give another output_dir")
     return None
 
 
 def write_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Writes what a run that continues this one has to share with it."""
+    """Write the settings that a run must share to continue this one."""
     (checkpoint / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def check_settings(checkpoint: Path, ours: Mapping[str, Any]) -> None:
-    """Compares the settings of a checkpoint with those of the run that is to continue it.
-
-    Raises:
-        FileNotFoundError: it is no checkpoint.
-        ValueError: it was made with others.
-    """
-    file = checkpoint / SETTINGS
-    if not file.is_file():
-        raise FileNotFoundError(f"{checkpoint} is no whole checkpoint: it has no {file.name}")
-    theirs = json.loads(file.read_text(encoding="utf-8"))
+    """Raise ValueError if a checkpoint was made with other settings than the run that is to continue it."""
+    with _reading(checkpoint):
+        theirs = dict(read_json(checkpoint / SETTINGS))
     other = [name for name, value in ours.items() if theirs.get(name) != value]
     if other:
         raise ValueError(

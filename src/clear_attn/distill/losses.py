@@ -1,7 +1,4 @@
-"""The losses of CLEAR (arXiv 2412.16112, section 3.3), each a pure function; all are mean squared errors.
-
-And the noisy latents that they are of.
-"""
+"""The losses of CLEAR (arXiv 2412.16112, section 3.3), all mean squared errors, and the noisy latents they use."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Noisy latents x = (1 - sigma) clean + sigma noise, the path of rectified flow (arXiv 2209.03003).
+    """Return noisy latents x = (1 - sigma) clean + sigma noise, the path of rectified flow (arXiv 2209.03003).
 
     Args:
         clean, noise: `[batch, ...]`.
@@ -25,7 +22,7 @@ def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def draw_sigmas(scheme: str, count: int, shift: float, rng: torch.Generator) -> Tensor:
-    """Shares of noise, `[count]` in 0..1: shift u / (1 + (shift - 1) u) of u drawn by a scheme (arXiv 2403.03206).
+    """Sample shares of noise, `[count]` in 0..1: shift u / (1 + (shift - 1) u), u by a scheme (arXiv 2403.03206).
 
     Args:
         scheme: of diffusers' `compute_density_for_timestep_sampling`; "none" is uniform, as CLEAR was trained.
@@ -36,20 +33,20 @@ def draw_sigmas(scheme: str, count: int, shift: float, rng: torch.Generator) -> 
 
 
 def flow_matching(prediction: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """|prediction - (noise - clean)|^2: the path's velocity with respect to sigma (arXiv 2403.03206)."""
+    """Return |prediction - (noise - clean)|^2: the path's velocity with respect to sigma (arXiv 2403.03206)."""
     return F.mse_loss(prediction.float(), noise.float() - clean.float())
 
 
 def prediction(student: Tensor, teacher: Tensor) -> Tensor:
-    """|student - teacher|^2 of what they predict of the same noisy latents."""
+    """Return |student - teacher|^2 of their predictions of the same noisy latents."""
     return F.mse_loss(student.float(), teacher.float())
 
 
 def attention(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """|student - teacher|^2 of the outputs of attention before any projection, averaged over the layers.
+    """Return |student - teacher|^2 of attention outputs before any projection, averaged over the layers.
 
     Args:
-        student, teacher: by layer `[batch, tokens, heads x head_dim]`, in one order of tokens.
+        student, teacher: by layer `[batch, tokens, heads x head_dim]`, with tokens in the same order.
     """
     each = [F.mse_loss(student[layer].float(), teacher[layer].float()) for layer in teacher]
     return torch.stack(each).mean() if each else torch.zeros(())

@@ -1,4 +1,4 @@
-"""What a training run is told; names as in diffusers' training scripts."""
+"""Settings of a training run, with the names of diffusers' training scripts."""
 
 from __future__ import annotations
 
@@ -7,60 +7,65 @@ from typing import Any
 
 from diffusers.optimization import SchedulerType
 
-from clear_attn.distill import buckets
+from clear_attn.distill.data import buckets
 from clear_attn.methods import Method, parse
 from clear_attn.patching.resolve import resolve_method
 
-OPTIMIZERS = ("prodigy", "adamw", "adamw8bit")
+# Their learning rates by default.
+OPTIMIZERS = {"prodigy": 1.0, "adamw": 1e-4, "adamw8bit": 1e-4}
 STUDENTS = ("full", "lora")
 SCHEMES = ("none", "logit_normal", "mode")
-RATES = {"prodigy": 1.0, "adamw": 1e-4, "adamw8bit": 1e-4}
-# Whose rate does not depend on how many steps there will be.
+SCHEDULERS = tuple(each.value for each in SchedulerType)
 ENDLESS = ("constant", "constant_with_warmup")
-# What may differ between a run and the run that continues it.
-FREE_ON_RESUMING = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "max_train_steps",  # but see `Settings.shared`
-    "checkpointing_steps",
+WEIGHTS = ("flow_matching_weight", "prediction_weight", "attention_weight")
+
+
+CHOICES = {"optimizer": OPTIMIZERS, "student": STUDENTS, "weighting_scheme": SCHEMES, "lr_scheduler": SCHEDULERS}
+ABOVE_0 = (
+    *("generate", "num_inference_steps", "rank", "max_sequence_length", "train_batch_size", "learning_rate"),
+    *("gradient_accumulation_steps", "max_train_steps", "max_grad_norm", "validation_steps", "checkpointing_steps"),
     "checkpoints_total_limit",
-    "report_to",
-    "validation_prompts",
-    "validation_steps",
-    "logging_dir",
-}
+)
+AT_LEAST_0 = (*WEIGHTS, "lr_warmup_steps", "adam_weight_decay", "guidance_scale")
+# A run that continues another may have other values of these.
+RESUMABLE = (
+    *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
+    *("logging_dir", "validation_prompts", "validation_steps", "max_train_steps"),
+)
 
 
 def option(default: Any, help: str) -> Any:
-    """A field, with what the command line says of it."""
+    """Return a field with its help on the command line."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class Settings:
-    """A run. Those with None have no default or are worked out."""
+    """Settings of a training run. None stands for a default that is worked out."""
 
     pretrained_model_name_or_path: str = option("", "The model to linearize: a Hub id or a folder.")
-    output_dir: str = option("", "Where the result and the checkpoints go.")
-    train_data_dir: str | None = option(None, "A folder of pictures with captions.")
+    output_dir: str = option("", "Folder of the result and the checkpoints.")
+    train_data_dir: str | None = option(None, "A folder of images with captions.")
     dataset_name: str | None = option(None, "Or a dataset that the datasets library reads.")
-    image_column: str = option("image", "Its column of pictures.")
+    image_column: str = option("image", "Its column of images.")
     caption_column: str = option("text", "Its column of captions.")
-    generate: int | None = option(None, "Or let the model draw so many pictures, into train_data_dir.")
-    prompts: str | None = option(None, "A file of prompts for generate, one on each line, taken in turn.")
-    num_inference_steps: int | None = option(None, "Of pictures drawn; by default the pipeline's.")
+    generate: int | None = option(None, "Or let the model generate this many images, into train_data_dir.")
+    prompts: str | None = option(None, "A file of prompts for generate, one per line, taken in turn.")
+    num_inference_steps: int | None = option(None, "Of generated images; by default the pipeline's.")
     latents_dir: str | None = option(None, "Where latents and embeddings are cached; by default in output_dir.")
     revision: str | None = option(None, "Of the model on the Hub.")
     window: int | None = option(None, "Radius of CLEAR's window in tokens, by default 16.")
     down_factor: int | None = option(None, "Side of CLEAR's pooled cells in tokens, by default 1: none.")
     # In Python also a `Method`.
-    method: str | None = option(None, "A way to attend of clear_attn.methods, as Swin(side=8); by default CLEAR.")
-    student: str = option("full", f"What is trained of the projections: one of {', '.join(STUDENTS)}.")
+    method: str | None = option(None, "A method of clear_attn.methods, such as Swin(side=8); by default CLEAR.")
+    student: str = option(
+        "full", f"How projections are trained: one of {', '.join(STUDENTS)}, lora for low-rank updates."
+    )
     rank: int = option(64, "Of the low-rank updates, with student=lora.")
-    resolution: int = option(1024, "Side in pixels of a square picture; other shapes have its area.")
+    resolution: int = option(1024, "Side in pixels of a square image; other shapes have its area.")
     max_sequence_length: int | None = option(None, "Text tokens; by default the pipeline's.")
-    train_batch_size: int = option(1, "Pictures at a time on each device.")
-    gradient_accumulation_steps: int = option(1, "Batches to a step.")
+    train_batch_size: int = option(1, "Images in a batch on each device.")
+    gradient_accumulation_steps: int = option(1, "Batches per step.")
     max_train_steps: int = option(10_000, "Steps of the optimizer.")
     optimizer: str = option("prodigy", f"One of {', '.join(OPTIMIZERS)}.")
     learning_rate: float | None = option(None, "By default 1 for prodigy, which finds its own, and 1e-4 for others.")
@@ -68,8 +73,8 @@ class Settings:
     lr_warmup_steps: int = option(0, "Steps over which the rate rises.")
     adam_weight_decay: float = option(1e-4, "Weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    guidance_scale: float = option(3.5, "What a guided model is told.")
-    weighting_scheme: str = option("none", f"How timesteps are drawn: one of {', '.join(SCHEMES)}; none is uniform.")
+    guidance_scale: float = option(3.5, "Input of a model that embeds its guidance scale.")
+    weighting_scheme: str = option("none", f"How timesteps are sampled: one of {', '.join(SCHEMES)}; none is uniform.")
     flow_matching_weight: float = option(1.0, "Weight of the flow matching loss.")
     prediction_weight: float = option(0.5, "Weight of the difference from the teacher's prediction.")
     attention_weight: float = option(0.5, "Weight of the difference from the teacher's attention.")
@@ -80,13 +85,15 @@ class Settings:
     )
     use_ema: bool = option(False, "Keep a moving average of the weights, on the CPU, and make it the result.")
     ema_decay: float = option(0.999, "Of the moving average.")
-    validation_prompts: list[str] | None = option(None, "Drawn by teacher and student every validation_steps.")
+    validation_prompts: list[str] | None = option(
+        None, "Teacher and student generate images of these every validation_steps."
+    )
     validation_steps: int = option(500, "Steps between validations.")
-    seed: int = option(0, "Of all that is random.")
+    seed: int = option(0, "Seed of everything random.")
     checkpointing_steps: int = option(500, "Steps between checkpoints.")
     checkpoints_total_limit: int | None = option(2, "How many checkpoints are kept.")
     resume_from_checkpoint: str | None = option(None, 'A checkpoint\'s folder, or "latest".')
-    report_to: str = option("tensorboard", "A tracker that accelerate knows, as wandb; all; or none.")
+    report_to: str = option("tensorboard", "A tracker of accelerate, such as wandb; all; or none.")
     logging_dir: str = option("logs", "In output_dir.")
 
     def __post_init__(self) -> None:
@@ -95,64 +102,45 @@ class Settings:
 
     @property
     def attention(self) -> Method:
-        """The method that is asked for."""
+        """The method to train."""
         return resolve_method(self.window, self.down_factor, None if self.method is None else parse(self.method))
 
     @property
     def rate(self) -> float:
-        return RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+        """The learning rate given to the optimizer."""
+        return OPTIMIZERS[self.optimizer] if self.learning_rate is None else self.learning_rate
 
     def shared(self) -> dict[str, Any]:
-        """What a run that continues another has to share with it."""
-        free = FREE_ON_RESUMING if self.lr_scheduler in ENDLESS else FREE_ON_RESUMING - {"max_train_steps"}
-        attention = {"window", "down_factor", "method"}  # which may be told in more ways than one
+        """Return what must be the same in a run that continues this one."""
+        # The rate of other schedulers depends on the number of steps.
+        free = set(RESUMABLE) - (set() if self.lr_scheduler in ENDLESS else {"max_train_steps"})
+        attention = {"window", "down_factor", "method"}  # several values of these mean the same method
         others = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in free | attention}
         return {**others, "attention": self.attention.as_arguments()}
 
     def check(self) -> None:
-        """Raises ValueError where a value is out of range or two do not go together."""
+        """Raise ValueError for a value out of range, or values that exclude each other."""
         for name in ("pretrained_model_name_or_path", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing")
         if (self.generate is None) != (self.prompts is None):
-            raise ValueError("generate and prompts go together: how many pictures to draw, and a file of prompts")
+            raise ValueError("generate and prompts go together: the number of images, and a file of prompts")
         if self.generate is not None and self.dataset_name is not None:
             raise ValueError("give one of generate and dataset_name")
         if self.generate is None and (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("give one of train_data_dir and dataset_name, or generate and prompts")
-        schedulers = tuple(each.value for each in SchedulerType)
-        for name, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("student", STUDENTS),
-            ("weighting_scheme", SCHEMES),
-            ("lr_scheduler", schedulers),
-        ):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        positive = (
-            "generate",
-            "num_inference_steps",
-            "rank",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "max_train_steps",
-            "learning_rate",
-            "checkpointing_steps",
-            "validation_steps",
-            "max_grad_norm",
-            "max_sequence_length",
-            "checkpoints_total_limit",
-        )
-        for name in positive:
+        for name in ABOVE_0:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
-        weights = ("flow_matching_weight", "prediction_weight", "attention_weight")
-        for name in (*weights, "lr_warmup_steps", "adam_weight_decay", "guidance_scale"):
+        for name in AT_LEAST_0:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not any(getattr(self, name) for name in weights):
-            raise ValueError(f"{', '.join(weights)} are all 0: there is nothing to learn; give one of them more")
+        if not any(getattr(self, name) for name in WEIGHTS):
+            raise ValueError(f"{', '.join(WEIGHTS)} are all 0: there is nothing to learn; set one of them above 0")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in 0 to below 1, got {self.ema_decay}; 0.999 is usual")
         buckets.sizes(self.resolution)

@@ -1,8 +1,8 @@
-"""One step's losses: the teacher first, without gradients, then the student on the same noisy latents."""
+"""The losses of one step: the teacher's prediction without gradients, then the student's of the same noisy latents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +14,14 @@ from clear_attn.models import TrainingAdapter
 
 
 class Batch(NamedTuple):
-    """Clean latents `[batch, channels, height, width]`, text `[batch, tokens, dim]` and pooled text `[batch, dim]`."""
+    """Clean latents `[batch, channels, height, width]`, and the text as a `TrainingAdapter` encodes it."""
 
     latents: Tensor
-    text: Tensor
-    pooled: Tensor
+    text: Mapping[str, Tensor]
 
 
 class Weights(NamedTuple):
-    """Of each loss; the defaults are those of the paper."""
+    """The weight of each loss, by default the paper's."""
 
     flow_matching: float = 1.0
     prediction: float = 0.5
@@ -30,7 +29,7 @@ class Weights(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Each loss and their weighted sum."""
+    """Each loss, and their weighted sum."""
 
     flow_matching: Tensor
     prediction: Tensor
@@ -49,24 +48,24 @@ def distillation_losses(
     matched: Sequence[str],
     guidance: float | None,
 ) -> Losses:
-    """The losses of a linearized transformer's student.
+    """Return the losses of a linearized transformer's student.
 
     Args:
         transformer: with a student; may be wrapped, as by DDP.
         training: the transformer's training adapter.
         batch: of training data.
-        noise: as the latents.
+        noise: in the latents' shape.
         sigma: `[batch]` in 0..1, the share of noise.
         weights: of the losses.
         matched: the layers whose attention is compared.
-        guidance: what a guided model is told, None for one without.
+        guidance: embedded guidance scale; None for a model without it.
     """
     noisy = losses.interpolate(batch.latents, noise, sigma)
 
     def predict(role: str) -> tuple[Tensor, dict[str, Tensor]]:
-        # A call of its own, since the entry hook caches ids by the tensor.
+        # Each role has its own call, since the entry hook caches ids by the tensor.
         outputs = Outputs(matched)
-        call = training.training_call(noisy, sigma, batch.text, batch.pooled, guidance, keywords(role, outputs))
+        call = training.training_call(noisy, sigma, batch.text, guidance, keywords(role, outputs))
         return transformer(**call, return_dict=False)[0], outputs.by_layer
 
     with torch.no_grad():

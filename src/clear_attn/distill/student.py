@@ -1,12 +1,13 @@
-"""One trunk, two models: the teacher as it stands, and the student's own projections beside it in its processors.
+"""One model, two roles: the teacher as it was, and a student that has its own projections in its processors.
 
-Nothing is swapped: a call says by a keyword which of the two computes, so that wrappers that hold parameters by view
-(DDP, ZeRO, FSDP) and recomputation for gradients see the same modules always.
+Nothing is swapped: a keyword of the call says whose projections are used. So wrappers that hold parameters by view
+(DDP, ZeRO, FSDP), and recomputation under gradient checkpointing, always meet the same modules.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,19 +17,18 @@ from torch import Tensor, nn
 
 from clear_attn.distill.sharding import whole
 from clear_attn.models.class_names import is_instance
-from clear_attn.models.context.context import RECORDER, ROLE
+from clear_attn.models.context.context import RECORDER, ROLE, STUDENT, TEACHER
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
-from clear_attn.patching.target import entry_hook_of, find_transformer, processors_of
+from clear_attn.patching.target import find_target
 from clear_attn.weights.parameters import own_parameters, projections
 
-TEACHER, STUDENT = "teacher", "student"
+__all__ = ["STUDENT", "TEACHER", "Outputs", "add_student", "keywords", "student_parameters", "student_values"]
 
 
 class Outputs:
-    """What attention gives in a call, by layer, before any projection.
+    """Attention outputs of a call by layer, before any projection.
 
-    Not a dict: wrappers copy those among a call's keywords (DDP and FSDP, to move or cast what is in them), and what a
-    layer put into the copy would be lost.
+    Not a dict: DDP and FSDP copy dicts among a call's keywords, and what a layer put into the copy would be lost.
 
     Args:
         layers: those to keep.
@@ -39,23 +39,23 @@ class Outputs:
         self.by_layer: dict[str, Tensor] = {}
 
     def record(self, layer: str, output: Tensor) -> None:
-        """Keep an output by name, never appended: recomputation for gradients runs a layer again."""
+        """Keep an output by name: a recomputation runs a layer again."""
         if layer in self.layers:
             self.by_layer[layer] = output
 
 
 class LowRank(nn.Module):
-    """A projection plus a low-rank update of it, at first none: x W^T + b + x (B A)^T.
+    """A projection with a low-rank update, zero at first: x W^T + b + x (B A)^T.
 
     Args:
         base: the projection, an `nn.Linear`; not a part of this module.
-        rank (`int`): the rows of A and columns of B.
+        rank: number of rows of A and columns of B.
         rng: for A, on the CPU; B is zeros.
     """
 
     def __init__(self, base: Any, rank: int, rng: torch.Generator) -> None:
         super().__init__()
-        self._base = (base,)  # in a tuple, for what is an attribute of a module becomes a part of it
+        self._base = (base,)  # in a tuple, since a module that is an attribute becomes a submodule
         device = base.weight.device
         down = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5**0.5, generator=rng)
         self.down = nn.Parameter(down.to(device))
@@ -66,14 +66,14 @@ class LowRank(nn.Module):
         return base + F.linear(F.linear(x, self.down), self.up)
 
     def values(self) -> dict[str, Tensor]:
-        """Of the projection with its update, by parameter."""
+        """Return the parameters of the projection with its update, by name."""
         base = {name: whole(parameter.detach()) for name, parameter in self._base[0].named_parameters()}
         update = whole(self.up.detach()) @ whole(self.down.detach())
         return {**base, "weight": base["weight"].float() + update}
 
 
 class LayerView:
-    """An attention layer with other projections, by their dotted names, and without a fused one."""
+    """An attention layer with other projections, by their names, and without a fused one."""
 
     fused_projections = False
 
@@ -88,10 +88,10 @@ class LayerView:
 
 
 class DistillProcessor(ClearAttnProcessor):
-    """Of one layer: dense attention with the layer's own projections, or a method's with the student's.
+    """Attention of one layer: with the layer's own projections for the teacher, else with the student's.
 
     Args:
-        local: the layer's processor, of which it has a copy in float32.
+        local: the linearized layer's processor, copied in float32.
         student: the student's projections, by name in the layer.
     """
 
@@ -100,74 +100,69 @@ class DistillProcessor(ClearAttnProcessor):
         self.adapter, self.method, self.layer, self.group = local.adapter, local.method, local.layer, local.group
         self.local = copy.deepcopy(local).float()
         self.student = nn.ModuleDict({name.replace(".", "_"): module for name, module in student.items()})
-        self._names_of_student = tuple(student)
+        self._student_names = tuple(student)
 
     def run(self, attn: Any, inputs: Inputs, context: Any) -> Any:
         """Project, attend, project out, as the context's role says."""
         context = self.validate_call(inputs, context)
-        teaches = context.role == TEACHER
-        view = LayerView(attn, {} if teaches else self.projections)
+        view = LayerView(attn, {} if context.role == TEACHER else self.projections)
         query, key, value, rest = self.adapter.project(view, inputs)
-        if teaches:
-            joint = context.attend_densely(self.group, query, key, value, self.attention_backend)
-        else:
-            joint = self.local.as_module(query, key, value, context)
+        joint = self.local.as_module(query, key, value, context)
         if context.record is not None and self.layer:
             context.record(self.layer.name, joint)
         return self.adapter.project_out(view, joint, inputs, rest)
 
     @property
     def projections(self) -> dict[str, nn.Module]:
-        """The student's, by name in the layer."""
-        return dict(zip(self._names_of_student, self.student.values(), strict=True))
+        """The student's projections, by name in the layer."""
+        return dict(zip(self._student_names, self.student.values(), strict=True))
+
+
+@functools.cache
+def _with_signature_of(processor: type[ClearAttnProcessor]) -> type[DistillProcessor]:
+    """Return a `DistillProcessor` that is called as the layers of a model call this class."""
+    return type(f"Distill{processor.__name__}", (DistillProcessor, processor), {})
 
 
 def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Parameter]:
-    """Gives a linearized pipeline or transformer a student, which starts as its teacher, and freezes all else.
+    """Give a linearized pipeline or transformer a student with the teacher's values, and freeze all else.
 
     Args:
         pipe: linearized, with its own weights.
-        rank (`int`, *optional*): train low-rank updates of the projections; by default the projections themselves.
-        seed (`int`): of the low-rank updates' first values.
+        rank: of low-rank updates of the projections to train; None trains the projections themselves.
+        seed: of the low-rank updates' first values.
 
     Returns:
         The parameters to train, in float32.
 
     Raises:
         RuntimeError: the pipeline is not linearized, or has an IP-Adapter.
-        TypeError: a model that cannot be distilled yet.
         ValueError: a rank below 1.
     """
-    transformer, adapter = find_transformer(pipe)
-    if entry_hook_of(transformer) is None:
+    target = find_target(pipe)
+    transformer, layers = target.transformer, target.layers
+    if target.hook is None:
         raise RuntimeError("only a linearized model can have a student; call clear_attn.linearize(..., weights=None)")
-    layers = adapter.attention_layers(transformer)
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}; leave it out to train whole projections")
-    names = adapter.ip_adapter_processors
+    names = target.adapter.ip_adapter_processors
     adapted = next((layer for layer, attn in layers.items() if is_instance(attn.processor, names)), None)
     if adapted:
         raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
-    kinds = {type(processor) for processor in processors_of(layers).values()}
-    if any(kind.__call__ is not ClearAttnProcessor.__call__ for kind in kinds):
-        raise TypeError(
-            f"a {type(transformer).__name__} cannot be distilled: its layers call their processors in a way of their "
-            "own; give a FLUX.1, Stable Diffusion 3 or DiT"
-        )
     transformer.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
     for layer, attn in layers.items():
-        of_layer = projections({layer: attn})
         student = {
             name.removeprefix(f"{layer}."): LowRank(module, rank, rng) if rank else copy.deepcopy(module).float()
-            for name, module in of_layer.items()
+            for name, module in projections({layer: attn}).items()
         }
-        attn.set_processor(DistillProcessor(attn.processor, student).requires_grad_(True))
+        make = _with_signature_of(type(attn.processor))  # type: ignore[arg-type]
+        attn.set_processor(make(attn.processor, student).requires_grad_(True))
     return list(student_parameters(transformer).values())
 
 
 def processors(transformer: Any) -> dict[str, DistillProcessor]:
-    """By layer."""
+    """Return the processors with a student, by layer."""
     return {
         processor.layer.name: processor
         for processor in transformer.modules()
@@ -176,7 +171,7 @@ def processors(transformer: Any) -> dict[str, DistillProcessor]:
 
 
 def student_parameters(transformer: Any) -> dict[str, nn.Parameter]:
-    """What is trained, by name in the transformer."""
+    """Return the parameters to train, by name in the transformer."""
     return {
         f"{layer}.processor.{name}": parameter
         for layer, processor in processors(transformer).items()
@@ -185,7 +180,7 @@ def student_parameters(transformer: Any) -> dict[str, nn.Parameter]:
 
 
 def student_values(transformer: Any) -> dict[str, Tensor]:
-    """The student's whole values under the names of a checkpoint of distilled weights."""
+    """Return the student's whole values, by name in a checkpoint of distilled weights."""
     own = own_parameters({layer: processor.local for layer, processor in processors(transformer).items()})
     values = {name: whole(parameter.detach()) for name, parameter in own.items()}
     for layer, processor in processors(transformer).items():
@@ -196,5 +191,5 @@ def student_values(transformer: Any) -> dict[str, Tensor]:
 
 
 def keywords(role: str, outputs: Outputs | None = None) -> dict[str, Any]:
-    """What a call of the transformer says in its `joint_attention_kwargs`."""
+    """Return the attention keywords of a call of the transformer."""
     return {ROLE: role, RECORDER: None if outputs is None else outputs.record}

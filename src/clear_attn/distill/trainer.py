@@ -1,4 +1,4 @@
-"""The loop of training: steps, checkpoints, and what each step needs."""
+"""The training loop: steps, checkpoints and the result."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from clear_attn.distill import cache, checkpoint
-from clear_attn.distill.cache import Cache
+from clear_attn.distill import checkpoint
+from clear_attn.distill.data import cache
+from clear_attn.distill.data.cache import Cache
+from clear_attn.distill.data.prepare import DTYPES, guidance_of
+from clear_attn.distill.data.seeds import hash_of
 from clear_attn.distill.losses import draw_sigmas
 from clear_attn.distill.optimizers import make_optimizer, prepare_plugins, rate_of
-from clear_attn.distill.prepare import DTYPES, guidance_of
-from clear_attn.distill.seeds import hash_of
 from clear_attn.distill.settings import Settings
-from clear_attn.distill.sharding import assign, is_spread, load_optimizer_state, optimizer_state, whole
+from clear_attn.distill.sharding import assign, is_sharded, load_optimizer_state, optimizer_state, whole
 from clear_attn.distill.step import Batch, Losses, Weights, distillation_losses
 from clear_attn.distill.student import add_student, student_parameters, student_values
 from clear_attn.methods import Method
-from clear_attn.models import TrainingAdapter, training_adapter_for
+from clear_attn.models import ModelAdapter, TrainingAdapter, training_adapter_for
 from clear_attn.patching.linearization import linearize
-from clear_attn.patching.target import find_transformer
+from clear_attn.patching.target import find_target
+from clear_attn.utils._torch import map_tensors
 
-RUN = "run"  # a checkpoint's part that is the same for all processes
+RUN = "run"  # the part of a checkpoint that is the same for all processes
 
 
 def shared(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """What a run that continues another has to share with it."""
+    """Return what must be the same in a run that continues this one."""
     return {
         **settings.shared(),
         "mixed_precision": accelerator.mixed_precision,
@@ -43,10 +45,9 @@ def shared(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def _warn_if_dense(pipe: Any, data: Cache, method: Method) -> None:
-    transformer, adapter = find_transformer(pipe)
+def _warn_if_dense(adapter: ModelAdapter, transformer: Any, data: Cache, method: Method) -> None:
     side = adapter.latents_per_token(transformer)
-    height, width = max(((height // side, width // side) for height, width in data.sizes), key=lambda size: sum(size))
+    height, width = max(((height // side, width // side) for height, width in data.sizes), key=sum)
     if method.covers((height, width)):
         warnings.warn(
             f"{method.as_arguments()} covers the largest image, {height} x {width} tokens: attention is dense, "
@@ -55,32 +56,33 @@ def _warn_if_dense(pipe: Any, data: Cache, method: Method) -> None:
         )
 
 
-def _check_finite(value: float | Tensor | None, what: str) -> None:
-    if value is not None and not math.isfinite(float(value)):
+def _check_finite(value: float | Tensor, what: str) -> None:
+    if not math.isfinite(float(value)):
         raise FloatingPointError(
-            f"{what} not finite; the last checkpoint is as it was. A lower learning_rate, or mixed_precision='bf16' "
+            f"{what} not finite; the last checkpoint is unchanged. A lower learning_rate, or mixed_precision='bf16' "
             "for 'fp16', may help"
         )
 
 
 class Run:
-    """What a run holds: the model with its student, the optimizer, and how far it has come."""
+    """The state of a training run: the model with its student, the optimizer, and the number of steps done."""
 
     def __init__(self, settings: Settings, accelerator: Accelerator, pipe: Any, data: Cache) -> None:
-        transformer, _ = find_transformer(pipe)
         self.settings, self.accelerator, self.data, self.step = settings, accelerator, data, 0
-        _warn_if_dense(pipe, data, settings.attention)
+        target = find_target(pipe)
+        self.bare = transformer = target.transformer
+        _warn_if_dense(target.adapter, transformer, data, settings.attention)
         linearize(pipe, method=settings.attention, weights=None)
         transformer.to(accelerator.device)
         parameters = add_student(transformer, settings.rank if settings.student == "lora" else None, settings.seed)
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         transformer.train()
-        self.bare, self.training = transformer, training_adapter_for(transformer)
+        self.training = training_adapter_for(transformer)
         self.guidance = guidance_of(settings, transformer)
-        schedule = pipe.scheduler.config
-        self.shift = 1.0 if schedule.use_dynamic_shifting else schedule.shift
-        self.matched = _matched_layers(settings, self.training, transformer)
+        scheduler = pipe.scheduler.config
+        self.shift = 1.0 if scheduler.use_dynamic_shifting else scheduler.shift
+        self.matched = _matched_layers(settings, self.training, list(target.layers))
         optimizer = make_optimizer(settings, parameters, accelerator.distributed_type)
         # Not prepared by accelerate, whose own would step once for each process.
         self.schedule = get_scheduler(
@@ -92,21 +94,28 @@ class Run:
         self.dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
         prepare_plugins(accelerator, settings)
         self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
+        # The moving average, in the main process only.
         self.average: dict[str, Tensor] = {}
         if settings.use_ema:
-            averaged = {name: whole(p.detach()).float().cpu().clone() for name, p in self.trained().items()}
-            self.average = averaged if accelerator.is_main_process else {}
-        # The order of an epoch's batches, worked out once for each epoch.
+            values = self._whole_values()
+            self.average = (
+                {name: value.float() for name, value in values.items()} if accelerator.is_main_process else {}
+            )
         self.batches_of = functools.lru_cache(maxsize=1)(
             functools.partial(cache.batches, data.sizes, settings.train_batch_size, settings.seed)
         )
         self.batches_per_epoch = len(self.batches_of(0))
 
     def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters to train, by name."""
         return student_parameters(self.bare)
 
+    def _whole_values(self) -> dict[str, Tensor]:
+        """Return copies on the CPU; all processes must call it."""
+        return {name: whole(parameter.detach()).cpu().clone() for name, parameter in self.trained().items()}
+
     def steps(self) -> Iterator[dict[str, float]]:
-        """Trains up to the last step; gives each step's losses and learning rate."""
+        """Train up to the last step. Yield each step's losses and learning rate."""
         while self.step < self.settings.max_train_steps:
             losses = self._one_step()
             self.step += 1
@@ -118,12 +127,12 @@ class Run:
             with self.accelerator.accumulate(self.transformer):
                 with self.autocast():
                     losses = self._losses(batch, rng)
-                # Of all processes, so that all of them stop at a loss that is not finite.
+                # Over all processes, so that all of them stop at a loss that is not finite.
                 values = self.accelerator.reduce(torch.stack(losses).detach().float(), "mean").tolist()
                 for name, value in zip(sums, values, strict=True):
                     sums[name] += value / self.settings.gradient_accumulation_steps
                 _check_finite(sums["total"], f"the loss of step {self.step + 1} ({sums}) is")
-                self.accelerator.backward(losses.total)  # divides by the parts of a step
+                self.accelerator.backward(losses.total)  # divides by the number of batches in a step
                 if self.accelerator.sync_gradients:
                     self._clip()
                 self.optimizer.step()
@@ -134,11 +143,12 @@ class Run:
 
     def _clip(self) -> None:
         norm = self.accelerator.clip_grad_norm_(self.trained().values(), self.settings.max_grad_norm)
-        if self.accelerator.scaler is None:  # which leaves out a step that overflows, and goes on
-            _check_finite(norm if norm is None else whole(norm), f"the norm of the gradient of step {self.step + 1} is")
+        # A scaler leaves out a step that overflows, and goes on; DeepSpeed clips itself.
+        if self.accelerator.scaler is None and norm is not None:
+            _check_finite(whole(norm), f"the norm of the gradient of step {self.step + 1} is")
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision, not left to accelerate: under DeepSpeed it would round the student itself."""
+        """Return the context of mixed precision; accelerate's own would round the student under DeepSpeed."""
         device = self.accelerator.device.type
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -152,17 +162,18 @@ class Run:
                 self.average[name].lerp_(value.float().cpu(), 1 - decay)
 
     def _batches(self) -> Iterator[tuple[Batch, torch.Generator]]:
-        """Those of this step and this process, each with its randomness.
+        """Yield this process's batches of a step, each with its random generator.
 
-        All follow from a batch's number in the run, so a step's batches may come in parts or on several processes.
+        Both depend on the batch's number in the run alone, not on how many batches or processes share a step.
         """
         parts, processes = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
+        device, dtype = self.accelerator.device, self.bare.dtype
         for part in range(parts):
             number = (self.step * parts + part) * processes + self.accelerator.process_index
             epoch, place = divmod(number, self.batches_per_epoch)
             rng = torch.Generator().manual_seed(hash_of(self.settings.seed, number))
             batch = self.data.read(self.batches_of(epoch)[place], rng)
-            yield Batch(*(each.to(self.accelerator.device, self.bare.dtype) for each in batch)), rng
+            yield map_tensors(lambda tensor: tensor.to(device, dtype), batch), rng
 
     def _losses(self, batch: Batch, rng: torch.Generator) -> Losses:
         settings = self.settings
@@ -180,7 +191,7 @@ class Run:
         )
 
     def save(self) -> None:
-        """Writes a checkpoint; all processes have to call it."""
+        """Write a checkpoint; all processes must call it."""
         accelerator, settings = self.accelerator, self.settings
         folder, main = Path(settings.output_dir), accelerator.is_main_process
         student = {name: whole(parameter.detach()) for name, parameter in self.trained().items()}
@@ -198,49 +209,52 @@ class Run:
                 }
                 checkpoint.write(unfinished, RUN, state)
                 checkpoint.write_settings(unfinished, shared(settings, accelerator))
-            if main or is_spread(accelerator):
-                checkpoint.write(unfinished, self._part(), optimizer_state(self.optimizer))
+            if main or is_sharded(accelerator):
+                checkpoint.write(unfinished, self._optimizer_part(), optimizer_state(self.optimizer))
             accelerator.wait_for_everyone()
 
     def restore(self, saved: Path) -> None:
-        """Goes back to a checkpoint of the same settings."""
+        """Return to a checkpoint made with the same settings."""
         state = checkpoint.read(saved, RUN)
+        optimizer = checkpoint.read(saved, self._optimizer_part())
         for name, parameter in self.trained().items():
             assign(parameter, state["student"][name])
         if self.accelerator.is_main_process:
             self.average = state["average"]
-        load_optimizer_state(self.optimizer, checkpoint.read(saved, self._part()))
+        load_optimizer_state(self.optimizer, optimizer)
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
 
-    def _part(self) -> str:
-        return f"optimizer-{self.accelerator.process_index if is_spread(self.accelerator) else 0}"
+    def _optimizer_part(self) -> str:
+        return f"optimizer-{self.accelerator.process_index if is_sharded(self.accelerator) else 0}"
 
     @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
-        """The distilled weights, in the model's own dtype; all processes have to ask for them."""
+        """Return the distilled weights in the model's own dtype; all processes must call it."""
         with self.averaged():
-            # Copied, for the student comes back into these parameters.
+            # Copied, since the student's values come back into these parameters.
             values = student_values(self.bare).items()
             return {name: value.to("cpu", self.bare.dtype, copy=True) for name, value in values}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The moving average in the student's place, where there is one; all processes have to take part."""
-        trained = self.trained() if self.settings.use_ema else {}
-        present = {name: whole(parameter.detach()).cpu().clone() for name, parameter in trained.items()}
-        for name, parameter in trained.items():
-            # Under FSDP2 the first process's value is spread, and the others have no average.
-            assign(parameter, self.average.get(name, present[name]))
+        """Put the moving average, if there is one, into the parameters for a block; all processes must call it."""
+        if not self.settings.use_ema:
+            yield
+            return
+        present = self._whole_values()
+        self._assign({**present, **self.average})  # under FSDP2 the first process's values, which has the average
         try:
             yield
         finally:
-            for name, parameter in trained.items():
-                assign(parameter, present[name])
+            self._assign(present)
+
+    def _assign(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.trained().items():
+            assign(parameter, values[name])
 
 
-def _matched_layers(settings: Settings, training: TrainingAdapter, transformer: Any) -> list[str]:
-    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+def _matched_layers(settings: Settings, training: TrainingAdapter, layers: list[str]) -> list[str]:
     matched = training.matched_layers(layers) if settings.attention_layers is None else settings.attention_layers
     unknown = sorted(set(matched) - set(layers))
     if unknown:

@@ -1,10 +1,10 @@
-"""From a model's name and pictures to distilled weights."""
+"""A whole run: from a model's name and images to distilled weights."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,17 +12,21 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
-from clear_attn.distill import checkpoint, prepare
+from clear_attn.distill import checkpoint
+from clear_attn.distill.data import prepare
 from clear_attn.distill.optimizers import check_optimizer
 from clear_attn.distill.settings import Settings
-from clear_attn.distill.trainer import Run, shared
+from clear_attn.distill.trainer import RUN, Run, shared
 from clear_attn.distill.validation import Validation
 from clear_attn.patching.saving import save_values
 from clear_attn.utils.atomic import check_folder
 
+# Types of settings that every tracker takes.
+LOGGABLE = (bool, int, float, str)
+
 
 def train(settings: Settings) -> Path:
-    """Distils a model and saves the result as `clear_attn.save_pretrained` does.
+    """Distil a model, and save the result as `clear_attn.save_pretrained` does.
 
     Args:
         settings (`Settings`): of the run.
@@ -31,17 +35,17 @@ def train(settings: Settings) -> Path:
         The folder of the result, `settings.output_dir`.
 
     Raises:
-        ValueError: settings out of range; pictures without captions; a cache or a checkpoint of something else.
+        ValueError: settings out of range; images without captions; a cache or a checkpoint of something else, or one
+            that is not complete.
         TypeError: a model that cannot be linearized or distilled.
-        FileExistsError: the folder holds another run, or checkpoints later than that to continue.
+        FileExistsError: the folder has another run, or later checkpoints than the one to continue from.
         FileNotFoundError: there is no such checkpoint, or no such file of prompts.
         NotADirectoryError: a folder is a file.
-        ImportError: what the settings name needs a library that is not installed.
-        FloatingPointError: a loss, gradient or weight was not finite; nothing has been overwritten then.
+        ImportError: a setting needs a library that is not installed.
+        FloatingPointError: a loss, gradient or weight is not finite; nothing was overwritten.
     """
     settings.check()
     folder = check_folder(settings.output_dir)
-    resumed = checkpoint.find(folder, settings.resume_from_checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         mixed_precision=_precision(settings),
@@ -49,27 +53,34 @@ def train(settings: Settings) -> Path:
         project_config=ProjectConfiguration(settings.output_dir, str(folder / settings.logging_dir)),
     )
     check_optimizer(settings, accelerator)
+    with checkpoint.locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        _train(settings, folder, accelerator)
+    return folder
+
+
+def _train(settings: Settings, folder: Path, accelerator: Accelerator) -> None:
+    resumed = checkpoint.find(folder, settings.resume_from_checkpoint)
     if resumed:
         checkpoint.check_settings(resumed, shared(settings, accelerator))
-    pictures = prepare.examples(settings)
+        checkpoint.read(resumed, RUN)  # before anything takes time
+    images = prepare.examples(settings)
     pipe = prepare.load(settings, accelerator)
-    data = prepare.data(settings, accelerator, pipe, pictures)
+    data = prepare.data(settings, accelerator, pipe, images)
     validation = Validation(settings, accelerator, pipe)
     prepare.drop_text_encoders(pipe)
-    folder.mkdir(parents=True, exist_ok=True)
     run = Run(settings, accelerator, pipe, data)
     if resumed:
         run.restore(resumed)
-    accelerator.init_trackers("distill", config=_loggable(shared(settings, accelerator)))
-    _go(run, settings, accelerator, validation)
+    loggable = {name: value for name, value in shared(settings, accelerator).items() if isinstance(value, LOGGABLE)}
+    accelerator.init_trackers("distill", config=loggable)
+    _run_steps(run, settings, accelerator, validation)
     values = run.result()
     if accelerator.is_main_process:
         save_values(pipe, settings.attention, values, folder)
     accelerator.end_training()
-    return folder
 
 
-def _go(run: Run, settings: Settings, accelerator: Accelerator, validation: Validation) -> None:
+def _run_steps(run: Run, settings: Settings, accelerator: Accelerator, validation: Validation) -> None:
     last = settings.max_train_steps
     hidden = not accelerator.is_local_main_process
     with tqdm(initial=run.step, total=last, desc="distilling", disable=hidden) as progress:
@@ -85,21 +96,17 @@ def _go(run: Run, settings: Settings, accelerator: Accelerator, validation: Vali
 
 
 def _precision(settings: Settings) -> str | None:
-    """What accelerate is to be told: on a GPU bf16, unless it was told already, or the run is."""
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-    usual = "bf16" if torch.cuda.is_available() and not told else None
-    return settings.mixed_precision or usual
+    """Return what the settings ask for, else bf16 on a GPU, or None if accelerate is configured."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    default = "bf16" if torch.cuda.is_available() and not configured else None
+    return settings.mixed_precision or default
 
 
 def _tracker(name: str) -> str | None:
-    """The tracker to report to; accelerate would leave out one that is not installed without a word."""
+    """Return the tracker to report to; accelerate silently leaves out one that is not installed."""
     if name in ("none", "all") or name in [tracker.value for tracker in get_available_trackers()]:
         return None if name == "none" else name
     known = sorted(LOGGER_TYPE_TO_CLASS)
     if name not in known:
         raise ValueError(f"report_to must be one of {', '.join(known)}, all, none; got {name!r}")
     raise ImportError(f"report_to={name!r} needs {name}: pip install {name}, or give report_to='none'")
-
-
-def _loggable(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}

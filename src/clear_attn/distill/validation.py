@@ -1,4 +1,4 @@
-"""Pictures by teacher and student of the same prompts and seeds, while training goes on."""
+"""Images by teacher and student of the same prompts and seeds, while training goes on."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from clear_attn.distill.prepare import drawing_of
-from clear_attn.distill.seeds import hash_of
+from clear_attn.distill.data.prepare import generation_of
+from clear_attn.distill.data.seeds import hash_of
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.student import STUDENT, TEACHER, keywords
 from clear_attn.models import training_adapter_for
 from clear_attn.patching.target import find_transformer
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
-from clear_attn.utils.seeded_images import generate_with_seeds
 
 FOLDER = "validation"
 
 
 class Validation:
-    """Draws the validation prompts, through the trunk that is being trained.
+    """Generates images of the validation prompts with the transformer that is being trained.
 
-    The prompts are encoded at once, so that the text encoders can go.
+    The prompts are encoded at once, so that the text encoders can be freed.
 
     Args:
         settings: of the run.
@@ -39,18 +38,19 @@ class Validation:
         self.prompts = settings.validation_prompts or []
         transformer, adapter = find_transformer(pipe)
         training, self.keywords = training_adapter_for(transformer), adapter.keywords
-        self.drawing = drawing_of(settings, pipe)
+        self.generation = generation_of(settings, pipe)
+        length = self.generation.text_tokens
         with torch.no_grad():
-            self.embeddings = [training.embeddings(pipe, [p], self.drawing.text_tokens) for p in self.prompts]
+            self.texts = [training.pipeline_arguments(pipe, [prompt], length) for prompt in self.prompts]
         self.rows: dict[str, list[Image.Image]] = {}
 
     def draw(self, step: int) -> None:
-        """One sheet, in the output directory and to the trackers; under FSDP2 all processes have to draw."""
+        """Write one sheet to the output directory and the trackers; under FSDP2 all processes must call it."""
         if not self.prompts:
             return
         if not self.rows:
-            self.rows["teacher"] = self._pictures(TEACHER)
-        sheet = contact_sheet({**self.rows, f"student, step {step}": self._pictures(STUDENT)}, self.prompts)
+            self.rows["teacher"] = self._images(TEACHER)
+        sheet = contact_sheet({**self.rows, f"student, step {step}": self._images(STUDENT)}, self.prompts)
         if not self.accelerator.is_main_process:
             return
         folder = Path(self.settings.output_dir, FOLDER)
@@ -63,20 +63,15 @@ class Validation:
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({"validation": [sheet]}, step=step)
 
-    def _pictures(self, role: str) -> list[Image.Image]:
-        pipe, device = self.pipe, self.accelerator.device
-        pipe.vae.to(device)
-        pipe.set_progress_bar_config(disable=True)
-        pictures = [
-            generate_with_seeds(
-                pipe,
-                # Not the noise of the training picture of the same number.
-                [hash_of("validation", self.drawing.seed, number)],
-                **{name: value.to(device) for name, value in embeddings.items()},
-                **{self.keywords: keywords(role)},
-                **self.drawing.arguments(),
-            )[0]
-            for number, embeddings in enumerate(self.embeddings)
-        ]
-        pipe.vae.to("cpu")
-        return pictures
+    def _images(self, role: str) -> list[Image.Image]:
+        device, arguments = self.accelerator.device, {self.keywords: keywords(role)}
+        self.pipe.vae.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        images = []
+        for number, text in enumerate(self.texts):
+            # A seed of its own: a training image of the same number has other noise.
+            seed = hash_of("validation", self.generation.seed, number)
+            text = {name: tensor.to(device) for name, tensor in text.items()}
+            images += self.generation.run(self.pipe, [seed], text, **arguments)
+        self.pipe.vae.to("cpu")
+        return images

@@ -6,6 +6,7 @@ Its single blocks, and under gradient checkpointing all of them, get no attentio
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,10 +14,41 @@ from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
 from clear_attn.models.adapter import Architecture, Call
-from clear_attn.models.flux import Flux
+from clear_attn.models.flux import Flux, FluxTraining, image_ids
 from clear_attn.models.parsing.padding import HIDDEN, check_mask
 from clear_attn.models.parsing.tensor_cache import ReadOnce
 from clear_attn.models.processors.publishing import Publishing
+
+
+class ChromaTraining(FluxTraining):
+    pipelines = ("ChromaPipeline",)
+    text_keywords = MappingProxyType({"text": "prompt_embeds", "mask": "prompt_attention_mask"})
+    negative_prompt = ""
+
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, _, mask, *_ = pipe.encode_prompt(
+            prompts, device=pipe.vae.device, do_classifier_free_guidance=False, max_sequence_length=text_tokens
+        )
+        return {"text": text, "mask": mask}
+
+    def training_call(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Mapping[str, Tensor],
+        guidance: float | None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        image, mask = self.pack(noisy), text["mask"]
+        return {
+            "hidden_states": image,
+            "encoder_hidden_states": text["text"],
+            "timestep": sigma.to(noisy.dtype),
+            "img_ids": image_ids(noisy),
+            "txt_ids": torch.zeros(text["text"].shape[1], 3, device=noisy.device),
+            "attention_mask": torch.cat([mask, mask.new_ones(image.shape[:2])], dim=1),
+            "joint_attention_kwargs": attention_kwargs,
+        }
 
 
 class Chroma(Publishing, Flux):
@@ -53,6 +85,7 @@ class Chroma(Publishing, Flux):
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return {**super().permute_inputs(kwargs, layout), "attention_mask": None}
 
+    training = ChromaTraining()
     architectures = (Architecture("chroma"),)
 
 

@@ -19,43 +19,42 @@ from clear_attn.models.training import TrainingAdapter
 
 
 class FluxTraining(TrainingAdapter):
-    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
-        text, pooled, _ = pipe.encode_prompt(prompts, None, max_sequence_length=text_tokens)
-        return text, pooled
+    pipelines: tuple[str, ...] = ("FluxPipeline", "FluxKontextPipeline")
 
-    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
-        text, pooled = self.encode_prompts(pipe, prompts, text_tokens)
-        return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
-
-    def pack(self, latents: Tensor) -> Tensor:
-        patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, pooled, _ = pipe.encode_prompt(prompts, None, pipe.vae.device, max_sequence_length=text_tokens)
+        return {"text": text, "pooled": pooled}
 
     def training_call(
         self,
         noisy: Tensor,
         sigma: Tensor,
-        text: Tensor,
-        pooled: Tensor,
+        text: Mapping[str, Tensor],
         guidance: float | None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
-        # In float32: bfloat16 cannot tell positions past 256 apart.
-        axes = [torch.arange(length, dtype=torch.float32, device=noisy.device) for length in (1, height, width)]
         return {
             "hidden_states": self.pack(noisy),
-            "encoder_hidden_states": text,
-            "pooled_projections": pooled,
+            "encoder_hidden_states": text["text"],
+            "pooled_projections": text["pooled"],
             "timestep": sigma.to(noisy.dtype),
             "guidance": None if guidance is None else torch.full_like(sigma, guidance, dtype=noisy.dtype),
-            "img_ids": torch.cartesian_prod(*axes),
-            "txt_ids": torch.zeros(text.shape[1], 3, device=noisy.device),
+            "img_ids": image_ids(noisy),
+            "txt_ids": torch.zeros(text["text"].shape[1], 3, device=noisy.device),
             "joint_attention_kwargs": attention_kwargs,
         }
 
     def single_stream(self, layer: str) -> bool:
         return layer.startswith("single_")
+
+
+def image_ids(latents: Tensor) -> Tensor:
+    """Return the number, row and column of each 2 x 2 patch of latents, `[image tokens, 3]`.
+
+    In float32: bfloat16 cannot tell positions past 256 apart.
+    """
+    sides = 1, latents.shape[-2] // 2, latents.shape[-1] // 2
+    return torch.cartesian_prod(*(torch.arange(side, dtype=torch.float32, device=latents.device) for side in sides))
 
 
 class Flux(ModelAdapter):

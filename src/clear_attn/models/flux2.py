@@ -5,12 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, cat
 
 from clear_attn.models.adapter import Architecture, Call
 from clear_attn.models.context.context import ClearContext
-from clear_attn.models.flux import Flux
+from clear_attn.models.flux import Flux, FluxTraining, image_ids
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, normalize, rotate, split_heads
+
+
+class Flux2Training(FluxTraining):
+    """The pipelines normalize the channels of 2 x 2 patches of latents; text tokens are numbered on a fourth axis."""
+
+    pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
+    negative_prompt = ""
+
+    def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        vae = pipe.vae
+        moments = vae.encode(pixels).latent_dist
+        center, variance = (x.view(1, -1, 1, 1).to(pixels) for x in (vae.bn.running_mean, vae.bn.running_var))
+        scale = torch.sqrt(variance + vae.config.batch_norm_eps)
+        mean, std = (F.pixel_unshuffle(x, 2) for x in (moments.mean, moments.std))
+        return F.pixel_shuffle((mean - center) / scale, 2), F.pixel_shuffle(std / scale, 2)
+
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, _ = pipe.encode_prompt(prompts, device=pipe.vae.device, max_sequence_length=text_tokens)
+        return {"text": text}
+
+    def training_call(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Mapping[str, Tensor],
+        guidance: float | None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        text_tokens = torch.arange(text["text"].shape[1], dtype=torch.float32, device=noisy.device)
+        return {
+            "hidden_states": self.pack(noisy),
+            "encoder_hidden_states": text["text"],
+            "timestep": sigma.to(noisy.dtype),
+            "guidance": None if guidance is None else torch.full_like(sigma, guidance, dtype=noisy.dtype),
+            "img_ids": F.pad(image_ids(noisy), (0, 1)),
+            "txt_ids": F.pad(text_tokens[:, None], (3, 0)),
+            "joint_attention_kwargs": attention_kwargs,
+        }
 
 
 class ParallelProcessor(ClearAttnProcessor):
@@ -62,4 +102,5 @@ class Flux2(Flux):
             )
         return super().parse_call(transformer, kwargs)
 
+    training = Flux2Training()
     architectures = (Architecture("flux2"),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +20,50 @@ from clear_attn.models.adapter import Architecture, Call, InnerHook, ModelAdapte
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.parsing.padding import HIDDEN, check_mask
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
+from clear_attn.models.training import TrainingAdapter
 
 # A picture's frames, rows and columns.
 Shape = tuple[int, int, int]
+
+
+class QwenTraining(TrainingAdapter):
+    """Texts have their own lengths. The autoencoder is one for videos."""
+
+    pipelines = ("QwenImagePipeline",)
+    text_keywords = MappingProxyType({"text": "prompt_embeds", "mask": "prompt_embeds_mask"})
+    negative_prompt = " "  # without one the pipeline does not guide
+
+    def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        moments, config = pipe.vae.encode(pixels[:, :, None]).latent_dist, pipe.vae.config
+        center, scale = (
+            torch.tensor(x).view(1, -1, 1, 1).to(pixels) for x in (config.latents_mean, config.latents_std)
+        )
+        return (moments.mean[:, :, 0] - center) / scale, moments.std[:, :, 0] / scale
+
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, mask = pipe.encode_prompt(prompts, pipe.vae.device, max_sequence_length=text_tokens)
+        # The pipeline has no mask if nothing is padded.
+        return {"text": text, "mask": text.new_ones(text.shape[:2], dtype=torch.long) if mask is None else mask}
+
+    def training_call(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        text: Mapping[str, Tensor],
+        guidance: float | None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        shape = 1, noisy.shape[-2] // 2, noisy.shape[-1] // 2
+        return {
+            "hidden_states": self.pack(noisy),
+            "encoder_hidden_states": text["text"],
+            # A single text is not padded, and attention without a mask is faster.
+            "encoder_hidden_states_mask": text["mask"].bool() if len(noisy) > 1 else None,
+            "timestep": sigma.to(noisy.dtype),
+            "guidance": None if guidance is None else torch.full_like(sigma, guidance, dtype=noisy.dtype),
+            "img_shapes": [[shape]] * len(noisy),
+            "attention_kwargs": attention_kwargs,
+        }
 
 
 class QwenProcessor(ClearAttnProcessor):
@@ -87,6 +129,7 @@ class QwenImage(ModelAdapter):
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse_permutation]
 
+    training: TrainingAdapter | None = QwenTraining()
     architectures: tuple[Architecture, ...] = (Architecture("qwen-image"),)
 
 

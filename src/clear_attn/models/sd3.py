@@ -16,21 +16,19 @@ from clear_attn.models.training import TrainingAdapter
 class SD3Training(TrainingAdapter):
     """SD3 joins CLIP's tokens to the text. No layer is single-stream, so every fourth of all is compared."""
 
-    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
-        text, _, pooled, _ = pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=text_tokens
-        )
-        return text, pooled
+    pipelines = ("StableDiffusion3Pipeline",)
+    negative_prompt = ""
 
-    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
-        text, pooled = self.encode_prompts(pipe, prompts, text_tokens)
-        negative, negative_pooled = self.encode_prompts(pipe, [""] * len(prompts), text_tokens)
-        return {
-            "prompt_embeds": text,
-            "pooled_prompt_embeds": pooled,
-            "negative_prompt_embeds": negative,
-            "negative_pooled_prompt_embeds": negative_pooled,
-        }
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=pipe.vae.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=text_tokens,
+        )
+        return {"text": text, "pooled": pooled}
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents
@@ -39,15 +37,14 @@ class SD3Training(TrainingAdapter):
         self,
         noisy: Tensor,
         sigma: Tensor,
-        text: Tensor,
-        pooled: Tensor,
+        text: Mapping[str, Tensor],
         guidance: float | None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         return {
             "hidden_states": noisy,
-            "encoder_hidden_states": text,
-            "pooled_projections": pooled,
+            "encoder_hidden_states": text["text"],
+            "pooled_projections": text["pooled"],
             "timestep": (1000 * sigma).to(noisy.dtype),
             "joint_attention_kwargs": attention_kwargs,
         }

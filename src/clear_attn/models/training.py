@@ -3,41 +3,68 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 
 class TrainingAdapter(abc.ABC):
-    """Encode prompts and build the calls of a training step, for one transformer class.
+    """Encode images and prompts, and build the calls of a training step, for one transformer class.
 
     A model file defines its own and assigns it to the adapter's `training`. Latents are
-    `[batch, channels, height, width]`, scaled as the transformer takes them.
+    `[batch, channels, height, width]`, scaled as the transformer takes them. Text is a dict of tensors with a row per
+    prompt. Shorter texts of a batch are padded with zeros at the end, and so are their masks.
+
+    Attributes:
+        pipelines: names of the text-to-image pipelines in diffusers.
+        text_keywords: the pipeline's keyword for each tensor of `encode_prompts`.
+        negative_prompt: what the pipeline's guidance needs to be given, or None.
     """
 
+    pipelines: tuple[str, ...]
+    text_keywords: Mapping[str, str] = MappingProxyType({"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"})
+    negative_prompt: str | None = None
+
+    def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the standard deviation of latents of pixels `[batch, 3, height, width]` in -1..1."""
+        moments = pipe.vae.encode(pixels).latent_dist
+        scale, shift = pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor or 0.0
+        return (moments.mean - shift) * scale, moments.std * scale
+
     @abc.abstractmethod
-    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the text `[prompts, tokens, dim]` and the pooled text `[prompts, dim]`.
+    def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+        """Return the text `[prompts, tokens, dim]` and what else a call needs of it: a mask, a pooled text.
 
         `text_tokens` is the pipeline's `max_sequence_length`.
         """
 
-    @abc.abstractmethod
-    def embeddings(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
+    def pipeline_arguments(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
         """Return the encoded prompts as keywords of the pipeline, including those of its guidance."""
+        encoded = self.encode_prompts(pipe, prompts, text_tokens)
+        arguments = {self.text_keywords[name]: tensor for name, tensor in encoded.items()}
+        takes_negative = "negative_prompt_embeds" in inspect.signature(pipe.__call__).parameters
+        if self.negative_prompt is None or not takes_negative:
+            return arguments
+        negative = self.encode_prompts(pipe, [self.negative_prompt] * len(prompts), text_tokens)
+        return arguments | {f"negative_{self.text_keywords[name]}": tensor for name, tensor in negative.items()}
 
-    @abc.abstractmethod
     def pack(self, latents: Tensor) -> Tensor:
-        """Return latents in the shape of the transformer's prediction."""
+        """Return latents in the shape of the transformer's prediction.
+
+        By default a token is a patch of 2 x 2 latents, `[batch, tokens, channels x 4]`.
+        """
+        patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     @abc.abstractmethod
     def training_call(
         self,
         noisy: Tensor,
         sigma: Tensor,
-        text: Tensor,
-        pooled: Tensor,
+        text: Mapping[str, Tensor],
         guidance: float | None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
@@ -46,7 +73,7 @@ class TrainingAdapter(abc.ABC):
         Args:
             noisy: latents.
             sigma: `[batch]` in 0..1.
-            text, pooled: as `encode_prompts` returns them.
+            text: as `encode_prompts` returns it.
             guidance: embedded guidance scale; None for a model without it.
             attention_kwargs: keywords for the attention processors.
         """

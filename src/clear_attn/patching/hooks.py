@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,12 +18,12 @@ from torch import Tensor
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan
-from clear_attn.methods import Layer, Method, ScoreBias
+from clear_attn.methods import Dense, Layer, Method, ScoreBias
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import innermost_forward, is_hooked, set_innermost_forward
 from clear_attn.models.adapter import InnerHook
-from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, ClearContext, Group
+from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, TEACHER, ClearContext, Group
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
@@ -112,15 +112,17 @@ class EntryHook:
             settings = f"{self.method}, {self.schedule}, backend {backend}"
             layout = self.sharder.shard(transformer, call, layout, settings)
         passed_on = dict(call.get(self.adapter.keywords) or {})
+        role = passed_on.pop(ROLE, None)
+        methods = [Dense()] * len(self.representatives) if role == TEACHER else self.methods_of(call)
         text_bias = self.adapter.text_bias(call)
-        make_groups = functools.partial(self._plan_groups, self.methods_of(call), text_bias, layout, backend)
+        make_groups = functools.partial(self._plan_groups, methods, text_bias, layout, backend)
         context = ClearContext(
             make_groups(layout.device),
             layout,
             make_groups=None if self.sharder else make_groups,
             backend=backend,
             scale_multiplier=passed_on.pop(SCALE_MULTIPLIER, 1.0),
-            role=passed_on.pop(ROLE, None),
+            role=role,
             record=passed_on.pop(RECORDER, None),
         )
         call[self.adapter.keywords] = {**passed_on, CONTEXT: self.adapter.carry(transformer, context)}
@@ -142,7 +144,7 @@ class EntryHook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _plan_groups(
         self,
-        methods: list[Method],
+        methods: Sequence[Method],
         text_bias: tuple[torch.Tensor | None, torch.Tensor | None],
         layout: Any,
         backend: str,

@@ -27,7 +27,7 @@ def read_prompts(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts={str(file)!r} is not text in UTF-8 ({error}); save it as UTF-8") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"prompts={str(file)!r} has no prompts; write one per line")
     return prompts

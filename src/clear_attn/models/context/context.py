@@ -10,13 +10,14 @@ from torch import Tensor
 
 from clear_attn.core.plan import Plan
 from clear_attn.methods import Method, Options, ScoreBias
-from clear_attn.methods.dense import DensePlan
 from clear_attn.models.context.dense_attention import dense_attention
 
 # The keyword by which it reaches processors, where the model passes attention keywords on.
 CONTEXT = "clear_context"
 # Keywords that others add to a call, which the entry hook takes into the context.
 SCALE_MULTIPLIER, ROLE, RECORDER = "clear_scale_multiplier", "clear_role", "clear_recorder"
+# Who computes in a call of a model with a student. All attention of the teacher is dense.
+TEACHER, STUDENT = "teacher", "student"
 
 
 class Group(NamedTuple):
@@ -96,15 +97,6 @@ class ClearContext:
         method, plan, bias = self.on(query.device)[group]
         options = self._options(bias, query, attention_backend)
         return method.attend(query, key, value, plan, parameters, options).transpose(1, 2).flatten(2, 3)
-
-    def attend_densely(
-        self, group: int, query: Tensor, key: Tensor, value: Tensor, attention_backend: Any = None
-    ) -> Tensor:
-        """Return dense attention, as `attend`."""
-        _, own, bias = self.on(query.device)[group]
-        plan = DensePlan(own)
-        options = self._options(bias, query, attention_backend)
-        return plan.attend(query, key, value, None, options).transpose(1, 2).flatten(2, 3)
 
     def _options(self, bias: ScoreBias | None, query: Tensor, attention_backend: Any) -> Options:
         return Options(

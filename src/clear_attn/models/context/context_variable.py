@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,19 @@ def attend_published(
 
 
 class PublishedAttention:
-    """Has `attend` as a context has, for processors that get none: it reads the published one at run time."""
+    """What a processor needs of a context, for processors that get none: it reads the published one at run time."""
+
+    @property
+    def role(self) -> str | None:
+        """That of the published context."""
+        context = current()
+        return None if context is None else context.role
+
+    @property
+    def record(self) -> Callable[[str, Tensor], None] | None:
+        """That of the published context."""
+        context = current()
+        return None if context is None else context.record
 
     def attend(
         self,

@@ -9,10 +9,9 @@ from accelerate.utils import DistributedType
 from diffusers import FluxTransformer2DModel
 
 import clear_attn as clear
-from clear_attn.distill.optimizers import make_optimizer
+from clear_attn.distill.optimizers import STATES, counted, make_optimizer
 from clear_attn.distill.settings import Settings
 from clear_attn.distill.student import add_student
-from clear_attn.distill.training_memory import STATES, counted
 from clear_attn.patching.target import find_transformer
 from clear_attn.weights.parameters import replaced_parameters
 from tests.helpers import families

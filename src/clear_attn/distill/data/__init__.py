@@ -1,0 +1,1 @@
+"""Training data: images with captions, the teacher's own images, and the cache of their latents and embeddings."""

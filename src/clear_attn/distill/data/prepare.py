@@ -1,0 +1,152 @@
+"""What happens before training: load the model, generate the teacher's images, cache latents and embeddings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import nn
+from tqdm.auto import tqdm
+
+from clear_attn.distill.data import cache, generated
+from clear_attn.distill.data.cache import Cache, Origin
+from clear_attn.distill.data.examples import Example, from_dataset, from_folder
+from clear_attn.distill.data.generated import Generation
+from clear_attn.distill.settings import Settings
+from clear_attn.models import training_adapter_for
+from clear_attn.models.class_names import is_instance
+from clear_attn.patching.target import find_transformer
+from clear_attn.utils.prompts import read_prompts
+from clear_attn.weights.metadata import metadata_of
+
+# Of mixed precision, by accelerate's name.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def examples(settings: Settings) -> list[Example]:
+    """Return the images to train on; those that the teacher generates may not exist yet.
+
+    Raises:
+        As `from_folder`, `from_dataset` and `read_prompts`; ImportError without the datasets library.
+    """
+    if settings.generate:
+        prompts = read_prompts(Path(str(settings.prompts)))
+        return generated.examples(_generated_folder(settings), prompts, settings.generate)
+    if settings.train_data_dir:
+        return from_folder(Path(settings.train_data_dir))
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError("dataset_name needs the datasets library: pip install 'clear-attn[train]'") from None
+    rows = load_dataset(settings.dataset_name, split="train")
+    return from_dataset(rows, settings.image_column, settings.caption_column)
+
+
+def load(settings: Settings, accelerator: Accelerator) -> Any:
+    """Return the pipeline, on the CPU, in the dtype of mixed precision.
+
+    Raises:
+        TypeError: the pipeline is not supported, or does not generate images from text alone.
+        ValueError: it was saved while it was linearized, and the teacher is dense.
+    """
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    name = settings.pretrained_model_name_or_path
+    pipe = DiffusionPipeline.from_pretrained(name, revision=settings.revision, dtype=dtype)
+    transformer, _ = find_transformer(pipe)
+    supported = training_adapter_for(transformer).pipelines
+    if not is_instance(pipe, supported):
+        raise TypeError(
+            f"{name} is a {type(pipe).__name__}; give the model of a text-to-image one: {', '.join(supported)}"
+        )
+    if metadata_of(transformer):
+        raise ValueError(f"{name} was saved while it was linearized, and the teacher is dense; give the original model")
+    return pipe
+
+
+def text_tokens(settings: Settings, pipe: Any) -> int:
+    """Return the length that prompts are padded to: the pipeline's `max_sequence_length`."""
+    usual = inspect.signature(pipe.__call__).parameters["max_sequence_length"].default
+    return int(usual if settings.max_sequence_length is None else settings.max_sequence_length)
+
+
+def generation_of(settings: Settings, pipe: Any) -> Generation:
+    """Return how the run generates images, for the training set and for validation."""
+    return Generation(
+        settings.pretrained_model_name_or_path,
+        settings.revision,
+        settings.resolution,
+        text_tokens(settings, pipe),
+        settings.num_inference_steps,
+        guidance_of(settings, find_transformer(pipe)[0]),
+        settings.seed,
+    )
+
+
+def guidance_of(settings: Settings, transformer: Any) -> float | None:
+    """Return the embedded guidance scale; None for a model without it."""
+    return settings.guidance_scale if transformer.config.get("guidance_embeds") else None
+
+
+def data(settings: Settings, accelerator: Accelerator, pipe: Any, images: list[Example]) -> Cache:
+    """Generate and encode what is missing, each process its part."""
+    transformer, _ = find_transformer(pipe)
+    training = training_adapter_for(transformer)
+    if settings.generate:
+        into, generation = _generated_folder(settings), generation_of(settings, pipe)
+        for todo in _parts(
+            accelerator,
+            lambda: generated.begin(into, images, generation),
+            lambda: generated.missing(into, images),
+            _modules(pipe),
+        ):
+            pipe.set_progress_bar_config(disable=True)
+            size = settings.train_batch_size
+            generated.generate(pipe, training, into, images, todo, generation, size, lambda it: tqdm(it, "generating"))
+    folder = Path(settings.latents_dir or Path(settings.output_dir, "cache"))
+    model, length = settings.pretrained_model_name_or_path, text_tokens(settings, pipe)
+    origin = Origin.of(model, settings.revision, settings.resolution, length, images)
+    for todo in _parts(
+        accelerator,
+        lambda: cache.begin(folder, origin, len(images)),
+        lambda: cache.missing(folder, images),
+        [part for part in _modules(pipe) if part is not transformer],
+    ):
+        cache.build(pipe, training, images, folder, origin, tqdm(todo, "encoding"))
+    return Cache(folder)
+
+
+def _parts(
+    accelerator: Accelerator, begin: Callable[[], None], missing: Callable[[], list[int]], modules: list[nn.Module]
+) -> Iterator[list[int]]:
+    """Yield this process's part of what is missing, if any, with modules on its device until it is done."""
+    if accelerator.is_main_process:
+        begin()
+    accelerator.wait_for_everyone()
+    everything = missing()
+    accelerator.wait_for_everyone()  # all have looked before anyone adds something
+    if todo := everything[accelerator.process_index :: accelerator.num_processes]:
+        for module in modules:
+            module.to(accelerator.device)
+        yield todo
+        for module in modules:
+            module.to("cpu")
+    accelerator.wait_for_everyone()
+
+
+def drop_text_encoders(pipe: Any) -> None:
+    """Free the text encoders: neither a step nor a save needs them."""
+    for name in [name for name in pipe.components if name.startswith("text_encoder")]:
+        setattr(pipe, name, None)
+
+
+def _generated_folder(settings: Settings) -> Path:
+    return Path(settings.train_data_dir or Path(settings.output_dir, "generated"))
+
+
+def _modules(pipe: Any) -> list[nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
