@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clear_attn.backends.selection import BACKENDS
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Method
 from clear_attn.models import ModelAdapter
@@ -72,6 +73,11 @@ class Sharder:
         shard: Shard = layout.shards[key]
         _shard.set(weakref.ref(shard))
         return shard
+
+    def agree_on_backend(self, selected: str) -> str:
+        """Return the backend that all ranks selected or, if they differ, the one that runs everywhere."""
+        own = torch.tensor(list(BACKENDS).index(selected), device="cpu")
+        return selected if (self.links.compare(own) == own).all() else "tiled"
 
     def plan(self, method: Method, shard: Shard) -> ShardedPlan:
         """Return the plan of a method on a rank's part of a layout."""
