@@ -27,6 +27,9 @@ for window in 8 16 32; do
     bench --pixels 8192x8192 --window "$window" --dense-queries 8192 --runs 10 --variant dense --variant raster-flex \
         --variant flex --variant triton --json "$results/op-8192-$window-$device.json"
 done
+# The configurations of the fused kernel that were compiled and not chosen.
+bench --pixels 8192x8192 --runs 10 --variant triton --variant triton-128-64-8-2 --variant triton-64-64-4-3 \
+    --variant triton-128-32-8-3 --json "$results/op-candidates-$device.json"
 # NATTEN's shape: a disc of the area of its 80 x 80 window, no text.
 bench --grid 256x256 --text 0 --window 45 --variant dense --variant flex --variant triton --dense-queries 65536 \
     --json "$results/op-natten-$device.json"
