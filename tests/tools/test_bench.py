@@ -133,7 +133,7 @@ def test_plot(bench, tmp_path, suffix):
         (["--device", "tpu"], "'tpu' does not exist; there is cpu"),
         (["--device", "cuda:7"], "'cuda:7' does not exist"),
         (["--variant", "fast"], "'fast' is none of dense"),
-        (["--level", "model", "--variant", "raster-flex"], "'raster-flex' is none of dense, flex, tiled, bound"),
+        (["--level", "model", "--variant", "raster-flex"], "'raster-flex' is none of dense, triton, flex, tiled, bound"),
         (["--level", "model", "--head-dim", "40"], "head_dim divisible by 32, got 40"),
         (["--level", "model", "--backward"], "a step is timed forward only"),
         (["--plot", "times.txt"], "names no image format"),

@@ -80,7 +80,8 @@ def bench(
     text: Annotated[int, typer.Option(min=0, help="Text tokens.")] = 512,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 24,
     head_dim: Annotated[
-        list[int] | None, typer.Option(min=8, help="Size of a head; may be repeated.", show_default="128")
+        list[int] | None,
+        typer.Option(min=8, help="Size of a head; may be repeated (level compile).", show_default="128"),
     ] = None,
     dtype: options.DType = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 1,
@@ -140,7 +141,7 @@ def bench(
             width=size[1],
             text=text,
             heads=heads,
-            head_dim=size_of_head,
+            head_dim=(head_dim or [128])[-1],
             window=radius,
             down_factor=factor,
             dtype=options.select_dtype(dtype, where),
@@ -150,8 +151,8 @@ def bench(
             blocks=blocks,
             dense_queries=dense_queries,
         )
-        for size, radius, factor, size_of_head in itertools.product(
-            [*(grid or ()), *(pixels or ())] or [(64, 64)], window or [8, 16, 32], down_factor or [1], head_dim or [128]
+        for size, radius, factor in itertools.product(
+            [*(grid or ()), *(pixels or ())] or [(64, 64)], window or [8, 16, 32], down_factor or [1]
         )
     ]
     if not ranks and (attention_seconds, rest_seconds) != (None, None):
