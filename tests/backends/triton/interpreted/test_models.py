@@ -3,15 +3,15 @@ import torch
 
 import clear_attn as clear
 from tests.backends.triton.interpreted.cases import distance
-from tests.helpers import dummy_models
+from tests.helpers import dummy_models, families
 
 FAMILIES = {
-    "flux": dummy_models.FLUX,
-    "sd3": dummy_models.SD3,
-    "flux2": dummy_models.FLUX2,
-    "qwen": dummy_models.QWEN,
-    "chroma": dummy_models.CHROMA,
-    "dit": dummy_models.DIT,
+    "flux": families.FLUX,
+    "sd3": families.SD3,
+    "flux2": families.FLUX2,
+    "qwen": families.QWEN,
+    "chroma": families.CHROMA,
+    "dit": families.DIT,
 }
 # From the reference in the same dtype, for the rest of a model rounds as well.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -37,25 +37,25 @@ def output_of(family, backend, dtype, grid=(9, 11), **arguments):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_whole_models(family):
-    grid = (6, 6) if family is dummy_models.DIT else (9, 11)
+    grid = (6, 6) if family is families.DIT else (9, 11)
     expected = output_of(family, "reference", torch.float16, grid)
     assert distance(output_of(family, "triton", torch.float16, grid), expected) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("family", [dummy_models.FLUX, dummy_models.SD3], ids=["flux", "sd3"])
+@pytest.mark.parametrize("family", [families.FLUX, families.SD3], ids=["flux", "sd3"])
 def test_bfloat16(family):
     expected = output_of(family, "reference", torch.bfloat16)
     assert distance(output_of(family, "triton", torch.bfloat16), expected) < TOLERANCE[torch.bfloat16]
 
 
 def test_pooled_keys():
-    expected = output_of(dummy_models.FLUX, "reference", torch.float16, down_factor=2)
-    output = output_of(dummy_models.FLUX, "triton", torch.float16, down_factor=2)
+    expected = output_of(families.FLUX, "reference", torch.float16, down_factor=2)
+    output = output_of(families.FLUX, "triton", torch.float16, down_factor=2)
     assert distance(output, expected) < TOLERANCE[torch.float16]
 
 
 def test_padded_text():
-    family, results = dummy_models.QWEN, []
+    family, results = families.QWEN, []
     for backend in ("reference", "triton"):
         transformer = linearized(family, backend, torch.float16)
         with torch.no_grad():
@@ -66,7 +66,7 @@ def test_padded_text():
 def test_two_segments():
     results = []
     for backend in ("reference", "triton"):
-        transformer = linearized(dummy_models.FLUX, backend, torch.float16)
+        transformer = linearized(families.FLUX, backend, torch.float16)
         call = dummy_models.flux_call(transformer, (9, 11), (5, 6))
         call = {k: x.half() if isinstance(x, torch.Tensor) and "ids" not in k else x for k, x in call.items()}
         with torch.no_grad():
@@ -77,18 +77,18 @@ def test_two_segments():
 def test_training_with_checkpointing():
     gradients = []
     for checkpointing in (False, True):
-        transformer = linearized(dummy_models.FLUX, "triton", torch.float16).train()
+        transformer = linearized(families.FLUX, "triton", torch.float16).train()
         if checkpointing:
             transformer.enable_gradient_checkpointing()
-        call = call_of(dummy_models.FLUX, transformer, torch.float16, (5, 9))
+        call = call_of(families.FLUX, transformer, torch.float16, (5, 9))
         transformer(**call)[0].float().square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None]))
     assert torch.equal(*gradients)
 
 
 def test_a_compiled_model():
-    transformer = linearized(dummy_models.CHROMA, "triton", torch.float16)
-    call = call_of(dummy_models.CHROMA, transformer, torch.float16, (5, 9))
+    transformer = linearized(families.CHROMA, "triton", torch.float16)
+    call = call_of(families.CHROMA, transformer, torch.float16, (5, 9))
     with torch.no_grad():
         expected = transformer(**call)[0]
         output = torch.compile(transformer, backend="aot_eager")(**call)[0]
@@ -97,8 +97,8 @@ def test_a_compiled_model():
 
 @pytest.mark.slow
 def test_a_model_compiled_by_inductor():
-    transformer = linearized(dummy_models.FLUX, "triton", torch.float16)
-    call = call_of(dummy_models.FLUX, transformer, torch.float16, (5, 9))
+    transformer = linearized(families.FLUX, "triton", torch.float16)
+    call = call_of(families.FLUX, transformer, torch.float16, (5, 9))
     with torch.no_grad():
         expected = transformer(**call)[0]
         output = torch.compile(transformer)(**call)[0]
