@@ -61,14 +61,16 @@ def clear_attention(
 
     Args:
         query: `[batch, heads, tokens, head_dim]`, text and image tokens joined as the plan's layout says, the image
-            tokens in tile order; any floating point, of which `flex` takes float32, bfloat16 and float16.
+            tokens in tile order; any floating point, of which `flex` takes float32, bfloat16 and float16, and
+            `triton` the last two.
         key, value: as the query, with as many heads or a divisor of them (grouped-query attention).
         plan: of `clear_attn.methods.Clear` on a `TokenLayout`.
         pooled (*optional*): pooled keys and values as `pool` makes them; needed if the plan's down_factor is above 1.
         key_bias (*optional*): `[batch, keys]`, added to the scaled scores of each key, pooled keys last.
         text_bias (*optional*): added to the scores of text queries instead; broadcasts to `[batch, heads, text tokens,
             tokens]`.
-        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"reference"`, or what fits the call best.
+        backend (`str`, defaults to `"auto"`): `"triton"`, `"flex"`, `"tiled"`, `"reference"`, or what fits the call
+            best.
         scale (`float`, *optional*, defaults to head_dim^-0.5): factor of the scores.
         return_lse (`bool`, defaults to `False`): also return the log-sum-exp of each query's scaled scores.
         text_attention (*optional*): computes the dense attention of text queries from query, key, value, scale and
@@ -80,7 +82,7 @@ def clear_attention(
     Raises:
         ValueError: unknown backend; shapes or pooled keys that do not fit the plan or each other; `"reference"` on a
             long sequence.
-        RuntimeError: `"flex"` where it cannot run, or on a CPU with gradients.
+        RuntimeError: `"triton"` or `"flex"` where it cannot run.
 
     Example:
         >>> from clear_attn import TokenLayout, methods

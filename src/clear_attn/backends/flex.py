@@ -115,13 +115,47 @@ def attend_blocks(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """FlexAttention over block lists; by a rule."""
-    blocks = BlockMask.from_kv_blocks(
-        *lists,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(query.shape[2], key.shape[2]),
-        compute_q_blocks=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
+    lengths = query.shape[2], key.shape[2]
+    mask = _new_block_mask(lists, mask_mod, lengths, with_gradients=_needs_grad(query, key, value))
+    return _attend_mask(query, key, value, mask, scale, return_lse)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _new_block_mask(
+    lists: BlockIndices, mask_mod: Callable[..., Tensor], lengths: tuple[int, int], with_gradients: bool
+) -> BlockMask:
+    return BlockMask.from_kv_blocks(
+        *lists, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths, compute_q_blocks=with_gradients
     )
+
+
+def block_mask(region: AttentionRegion, with_gradients: bool) -> BlockMask:
+    """Return the block mask of a plan, made once for all its layers."""
+    masks = region.block_masks
+    if with_gradients in masks:
+        return masks[with_gradients]
+    lengths = region.image_tokens, region.key_tokens
+    mask = _new_block_mask(region.block_indices, _mask_mod(*_rule_tensors(region)), lengths, with_gradients)
+    if not torch.compiler.is_compiling():  # what is made in a graph cannot be kept
+        masks[with_gradients] = mask
+    return mask
+
+
+def prepare(region: AttentionRegion) -> None:
+    """Build what compiled layers cannot; on a CPU, the operator makes the mask of the lists."""
+    with torch.inference_mode(False):
+        if region.device.type == "cpu":
+            _ = region.block_indices
+        else:
+            block_mask(region, torch.is_grad_enabled())
+
+
+def _attend_mask(
+    query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     wanted = AuxRequest(lse=True) if return_lse else None
     grouped = query.shape[1] != key.shape[1]
     result = _run_compiled(query, key, value, block_mask=blocks, scale=scale, return_aux=wanted, enable_gqa=grouped)
@@ -215,8 +249,8 @@ def attend_directly(
 ) -> tuple[Tensor, Tensor | None]:
     """Call FlexAttention without the precautions that a CPU needs."""
     image, key, value = append_bias_dims(query[:, :, region.image], key, value, key_bias, scale)
-    mask_mod = _mask_mod(*_rule_tensors(region))
-    output, lse = attend_blocks(image, key, value, region.block_indices, mask_mod, scale, return_lse)
+    mask = block_mask(region, _needs_grad(query, key, value))
+    output, lse = _attend_mask(image, key, value, mask, scale, return_lse)
     output = region.expand_to_sequence(output[..., : query.shape[-1]])
     return output, None if lse is None else region.expand_to_sequence(lse)
 

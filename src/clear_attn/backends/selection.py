@@ -48,7 +48,7 @@ BACKENDS: dict[str, Backend] = {
     ),
     "flex": Backend(
         flex.attend,
-        lambda region: region.block_indices,
+        flex.prepare,
         flex.unsupported_reason,
         lambda device: flex.unsupported_device(device),
     ),

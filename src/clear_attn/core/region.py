@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class AttentionRegion:
 
     Attributes:
         image_tokens, key_tokens (`int`): the number of image queries, and of all keys.
+        block_masks: FlexAttention's, with and without what gradients need, kept here by that backend.
         is_symmetric (`bool`): whether each image token is a query and a key.
         shared_keys (`SharedKeys`): where the keys are that all queries attend to.
         query (`Coordinates`): of the image tokens in tile order, float32 `[image tokens]`.
@@ -48,6 +50,7 @@ class AttentionRegion:
     ) -> None:
         self._queries, self._keys, self.window = queries, keys, window
         self.is_symmetric = queries is keys
+        self.block_masks: dict[bool, Any] = {}
         self.tokens, self.image, self.device = tokens, image, device
         self.image_tokens = len(queries.y)
         self.key_tokens = before + len(keys.y) + after

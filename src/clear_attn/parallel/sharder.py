@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clear_attn.backends.selection import BACKENDS
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Method
 from clear_attn.models import ModelAdapter
@@ -79,6 +80,11 @@ class Sharder:
     def check_weights(self, transformer: Any) -> None:
         """Raise ValueError if ranks hold different weights."""
         check_same(self.communicator, {}, "no call", self.weights.lines(transformer))
+
+    def agree_on_backend(self, selected: str) -> str:
+        """Return the backend that all ranks selected or, if they differ, the one that runs everywhere."""
+        own = torch.tensor(list(BACKENDS).index(selected), device="cpu")
+        return selected if (self.communicator.compare(own) == own).all() else "tiled"
 
     def plan(self, method: Method, shard: Shard) -> ShardedPlan:
         """Return the plan of a method on a rank's part of a layout."""

@@ -45,6 +45,9 @@ class Sharder(Protocol):
     def shard(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Any:
         """Return this rank's part of a layout, after a check that all ranks got the same call and settings."""
 
+    def agree_on_backend(self, selected: str) -> str:
+        """Return the backend of all ranks, from the one that was selected for the devices of this rank."""
+
     def plan(self, method: Method, shard: Any) -> Plan:
         """Return the plan of a method on a part of a layout."""
 
@@ -109,8 +112,10 @@ class EntryHook:
             layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
         backend = self._select_backend(transformer, call, parsed.device)
         if self.sharder:
-            settings = f"{self.method}, {self.schedule}, backend {backend}"
+            settings = f"{self.method}, {self.schedule}, backend {self.backend}"
             layout = self.sharder.shard(transformer, call, layout, settings)
+            if backend != self.backend:  # selected, and so on all ranks, since their settings are the same
+                backend = self.sharder.agree_on_backend(backend)
         passed_on = dict(call.get(self.adapter.keywords) or {})
         role = passed_on.pop(ROLE, None)
         methods = [Dense()] * len(self.representatives) if role == TEACHER else self.methods_of(call)

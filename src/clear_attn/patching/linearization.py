@@ -113,8 +113,8 @@ def linearize(
             directory that `save_pretrained` wrote, or a Hub id, `owner/repo` or `owner/repo/file.safetensors`.
         revision (`str`, *optional*): a branch, tag or commit on the Hub.
         token (`str` or `bool`, *optional*): a Hub token; by default that of `hf auth login`.
-        backend (`str`, defaults to `"auto"`): `"flex"`, `"tiled"`, `"reference"`, or `"auto"`, which selects the
-            fastest for each call.
+        backend (`str`, defaults to `"auto"`): `"triton"`, `"flex"`, `"tiled"`, `"reference"`, or `"auto"`, which
+            selects the fastest for each call.
         keep_original (`bool`, defaults to `True`): keep the weights that are replaced, on the CPU, so that
             `restore` can put them back.
 

@@ -45,6 +45,20 @@ def has_triton() -> bool:
     return bool(_has_triton())
 
 
+def convert_interpreted_scalars(interpreter: Any) -> None:
+    """Let scalars of Triton's interpreter be ints with NumPy 2.4, which converts no array to one.
+
+    Triton's private name, for torch of its time (torch 2.13).
+    """
+    patch_tensor = _private(interpreter, "_patch_lang_tensor")
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
 def recompile_limit(limit: int) -> AbstractContextManager[None]:
     """Allow a compiled function this many compilations inside a `with` block (torch 2.13)."""
     patched: AbstractContextManager[None] = _private(torch._dynamo, "config").patch(recompile_limit=limit)

@@ -9,6 +9,8 @@ import functools
 import os
 from typing import Any
 
+from clear_attn.utils._torch import convert_interpreted_scalars
+
 VARIABLE = "TRITON_INTERPRET"
 
 
@@ -35,12 +37,5 @@ def mend() -> None:
         product = np.matmul(widen(a), widen(b), dtype=np.float32) + d.data
         return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        # NumPy 2.4 converts no array of one dimension to an int.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
     interpreter.InterpreterBuilder.create_dot = create_dot
-    interpreter._patch_lang_tensor = patch_lang_tensor
+    convert_interpreted_scalars(interpreter)

@@ -202,21 +202,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.handle = output[1]  # not saved with the others: hooks on saved tensors may copy them, and lose its storage
 
 
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that cannot be differentiated again. The backward operator itself cannot say so: an operator with a
+    formula for autograd runs below autograd, and this one needs it."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "the attention of this model has no second derivatives, because its layers get their context through a "
+            "custom operator; clear_attn.restore() the model for them"
+        )
+
+
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     query, key, value, *parameters = ctx.saved_tensors
     *direct, of_parameters = ctx.needs_input_grad[:4]
     needed = [*direct, *of_parameters]
     args = query, key, value, parameters, *ctx.settings
-    grads = iter(torch.ops.clear_attn.attend_backward(grad, ctx.handle, needed, *args))
+    found = torch.ops.clear_attn.attend_backward(grad, ctx.handle, needed, *args)
+    if torch.is_grad_enabled():  # as under create_graph=True
+        found = [_FirstDerivative.apply(each, grad, query, key, value) for each in found]
+    grads = iter(found)
     query_grad, key_grad, value_grad, *rest = [next(grads) if need else None for need in needed]
     return query_grad, key_grad, value_grad, rest, None, None, None
-
-
-def _refuse_second_backward(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError(
-        "the attention of this model has no second derivatives, for its layers get their context through a custom "
-        "operator; clear_attn.restore() the model for them"
-    )
 
 
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
@@ -224,4 +236,3 @@ _library.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("clear_attn::attend", _attend_fake, lib=_library)
 torch.library.register_fake("clear_attn::attend_backward", _attend_backward_fake, lib=_library)
 torch.library.register_autograd("clear_attn::attend", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("clear_attn::attend_backward", _refuse_second_backward, lib=_library)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clear_attn.backends import selection
 from clear_attn.backends.attention import clear_attention, pool
+from clear_attn.backends.triton import configurations
 from clear_attn.core.window_mask import BLOCK, Coordinates, window_mask
 from clear_attn.tools.bench.case import Case
 from clear_attn.tools.bench.measure import Mark, Subject, measure
@@ -21,7 +22,9 @@ from clear_attn.tools.bench.raster import raster_attention
 
 TITLE = "one attention"
 BACKENDS = tuple(name for name in selection.BACKENDS if name != "reference")  # which is not meant to be fast
-VARIANTS = ("dense", "dense-pooled", "raster-flex", *BACKENDS)
+# Other configurations of the fused kernel, forward, by their rows, columns, warps and stages.
+CANDIDATES = {"triton-" + "-".join(map(str, each)): each for each in configurations.CANDIDATES["forward"]}
+VARIANTS = ("dense", "dense-pooled", "raster-flex", *BACKENDS, *CANDIDATES)
 MAX_ERRORS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 KERNELS = {
     "cpu": (SDPBackend.FLASH_ATTENTION,),
@@ -65,7 +68,9 @@ def unsupported_reason(name: str, case: Case) -> str | None:
         return "it is for pooled keys alone, forward"
     if name == "raster-flex" and case.tokens < BLOCK:
         return f"it takes at least {BLOCK} tokens"
-    backend = "flex" if name == "raster-flex" else name
+    if name in CANDIDATES and case.backward:
+        return "it is for forward passes"
+    backend = {"raster-flex": "flex", **dict.fromkeys(CANDIDATES, "triton")}.get(name, name)
     if backend not in selection.BACKENDS:
         return None
     return selection.BACKENDS[backend].unsupported_reason(case.device, case.dtype, case.head_dim, case.backward)
@@ -137,7 +142,10 @@ def _backend(name: str, case: Case) -> Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         images = key[:, :, plan.image], value[:, :, plan.image]
         pooled = (pool(images[0], plan, weight), pool(images[1], plan, weight)) if plan.pooled_tokens else None
-        return clear_attention(query, key, value, plan, pooled=pooled, backend=name, scale=case.scale)
+        if name not in CANDIDATES:
+            return clear_attention(query, key, value, plan, pooled=pooled, backend=name, scale=case.scale)
+        with configurations.forward_configuration(CANDIDATES[name]):
+            return clear_attention(query, key, value, plan, pooled=pooled, backend="triton", scale=case.scale)
 
     return attend
 
