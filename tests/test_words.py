@@ -52,7 +52,9 @@ def banned_words(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("file", sorted([*DOCUMENTS, *EXAMPLES, *SOURCES]), ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "file", sorted([*DOCUMENTS, *EXAMPLES, *SOURCES]), ids=lambda file: str(file.relative_to(ROOT))
+)
 def test_words(file):
     assert banned_words(written(file)) == []
 
