@@ -1,6 +1,6 @@
 """The project's vocabulary: words that have a plainer or more usual one are not used.
 
-A package of the source joins `PACKAGES` when it is free of them.
+A package of the source joins `PACKAGES` once it has none of them.
 """
 
 import json
@@ -27,7 +27,7 @@ BANNED = {
     r"(is|are) told": "gets, knows",
     r"whereupon|wherein|thereof|therein": "a short sentence",
 }
-PACKAGES: tuple[str, ...] = ()
+PACKAGES = ("cascade", "demo", "parallel", "profiling", "tools", "utils", "weights")
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 EXAMPLES = [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.ipynb")]
@@ -35,11 +35,13 @@ SOURCES = [file for package in PACKAGES for file in (ROOT / "src" / "clear_attn"
 
 
 def written(file: Path) -> str:
-    """Return what people wrote in a file: of a notebook the cells without outputs, of a page no quoted errors."""
+    """Return the text of a file to check: of a notebook the cells without outputs, of a page no names and errors."""
     text = file.read_text(encoding="utf-8")
+    if file.suffix == ".md":
+        return re.sub(r"`[^`\n]+`", "", text.split("\n## Errors\n")[0])
     if file.suffix == ".ipynb":
         return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
-    return text.split("\n## Errors\n")[0]
+    return text
 
 
 def banned_words(text: str) -> list[str]:
