@@ -1,11 +1,11 @@
-"""What rotary positions do that bfloat16 cannot tell apart, as pipelines pass them above 4096 px.
+"""The effect of positions that collide in bfloat16, as pipelines pass them above 4096 px.
 
     python examples/colliding_positions.py --output benchmarks/results/colliding_positions.json
 
-A rotary embedding knows only how far tokens are from each other. So a picture whose positions, text and image, are all
-moved by the same number of tokens is drawn the same, and the small FLUX can stand where a large picture's far corner
-would be: at 256 tokens (4096 px of FLUX.1) and beyond, bfloat16 makes pairs of neighbours one, beyond 512 it makes four
-one. All is drawn dense, by diffusers alone; a linearized transformer counts a picture's positions anew.
+A rotary embedding depends only on the distance between tokens. Shifting all positions, of text and image, by the same
+number of tokens gives the same image. So the small FLUX can draw at the positions of a large image's far corner. From
+256 tokens on (4096 px of FLUX.1), bfloat16 merges neighbors in pairs, and from 512 on in fours. Everything here is
+dense, by diffusers alone; a linearized transformer computes exact positions.
 """
 
 import json
@@ -22,8 +22,8 @@ from clear_attn.demo.scenes import held_out_scenes, read
 from clear_attn.utils.image_sheets import contact_sheet
 
 
-def moved(tokens: int, dtype: torch.dtype) -> Any:
-    """A forward pre-hook: all positions further down and to the right, passed in a dtype."""
+def shift_positions(tokens: int, dtype: torch.dtype) -> Any:
+    """Return a forward pre-hook that shifts all positions down and to the right, and casts them to a dtype."""
 
     def hook(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         step = torch.tensor([0, tokens, tokens])
@@ -33,16 +33,16 @@ def moved(tokens: int, dtype: torch.dtype) -> Any:
 
 
 def main(
-    captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 20,
-    shown: Annotated[int, typer.Option(help="How many of them the picture shows.")] = 4,
-    output: Annotated[Path | None, typer.Option(help="Where the numbers go as JSON.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where a picture goes.")] = None,
+    captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 20,
+    shown: Annotated[int, typer.Option(help="How many of them the contact sheet shows.")] = 4,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+    sheet_file: Annotated[Path | None, typer.Option("--sheet", help="Where the contact sheet goes.")] = None,
 ) -> None:
     pipe = demo.pipeline()
     scenes = held_out_scenes()[:captions]
     rows, sheet = [], {}
     for tokens, dtype in ((0, torch.float32), (256, torch.float32), (256, torch.bfloat16), (512, torch.bfloat16)):
-        handle = pipe.transformer.register_forward_pre_hook(moved(tokens, dtype), with_kwargs=True)
+        handle = pipe.transformer.register_forward_pre_hook(shift_positions(tokens, dtype), with_kwargs=True)
         try:
             images: list[Image.Image] = pipe(
                 [scene.caption for scene in scenes],
@@ -58,8 +58,8 @@ def main(
         sheet[f"moved {tokens}, {kind}"] = images[:shown]
     if output:
         output.write_text(json.dumps(rows, indent=1) + "\n")
-    if picture:
-        contact_sheet(sheet, [scene.caption for scene in scenes[:shown]]).save(picture)
+    if sheet_file:
+        contact_sheet(sheet, [scene.caption for scene in scenes[:shown]]).save(sheet_file)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Ways to make attention cheap, side by side: the comparison of CLEAR's paper (its table 2) in small.
+"""Compare efficient attention methods, as table 2 of CLEAR's paper does, at small scale.
 
     python examples/compare_methods.py --output compared
 
-The small FLUX in the box is the teacher. For each method a student is distilled with the same pictures, which the
-teacher draws itself, steps and losses as in `distill_small_flux.py`; each draws the captions that nobody was trained
-on, with the teacher's seeds. The table shows the mean squared error against the teacher's pictures, how many captions
-are drawn right, the work of attention in a layer, and the seconds of drawing. As in the paper, an image token of the
-methods that leave most keys out sees about one key in sixteen: 16 of the 256 here.
+The small FLUX is the teacher. For each method a student is distilled from the teacher's own images, with the steps and
+losses of `distill_small_flux.py`. Each student draws the held-out captions with the teacher's seeds. The table shows
+the mean squared error against the teacher's images, the number of captions drawn right, the FLOPs of attention in a
+layer, and the seconds of drawing. As in the paper, methods that leave out most keys attend to about one in sixteen,
+here 16 of 256.
 
-Stopped, it goes on where it was; once the pictures are drawn and cached, several processes may share the work
-(`--only Swin`), and a last run without `--only` writes table, contact sheet and plot. About two hours on two cores.
+An interrupted run continues where it stopped. Once the images are drawn and cached, several processes can share the
+work (`--only Swin`). A last run without `--only` writes table, contact sheet and plot. About two hours on two cores.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from clear_attn import demo
 from clear_attn.demo.scenes import held_out_scenes, training_scenes
 from clear_attn.distill import Settings, train
 from clear_attn.utils.image_sheets import contact_sheet
-from distill_small_flux import PICTURES, pictures, squared_error
+from distill_small_flux import TRAINING_IMAGES, cached_images, squared_error
 from evaluate_small_flux import count_right
 
-# What `Settings` is told of each.
+# Arguments of `Settings`.
 METHODS: dict[str, dict[str, Any]] = {
     "sigmoid": {"method": "Sigmoid"},
     "linear": {"method": "LiT(heads=None, kernel_size=0)"},
@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "CLEAR, window 8": {"window": 8},
 }
 SHOWN = 6
-# Where labels of points that lie together go, in points of print.
+# Offsets in points for labels that would overlap.
 LABELS = {"KV compression": (7, 9), "strided": (9, -2), "Swin": (-32, 3), "CLEAR, window 2": (7, -9)}
 TIMES = 5
 
@@ -56,7 +56,7 @@ TIMES = 5
 def settings(output: Path, folder: Path, method: dict[str, Any], steps: int) -> Settings:
     return Settings(
         pretrained_model_name_or_path=str(demo.path()),
-        generate=PICTURES,
+        generate=TRAINING_IMAGES,
         prompts=str(output / "prompts.txt"),
         train_data_dir=str(output / "drawn"),
         latents_dir=str(output / "cache"),
@@ -76,7 +76,7 @@ def settings(output: Path, folder: Path, method: dict[str, Any], steps: int) -> 
 
 
 def seconds_of(pipe: FluxPipeline, weights: Path) -> dict[str, float]:
-    """Of drawing 8 pictures, dense and with these weights: each the best of several times, in turn."""
+    """Return the seconds of drawing 8 images, dense and with these weights: the best of several runs each, in turn."""
     best = {"dense_seconds": float("inf"), "seconds": float("inf")}
     for _ in range(TIMES):
         for name, state in (
@@ -84,7 +84,7 @@ def seconds_of(pipe: FluxPipeline, weights: Path) -> dict[str, float]:
             ("seconds", clear.linearized(pipe, weights=weights)),
         ):
             with state:
-                _draw_eight(pipe)  # once before, for what is made at the first call
+                _draw_eight(pipe)  # warm up
                 start = time.perf_counter()
                 _draw_eight(pipe)
                 best[name] = min(best[name], time.perf_counter() - start)
@@ -103,7 +103,7 @@ def _draw_eight(pipe: FluxPipeline) -> None:
 
 
 def table(rows: list[dict[str, Any]], teacher: dict[str, Any]) -> Table:
-    shown = Table("method", "error against the teacher", "captions right", "MFLOPs a layer", "seconds, of dense")
+    shown = Table("method", "error against the teacher", "captions right", "MFLOPs per layer", "seconds / dense")
     for row in [teacher, *rows]:
         shown.add_row(
             row["method"],
@@ -116,7 +116,7 @@ def table(rows: list[dict[str, Any]], teacher: dict[str, Any]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], teacher: dict[str, Any]) -> Figure:
-    """Error against work, of each method."""
+    """Return a plot of error and FLOPs of each method."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
@@ -126,17 +126,17 @@ def plot(rows: list[dict[str, Any]], teacher: dict[str, Any]) -> Figure:
         axes.annotate(row["method"], (row["mflops"], row["error"]), place, textcoords="offset points", fontsize=9)
     axes.axvline(teacher["mflops"], color="grey", linewidth=1, linestyle=":")
     axes.text(teacher["mflops"], axes.get_ylim()[1], "dense ", ha="right", va="top", fontsize=9, color="grey")
-    axes.set(xlabel="MFLOPs of attention in a layer", ylabel="error against the teacher", yscale="log")
+    axes.set(xlabel="MFLOPs of attention per layer", ylabel="error against the teacher", yscale="log")
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     return figure
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where pictures, weights and results go.")] = Path("compared"),
-    steps: Annotated[int, typer.Option(help="Of training, for each student.")] = 600,
-    captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 200,
-    only: Annotated[list[str] | None, typer.Option(help="Methods by name; by default all.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for images, weights and results.")] = Path("compared"),
+    steps: Annotated[int, typer.Option(help="Training steps of each student.")] = 600,
+    captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 200,
+    only: Annotated[list[str] | None, typer.Option(help="Names of methods; default: all.")] = None,
 ) -> None:
     if unknown := set(only or ()) - METHODS.keys():
         raise typer.BadParameter(f"{unknown.pop()!r} is none of {', '.join(METHODS)}", param_hint="--only")
@@ -145,7 +145,7 @@ def main(
     pipe = demo.pipeline()
     pipe.set_progress_bar_config(disable=True)
     scenes = held_out_scenes()[:captions]
-    drawn = {"dense": pictures(output / f"teacher-{captions}.npy", pipe, captions)}
+    drawn = {"dense": cached_images(output / f"teacher-{captions}.npy", pipe, captions)}
     dense = clear.cost(pipe, demo.SIZE, demo.SIZE, text_tokens=demo.TEXT_TOKENS)
     teacher = {
         "method": "dense",
@@ -159,7 +159,7 @@ def main(
         if not (folder / "clear_config.json").exists():
             train(settings(output, folder, METHODS[name], steps))
         with clear.linearized(pipe, weights=folder):
-            drawn[name] = pictures(folder / f"pictures-{captions}.npy", pipe, captions)
+            drawn[name] = cached_images(folder / f"images-{captions}.npy", pipe, captions)
             cost = clear.cost(pipe, demo.SIZE, demo.SIZE, text_tokens=demo.TEXT_TOKENS)
         rows.append(
             {
@@ -173,10 +173,10 @@ def main(
         print(table(rows, teacher))
     if only:
         return
-    result = {"teacher": teacher, "steps": steps, "pictures": PICTURES, "torch": torch.__version__, "rows": rows}
+    result = {"teacher": teacher, "steps": steps, "images": TRAINING_IMAGES, "torch": torch.__version__, "rows": rows}
     (output / "table.json").write_text(json.dumps(result, indent=1) + "\n")
-    images = {label: [Image.fromarray(picture) for picture in each[:SHOWN]] for label, each in drawn.items()}
-    contact_sheet(images, [scene.caption for scene in scenes[:SHOWN]]).save(output / "table.png")
+    sheet = {label: [Image.fromarray(image) for image in each[:SHOWN]] for label, each in drawn.items()}
+    contact_sheet(sheet, [scene.caption for scene in scenes[:SHOWN]]).save(output / "table.png")
     plot(rows, teacher).savefig(output / "plot.png", dpi=150)
 
 

@@ -1,13 +1,14 @@
-"""Distils the small FLUX in the box, by each loss of CLEAR in turn, and measures what each brings.
+"""Distill the small FLUX with each loss of CLEAR in turn, and measure the effect.
 
     python examples/distill_small_flux.py --output distilled
 
-The small FLUX draws its own training set. For each variant (window, down_factor) three students are trained: by flow
-matching alone, by the difference from the teacher's prediction as well, and by the difference from its attention as
-well; the best of them comes with the library. Each draws the captions that nobody was trained on, with the teacher's
-seeds; the table shows the mean squared error against the teacher's pictures and how many captions are drawn right.
-Stopped, it goes on where it was; once the pictures are drawn, several processes may share the work, each with variants
-of its own (`--only 4x1`), and a last run without `--only` writes the table. About three hours on two cores.
+The small FLUX draws its own training set. For each variant (window, down_factor) three students are trained: with flow
+matching alone, with the error against the teacher's prediction too, and with the error against its attention too. The
+library contains the best one for window 8. Each student draws the held-out captions with the teacher's seeds. The table
+shows the mean squared error against the teacher's images, and the number of captions drawn right.
+
+An interrupted run continues where it stopped. Once the images are drawn, several processes can share the work, each
+with its own variants (`--only 4x1`). A last run without `--only` writes the table. About three hours on two cores.
 """
 
 import json
@@ -31,13 +32,13 @@ from clear_attn.utils.image_sheets import contact_sheet
 from evaluate_small_flux import count_right, draw
 
 VARIANTS = ((2, 1), (4, 1), (8, 1), (2, 4))  # window, down_factor
-# The weights of prediction and attention; that of flow matching is 1.
+# Weights of the prediction and attention losses; flow matching has weight 1.
 LOSSES = {
     "flow matching": (0.0, 0.0),
     "+ prediction": (0.5, 0.0),
     "+ attention": (0.5, 0.5),
 }
-PICTURES = 800
+TRAINING_IMAGES = 800
 SHOWN = 4
 
 
@@ -45,7 +46,7 @@ def settings(output: Path, folder: Path, window: int, down_factor: int, losses: 
     prediction, attention = LOSSES[losses]
     return Settings(
         pretrained_model_name_or_path=str(demo.path()),
-        generate=PICTURES,
+        generate=TRAINING_IMAGES,
         prompts=str(output / "prompts.txt"),
         train_data_dir=str(output / "drawn"),
         latents_dir=str(output / "cache"),
@@ -72,23 +73,23 @@ def folder_of(output: Path, window: int, down_factor: int, weights: str, steps: 
     return output / f"{window}x{down_factor}-{weights.removeprefix('+ ').replace(' ', '-')}{trained}"
 
 
-def pictures(file: Path, pipe: FluxPipeline, captions: int) -> np.ndarray:
-    """The held-out captions as a pipeline draws them, uint8 `[captions, SIZE, SIZE, 3]`; kept in a file."""
+def cached_images(file: Path, pipe: FluxPipeline, captions: int) -> np.ndarray:
+    """Return the held-out captions as a pipeline draws them, uint8 `[captions, SIZE, SIZE, 3]`, cached in a file."""
     if not file.exists():
         drawn = np.stack(draw(pipe, held_out_scenes()[:captions], demo.TEXT_TOKENS, batch=25))
-        with atomic_file(file) as unfinished, unfinished.open("wb") as opened:  # numpy would add an ending to a name
+        with atomic_file(file) as unfinished, unfinished.open("wb") as opened:  # numpy adds a suffix to a name
             np.save(opened, drawn)
     return np.load(file)
 
 
 def squared_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Mean over all pictures, of values in 0..1."""
+    """Return the mean squared error over all images, of values in 0..1."""
     return float(((ours / 255.0 - theirs / 255.0) ** 2).mean())
 
 
 def table(rows: list[dict]) -> Table:
     shown = Table(
-        "window", "down_factor", "weights", "error against the teacher", "of training-free's", "captions right"
+        "window", "down_factor", "weights", "error against the teacher", "share of training-free", "captions right"
     )
     for row in rows:
         free = next(each for each in rows if each["variant"] == row["variant"] and each["weights"] == "training-free")
@@ -100,10 +101,10 @@ def table(rows: list[dict]) -> Table:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where pictures, weights and results go.")] = Path("distilled"),
-    steps: Annotated[int, typer.Option(help="Of training, for each student.")] = 600,
-    captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 200,
-    only: Annotated[list[str] | None, typer.Option(help="Variants, as 4x1; by default all.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for images, weights and results.")] = Path("distilled"),
+    steps: Annotated[int, typer.Option(help="Training steps of each student.")] = 600,
+    captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 200,
+    only: Annotated[list[str] | None, typer.Option(help="Variants such as 4x1; default: all.")] = None,
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "prompts.txt").write_text("".join(f"{scene.caption}\n" for scene in training_scenes()))
@@ -111,7 +112,7 @@ def main(
     pipe = demo.pipeline()
     pipe.set_progress_bar_config(disable=True)
     scenes = held_out_scenes()[:captions]
-    teacher = pictures(output / f"teacher-{captions}.npy", pipe, captions)
+    teacher = cached_images(output / f"teacher-{captions}.npy", pipe, captions)
     rows, sheet = [], {"dense": teacher}
     for window, down_factor in variants:
         for weights in ("training-free", *LOSSES):
@@ -120,7 +121,7 @@ def main(
                 train(settings(output, folder, window, down_factor, weights, steps))
             folder.mkdir(exist_ok=True)
             with clear.linearized(pipe, window, down_factor, weights=folder if weights in LOSSES else None):
-                drawn = pictures(folder / f"pictures-{captions}.npy", pipe, captions)
+                drawn = cached_images(folder / f"images-{captions}.npy", pipe, captions)
             rows.append(
                 {
                     "variant": (window, down_factor),
@@ -136,13 +137,13 @@ def main(
     result = {
         "teacher": count_right(scenes, list(teacher)),
         "steps": steps,
-        "pictures": PICTURES,
+        "images": TRAINING_IMAGES,
         "torch": torch.__version__,
         "rows": rows,
     }
     (output / "table.json").write_text(json.dumps(result, indent=1) + "\n")
-    images = {label: [Image.fromarray(picture) for picture in drawn[:SHOWN]] for label, drawn in sheet.items()}
-    contact_sheet(images, [scene.caption for scene in scenes[:SHOWN]]).save(output / "table.png")
+    shown = {label: [Image.fromarray(image) for image in drawn[:SHOWN]] for label, drawn in sheet.items()}
+    contact_sheet(shown, [scene.caption for scene in scenes[:SHOWN]]).save(output / "table.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many of the held-out captions the small FLUX draws right, by a check of the pixels.
+"""Count the held-out captions that the small FLUX draws right, by a check of the pixels.
 
     python examples/evaluate_small_flux.py --output benchmarks/results/small_flux.json
 
@@ -24,8 +24,8 @@ PARTS = {"colour": "color", "ground": "ground", "shape": "shape", "place": "plac
 
 
 def draw(pipe: FluxPipeline, scenes: list[Scene], text_tokens: int, batch: int) -> list[np.ndarray]:
-    """A picture for each scene, uint8 `[SIZE, SIZE, 3]`."""
-    pictures: list[np.ndarray] = []
+    """Return an image for each scene, uint8 `[SIZE, SIZE, 3]`."""
+    images: list[np.ndarray] = []
     for first in range(0, len(scenes), batch):
         part = scenes[first : first + batch]
         drawn = pipe(
@@ -35,14 +35,14 @@ def draw(pipe: FluxPipeline, scenes: list[Scene], text_tokens: int, batch: int) 
             max_sequence_length=text_tokens,
             generator=[torch.Generator().manual_seed(first + number) for number in range(len(part))],
         )
-        pictures += [np.asarray(image) for image in drawn.images]
-    return pictures
+        images += [np.asarray(image) for image in drawn.images]
+    return images
 
 
-def count_right(scenes: list[Scene], pictures: list[np.ndarray]) -> dict[str, int]:
-    """How many pictures show what they should: in all, and in each part of the caption."""
-    seen = [read(picture) for picture in pictures]
-    pairs = list(zip(scenes, seen, strict=True))
+def count_right(scenes: list[Scene], images: list[np.ndarray]) -> dict[str, int]:
+    """Return the number of images that show their scene, and that show each part of it."""
+    found = [read(image) for image in images]
+    pairs = list(zip(scenes, found, strict=True))
     return {
         "captions": len(scenes),
         "right": sum(scene == shown for scene, shown in pairs),
@@ -54,12 +54,12 @@ def count_right(scenes: list[Scene], pictures: list[np.ndarray]) -> dict[str, in
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="A folder with the pipeline; default: the one in the box.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of the pipeline; default: the one in the package.")] = None,
     window: Annotated[int | None, typer.Option(help="Radius in tokens; dense without it.")] = None,
-    captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 200,
-    text_tokens: Annotated[int, typer.Option(help="Length that prompts are padded to.")] = demo.TEXT_TOKENS,
+    captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 200,
+    text_tokens: Annotated[int, typer.Option(help="Length to which prompts are padded.")] = demo.TEXT_TOKENS,
     batch: int = 50,
-    output: Annotated[Path | None, typer.Option(help="Where the numbers go as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     pipe = FluxPipeline.from_pretrained(model or demo.path(), dtype=torch.float32, local_files_only=True)
     scenes = held_out_scenes()[:captions]

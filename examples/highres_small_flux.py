@@ -1,14 +1,14 @@
-"""How many captions the small FLUX draws right at two and four times the side that it was trained at.
+"""Count the captions that the small FLUX draws right at two and four times its training size.
 
     weights=src/clear_attn/demo/small_flux_clear
     python examples/highres_small_flux.py --side 256 --captions 20 --weights $weights \\
         --output benchmarks/results/highres_small_flux-256.json
-    python examples/highres_small_flux.py --side 512 --captions 4 --weights $weights --picture docs/highres.png \\
+    python examples/highres_small_flux.py --side 512 --captions 4 --weights $weights --sheet docs/highres.png \\
         --output benchmarks/results/highres_small_flux-512.json
 
-Directly at that size, dense and linearized, and by `clear_attn.highres`, with the published settings and with those
-that suit this model: it has learned its 16 x 16 places by heart, so a stage must not stray far from the image so far.
-The base images, only enlarged, stand beside them.
+Images are drawn directly at that size, dense and linearized, and by `clear_attn.highres`. It runs with the published
+settings and with settings for this model, which has memorized its 16 x 16 positions and must stay close to the base
+image. The base images, only enlarged, are included for comparison.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ Draw = Callable[[Scene, int, Image.Image], Image.Image]
 
 
 def direct(pipe: FluxPipeline, side: int) -> Draw:
-    """Text to image at this size."""
+    """Return a function that draws text to image at this size."""
 
     def draw(scene: Scene, seed: int, base: Image.Image) -> Image.Image:
         generator = torch.Generator().manual_seed(seed)
@@ -47,7 +47,7 @@ def direct(pipe: FluxPipeline, side: int) -> Draw:
 
 
 def by_stage(pipe: FluxPipeline, side: int, stage: clear.Stage) -> Draw:
-    """One stage upon the base image, by a linearized pipeline."""
+    """Return a function that runs one stage on the base image, with a linearized pipeline."""
 
     def draw(scene: Scene, seed: int, base: Image.Image) -> Image.Image:
         call = {"max_sequence_length": demo.TEXT_TOKENS, "stages": stage, "seed": seed, "image": base}
@@ -63,11 +63,11 @@ def enlarged(side: int) -> Draw:
 def main(
     window: Annotated[int, typer.Option(help="Radius in tokens.")] = 8,
     weights: Annotated[str | None, typer.Option(help="Distilled weights; default: the model's own.")] = None,
-    side: Annotated[list[int] | None, typer.Option(help="In pixels; may be repeated.", show_default="256, 512")] = None,
-    captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 20,
-    shown: Annotated[int, typer.Option(help="How many of them the picture shows.")] = 4,
-    output: Annotated[Path | None, typer.Option(help="Where the numbers go as JSON.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where the picture goes.")] = None,
+    side: Annotated[list[int] | None, typer.Option(help="Side in pixels; repeatable.", show_default="256, 512")] = None,
+    captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 20,
+    shown: Annotated[int, typer.Option(help="How many of them the contact sheet shows.")] = 4,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+    sheet_file: Annotated[Path | None, typer.Option("--sheet", help="Where the contact sheet goes.")] = None,
 ) -> None:
     pipe = demo.pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -94,9 +94,9 @@ def main(
         settings = {name: dataclasses.asdict(stage) for name, stage in stages.items()}
         record = {"window": window, "weights": weights, "stages": settings, "rows": rows}
         output.write_text(json.dumps(record, indent=1) + "\n")
-    if picture:
+    if sheet_file:
         large = {name: images for name, images in sheet.items() if name.endswith(f"{sides[-1]} px")}
-        contact_sheet(large, [scene.caption for scene in scenes[:shown]]).save(picture)
+        contact_sheet(large, [scene.caption for scene in scenes[:shown]]).save(sheet_file)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""LiT in its own field: a small class-conditional DiT on handwritten digits, and its students with linear attention.
+"""Distill a small class-conditional DiT on handwritten digits to linear attention, as LiT does.
 
-    python examples/lit_digits.py --output benchmarks/results/lit_digits.json --picture docs/lit-digits.png
+    python examples/lit_digits.py --output benchmarks/results/lit_digits.json --sheet docs/lit-digits.png
 
 trains the teacher with softmax attention, and students for each of LiT's guidelines (arXiv 2501.12976): few heads, a
-convolution, what is inherited, what is distilled. All is seeded. Each run is kept in a folder when it is done; called
-again, the script goes on with the next. The teacher takes about 10 minutes of one core, a student 2 or 3; `--only`
-shares the students out over several calls.
+convolution, inheritance and distillation. Everything is seeded. Finished runs are saved in a folder, and the next call
+continues from there. The teacher takes about 10 minutes on one core, a student 2 or 3. `--only` divides the students
+among several calls.
 """
 
 import copy
@@ -28,22 +28,22 @@ from clear_attn.utils.atomic import atomic_text
 from clear_attn.utils.image_sheets import CELL, contact_sheet
 from digits import Digits, Judge, Noisy, Prediction
 
-SHARES = (1 / 10, 1 / 5, 1 / 3)  # of the teacher's steps, at which models are judged
-BEYOND = 4 / 3  # to which the teacher itself is trained on, for comparison
-ABLATED = 2  # of these shares, at which the other students are judged
+SHARES = (1 / 10, 1 / 5, 1 / 3)  # of the teacher's steps, at which models are evaluated
+BEYOND = 4 / 3  # of its steps, to which the teacher continues for comparison
+ABLATED = 2  # the number of these shares for the other students
 REAL, TEACHER, SEED = "real", "teacher", 0
 SCHEDULE = digits.scheduler()
 
 
 class Student(NamedTuple):
-    """How a student is made.
+    """The settings of a student.
 
     Attributes:
         heads: of its linear attention.
         kernel_size: of its convolution, 0 for none.
-        inherits: from the teacher: "all", "all but attention" or "nothing".
-        noise, variance: the weights of the teacher's predictions in its loss, beside the loss of the data.
-        seed: of what it does not inherit, and of its training.
+        inherits: what it takes from the teacher, "all", "all but attention" or "nothing".
+        noise, variance: weights of the teacher's predictions in its loss; the data has weight 1.
+        seed: for new parameters and training.
     """
 
     heads: int = 2
@@ -65,12 +65,12 @@ STUDENTS = {
     "1 head": Student(heads=1),
     "4 heads, as the teacher": Student(heads=4),
 }
-# What differs between these is chance.
+# The difference between two seeds is chance.
 STUDENTS |= {f"{name}, another seed": kind._replace(seed=SEED + 11) for name, kind in STUDENTS.items()}
 
 
 def make_student(teacher: DiTTransformer2DModel, kind: Student) -> DiTTransformer2DModel:
-    """Linear attention in place of the teacher's, untrained; the teacher stays as it is."""
+    """Return an untrained student with linear attention; the teacher is not changed."""
     student = digits.new_model(kind.seed) if kind.inherits == "nothing" else copy.deepcopy(teacher)
     if kind.inherits == "all but attention":
         torch.manual_seed(kind.seed)
@@ -81,12 +81,12 @@ def make_student(teacher: DiTTransformer2DModel, kind: Student) -> DiTTransforme
 
 
 def teacher_loss(prediction: Prediction, noisy: Noisy) -> torch.Tensor:
-    """Of the data alone: the noise's error, and the bound for the variance (arXiv 2102.09672, equation 16)."""
+    """Return the loss on data: the noise's error, and the bound for the variance (arXiv 2102.09672, equation 16)."""
     return digits.noise_error(prediction, noisy) + digits.bound(prediction, noisy, SCHEDULE)
 
 
 def student_loss(kind: Student, teacher: DiTTransformer2DModel) -> Callable[[Prediction, Noisy], torch.Tensor]:
-    """LiT's hybrid distillation: of the data, and of what the teacher predicts of the same noisy digits."""
+    """Return LiT's hybrid loss: on data, and on the teacher's predictions for the same noisy digits."""
 
     def loss(prediction: Prediction, noisy: Noisy) -> torch.Tensor:
         with torch.no_grad():
@@ -98,11 +98,11 @@ def student_loss(kind: Student, teacher: DiTTransformer2DModel) -> Callable[[Pre
 
 
 class Kept:
-    """A folder with what each run found: its rows, some digits and, of the teacher, the model.
+    """A folder with the results of each run: rows, some digits, and the teacher's model.
 
     Args:
-        folder: made where there is none.
-        settings: all that the numbers depend on.
+        folder: created if missing.
+        settings: everything that the numbers depend on.
 
     Raises:
         ValueError: the folder holds runs of other settings.
@@ -122,7 +122,7 @@ class Kept:
         return self.folder / (name.replace(" ", "-").replace(",", "") + suffix)
 
     def rows(self, name: str) -> list[dict]:
-        """Of a run, none where it is not done."""
+        """Return the rows of a run; none if it is not finished."""
         file = self.path(name, ".json")
         return json.loads(file.read_text()) if file.exists() else []
 
@@ -131,7 +131,7 @@ class Kept:
 
 
 class Quality(NamedTuple):
-    """Measures digits against those held out."""
+    """Compares digits with those held out."""
 
     judge: Judge
     held_out: Digits
@@ -160,46 +160,46 @@ def run(
     saved_at: int,
     seed: int,
 ) -> None:
-    """Trains a model, judges it at its checkpoints, and keeps the rows; at one also digits, of the teacher weights."""
+    """Train a model, evaluate it at its checkpoints, and save the rows; at one also digits, or the teacher's model."""
     rows = []
     for step in digits.train(model, loss, seen, SCHEDULE, checkpoints, seed, name):
         found, drawn = quality.of_model(model)
         rows.append({"model": name, "steps": step, **found})
         tqdm.write(json.dumps(rows[-1]))
         if step == saved_at:
-            save_file({"pictures": drawn.pictures[: digits.CLASSES].clone()}, kept.path(name, ".safetensors"))
+            save_file({"images": drawn.images[: digits.CLASSES].clone()}, kept.path(name, ".safetensors"))
             if name == TEACHER:
                 model.save_pretrained(kept.path(name))
     kept.keep(name, rows)
 
 
-def picture(kept: Kept, held_out: Digits, names: dict[str, str]) -> Image.Image:
-    """A row of real digits, and one of each of some runs."""
+def make_sheet(kept: Kept, held_out: Digits, names: dict[str, str]) -> Image.Image:
+    """Return a contact sheet: a row of real digits, and one for each of some runs."""
     order = [int((held_out.labels == digit).nonzero()[0]) for digit in range(digits.CLASSES)]
-    rows = {"real, held out": held_out.pictures[order]}
+    rows = {"real, held out": held_out.images[order]}
     for label, name in names.items():
-        rows[label] = load_file(kept.path(name, ".safetensors"))["pictures"]
+        rows[label] = load_file(kept.path(name, ".safetensors"))["images"]
     return contact_sheet(
-        {label: [_show(each) for each in pictures] for label, pictures in rows.items()},
+        {label: [_show(each) for each in images] for label, images in rows.items()},
         [str(digit) for digit in range(digits.CLASSES)],
     )
 
 
 def _show(digit: torch.Tensor) -> Image.Image:
-    grey = ((digit[0] + 1) * 127.5).round().byte().numpy()
-    return Image.fromarray(255 - grey).resize((CELL, CELL), Image.Resampling.NEAREST)
+    gray = ((digit[0] + 1) * 127.5).round().byte().numpy()
+    return Image.fromarray(255 - gray).resize((CELL, CELL), Image.Resampling.NEAREST)
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the numbers go as JSON.")],
-    folder: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("lit-digits"),
-    picture_path: Annotated[Path | None, typer.Option("--picture", help="Where the picture goes.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Runs, by name; several calls may share them out.")] = None,
-    steps: Annotated[int, typer.Option(help="Of the teacher's training.")] = 3000,
-    count: Annotated[int, typer.Option(help="How many digits are drawn to judge a model.")] = 500,
-    drawing_steps: Annotated[int, typer.Option(help="Of 1000, in which they are drawn.")] = 25,
+    output: Annotated[Path, typer.Option(help="JSON file for the numbers.")],
+    folder: Annotated[Path, typer.Option(help="Folder for runs.")] = Path("lit-digits"),
+    sheet_file: Annotated[Path | None, typer.Option("--sheet", help="Where the contact sheet goes.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of runs, to divide them among several calls.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of the teacher.")] = 3000,
+    count: Annotated[int, typer.Option(help="Number of digits drawn to evaluate a model.")] = 500,
+    drawing_steps: Annotated[int, typer.Option(help="Denoising steps, of 1000 timesteps.")] = 25,
     digits_a_timestep: Annotated[int, typer.Option(help="Held-out digits for the bound.")] = 4,
-    epochs: Annotated[int, typer.Option(help="Of the judge's training.")] = 40,
+    epochs: Annotated[int, typer.Option(help="Training epochs of the classifier.")] = 40,
 ) -> None:
     settings = {
         "steps": steps,
@@ -236,9 +236,9 @@ def main(
             run(kept, quality, seen, name, student, loss, own, own[-1], kind.seed)
     rows = [row for name in (REAL, *names) for row in kept.rows(name)]
     output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    if picture_path:
+    if sheet_file:
         shown = {f"teacher, {steps} steps": TEACHER, f"LiT, {checkpoints[-1]} steps": LIT}
-        picture(kept, held_out, shown).save(picture_path)
+        make_sheet(kept, held_out, shown).save(sheet_file)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How many captions the small FLUX draws right with a small window and its own weights, where some of it stays dense.
+"""Count the captions that the small FLUX draws right with a small window, its own weights, and dense steps or layers.
 
     python examples/schedule_small_flux.py --output benchmarks/results/schedule_small_flux.json \\
-        --picture docs/schedule.png
+        --sheet docs/schedule.png
 
-The weights are those that were trained with dense attention, so a window of 4 of its 16 x 16 tokens spoils most
-pictures. A schedule keeps the first steps dense, or some of the layers. Each caption has its own seed.
+The weights were trained with dense attention, so a window of 4 of the 16 x 16 tokens spoils most images. A schedule
+keeps the first steps dense, or some of the layers. Each caption has its own seed.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ FIRST = (4, 7, 14)
 
 
 def schedules(pipe: FluxPipeline) -> dict[str, clear.Schedule]:
-    """Those to compare, by a name for each."""
+    """Return the schedules to compare, by name."""
     pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))  # as the pipeline does
     first = {
         f"the first {steps} of {STEPS} steps dense": clear.Schedule(clear.sigma_after_step(pipe.scheduler, steps))
@@ -46,10 +46,10 @@ def schedules(pipe: FluxPipeline) -> dict[str, clear.Schedule]:
 
 def main(
     window: Annotated[int, typer.Option(help="Radius in tokens.")] = 4,
-    captions: Annotated[int, typer.Option(help="How many of the held-out captions.")] = 20,
-    shown: Annotated[int, typer.Option(help="How many of them the picture shows.")] = 4,
-    output: Annotated[Path | None, typer.Option(help="Where the numbers go as JSON.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where the picture goes.")] = None,
+    captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 20,
+    shown: Annotated[int, typer.Option(help="How many of them the contact sheet shows.")] = 4,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+    sheet_file: Annotated[Path | None, typer.Option("--sheet", help="Where the contact sheet goes.")] = None,
 ) -> None:
     pipe = demo.pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -66,8 +66,8 @@ def main(
         sheet[name] = [Image.fromarray(image) for image in drawn[:shown]]
     if output:
         output.write_text(json.dumps({"window": window, "steps": STEPS, "rows": rows}, indent=1) + "\n")
-    if picture:
-        contact_sheet(sheet, [scene.caption for scene in scenes[:shown]]).save(picture)
+    if sheet_file:
+        contact_sheet(sheet, [scene.caption for scene in scenes[:shown]]).save(sheet_file)
 
 
 if __name__ == "__main__":

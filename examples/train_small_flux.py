@@ -1,11 +1,10 @@
-"""Trains the small FLUX that ships with clear_attn, from nothing, on a CPU.
+"""Train the small FLUX that ships with clear_attn, from random weights, on a CPU.
 
     python examples/train_small_flux.py --output small-flux
 
-builds the tokenizers, trains the autoencoder on drawn scenes, then the transformer and both text encoders
-together by flow matching, and saves a `FluxPipeline` in bfloat16. Seeded: the same machine gives the same
-weights. About an hour and a half on two cores, the autoencoder's five minutes included; `--autoencoder` takes
-one that was trained before.
+builds the tokenizers, trains the autoencoder on drawn scenes, then trains the transformer and both text encoders by
+flow matching. It saves a `FluxPipeline` in bfloat16. Everything is seeded: the same machine gives the same weights. It
+takes about an hour and a half on two cores, with five minutes for the autoencoder; `--autoencoder` takes a trained one.
 """
 
 import math
@@ -24,25 +23,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from clear_attn.demo.scenes import Scene, draw, training_scenes
 
-SIZE = 128  # pixels; the autoencoder and the 2 x 2 packing make 16 x 16 tokens of it
-SHIFT = 4.0  # at so few tokens the structure of a picture is decided close to pure noise
+SIZE = 128  # pixels; 16 x 16 tokens after the autoencoder and the 2 x 2 packing
+SHIFT = 4.0  # with so few tokens, an image's structure is decided close to pure noise
 CLIP_LENGTH = 24
-LATENT_NOISE = 0.1  # as a share of the latents' spread
-# Share of the training batches of each text length. FLUX pads the prompt and attends to the padding, and FluxPipeline
-# pads to 512 unless told otherwise, so the model has to see long padding too.
+LATENT_NOISE = 0.1  # as a share of the standard deviation of the latents
+# Share of the training batches with each text length. FLUX attends to the padding of prompts, and FluxPipeline pads to
+# 512 by default, so training must include long padding.
 TEXT_LENGTHS = {24: 0.88, 96: 0.08, 512: 0.04}
 
 
 class Phase(NamedTuple):
-    """A part of the transformer's training, at the end of which the weights are rounded to bfloat16.
+    """A part of the transformer's training. At its end the weights are rounded to bfloat16.
 
     Attributes:
-        steps: of the optimizer, their rate falling to 0 along a cosine.
+        steps: of the optimizer, with a cosine schedule that ends at 0.
         learning_rate: the highest.
-        image_tokens: how many tokens of each picture are seen, at random places.
+        image_tokens: number of tokens of each image, at random positions.
         batch_sizes: for each text length.
-        jitter: how far a figure may lie off its place, and how much its half side may vary, as shares of the
-            picture's side.
+        jitter: largest shift of a figure, and largest change of its half side, as shares of the image's side.
     """
 
     steps: int
@@ -56,14 +54,14 @@ LOOSE, NEAT = 0.02, 0.01
 WHOLE = {24: 16, 96: 12, 512: 5}
 PHASES = (
     Phase(5000, 2e-3, 256, WHOLE, LOOSE),
-    # A quarter of each picture costs a third: more pictures, and what each token can know is the text and its place.
+    # A quarter of each image takes a third of the time, so more images; tokens learn from text and position alone.
     Phase(1300, 1.5e-3, 64, {24: 48, 96: 28, 512: 7}, NEAT),
     Phase(500, 7e-4, 256, WHOLE, NEAT),
 )
 
 
 def captions_of(scene: Scene) -> list[str]:
-    """The ways a scene is put into words; the first is the scene's own."""
+    """Return wordings of a scene's caption; the first is the scene's own."""
     return [
         scene.caption,
         f"a {scene.color} {scene.shape} {scene.place} on a {scene.ground} ground",
@@ -73,7 +71,7 @@ def captions_of(scene: Scene) -> list[str]:
 
 
 def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """CLIP's byte-pair and T5's unigram tokenizer, in which each word of the captions is one token."""
+    """Return CLIP's byte-pair and T5's unigram tokenizer, with one token for each word of the captions."""
     captions = [caption for scene in training_scenes() for caption in captions_of(scene)]
     words = sorted({word for caption in captions for word in caption.replace(",", "").replace(".", "").split()})
 
@@ -117,7 +115,7 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
 
 
 def build_pipeline() -> FluxPipeline:
-    """The untrained pipeline, in float32."""
+    """Return the untrained pipeline, in float32."""
     clip_tokenizer, t5_tokenizer = build_tokenizers()
     clip = CLIPTextConfig(
         vocab_size=len(clip_tokenizer),
@@ -172,8 +170,8 @@ def build_pipeline() -> FluxPipeline:
     )
 
 
-def draw_pictures(count: int, size: int, jitter: float, rng: np.random.Generator) -> tuple[list[Scene], torch.Tensor]:
-    """Scenes in random order and their pictures, `[count, 3, size, size]` in -1..1."""
+def draw_images(count: int, size: int, jitter: float, rng: np.random.Generator) -> tuple[list[Scene], torch.Tensor]:
+    """Return scenes in random order and their images, `[count, 3, size, size]` in -1..1."""
     known = training_scenes()
     scenes = [known[index % len(known)] for index in rng.permutation(count)]
     drawn = [
@@ -193,18 +191,18 @@ def report(name: str, step: int, steps: int, loss: torch.Tensor, started: float)
 
 
 def train_autoencoder(vae: AutoencoderKL, count: int, steps: int, rng: torch.Generator) -> None:
-    """Absolute and squared error, with noise on the latents so that their small errors stay small in the picture.
+    """Train with absolute and squared error. Noise on the latents keeps the effect of their small errors small.
 
-    Most steps run at half the size, which costs a quarter; scenes look alike at any size.
+    Most steps run at half the size, in a quarter of the time; scenes look the same at any size.
     """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     drawing = np.random.default_rng(rng.initial_seed())
-    small, large = (draw_pictures(count, size, LOOSE, drawing)[1] for size in (SIZE // 2, SIZE))
+    small, large = (draw_images(count, size, LOOSE, drawing)[1] for size in (SIZE // 2, SIZE))
     started = time.monotonic()
     for step in range(steps):
-        pictures = small if step < 0.86 * steps else large
-        batch = pictures[torch.randint(len(pictures), (4,), generator=rng)]
+        images = small if step < 0.86 * steps else large
+        batch = images[torch.randint(len(images), (4,), generator=rng)]
         latents = vae.encode(batch).latent_dist.mode()
         noise = LATENT_NOISE * latents.detach().std() * torch.randn(latents.shape, generator=rng)
         decoded = vae.decode(latents + noise).sample
@@ -219,16 +217,16 @@ def train_autoencoder(vae: AutoencoderKL, count: int, steps: int, rng: torch.Gen
     sample = torch.cat([vae.encode(batch).latent_dist.mode() for batch in large[:512].split(32)])
     spread = sample.std().item()
     vae.register_to_config(scaling_factor=1 / spread, shift_factor=sample.mean().item())
-    # What the encoder says of its own uncertainty is the noise that the decoder was trained for.
+    # Set the encoder's variance to that of the noise in training.
     _, log_variance = vae.encoder.conv_out.weight.chunk(2)
     log_variance.zero_()
     vae.encoder.conv_out.bias.chunk(2)[1].fill_(2 * math.log(LATENT_NOISE * spread))
 
 
-def encode_pictures(pipe: FluxPipeline, pictures: torch.Tensor) -> torch.Tensor:
-    """Packed latents `[count, tokens, channels]`, as the transformer takes them."""
+def encode_images(pipe: FluxPipeline, images: torch.Tensor) -> torch.Tensor:
+    """Return packed latents `[count, tokens, channels]`, the transformer's input."""
     config = pipe.vae.config
-    latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in pictures.split(32)])
+    latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in images.split(32)])
     latents = (latents - config.shift_factor) * config.scaling_factor
     return pipe._pack_latents(latents, *latents.shape)
 
@@ -236,7 +234,7 @@ def encode_pictures(pipe: FluxPipeline, pictures: torch.Tensor) -> torch.Tensor:
 def train_transformer(
     pipe: FluxPipeline, scenes: list[Scene], latents: torch.Tensor, phase: Phase, rng: torch.Generator
 ) -> None:
-    """Flow matching, transformer and text encoders together; what is kept is a moving average."""
+    """Train transformer and text encoders by flow matching. The result is a moving average."""
     trained = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
     parameters = [parameter for module in trained for parameter in module.parameters()]
     average = [parameter.detach().clone() for parameter in parameters]
@@ -277,15 +275,17 @@ def train_transformer(
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the pipeline is saved.")],
+    output: Annotated[Path, typer.Option(help="Folder for the pipeline.")],
     autoencoder: Annotated[
         Path | None, typer.Option(help="A saved autoencoder to use instead of training one.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="A pipeline that was saved here after a phase.")] = None,
-    first_phase: Annotated[int, typer.Option(help="The phase to resume with, counted from 0.")] = 0,
-    most_steps: Annotated[int | None, typer.Option(help="Cut each phase short, to try the script.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A pipeline that was saved after a phase.")] = None,
+    first_phase: Annotated[int, typer.Option(help="The phase to resume with, from 0.")] = 0,
+    most_steps: Annotated[int | None, typer.Option(help="Limit the steps of each phase, for a trial.")] = None,
     autoencoder_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2100,
-    pictures: Annotated[int, typer.Option(help="Drawn once, each a training scene, moved and sized a little.")] = 4096,
+    images: Annotated[
+        int, typer.Option(help="Number of training images, each a scene with a random shift and size.")
+    ] = 4096,
     seed: int = 0,
 ) -> None:
     torch.manual_seed(seed)
@@ -293,14 +293,14 @@ def main(
     if autoencoder:
         pipe.register_modules(vae=AutoencoderKL.from_pretrained(autoencoder, dtype=torch.float32))
     elif not resume:
-        train_autoencoder(pipe.vae, pictures // 2, autoencoder_steps, torch.Generator().manual_seed(seed))
-    # Rounded as it will be saved, so that the transformer learns the latents that it will meet.
+        train_autoencoder(pipe.vae, images // 2, autoencoder_steps, torch.Generator().manual_seed(seed))
+    # Round now as for saving, so that the transformer trains on the same latents as it gets later.
     pipe.vae.to(torch.bfloat16).to(torch.float32)
     for number, phase in enumerate(PHASES):
         if number >= first_phase:
-            scenes, drawn = draw_pictures(pictures, SIZE, phase.jitter, np.random.default_rng(seed + 1))
+            scenes, drawn = draw_images(images, SIZE, phase.jitter, np.random.default_rng(seed + 1))
             with torch.no_grad():
-                latents = encode_pictures(pipe, drawn)
+                latents = encode_images(pipe, drawn)
             steps = min(phase.steps, most_steps or phase.steps)
             phase_rng = torch.Generator().manual_seed(seed + 2 + number)
             train_transformer(pipe, scenes, latents, phase._replace(steps=steps), phase_rng)

@@ -5,12 +5,15 @@ import doctest
 import importlib
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import clear_attn as clear
+from clear_attn.models import ADAPTERS
 from tests.helpers.families import each_family
 from tests.helpers.reference_model import put_rule, run
 
@@ -75,7 +78,39 @@ def test_the_reference_names_all_that_is_public():
     assert all(inspect.getdoc(getattr(clear, name)) for name in named)
 
 
+@pytest.mark.parametrize(
+    ("title", "transformer"),
+    {
+        "FLUX.1": "FluxTransformer2DModel",
+        "FLUX.2, FLUX.2 klein": "Flux2Transformer2DModel",
+        "Qwen-Image": "QwenImageTransformer2DModel",
+        "Chroma": "ChromaTransformer2DModel",
+        "Stable Diffusion 3, 3.5": "SD3Transformer2DModel",
+        "DiT": "DiTTransformer2DModel",
+    }.items(),
+)
+def test_the_table_of_models(title, transformer):
+    """It says of each model what its adapter does."""
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    (row,) = (dict(zip(rows[0], row, strict=True)) for row in rows if row[0] == f"| {title}")
+    (adapter,) = (adapter for adapter in ADAPTERS if adapter.transformer_class == transformer)
+    assert (row["`clear_attn.distill`"] == "yes") == (adapter.training is not None)
+    assert (row["`highres`"] == "yes") == (adapter.highres_pipelines is not None)
+    assert (row["`proportional_attention`"] == "yes") == adapter.takes_scale
+
+
 def test_links_between_pages():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_citation():
+    """It has the fields that the schema of CFF 1.2.0 requires, and the version of the package."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])

@@ -36,9 +36,9 @@ def lit_digits():
 
 
 def noisy_at(digits, timestep, count=2):
-    pictures = torch.randint(0, 17, (count, 1, 8, 8)) * digits.GREY_STEP - 1
+    images = torch.randint(0, 17, (count, 1, 8, 8)) * digits.GRAY_STEP - 1
     timesteps = torch.full((count,), timestep)
-    given = digits.Digits(pictures, torch.arange(count))
+    given = digits.Digits(images, torch.arange(count))
     return digits.add_noise(given, timesteps, digits.scheduler(), torch.Generator().manual_seed(1))
 
 
@@ -46,9 +46,9 @@ def moments(schedule, output, noisy):
     """Mean and spread of a step of diffusers' scheduler, in float64."""
     found = []
     for noise in (0.0, 1.0):
-        drawn = torch.full_like(noisy.pictures, noise)
+        drawn = torch.full_like(noisy.images, noise)
         with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", return_value=drawn):
-            found.append(schedule.step(output, int(noisy.timesteps[0]), noisy.pictures).prev_sample.double())
+            found.append(schedule.step(output, int(noisy.timesteps[0]), noisy.images).prev_sample.double())
     return found[0], found[1] - found[0]
 
 
@@ -56,7 +56,7 @@ def moments(schedule, output, noisy):
 def test_the_bound_is_that_of_the_schedulers_steps(digits, timestep):
     schedule, noisy = DDPMScheduler(variance_type="learned_range", clip_sample=False), noisy_at(digits, timestep)
     prediction = digits.Prediction(noisy.noise + 0.3 * torch.randn(2, 1, 8, 8), 0.3 * torch.randn(2, 1, 8, 8))
-    # Of the true noise and the smallest variance, it is the step back to the clean picture.
+    # Of the true noise and the smallest variance, it is the step back to the clean image.
     true = Normal(*moments(schedule, torch.cat([noisy.noise, -torch.ones(2, 1, 8, 8)], dim=1), noisy))
     own = Normal(*moments(schedule, torch.cat(prediction, dim=1), noisy))
     expected = kl_divergence(true, own).mean() / torch.log(torch.tensor(2.0))
@@ -67,11 +67,11 @@ def test_the_last_step_shares_out_one_over_all_greys(digits):
     noisy, share = noisy_at(digits, 0, count=1), 0.0
     prediction = digits.Prediction(noisy.noise + 2 * torch.randn(1, 1, 8, 8), torch.rand(1, 1, 8, 8))
     for grey in range(17):
-        clean = torch.full((1, 1, 8, 8), grey * digits.GREY_STEP - 1)
+        clean = torch.full((1, 1, 8, 8), grey * digits.GRAY_STEP - 1)
         each = [
             digits.bound(
                 digits.Prediction(*(x[..., row : row + 1, :1] for x in prediction)),
-                noisy._replace(pictures=noisy.pictures[..., row : row + 1, :1], clean=clean[..., :1, :1]),
+                noisy._replace(images=noisy.images[..., row : row + 1, :1], clean=clean[..., :1, :1]),
                 digits.scheduler(),
             )
             for row in range(8)
@@ -118,28 +118,28 @@ def test_a_student_learns_from_the_teachers_noise_and_variance(lit_digits, digit
 def test_what_is_drawn_and_how_it_is_judged(digits):
     seen, held_out = digits.load()
     assert (len(seen.labels), len(held_out.labels)) == (1437, 360)
-    assert (seen.pictures.min(), seen.pictures.max()) == (-1, 1)
+    assert (seen.images.min(), seen.images.max()) == (-1, 1)
     judge = digits.train_judge(seen, epochs=2)
     assert judge.accuracy(held_out) > 0.8
     shuffled = held_out._replace(labels=held_out.labels.roll(1))
     assert judge.accuracy(shuffled) < 0.3
-    wrong = held_out._replace(pictures=-held_out.pictures)
+    wrong = held_out._replace(images=-held_out.images)
     assert judge.distance(held_out, held_out) == pytest.approx(0, abs=1e-3)
     assert judge.distance(held_out, seen) < 0.1 * judge.distance(held_out, wrong)
     model = digits.new_model(0)
     one, other = digits.draw(model, 20, 3, seed=1), digits.draw(model, 20, 3, seed=1)
-    assert torch.equal(one.pictures, other.pictures)
+    assert torch.equal(one.images, other.images)
     assert one.labels.tolist() == 2 * list(range(10))
 
 
 def test_bits_sum_over_the_timesteps(digits):
     model, (_, held_out) = digits.new_model(0), digits.load()
     torch.nn.init.normal_(model.proj_out_2.weight, std=0.1)
-    one = digits.Digits(held_out.pictures[:1], held_out.labels[:1])
+    one = digits.Digits(held_out.images[:1], held_out.labels[:1])
     rng, total = torch.Generator().manual_seed(5), 0.0
     for timesteps in torch.arange(1000).split(100):
         torch.randint(1, (100,), generator=rng)
-        given = digits.Digits(one.pictures.expand(100, -1, -1, -1), one.labels.expand(100))
+        given = digits.Digits(one.images.expand(100, -1, -1, -1), one.labels.expand(100))
         noisy = digits.add_noise(given, timesteps, digits.scheduler(), rng)
         with torch.no_grad():
             total += 100 * digits.bound(digits.predict(model, noisy), noisy, digits.scheduler()).item()

@@ -112,7 +112,7 @@ class TestSmallFlux:
     def test_training_runs_and_repeats(self, tmp_path):
         training = example("train_small_flux")
         for name in ("first", "second"):
-            training.main(tmp_path / name, most_steps=2, autoencoder_steps=3, pictures=24)
+            training.main(tmp_path / name, most_steps=2, autoencoder_steps=3, images=24)
         weights = [
             {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*.safetensors")}
             for name in ("first", "second")
@@ -144,7 +144,7 @@ class TestDistilled:
     def test_training_runs(self, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(EXAMPLES)
         distilling = example("distill_small_flux")
-        monkeypatch.setattr(distilling, "PICTURES", 4)
+        monkeypatch.setattr(distilling, "TRAINING_IMAGES", 4)
         monkeypatch.setattr(distilling, "VARIANTS", ((4, 1),))
         distilling.main(tmp_path, steps=1, captions=2, only=["4x1"])
         assert not (tmp_path / "table.json").exists()

@@ -87,7 +87,7 @@ ALL = tuple(dict.fromkeys(row.family for row in ROWS.values()))
 
 
 def quantized(quantize: Operation) -> Refusal:
-    return Refusal("as in a quantized model, .* linearize it, and quantize it then", load_again_before(quantize))
+    return Refusal("as in a quantized model, .* linearize it, then quantize it", load_again_before(quantize))
 
 
 # These pipelines do not tell the cache which of their calls is which.

@@ -12,25 +12,25 @@ from tests.matrix.rows import ROWS
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
-HEAD = """# What it works with
+HEAD = """# Compatibility
 
-Written by `python -m tests.matrix`, which runs the tests that this page tells of, and writes nothing if one fails (with
-`--family SD3`, the tests of one table, and writes that). Each cell is a tiny random pipeline of that kind, drawn on a
-CPU with a window of 3 tokens and pooled keys, and compared with the same set-up in which diffusers' own processors
-compute the rule densely. Distilled weights are put in but where it says "own weights".
+`python -m tests.matrix` writes this page. It runs the tests behind each table, and writes nothing if one fails
+(`--family SD3` runs and writes one table). A cell is a tiny random pipeline of its kind, run on a CPU with a window of
+3 tokens and pooled keys. It is compared with the same set-up in which diffusers' own processors compute the rule
+densely. Distilled weights are loaded, except in the rows with "own weights".
 
-- **yes**: the same numbers, whether it is done before `linearize` or after.
-- **before**, **after**: only before `linearize`, or only after. The other way round it is refused with the error below;
-  the tests then do what it says, and compare.
+- **yes**: the same numbers, before `linearize` or after it.
+- **before**, **after**: only before `linearize`, or only after. The other order raises the error below. The tests then
+  do what the error says, and compare.
 - **none**: diffusers does not offer it for this pipeline.
 
-Compiled models are traced whole here, but no machine code is made (other tests do that). The layers of bitsandbytes are
-put in by hand, for diffusers loads them on GPUs only. A GGUF file takes no distilled weights (the error for quantized
-models, below). Offloading goes from the CPU to the CPU.
+Compiled models are traced whole here, without generating machine code; other tests do that. Layers of bitsandbytes are
+installed by hand, because diffusers loads them on GPUs only. A GGUF file takes no distilled weights (the error for
+quantized models, below). Offloading goes from the CPU to the CPU.
 
-Refused wherever they are met: perturbed attention guidance (its pipelines, and hooks that skip attention inside a
-layer), smoothed energy guidance, attention masks (but those that hide the padding of Qwen-Image's and Chroma's text),
-diffusers' context parallelism, and SD3's IP-Adapter.
+Refused everywhere: perturbed attention guidance (its pipelines, and hooks that skip attention inside a layer), smoothed
+energy guidance, attention masks other than those for the padding of Qwen-Image's and Chroma's text, diffusers' context
+parallelism, and SD3's IP-Adapter.
 """
 
 

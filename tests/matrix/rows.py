@@ -259,7 +259,7 @@ ROWS = {
         dress=shorten_prompts,
     ),
     "FLUX.2 text-to-image": Row("FLUX.2", dummy_pipelines.flux2, _flux2_call, keywords="attention_kwargs"),
-    "FLUX.2 a reference picture": Row(
+    "FLUX.2 a reference image": Row(
         "FLUX.2",
         dummy_pipelines.flux2,
         lambda pipe: _flux2_call(pipe, image=[picture(*FLUX2_REFERENCE)]),

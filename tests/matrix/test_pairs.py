@@ -69,7 +69,7 @@ def test_what_was_quantized_since_is_not_overwritten(tmp_path):
     operations.int8(pipe, Cell(row, tmp_path, linearize))
     expected = row.draw(pipe)
     for verb in (clear.restore, linearize, lambda pipe: clear.save_pretrained(pipe, tmp_path / "saved")):
-        with pytest.raises(RuntimeError, match=r"as in a quantized model, .* load the model anew in bfloat16"):
+        with pytest.raises(RuntimeError, match=r"as in a quantized model, .* load the model again in bfloat16"):
             verb(pipe)
         assert torch.equal(row.draw(pipe), expected)
     assert not (tmp_path / "saved").exists()
