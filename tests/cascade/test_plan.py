@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import random
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -283,6 +284,15 @@ def test_refuses_what_a_model_cannot_do(pipe):
 
 class TestResult:
     plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(), clear.Stage()), 3, 4, 1, None)
+
+    def test_folder_that_is_gone_loses_no_image(self, tmp_path, monkeypatch):
+        """The image goes to a fallback file, and the plan's failure is a warning."""
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        result = HighresResult([noise(8, 8)] + [noise(32, 32)] * len(self.plan.stages), self.plan)
+        with pytest.warns(UserWarning, match="could not be written") as warned:
+            (written,) = result.save(tmp_path / "gone" / "out.png")
+        assert len(warned) == 2
+        assert same(Image.open(written), result.image)
 
     def test_unfinished_is_saved_image_by_image(self, tmp_path):
         result = HighresResult([noise(8, 8), noise(32, 32)], self.plan)

@@ -48,7 +48,7 @@ def make_plan(
     attention: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> HighresPlan:
-    """Return the plan of a cascade. Its attention settings are those asked for; see `resolve_attention`.
+    """Return the plan of a cascade. Its attention settings are unresolved; `resolve_attention` fills them in.
 
     Args:
         target: what draws it.

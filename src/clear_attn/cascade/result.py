@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +71,15 @@ class HighresResult:
         if self.finished:
             images[file] = last
         _validate_plan_file(plan_file(file))
-        written = [save_or_fall_back(_saver(image, self.plan), path) for path, image in images.items()]
-        save_or_fall_back(lambda _: save_plan(self.plan, file), plan_file(file))
+        written = [
+            save_or_fall_back(functools.partial(save_with_plan, image, plan=self.plan), path)
+            for path, image in images.items()
+        ]
+        try:
+            save_plan(self.plan, file)
+        except OSError as error:
+            warnings.warn(f"{plan_file(file)} could not be written ({error}); the plan is in this result", stacklevel=2)
         return written
-
-
-def _saver(image: Image.Image, plan: HighresPlan) -> Any:
-    return lambda path: save_with_plan(image, path, plan)
 
 
 def stage_file(file: Path, number: int, image: Image.Image) -> Path:

@@ -25,7 +25,7 @@ StepCallback = Callable[..., dict[str, Any]]
 
 
 class Interrupted(Exception):  # noqa: N818, for it is not an error
-    """A callback or another thread has set `_interrupt` of the pipeline."""
+    """A callback or another thread stopped the drawing by setting `pipe._interrupt`."""
 
 
 class Cascade(NamedTuple):

@@ -1,4 +1,4 @@
-"""Notice values that others changed while a pipeline was linearized."""
+"""Attention parameters that others changed while a pipeline was linearized."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from clear_attn.weights.samples import changed, changed_beyond_rounding
 
 
 def changed_parameters(target: Target) -> list[str]:
-    """Return the names of attention parameters with other values than after `linearize`; none if not linearized."""
+    """Return the names of attention parameters whose values changed since `linearize`."""
     return changed(_parameters(target), target.hook.samples) if target.hook else []
 
 
-def warn_if_changed(target: Target) -> None:
-    """Warn of changes that `restore` or another `linearize` would lose, while those in other layers stay."""
+def warn_if_changed(target: Target, stacklevel: int) -> None:
+    """Warn if attention parameters changed since `linearize`, which `restore` or another `linearize` overwrites."""
     hook = target.hook
     if hook is None:
         return
+    # Without kept originals, only the processors' own parameters are lost.
     lost = _parameters(target) if hook.original.values else own_parameters(_our_processors(target))
     names = changed_beyond_rounding(lost, hook.samples)
     if names:
@@ -30,7 +31,7 @@ def warn_if_changed(target: Target) -> None:
             "as by training, load_state_dict(), or a LoRA that was fused and unloaded; they are replaced by those from "
             "before linearize(), and what changed in other layers stays, so the two may not fit: load the pipeline "
             "again, or save first with clear_attn.save_pretrained()",
-            stacklevel=4,
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -17,7 +17,7 @@ _HOOKS = {
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Raises RuntimeError for a pipeline that exchanges attention processors while it runs."""
+    """Raise RuntimeError for a pipeline that exchanges attention processors while it runs."""
     if is_instance(pipe, ("PAGMixin",)):
         raise RuntimeError(
             f"a {type(pipe).__name__} puts processors of perturbed attention guidance in the place of CLEAR's; use the "
@@ -26,7 +26,7 @@ def check_pipeline(pipe: Any) -> None:
 
 
 def check_processors(processors: Mapping[str, Any], adapter: ModelAdapter) -> None:
-    """Raises RuntimeError for a processor that CLEAR's cannot stand in for."""
+    """Raise RuntimeError for a processor that CLEAR's cannot stand in for."""
     for layer, processor in processors.items():
         if not is_exactly(processor, (*adapter.accepts, *adapter.ip_adapter_processors), adapter.packages):
             raise RuntimeError(
@@ -36,7 +36,7 @@ def check_processors(processors: Mapping[str, Any], adapter: ModelAdapter) -> No
 
 
 def check_parallelism(processors: Mapping[str, Any]) -> None:
-    """Raises RuntimeError under diffusers' context parallelism."""
+    """Raise RuntimeError under diffusers' context parallelism."""
     for layer, processor in processors.items():
         if parallel_config_of(processor) is not None:
             raise RuntimeError(
@@ -46,7 +46,7 @@ def check_parallelism(processors: Mapping[str, Any]) -> None:
 
 
 def check_hooks(layers: Mapping[str, Any]) -> None:
-    """Raises RuntimeError for a hook on a layer's attention that would not do its work."""
+    """Raise RuntimeError for a hook on a layer's attention that would not do its work."""
     for layer, attn in layers.items():
         for hook in hooks_in(attn):
             effect = next((effect for matches, effect in _HOOKS.items() if matches(hook)), None)

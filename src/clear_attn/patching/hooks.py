@@ -10,7 +10,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,19 @@ from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
 from clear_attn.utils._torch import leaves_of, map_tensors, outside_transforms
 
-if TYPE_CHECKING:
-    from clear_attn.patching.state import State
+
+class Original(NamedTuple):
+    """What `restore` puts back.
+
+    Attributes:
+        processors: the attention processors by layer.
+        values: the replaced parameters' values on the CPU, by their names in a checkpoint.
+        metadata: the entry in the transformer's config, or None.
+    """
+
+    processors: dict[str, Any]
+    values: dict[str, Tensor]
+    metadata: dict[str, Any] | None
 
 
 class Sharder(Protocol):
@@ -78,7 +89,7 @@ class EntryHook:
         layers: dict[str, Layer],
         backend: str,
         weights: str | None,
-        original: State,
+        original: Original,
         originals_discarded: bool,
         sharder: Sharder | None = None,
     ) -> None:

@@ -15,7 +15,7 @@ from clear_attn.models import ModelAdapter
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.changes import warn_if_changed
 from clear_attn.patching.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
-from clear_attn.patching.hooks import EntryHook
+from clear_attn.patching.hooks import EntryHook, Original
 from clear_attn.patching.resolve import parameters_lost, resolve_method, resolve_saved
 from clear_attn.patching.state import State, apply, capture, match_device_and_dtype, original_state
 from clear_attn.patching.target import PipelineOrTransformer, Target, find_target
@@ -32,12 +32,12 @@ from clear_attn.weights.sources import Checkpoint, load
 
 
 class Change(NamedTuple):
-    """A validated change of a target, to be applied once.
+    """A validated change of a target. It can be applied once.
 
     Attributes:
         target: what is changed.
         original: the state that `restore` applies.
-        state: what is applied. Its hook gets the values that are replaced when it is.
+        state: the state to apply. Its hook is given the replaced values when that happens.
         kept: names of the values that the hook keeps for `restore`.
     """
 
@@ -47,12 +47,12 @@ class Change(NamedTuple):
     kept: tuple[str, ...]
 
     def apply(self) -> None:
-        """Change the transformer in one transaction, and release the new values, which are then in the model."""
+        """Change the transformer in one transaction, then empty `state.values` to free memory."""
         hook, values = self.state.hook, self.state.values
         assert hook
         before = capture(self.target, values)
         kept = {name: self.original.values.get(name, before.values[name]) for name in self.kept}
-        hook.original = self.original._replace(values=kept)
+        hook.original = Original(self.original.processors, kept, self.original.metadata)
         try:
             apply(self.target, self.state)
         except BaseException:
@@ -93,8 +93,8 @@ def linearize(
 ) -> PipelineOrTransformer:
     """Make the image attention of a pipeline's transformer local, in place.
 
-    Everything is validated before anything changes; after any error the pipeline is as before. A linearized pipeline
-    is linearized as if it were restored first; a pipeline that is split over ranks stays split.
+    Everything is validated before anything changes; after any error the pipeline is as before. Calling it again
+    replaces the earlier settings, as if `restore` came first; a pipeline that is split over ranks stays split.
 
     Args:
         pipe: a diffusers pipeline or transformer, FLUX.1, FLUX.2, Qwen-Image, Chroma, Stable Diffusion 3 or
@@ -186,8 +186,8 @@ def prepare(
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
-    change = _validate_settings(target, original, settings)
-    warn_if_changed(target)
+    change = _build_change(target, original, settings)
+    warn_if_changed(target, stacklevel=3)
     return change
 
 
@@ -224,11 +224,11 @@ def _load_weights(
     return load(weights, target.pipe, target.transformer, wanted, revision, token)
 
 
-def _validate_settings(target: Target, original: State, settings: Settings) -> Change:
+def _build_change(target: Target, original: State, settings: Settings) -> Change:
     """Return the change to these settings; the target is not changed."""
     method, schedule, source = settings.method, settings.schedule, settings.source
     method.validate_backend(settings.backend)
-    if source:
+    if source:  # its schedule was not validated yet
         schedule.validate_layers(list(target.layers), target.model)
     sharder = target.hook.sharder if target.hook else None
     if sharder:
@@ -236,35 +236,35 @@ def _validate_settings(target: Target, original: State, settings: Settings) -> C
     described = target.adapter.describe_layers(target.transformer)
     parameters = replaced_parameters(target.layers)
     values = {name: value for name, value in (source.values if source else {}).items() if name in parameters}
-    if original.values and not source:  # with a source it was checked before loading
+    if original.values and not source:  # `_load_weights` checked it for a source
         check_replaceable(target.layers)
     metadata = original.metadata
-    unchanged = (metadata["weights"], metadata["source"]) if metadata else (None, None)
+    recorded = (metadata["weights"], metadata["source"]) if metadata else (None, None)
     hook = EntryHook(
         target.adapter,
         method,
         schedule,
         described,
         settings.backend,
-        source.name if source else unchanged[0],
-        original._replace(values={}),
+        source.name if source else recorded[0],
+        Original(original.processors, {}, metadata),
         originals_discarded=bool(values) and not settings.keep_original,
         sharder=sharder,
     )
     processors = make_processors(target.adapter, method, hook, described, original.processors)
-    own = own_parameters(processors)
-    if settings.saved and own:
+    learned = own_parameters(processors)
+    if settings.saved and learned:
         raise parameters_lost(original.metadata or {})
     if source:
-        _validate_weights(source, {**parameters, **own}, target.model)
+        _validate_weights(source, {**parameters, **learned}, target.model)
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in learned.items():
                 parameter.copy_(source.values[name])
     for layer, attn in target.layers.items():
         match_device_and_dtype(processors[layer], attn).requires_grad_(next(attn.parameters()).requires_grad)
-    written = {name: value.to(parameters[name].dtype) for name, value in sample({**original.values, **values}).items()}
-    hook.samples = {**sample({**parameters, **own}), **written}
-    weights = (source.label, source.source) if source else unchanged
+    new = {name: value.to(parameters[name].dtype) for name, value in sample({**original.values, **values}).items()}
+    hook.samples = {**sample({**parameters, **learned}), **new}
+    weights = (source.label, source.origin) if source else recorded
     entry = make_metadata(target.transformer, method, schedule, *weights)
     state = State(hook, dict(processors), {**original.values, **values}, entry)
     return Change(target, original, state, kept=tuple(values) if settings.keep_original else ())
@@ -291,7 +291,7 @@ def make_processors(
 
 
 def _validate_weights(source: Checkpoint, parameters: Mapping[str, torch.nn.Parameter], model: str) -> None:
-    """Raise ValueError for weights of another model class."""
+    """Raise ValueError if weights are for another model class, or their names, shapes or values do not fit."""
     if source.architecture not in (None, model):
         raise ValueError(
             f"{source.name} was distilled for a {source.architecture}, and this is a {model}; give weights distilled "

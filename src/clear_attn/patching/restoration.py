@@ -40,7 +40,7 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     if target.hook:
         original = restored_state(target)
         check_writable(target, original)
-        warn_if_changed(target)
+        warn_if_changed(target, stacklevel=2)
         apply(target, original)
     return pipe
 

@@ -47,7 +47,7 @@ class Cost:
         heads, head_dim (`int`): of a layer.
         method (`Method`): of the layers that the schedule does not name.
         groups (tuple of `LayerGroup`): all attention layers.
-        dense_above_sigma (`float`, *optional*): calls above this sigma are dense. All other numbers are of a
+        dense_above_sigma (`float`, *optional*): calls above this sigma are dense. All other numbers describe a
             call below.
         controlnets: for each ControlNet of the pipeline, the FLOPs of its attention, dense and as it is. They are not
             part of the other numbers.

@@ -9,7 +9,7 @@ import typer
 
 from clear_attn.tools import options
 
-# The weights may lie elsewhere than the plan says.
+# Options that may be given with --plan: the weights may have moved.
 GO_WITH_PLAN = {
     *("model", "output", "overwrite", "plan", "weights", "init_image", "save_stages", "device", "dtype", "offload")
 }
@@ -52,7 +52,7 @@ def generate(
     save_stages: Annotated[bool, typer.Option("--save-stages", help="Save the image of each stage as well.")] = False,
     base_steps: Annotated[int | None, _of_base("Steps.", min=1)] = None,
     base_guidance: Annotated[float | None, _of_base("Guidance scale.", min=0)] = None,
-    strength: Annotated[float, _of_stage("Share of the steps that is run.")] = 0.7,
+    strength: Annotated[float, _of_stage("Share of the steps to run.")] = 0.7,
     steps: Annotated[int, _of_stage("Steps of the whole schedule.", min=1)] = 20,
     guidance: Annotated[float, _of_stage("Guidance scale.", min=0)] = 7.5,
     ntk_factor: Annotated[float | None, _of_stage("Factor of the rotary embedding's theta.", show_default="10")] = None,

@@ -103,7 +103,7 @@ def _looks_like_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
-def check_served(pipe: Any, transformer: Any) -> str | None:
+def fine_tune_served(pipe: Any, transformer: Any) -> str | None:
     """Check whether `weights="auto"` may use the published weights for a model.
 
     Returns:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# Of each parameter, at least this many values if it has them, and less than twice as many.
 VALUES = 64
-# A model that was moved to one of these and back holds rounded values, which is no change.
+# A round trip through these dtypes rounds values. It does not count as a change.
 ROUNDED = (torch.bfloat16, torch.float16)
 
 
@@ -25,14 +26,14 @@ def changed(parameters: Mapping[str, Tensor], samples: Mapping[str, Tensor]) -> 
 
 
 def changed_beyond_rounding(parameters: Mapping[str, Tensor], samples: Mapping[str, Tensor]) -> list[str]:
-    """Return the names as `changed` does, without those that a LoRA leaves rounded when it is fused and unfused."""
+    """Return the names as `changed` does, without those only rounded, as by fusing and unfusing a LoRA."""
     names = changed(parameters, samples)
     present = sample({name: parameters[name] for name in names})
     return [name for name in names if _share_that_differs(present[name], samples[name]) > 1 / 8]
 
 
 def _share_that_differs(present: Tensor, before: Tensor) -> float:
-    # Fusing rounds small values relative to the LoRA's, so some differ by more than their own rounding.
+    # Fusing a large LoRA update rounds small weights by more than their own eps, but not an eighth of all.
     eps = max(torch.finfo(x.dtype).eps for x in (present, before))
     before, present = before.double(), present.double()
     return ((present - before).abs() > 8 * eps * before.abs()).double().mean().item()
@@ -48,5 +49,5 @@ def _sample(value: Tensor) -> Tensor:
 
 
 def _same(present: Tensor, before: Tensor) -> bool:
-    expected = (before.to(route).to(present.dtype) for route in (before.dtype, *ROUNDED))
+    expected = (before.to(dtype).to(present.dtype) for dtype in (before.dtype, *ROUNDED))
     return any(torch.equal(values.double(), present.double()) for values in expected)

@@ -22,7 +22,7 @@ from clear_attn.weights.published import (
     LICENSE_TEXT,
     REPO,
     check_published,
-    check_served,
+    fine_tune_served,
     published_file,
     published_method,
 )
@@ -39,11 +39,11 @@ class Checkpoint(NamedTuple):
     Attributes:
         values: tensors by name.
         name: where they came from, as a user would give it.
-        label: the same for files that are shared: a Hub id, or the name of a file or folder without its path.
+        label: the name without private paths, for files that others read.
         method: the method that they were distilled for; None if not recorded.
         down_factor: side of the pooled cells, from their shapes; 1 for none.
         architecture: the transformer class that they are for; None if not recorded.
-        source: their first origin, such as the published file that `name` is a copy of.
+        origin: where they first came from, such as the published file that `name` is a copy of.
         schedule: the schedule that they were saved with.
     """
 
@@ -53,14 +53,14 @@ class Checkpoint(NamedTuple):
     method: Method | None
     down_factor: int = 1
     architecture: str | None = None
-    source: str | None = None
+    origin: str | None = None
     schedule: Schedule = Schedule()
 
 
 def with_absolute_path(weights: str | os.PathLike[str] | None) -> str | None:
     """Return the argument of `linearize` with a local path made absolute.
 
-    A relative path looks like a Hub id from another working directory.
+    From another working directory, a relative path would be taken for a Hub id.
     """
     if weights is None:
         return None
@@ -110,7 +110,7 @@ def _load_auto(
     pipe: Any, transformer: Any, wanted: Method, revision: str | None, token: str | bool | None
 ) -> Checkpoint:
     check_published(wanted)
-    fine_tune = check_served(pipe, transformer)
+    fine_tune = fine_tune_served(pipe, transformer)
     file = published_file(wanted)
     if fine_tune:
         logger.warning(
@@ -130,19 +130,19 @@ def _load_local(path: Path) -> Checkpoint:
     if path.is_dir() or (path.name == WEIGHTS_FILE and (folder / CONFIG_FILE).is_file()):
         found = _load_folder(folder / CONFIG_FILE, weights, str(path))
     else:
-        source = f"{REPO}/{path.name}" if path.name in FILES.values() else None
-        found = _load_file(path, str(path), published_method(path.name), source)
+        origin = f"{REPO}/{path.name}" if path.name in FILES.values() else None
+        found = _load_file(path, str(path), published_method(path.name), origin)
     return found._replace(label=path.resolve().name)
 
 
-def _load_file(path: Path, name: str, published: Method | None, source: str | None) -> Checkpoint:
-    """Read a file without a record; methods other than CLEAR are named in the file itself."""
+def _load_file(path: Path, name: str, published: Method | None, origin: str | None) -> Checkpoint:
+    """Read a file that has no clear_config.json. Its method may be recorded in the file's own metadata."""
     values, recorded = read_checkpoint(path)
     factor = pooled_factor(values)
     method = published and published.with_settings(None, factor)
     if recorded is not None:
         method = method_from_dict(recorded, str(path))
-    return Checkpoint(values, name, name, method, factor, source=source)
+    return Checkpoint(values, name, name, method, factor, origin=origin)
 
 
 def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
@@ -150,7 +150,7 @@ def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool
         logger.warning("%s/%s: weights %s", repo, file, LICENSE_TEXT)
     name = f"{repo}/{file}"
     return _load_file(
-        Path(fetch(repo, file, revision, token)), name, published_method(file) if repo == REPO else None, source=name
+        Path(fetch(repo, file, revision, token)), name, published_method(file) if repo == REPO else None, origin=name
     )
 
 
