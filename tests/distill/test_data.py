@@ -215,8 +215,12 @@ class TestCache:
         made = self.build(pipe, data, tmp_path / "cache", lambda numbers: todo.extend(numbers) or iter(todo))
         assert todo == [2]
         for example in range(5):
-            pair = (each.read([example], torch.Generator().manual_seed(0)) for each in (made, whole))
-            assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
+            (ours, our_text), (expected, expected_text) = (
+                each.read([example], torch.Generator().manual_seed(0)) for each in (made, whole)
+            )
+            assert torch.equal(ours, expected)
+            assert our_text.keys() == expected_text.keys()
+            assert all(torch.equal(value, expected_text[name]) for name, value in our_text.items())
 
     @pytest.mark.parametrize(
         "change", [{"model": "large"}, {"resolution": 128}, {"text_tokens": 96}, {"revision": "v2"}]
