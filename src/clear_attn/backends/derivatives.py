@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -24,3 +27,15 @@ def validate_derivatives(backend: str, *tensors: Tensor) -> None:
             "transforms of torch.func; use backend='reference', inside "
             "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
         )
+
+
+def refuse_second_backward(backend: str) -> Callable[..., NoReturn]:
+    """Return the backward function of a backend's backward operator, which raises RuntimeError."""
+
+    def refuse(ctx: Any, *gradients: Any) -> NoReturn:
+        raise RuntimeError(
+            f"backend={backend!r} has no second derivatives; use backend='reference', inside "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
+
+    return refuse

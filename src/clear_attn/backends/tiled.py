@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clear_attn.backends.derivatives import validate_derivatives
+from clear_attn.backends.derivatives import refuse_second_backward, validate_derivatives
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention, softmax_attention_backward
 from clear_attn.core.tiles import Tiles
 
@@ -156,15 +156,8 @@ def _backward(ctx, output_gradient, lse_gradient):  # type: ignore[no-untyped-de
     return *gradients, [None] * len(tiles), None, None, None, None
 
 
-def _refuse_second_backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "backend='tiled' has no second derivatives; use backend='reference', inside "
-        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-    )
-
-
 _tiled.register_autograd(_backward, setup_context=_setup_context)
-_tiled_backward.register_autograd(_refuse_second_backward)
+_tiled_backward.register_autograd(refuse_second_backward("tiled"))
 
 
 def _new_results(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from clear_attn.backends.derivatives import refuse_second_backward, validate_derivatives
 from clear_attn.backends.triton import interpreter
 from clear_attn.backends.triton.configurations import Configuration, configuration
 from clear_attn.backends.triton.support import architecture
@@ -96,6 +97,7 @@ def attend(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`. Linear in the image tokens in time and in memory."""
+    validate_derivatives("triton", query, key, value)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     sizes = Sizes(region.image.start, region.image.stop - region.image.start, *region.shared_keys)
@@ -204,6 +206,7 @@ def _backward(ctx: Any, output_gradient: Tensor, lse_gradient: Tensor) -> tuple[
 
 
 _attend.register_autograd(_backward, setup_context=_setup_context)
+_attend_backward.register_autograd(refuse_second_backward("triton"))
 
 
 def _new_results(query: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,20 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.clear_attn.triton, arguments)
 
 
+def test_derivatives_beyond_a_backward_pass_are_refused():
+    plan = plan_of((5, 9))
+
+    def attend(*tensors):
+        return clear_attention(*tensors, plan, backend="triton")
+
+    inputs = random_inputs(52)
+    with pytest.raises(RuntimeError, match="neither forward-mode derivatives nor transforms"):
+        torch.func.jvp(attend, tuple(x.detach() for x in inputs), tuple(torch.randn_like(x) for x in inputs))
+    (gradient,) = torch.autograd.grad(attend(*inputs).float().square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='triton' has no second derivatives"):
+        gradient.float().square().sum().backward()
+
+
 def test_one_compiled_graph_serves_all_sizes():
     graphs = []
 
