@@ -70,7 +70,8 @@ def test_every_named_class_exists_and_has_one_adapter():
 )
 def test_a_training_call_has_the_attention_keywords_where_the_adapter_reads_them(adapter):
     noisy, sigma, text, pooled = torch.zeros(1, 4, 4, 4), torch.ones(1), torch.zeros(1, 3, 8), torch.zeros(1, 8)
-    call = adapter.training.training_call(noisy, sigma, text, pooled, None, {"role": "student"})
+    text = {"text": text, "pooled": pooled, "mask": torch.ones(1, 3)}
+    call = adapter.training.training_call(noisy, sigma, text, None, {"role": "student"})
     assert call[adapter.keywords] == {"role": "student"}
 
 

@@ -48,7 +48,7 @@ def has_triton() -> bool:
 def convert_interpreted_scalars(interpreter: Any) -> None:
     """Let scalars of Triton's interpreter be ints with NumPy 2.4, which converts no array to one.
 
-    Triton's private name, for torch of its time (torch 2.13).
+    Triton's private name, for torch of its time (torch 2.9 to 2.13).
     """
     patch_tensor = _private(interpreter, "_patch_lang_tensor")
 
