@@ -18,6 +18,7 @@ from diffusers import FluxPipeline
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.demo.scenes import Scene, held_out_scenes, read
+from clear_attn.models._diffusers import load_pretrained
 
 # By their names in result files.
 PARTS = {"colour": "color", "ground": "ground", "shape": "shape", "place": "place"}
@@ -61,7 +62,7 @@ def main(
     batch: int = 50,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    pipe = FluxPipeline.from_pretrained(model or demo.path(), dtype=torch.float32, local_files_only=True)
+    pipe = load_pretrained(FluxPipeline, model or demo.path(), dtype=torch.float32, local_files_only=True)
     scenes = held_out_scenes()[:captions]
     with clear.linearized(pipe, window, weights=None) if window else contextlib.nullcontext():
         counts = count_right(scenes, draw(pipe, scenes, text_tokens, batch))

@@ -7,6 +7,7 @@ flow matching. It saves a `FluxPipeline` in bfloat16. Everything is seeded: the 
 takes about an hour and a half on two cores, with five minutes for the autoencoder; `--autoencoder` takes a trained one.
 """
 
+import json
 import math
 import tempfile
 import time
@@ -18,10 +19,12 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from clear_attn.demo.scenes import Scene, draw, training_scenes
+from clear_attn.models._diffusers import load_pretrained
 
 SIZE = 128  # pixels; 16 x 16 tokens after the autoencoder and the 2 x 2 packing
 SHIFT = 4.0  # with so few tokens, an image's structure is decided close to pure noise
@@ -112,6 +115,30 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
         model_max_length=512,
     )
     return clip, t5
+
+
+def support_transformers_4(folder: Path) -> None:
+    """Rewrite what transformers 5 saved of a pipeline so that transformers 4 loads it too.
+
+    It needs the vocabulary of CLIP in files of its own, T5's fast tokenizer by name, and `text_model.` in the names
+    of CLIP's weights, without which it leaves them random.
+    """
+    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n")
+    merges = "".join(" ".join(merge) + "\n" for merge in model["merges"])
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + merges)
+
+    config_file, index_file = folder / "tokenizer_2" / "tokenizer_config.json", folder / "model_index.json"
+    config = json.loads(config_file.read_text())
+    config.pop("extra_special_tokens", None)
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    index = json.loads(index_file.read_text())
+    index["tokenizer_2"] = ["transformers", "T5TokenizerFast"]
+    index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+    weights_file = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": x for name, x in load_file(weights_file).items()}
+    save_file(weights, weights_file, metadata={"format": "pt"})
 
 
 def build_pipeline() -> FluxPipeline:
@@ -289,9 +316,9 @@ def main(
     seed: int = 0,
 ) -> None:
     torch.manual_seed(seed)
-    pipe = FluxPipeline.from_pretrained(resume, dtype=torch.float32) if resume else build_pipeline()
+    pipe = load_pretrained(FluxPipeline, resume, dtype=torch.float32) if resume else build_pipeline()
     if autoencoder:
-        pipe.register_modules(vae=AutoencoderKL.from_pretrained(autoencoder, dtype=torch.float32))
+        pipe.register_modules(vae=load_pretrained(AutoencoderKL, autoencoder, dtype=torch.float32))
     elif not resume:
         train_autoencoder(pipe.vae, images // 2, autoencoder_steps, torch.Generator().manual_seed(seed))
     # Round now as for saving, so that the transformer trains on the same latents as it gets later.
@@ -305,6 +332,7 @@ def main(
             phase_rng = torch.Generator().manual_seed(seed + 2 + number)
             train_transformer(pipe, scenes, latents, phase._replace(steps=steps), phase_rng)
             pipe.to(torch.bfloat16).save_pretrained(output)
+            support_transformers_4(output)
             pipe.to(torch.float32)
     for file in output.rglob("*.safetensors"):
         file.chmod(0o644)

@@ -152,7 +152,23 @@ def test_each_helper_says_in_which_version_its_name_was_read(module, package):
     assert len(public) > 10
     for helper in public:
         assert f"({package} {module.READ_IN})." in inspect.getdoc(helper), helper.__name__
-    assert version(package).startswith(module.READ_IN)
+    oldest, newest = module.READ_IN.split(" to ")
+    assert numbers(oldest) <= numbers(version(package)) <= numbers(newest)
+
+
+def numbers(version):
+    """Return the first two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
+@pytest.mark.parametrize(
+    ("installed", "keyword"), [("0.36.0", "torch_dtype"), ("0.40.0.dev0", "dtype"), ("1.0", "dtype")]
+)
+def test_the_dtype_has_the_name_that_diffusers_knows(monkeypatch, installed, keyword):
+    loader = types.SimpleNamespace(from_pretrained=lambda name, **options: (name, options))
+    monkeypatch.setattr(_diffusers.diffusers, "__version__", installed)
+    loaded = _diffusers.load_pretrained(loader, "model", dtype=torch.float16, revision="main")
+    assert loaded == ("model", {keyword: torch.float16, "revision": "main"})
 
 
 class TestNamesThatAreGone:
@@ -160,7 +176,9 @@ class TestNamesThatAreGone:
 
     def test_errors(self):
         bare = types.SimpleNamespace()
-        with pytest.raises(RuntimeError, match=r"torch .* has no _forward_pre_hooks on .*; install torch 2\.13"):
+        with pytest.raises(
+            RuntimeError, match=r"torch .* has no _forward_pre_hooks on .*; install torch 2\.9 to 2\.13"
+        ):
             _torch.forward_pre_hooks(bare)
         with pytest.raises(RuntimeError, match=r"has no _device_types"):
             _torch.timeout_of(bare)
@@ -227,7 +245,7 @@ def test_a_config_without_an_entry():
 
 def test_every_module_is_read():
     modules = {module.name for module in pkgutil.walk_packages(clear_attn.__path__, "clear_attn.")}
-    files = {".".join(("clear_attn", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in SOURCES}
-    assert modules - {"clear_attn.utils._torch", "clear_attn.models._diffusers"} <= {
-        name.removesuffix(".__init__") for name in files
+    files = {
+        ".".join(("clear_attn", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in [*SOURCES, *HELPERS]
     }
+    assert modules <= {name.removesuffix(".__init__") for name in files}

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 
 import torch
 from diffusers import (
@@ -134,7 +135,10 @@ def flux_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
 def flux2_transformer(guidance=False, **changes):
     """A random FLUX.2 of two double and two single blocks, 2 heads of 16."""
     torch.manual_seed(1)
-    return Flux2Transformer2DModel(**{**FLUX2_CONFIG, "guidance_embeds": guidance, **changes}).eval()
+    # Before diffusers 0.37, all have it.
+    optional = "guidance_embeds" in inspect.signature(Flux2Transformer2DModel.__init__).parameters
+    choice = {"guidance_embeds": guidance} if optional else {}
+    return Flux2Transformer2DModel(**{**FLUX2_CONFIG, **choice, **changes}).eval()
 
 
 def flux2_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
@@ -148,7 +152,7 @@ def flux2_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
         "timestep": torch.full((batch,), 0.7),
         "img_ids": ids.expand(batch, -1, -1),
         "txt_ids": torch.nn.functional.pad(torch.arange(text)[:, None], (3, 0)).expand(batch, -1, -1),
-        "guidance": torch.full((batch,), 3.5) if config.guidance_embeds else None,
+        "guidance": torch.full((batch,), 3.5) if config.get("guidance_embeds", True) else None,
     }
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+from clear_attn.models._diffusers import diffusers_version
 from tests.helpers import dummy_models
 
 
@@ -28,6 +29,7 @@ class Family(NamedTuple):
         default_device: whether diffusers creates all tensors of a call on the device of its inputs.
         lora: whether diffusers can load a LoRA into it.
         training: whether it can be distilled.
+        first_version: of diffusers, the first in which the model works here.
         timestep_of_sigma_1: the timestep of a call at sigma 1; None if its timestep is not a sigma.
     """
 
@@ -45,6 +47,7 @@ class Family(NamedTuple):
     lora: bool = True
     training: bool = False
     timestep_of_sigma_1: float | None = 1.0
+    first_version: tuple = (0, 36)
 
     def grid(self, height, width):
         """Return a grid of this size, or the square one of this height if images must be square."""
@@ -92,6 +95,7 @@ QWEN = Family(
     padding=True,
     fused=False,
     training=True,
+    first_version=(0, 39),
 )
 CHROMA = Family(
     dummy_models.chroma_transformer,
@@ -115,7 +119,8 @@ DIT = Family(
     lora=False,
     timestep_of_sigma_1=None,
 )
-FAMILIES = {"flux": FLUX, "sd3": SD3, "flux2": FLUX2, "qwen": QWEN, "chroma": CHROMA, "dit": DIT}
+ALL = {"flux": FLUX, "sd3": SD3, "flux2": FLUX2, "qwen": QWEN, "chroma": CHROMA, "dit": DIT}
+FAMILIES = {name: family for name, family in ALL.items() if family.first_version <= diffusers_version()}
 # Text first and text last, references, latents in two dimensions: enough for what does not differ by model.
 USUAL = ("flux", "sd3")
 

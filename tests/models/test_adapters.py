@@ -3,12 +3,16 @@
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+import clear_attn as clear
 from clear_attn.models import ADAPTERS, adapter_for
+from clear_attn.models._diffusers import diffusers_version
 from clear_attn.models.class_names import is_exactly, is_instance
+from tests.helpers import dummy_models
 from tests.helpers.families import FAMILIES, each_family
 
 MODELS = ("diffusers.models.transformers", "diffusers.models.controlnets", "diffusers.pipelines")
@@ -32,15 +36,30 @@ def test_a_transformer_has_the_adapter_of_its_class(transformer):
 def test_every_adapter_is_tested_with_a_model():
     tested = {type(family.transformer()).__name__ for family in FAMILIES.values()}
     controlnets = {adapter.transformer_class for adapter in ADAPTERS if "ControlNet" in adapter.transformer_class}
-    assert tested | controlnets == {adapter.transformer_class for adapter in ADAPTERS}
+    present = {adapter.transformer_class for adapter in ADAPTERS if adapter.first_version <= diffusers_version()}
+    assert present <= tested | controlnets
+
+
+def test_a_model_that_needs_a_later_diffusers(monkeypatch):
+    adapter = adapter_for(dummy_models.qwen_transformer())
+    monkeypatch.setattr(diffusers, "__version__", "0.39.0")
+    adapter.check_version()
+    monkeypatch.setattr(diffusers, "__version__", "0.38.2")
+    words = (
+        r"QwenImageTransformer2DModel is supported with diffusers 0\.39 and later, not with 0\.38, .*'diffusers>=0\.39"
+    )
+    with pytest.raises(TypeError, match=words):
+        adapter.check_version()
+    with pytest.raises(TypeError, match=words):
+        clear.linearize(dummy_models.qwen_transformer(), 3, weights=None)
+    adapter_for(dummy_models.flux_transformer()).check_version()
 
 
 def test_every_named_class_exists_and_has_one_adapter():
-    import diffusers
-
-    names = [adapter.transformer_class for adapter in ADAPTERS]
+    present = [adapter for adapter in ADAPTERS if adapter.first_version <= diffusers_version()]
+    names = [adapter.transformer_class for adapter in present]
     assert len({getattr(diffusers, name) for name in names}) == len(names)
-    for adapter in ADAPTERS:
+    for adapter in present:
         if adapter.highres_pipelines:
             assert getattr(diffusers, adapter.highres_pipelines.text_to_image)
             assert getattr(diffusers, adapter.highres_pipelines.image_to_image)
@@ -51,7 +70,8 @@ def test_every_named_class_exists_and_has_one_adapter():
 )
 def test_a_training_call_has_the_attention_keywords_where_the_adapter_reads_them(adapter):
     noisy, sigma, text, pooled = torch.zeros(1, 4, 4, 4), torch.ones(1), torch.zeros(1, 3, 8), torch.zeros(1, 8)
-    call = adapter.training.training_call(noisy, sigma, text, pooled, None, {"role": "student"})
+    text = {"text": text, "pooled": pooled, "mask": torch.ones(1, 3)}
+    call = adapter.training.training_call(noisy, sigma, text, None, {"role": "student"})
     assert call[adapter.keywords] == {"role": "student"}
 
 

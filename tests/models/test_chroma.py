@@ -1,8 +1,9 @@
 """What is particular to Chroma: a mask for the padding of the text."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import ChromaImg2ImgPipeline, ChromaInpaintPipeline, ChromaPipeline
+from diffusers import ChromaPipeline
 from PIL import Image
 
 import clear_attn as clear
@@ -52,18 +53,19 @@ def test_masks_that_do_not_fit(transformer):
         run(transformer, {**call, "attention_mask": call["attention_mask"].roll(1, 1).flip(1)})
 
 
-@pytest.mark.parametrize("kind", [ChromaPipeline, ChromaImg2ImgPipeline, ChromaInpaintPipeline])
-def test_pipelines_with_guidance(kind):
+@pytest.mark.parametrize("name", ["ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"])
+def test_pipelines_with_guidance(name):
+    kind = getattr(diffusers, name, None) or pytest.skip(f"this diffusers has no {name}")
     pipe = dummy_pipelines.chroma(kind)
     side = 2 * pipe.vae_scale_factor
     image = Image.effect_mandelbrot((9 * side, 7 * side), (-2, -1, 1, 1), 50).convert("RGB")
     # ChromaInpaintPipeline of diffusers 0.42.1 reads it, and the model does not know it.
     pipe.transformer.register_to_config(guidance_embeds=False)
     further = {
-        ChromaPipeline: {},
-        ChromaImg2ImgPipeline: {"image": image, "strength": 1.0},
-        ChromaInpaintPipeline: {"image": image, "mask_image": image.convert("L"), "strength": 1.0},
-    }[kind]
+        "ChromaPipeline": {},
+        "ChromaImg2ImgPipeline": {"image": image, "strength": 1.0},
+        "ChromaInpaintPipeline": {"image": image, "mask_image": image.convert("L"), "strength": 1.0},
+    }[name]
 
     def draw():
         return pipe(

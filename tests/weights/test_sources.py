@@ -4,6 +4,7 @@ import json
 import types
 
 import huggingface_hub.constants
+import huggingface_hub.utils._http
 import pytest
 import torch
 from safetensors.torch import save
@@ -53,18 +54,24 @@ def repos(transformer):
     }
 
 
+# huggingface_hub 1 renamed it.
+forget_sessions = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils._http.reset_sessions
+
+
 @pytest.fixture
 def server(repos, monkeypatch, tmp_path):
     with fake_hub.serve(repos) as server:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
         template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # Before version 1, file_download has a name of its own for it.
+        for module in (huggingface_hub.constants, huggingface_hub.file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("NO_PROXY", "*")
-        huggingface_hub.close_session()
+        forget_sessions()
         yield server
-        huggingface_hub.close_session()
+        forget_sessions()
 
 
 @pytest.fixture
@@ -213,6 +220,7 @@ class TestRefusals:
         with clear.linearized(transformer, 8):
             pass
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        forget_sessions()  # before version 1, they remember whether they are offline
         with clear.linearized(transformer, 8):
             pass
         with pytest.raises(

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 
+from clear_attn.models._diffusers import load_pretrained
+
 # Pixels; the size it was trained at, 16 x 16 tokens.
 SIZE = 128
 # Its training captions are shorter. FluxPipeline's default, 512, works too but takes three times as long.
@@ -54,6 +56,6 @@ def pipeline(dtype: torch.dtype = torch.float32) -> FluxPipeline:
         >>> image.size
         (128, 128)
     """
-    pipe = FluxPipeline.from_pretrained(path(), dtype=dtype, local_files_only=True)
+    pipe: FluxPipeline = load_pretrained(FluxPipeline, path(), dtype=dtype, local_files_only=True)
     pipe.default_sample_size = SIZE // pipe.vae_scale_factor
     return pipe

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
+from clear_attn.models._diffusers import diffusers_version
 from clear_attn.models.class_names import DIFFUSERS, class_of
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project, project_out
@@ -76,6 +77,7 @@ class ModelAdapter(abc.ABC):
         packages: the top-level packages that define the classes named here.
         accepts: names of the attention processors that the library's can replace.
         ip_adapter_processors: names of those with an IP-Adapter, whose own attention the replacement keeps.
+        first_version: of diffusers, the first in which a model of this class works here.
         text_first: whether text comes before the image where they are joined.
         default_text_tokens: the length of the text sequence that its pipelines make by default.
         residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
@@ -91,6 +93,7 @@ class ModelAdapter(abc.ABC):
 
     transformer_class: str
     packages: tuple[str, ...] = DIFFUSERS
+    first_version: tuple[int, int] = (0, 36)
     accepts: tuple[str, ...]
     ip_adapter_processors: tuple[str, ...] = ()
     text_first: bool
@@ -110,6 +113,19 @@ class ModelAdapter(abc.ABC):
         for name in ("training", "highres_pipelines", "architectures"):
             if name not in vars(cls):
                 setattr(cls, name, getattr(ModelAdapter, name))
+
+    def check_version(self) -> None:
+        """Check that the installed diffusers is not older than the first in which this model works here.
+
+        Raises:
+            TypeError: it is.
+        """
+        if self.packages == DIFFUSERS and diffusers_version() < self.first_version:
+            first, installed = (".".join(map(str, each)) for each in (self.first_version, diffusers_version()))
+            raise TypeError(
+                f"a {self.transformer_class} is supported with diffusers {first} and later, not with {installed}, "
+                f"which is installed; call pip install 'diffusers>={first}'"
+            )
 
     # Layers
 

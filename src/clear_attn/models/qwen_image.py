@@ -85,6 +85,7 @@ class QwenProcessor(ClearAttnProcessor):
 
 class QwenImage(ModelAdapter):
     transformer_class = "QwenImageTransformer2DModel"
+    first_version = (0, 39)  # the first that hides padded text in its layers and needs no `txt_seq_lens`
     accepts = ("QwenDoubleStreamAttnProcessor2_0",)
     text_first = True
     default_text_tokens = 512  # the most that its pipelines take; they do not pad

@@ -55,7 +55,7 @@ def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
     """Return the transformer of a pipeline, or the transformer given, with its adapter.
 
     Raises:
-        TypeError: neither is supported.
+        TypeError: neither is supported, or not with the installed version of diffusers.
     """
     transformer = unwrap_compiled(getattr(pipe, "transformer", pipe))
     adapter = adapter_for(transformer)
@@ -65,6 +65,7 @@ def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
         if hasattr(transformer, "nets"):
             raise TypeError(f"a {given} is not supported; give its ControlNets one by one: for net in controlnet.nets")
         raise TypeError(f"a {given} is not supported; give a diffusers pipeline or transformer of: {supported}")
+    adapter.check_version()
     return transformer, adapter
 
 

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -19,6 +19,9 @@ from clear_attn.tools.bench.bench_command import bench
 from clear_attn.tools.evaluate_command import evaluate
 from clear_attn.tools.generate_command import generate
 from clear_attn.tools.options import DownFactor, Overwrite, Window, check_image_output, spell_options
+
+if TYPE_CHECKING:
+    from clear_attn.models import ModelAdapter
 
 DEMO_CAPTIONS = (
     "a red circle on a blue ground, at the top left",
@@ -104,12 +107,11 @@ def demo(
     typer.echo(f"{report}\n\nSaved {output}")
 
 
-def _architectures() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return the published sizes by name: the transformer's class, and what differs from its default config."""
+def _architectures() -> dict[str, tuple[ModelAdapter, dict[str, Any]]]:
+    """Return the published sizes by name: the model's adapter, and what differs from its default config."""
     from clear_attn.models import ADAPTERS
 
-    sizes = [(adapter.transformer_class, size) for adapter in ADAPTERS for size in adapter.architectures]
-    return {size.name: (transformer_class, dict(size.config)) for transformer_class, size in sizes}
+    return {size.name: (adapter, dict(size.config)) for adapter in ADAPTERS for size in adapter.architectures}
 
 
 @app.command(cls=Command)
@@ -140,9 +142,10 @@ def cost(
     known = _architectures()
     if model not in known:
         raise typer.BadParameter(f"{model!r} is not one of {', '.join(known)}", param_hint="--model")
-    transformer_class, config = known[model]
+    adapter, config = known[model]
+    adapter.check_version()
     with torch.device("meta"):
-        transformer = getattr(diffusers, transformer_class)(**config).bfloat16()
+        transformer = getattr(diffusers, adapter.transformer_class)(**config).bfloat16()
     counted = cost_of(
         transformer,
         height,

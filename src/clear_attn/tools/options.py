@@ -113,10 +113,11 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offlo
 
     from clear_attn import demo
     from clear_attn.cascade.memory_check import check_weights_fit
+    from clear_attn.models._diffusers import load_pretrained
 
     if offload and device.type == "cpu":
         raise typer.BadParameter("it saves a GPU's memory, and there is no GPU; leave it out", param_hint="--offload")
-    pipe: Any = demo.pipeline(dtype) if model == "demo" else DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    pipe: Any = demo.pipeline(dtype) if model == "demo" else load_pretrained(DiffusionPipeline, model, dtype=dtype)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe

@@ -1,6 +1,6 @@
 """The private names of torch that clear_attn uses, each behind one function. No other file names one.
 
-Docstrings say in which version a name was read. A name that is gone raises an error that says so, or gives a safe
+Docstrings say in which versions a name was read. A name that is gone raises an error that says so, or gives a safe
 answer where there is one.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-READ_IN = "2.13"
+READ_IN = "2.9 to 2.13"
 
 try:
     from torch._functorch import pyfunctorch
@@ -41,14 +41,14 @@ def _private(owner: Any, name: str) -> Any:
 
 
 def has_triton() -> bool:
-    """Whether torch can compile with Triton here, for FlexAttention on GPUs (torch 2.13)."""
+    """Whether torch can compile with Triton here, for FlexAttention on GPUs (torch 2.9 to 2.13)."""
     return bool(_has_triton())
 
 
 def convert_interpreted_scalars(interpreter: Any) -> None:
     """Let scalars of Triton's interpreter be ints with NumPy 2.4, which converts no array to one.
 
-    Triton's private name, for torch of its time (torch 2.13).
+    Triton's private name, for torch of its time (torch 2.9 to 2.13).
     """
     patch_tensor = _private(interpreter, "_patch_lang_tensor")
 
@@ -60,37 +60,37 @@ def convert_interpreted_scalars(interpreter: Any) -> None:
 
 
 def recompile_limit(limit: int) -> AbstractContextManager[None]:
-    """Allow a compiled function this many compilations inside a `with` block (torch 2.13)."""
+    """Allow a compiled function this many compilations inside a `with` block (torch 2.9 to 2.13)."""
     patched: AbstractContextManager[None] = _private(torch._dynamo, "config").patch(recompile_limit=limit)
     return patched
 
 
 def mark_static(tensor: Tensor) -> None:
-    """Compile the sizes of a tensor as constants (torch 2.13)."""
+    """Compile the sizes of a tensor as constants (torch 2.9 to 2.13)."""
     _private(torch._dynamo, "mark_static")(tensor)
 
 
 def maybe_mark_dynamic(tensor: Tensor, dim: int) -> None:
-    """Compile one size of a tensor as a variable from the first call on, so that others reuse it (torch 2.13)."""
+    """Compile one size of a tensor as a variable from the first call on, for others to reuse (torch 2.9 to 2.13)."""
     _private(torch._dynamo, "maybe_mark_dynamic")(tensor, dim)
 
 
 def has_cpu_flash_attention() -> bool:
-    """Whether `cpu_flash_attention` is there (torch 2.13)."""
+    """Whether `cpu_flash_attention` is there (torch 2.9 to 2.13)."""
     return _CPU_FLASH_ATTENTION is not None
 
 
 def cpu_flash_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention on a CPU with the log-sum-exp, which the public function does not return (torch 2.13)."""
+    """Attention on a CPU with the log-sum-exp, which the public function does not return (torch 2.9 to 2.13)."""
     assert _CPU_FLASH_ATTENTION is not None
     output, lse = _CPU_FLASH_ATTENTION(query, key, value, attn_mask=bias, scale=scale)
     return output, lse
 
 
 def inner_tensors_of(tensor: Tensor) -> list[Tensor] | None:
-    """The tensors that a wrapper subclass, such as a quantized tensor, is stored as; None for others (torch 2.13)."""
+    """The tensors that a wrapper subclass (a quantized one) is stored as; None for others (torch 2.9 to 2.13)."""
     if not is_traceable_wrapper_subclass(tensor):
         return None
     names, _ = tensor.__tensor_flatten__()
@@ -98,13 +98,13 @@ def inner_tensors_of(tensor: Tensor) -> list[Tensor] | None:
 
 
 def stored_tensors(tensor: Tensor) -> list[Tensor]:
-    """Return the plain tensors that a tensor is stored as: itself, or those inside a quantized one (torch 2.13)."""
+    """Return the plain tensors that a tensor is stored as: itself, or a quantized one's parts (torch 2.9 to 2.13)."""
     inner = inner_tensors_of(tensor)
     return [tensor] if inner is None else [part for each in inner for part in stored_tensors(each)]
 
 
 def version_of(tensor: Tensor) -> object:
-    """A value that differs after a tensor was written to; never equal where torch keeps none (torch 2.13)."""
+    """A value that differs after a tensor was written to; never equal where torch keeps none (torch 2.9 to 2.13)."""
     try:
         return tensor._version
     except (AttributeError, RuntimeError):  # inference tensors have none
@@ -112,41 +112,41 @@ def version_of(tensor: Tensor) -> object:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a tensor is inside a transform of `torch.func`: grad, jvp, vmap and others (torch 2.13)."""
+    """Whether a tensor is inside a transform of `torch.func`: grad, jvp, vmap and others (torch 2.9 to 2.13)."""
     return bool(_private(_private(torch._C, "_functorch"), "is_functorch_wrapped_tensor")(tensor))
 
 
 def outside_transforms() -> AbstractContextManager[Any]:
-    """Leave the transforms of `torch.func` for a `with` block, for tensors that outlive them (torch 2.13)."""
+    """Leave the transforms of `torch.func` for a `with` block, for tensors that outlive them (torch 2.9 to 2.13)."""
     cleared: AbstractContextManager[Any] = _private(pyfunctorch, "temporarily_clear_interpreter_stack")()
     return cleared
 
 
 def unwrap_compiled(module: Any) -> Any:
-    """The module that `torch.compile` wrapped, or the module itself (torch 2.13)."""
+    """The module that `torch.compile` wrapped, or the module itself (torch 2.9 to 2.13)."""
     return getattr(module, "_orig_mod", module)
 
 
 def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
-    """The table of a module's forward pre-hooks, to find, replace and order them (torch 2.13)."""
+    """The table of a module's forward pre-hooks, to find, replace and order them (torch 2.9 to 2.13)."""
     hooks: dict[int, Any] = _private(module, "_forward_pre_hooks")
     return hooks
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Any]:
-    """The table of a module's forward hooks, to find, replace and order them (torch 2.13)."""
+    """The table of a module's forward hooks, to find, replace and order them (torch 2.9 to 2.13)."""
     hooks: dict[int, Any] = _private(module, "_forward_hooks")
     return hooks
 
 
 def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
-    """All tables of forward hooks: pre-hooks, which of them take keywords, hooks, and which of them do (torch 2.13)."""
+    """All tables of forward hooks: pre-hooks, those with keywords, hooks, those with keywords (torch 2.9 to 2.13)."""
     names = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
     return [_private(module, name) for name in names]
 
 
 def remove_forward_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
-    """Remove hooks, pre-hooks last, by what they are: handles do not survive a deep copy (torch 2.13)."""
+    """Remove hooks, pre-hooks last, by what they are: handles do not survive a deep copy (torch 2.9 to 2.13)."""
     pre_hooks, pre_marks, hooks, marks = hook_tables(module)
     for table, with_kwargs in ((hooks, marks), (pre_hooks, pre_marks)):
         for key in [key for key, hook in table.items() if unwanted(hook)]:
@@ -155,27 +155,27 @@ def remove_forward_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> 
 
 
 def leaves_of(tree: Any) -> list[Any]:
-    """The values inside nested lists, tuples and dicts (torch 2.13)."""
+    """The values inside nested lists, tuples and dicts (torch 2.9 to 2.13)."""
     return tree_leaves(tree)
 
 
 def named_leaves_of(tree: Any) -> list[tuple[str, Any]]:
-    """As `leaves_of`, each with its path as text, such as "['sizes'][0]" (torch 2.13)."""
+    """As `leaves_of`, each with its path as text, such as "['sizes'][0]" (torch 2.9 to 2.13)."""
     return [("".join(map(str, path)), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The same nesting with each tensor replaced by the function of it (torch 2.13)."""
+    """The same nesting with each tensor replaced by the function of it (torch 2.9 to 2.13)."""
     return tree_map_only(Tensor, function, tree)
 
 
 def default_store() -> Any:
-    """The key-value store that the ranks of the default process group met in (torch 2.13)."""
+    """The key-value store that the ranks of the default process group met in (torch 2.9 to 2.13)."""
     return _private(torch.distributed.distributed_c10d, "_get_default_store")()
 
 
 def timeout_of(group: torch.distributed.ProcessGroup) -> datetime.timedelta:
-    """How long the collectives of a process group wait for the other ranks (torch 2.13)."""
+    """How long the collectives of a process group wait for the other ranks (torch 2.9 to 2.13)."""
     device_type = _private(group, "_device_types")[0]
     timeout: datetime.timedelta = _private(_private(group, "_get_backend")(device_type).options, "_timeout")
     return timeout

@@ -51,7 +51,7 @@ def in_cache(repo: str) -> bool:
 def cached_files(repo: str) -> list[str]:
     """Return the safetensors files of a repository in the cache."""
     try:
-        cache = huggingface_hub.scan_cache_dir()
+        cache = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
     except errors.CacheNotFound:
         return []
     revisions = (revision for each in cache.repos if each.repo_id == repo for revision in each.revisions)

@@ -19,6 +19,7 @@ from clear_attn.distill.data.examples import Example, from_dataset, from_folder
 from clear_attn.distill.data.generated import Generation
 from clear_attn.distill.settings import Settings
 from clear_attn.models import training_adapter_for
+from clear_attn.models._diffusers import load_pretrained
 from clear_attn.models.class_names import is_instance
 from clear_attn.patching.target import find_transformer
 from clear_attn.utils.prompts import read_prompts
@@ -56,7 +57,7 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
     """
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     name = settings.pretrained_model_name_or_path
-    pipe = DiffusionPipeline.from_pretrained(name, revision=settings.revision, dtype=dtype)
+    pipe = load_pretrained(DiffusionPipeline, name, dtype=dtype, revision=settings.revision)
     transformer, _ = find_transformer(pipe)
     supported = training_adapter_for(transformer).pipelines
     if not is_instance(pipe, supported):
