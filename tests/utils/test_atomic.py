@@ -2,10 +2,13 @@
 
 import contextlib
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from clear_attn.utils.atomic import atomic_contents, atomic_directory, atomic_file, check_folder
+from clear_attn.utils import atomic
+from clear_attn.utils.atomic import UNFINISHED, atomic_contents, atomic_directory, atomic_file, check_folder
 
 ERRORS = [OSError(28, "No space left on device"), KeyboardInterrupt()]
 
@@ -122,3 +125,34 @@ class TestContents:
             with pytest.raises(NotADirectoryError, match="is a file; give a directory"):
                 check(tmp_path / "a.txt")
         assert content_of(tmp_path) == {"a.txt": "mine"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from clear_attn.utils import atomic
+with getattr(atomic, sys.argv[1])(Path(sys.argv[2])) as unfinished:
+    (unfinished / "half" if unfinished.is_dir() else unfinished).write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("writer", "name"), [("atomic_file", "a.txt"), ("atomic_contents", "")])
+def test_leftovers_of_a_killed_process_are_deleted_by_the_next(tmp_path, writer, name):
+    path = tmp_path / "out" / name
+    (tmp_path / "out").mkdir()
+    subprocess.run([sys.executable, "-c", KILLED, writer, str(path)], check=False)
+    assert [left.name.startswith(UNFINISHED) for left in (tmp_path / "out").iterdir()] == [True]
+    with getattr(atomic, writer)(path) as unfinished:
+        (unfinished / "a.txt" if unfinished.is_dir() else unfinished).write_text("new")
+    assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == {"a.txt": "new"}
+
+
+def test_leftovers_of_a_process_at_work_stay(tmp_path):
+    with atomic_file(tmp_path / "a.txt") as first:
+        first.write_text("first")
+        with atomic_file(tmp_path / "b.txt") as second:
+            second.write_text("second")
+        with pytest.raises(FileExistsError, match="holds something already"), atomic_contents(tmp_path):
+            pass
+    assert {file.name for file in tmp_path.iterdir()} == {"a.txt", "b.txt"}

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 UNFINISHED = ".unfinished-"
+OWNED = re.compile(re.escape(UNFINISHED) + r"(?P<host>[\w-]+)\.(?P<pid>\d+)\.[0-9a-f]{8}-")
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete the unfinished files and folders of killed processes of this machine; those at work keep theirs."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        owner = OWNED.match(left.name)
+        if owner and owner["host"] == _host() and not psutil.pid_exists(int(owner["pid"])):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _owned_prefix() -> str:
+    return f"{UNFINISHED}{_host()}.{os.getpid()}.{secrets.token_hex(4)}-"
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "_", socket.gethostname())[:20]
 
 
 @contextlib.contextmanager
@@ -20,8 +44,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     The temporary name ends in that of ``path``, for writers that choose a format by it. Of several files in one
     `contextlib.ExitStack`, the last one is renamed first, when all are written.
     """
+    delete_leftovers(path.parent)
     # A name of its own, since two processes may write the same file.
-    unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(4)}-{path.name}")
+    unfinished = path.with_name(f"{_owned_prefix()}{path.name}")
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode
@@ -74,11 +99,12 @@ def atomic_contents(folder: Path) -> Iterator[Path]:
         NotADirectoryError, FileExistsError: as `check_empty`.
         PermissionError: nothing can be written there.
     """
+    delete_leftovers(folder)
     check_empty(folder)
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_owned_prefix()) as unfinished:
             yield Path(unfinished)
             for item in Path(unfinished).iterdir():
                 item.replace(folder / item.name)

@@ -27,7 +27,7 @@ from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
 from clear_attn.utils.atomic import atomic_contents
-from clear_attn.utils.seeded_images import save_images_with_seeds
+from clear_attn.utils.seeded_images import generate_with_seeds, save_images_with_seeds
 from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.metadata import metadata_of
 from clear_attn.weights.published import shared_name_of
@@ -128,6 +128,9 @@ def evaluate(
         def draw(row: str) -> dict[str, float]:
             (parent / row).mkdir()
             progress = functools.partial(tqdm, desc=row, unit="batch")
+            # What happens once per process or model, such as building plans, is in no row's seconds.
+            warm_up = {**arguments, "num_inference_steps": 1, "prompt": list(prompts[:batch_size])}
+            generate_with_seeds(pipe, seeds[:batch_size], **warm_up)
             seconds = save_images_with_seeds(
                 pipe, prompts, seeds, files[row], batch_size=batch_size, progress=progress, **arguments
             )
