@@ -207,13 +207,17 @@ def chroma_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, 
     return call
 
 
+def compile_blocks(transformer, **options):
+    """Compile blocks one by one, of models too for which diffusers names none."""
+    transformer._repeated_blocks = transformer._repeated_blocks or [type(transformer.transformer_blocks[0]).__name__]
+    transformer.compile_repeated_blocks(fullgraph=True, **options)
+
+
 def sd3_transformer(dual=True, **changes):
     """A random SD3.5 of three blocks, the first with dual attention, the last without a text output; or an SD3."""
     without = {} if dual else {"dual_attention_layers": (), "qk_norm": None}
     torch.manual_seed(1)
-    transformer = SD3Transformer2DModel(**{**SD3_CONFIG, **without, **changes}).eval()
-    transformer._repeated_blocks = ["JointTransformerBlock"]  # diffusers names none for SD3
-    return transformer
+    return SD3Transformer2DModel(**{**SD3_CONFIG, **without, **changes}).eval()
 
 
 def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
@@ -238,7 +242,6 @@ def dit_transformer(**changes):
     transformer = DiTTransformer2DModel(**{**DIT_CONFIG, **changes}).eval()
     for block in transformer.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0
-    transformer._repeated_blocks = ["BasicTransformerBlock"]  # diffusers names none for DiT
     return transformer
 
 

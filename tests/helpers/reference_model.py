@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import clear_attn as clear
 from clear_attn.models import adapter_for
-from tests.helpers import reference_attention
+from tests.helpers import dummy_models, reference_attention
 from tests.helpers.method_rules import RULES, softmax
 
 # What stock processors attend with, and whether heads come before tokens there.
@@ -148,5 +148,5 @@ def check_compiled_blocks(transformer, call):
     clear.linearize(transformer, 4, 2, weights=None)
     expected = run(transformer, call)
     torch.compiler.reset()  # compilations are counted for each line of code, over all tests
-    transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    dummy_models.compile_blocks(transformer, backend="aot_eager")
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)

@@ -85,7 +85,7 @@ def test_pipelines_with_guidance(name):
 
 
 def test_what_it_is_refused_for(transformer):
-    with pytest.raises(TypeError, match="highres does not know a ChromaPipeline"):
+    with pytest.raises(TypeError, match="highres does not support a ChromaPipeline"):
         clear.highres(dummy_pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
     refused = pytest.raises(RuntimeError, match=r"a FluxAttnProcessor, whose scores .* cannot scale while")
     with refused, clear.proportional_attention(transformer):

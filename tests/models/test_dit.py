@@ -96,7 +96,7 @@ def test_what_it_is_refused_for(transformer):
         clear.linearize(transformer)
     with pytest.raises(TypeError, match="a DiTTransformer2DModel cannot be split over ranks"):
         clear.parallelize(clear.linearize(transformer, weights=None))
-    with pytest.raises(TypeError, match="highres does not know a DiTPipeline"):
+    with pytest.raises(TypeError, match="highres does not support a DiTPipeline"):
         clear.highres(small_pipeline(transformer), "a red circle", height=64, width=64)
 
 

@@ -66,7 +66,7 @@ def test_distilled_weights_hold_what_single_blocks_project(trained, transformer)
 
 
 def test_what_it_is_refused_for(pipe):
-    with pytest.raises(TypeError, match="highres does not know a Flux2KleinPipeline"):
+    with pytest.raises(TypeError, match="highres does not support a Flux2KleinPipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="this is a Flux2Transformer2DModel; give weights=None"):
         clear.linearize(pipe, 8)

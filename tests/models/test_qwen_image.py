@@ -156,7 +156,7 @@ class TestControlNet:
 
 def test_what_it_is_refused_for(transformer):
     pipe = dummy_pipelines.qwen(QwenImagePipeline)
-    with pytest.raises(TypeError, match="highres does not know a QwenImagePipeline"):
+    with pytest.raises(TypeError, match="highres does not support a QwenImagePipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="has none that it would change"), clear.ntk_scaling(transformer, 10):
         pass

@@ -6,29 +6,29 @@ import sys
 SCRIPT = """
 import datetime, sys
 import torch, torch.distributed as dist
-from clear_attn.parallel.communicator import Links
+from clear_attn.parallel.communicator import Communicator
 
 def be_rank(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
                             timeout=datetime.timedelta(seconds=60))
-    links = Links(dist.group.WORLD)
-    assert (links.rank, links.ranks, links.names) == (rank, 2, [0, 1])
+    communicator = Communicator(dist.group.WORLD)
+    assert (communicator.rank, communicator.ranks, communicator.names) == (rank, 2, [0, 1])
     own, other = torch.full((3,), float(rank)), torch.empty(3)
-    links.exchange([(1 - rank, own)], [(1 - rank, other)])()
+    communicator.exchange([(1 - rank, own)], [(1 - rank, other)])()
     assert other.tolist() == [1.0 - rank] * 3
-    links.exchange([], [])()
-    parts = links.gather(torch.full((1, rank + 1), float(rank)), [1, 2], dim=1)()
+    communicator.exchange([], [])()
+    parts = communicator.all_gather(torch.full((1, rank + 1), float(rank)), [1, 2], dim=1)()
     assert [part.tolist() for part in parts] == [[[0.0]], [[1.0, 1.0]]]
     total = torch.tensor([1.0 + rank])
-    links.add_up(total)()
+    communicator.all_reduce(total)()
     assert total.item() == 3
-    assert links.compare(torch.tensor([rank])).tolist() == [[0], [1]]
-    made = links.broadcast(lambda: torch.arange(6.0).view(2, 3).bfloat16(), torch.device("cpu"))
+    assert communicator.compare(torch.tensor([rank])).tolist() == [[0], [1]]
+    made = communicator.broadcast(lambda: torch.arange(6.0).view(2, 3).bfloat16(), torch.device("cpu"))
     assert (made.dtype, made.tolist()) == (torch.bfloat16, [[0, 1, 2], [3, 4, 5]])
     try:
-        links.broadcast(lambda: 1 / 0, torch.device("cpu"))
+        communicator.broadcast(lambda: 1 / 0, torch.device("cpu"))
     except (ZeroDivisionError, RuntimeError) as error:
-        expected = "division" if rank == 0 else "rank 0 failed at what it makes for all"
+        expected = "division" if rank == 0 else "rank 0 failed to compute what it sends to all"
         assert expected in str(error), error
     else:
         raise AssertionError("no error")
