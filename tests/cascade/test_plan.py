@@ -25,6 +25,8 @@ from clear_attn.cascade.stage_runner import Cascade
 from tests.helpers import dummy_models
 from tests.helpers.large_images import BASE, FAST, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 
+DRAWN = '{"prompt": "a", "height": 8, "width": 8, "seed": 1, "base": null, "stages": [], %s}'
+
 
 class TestPlan:
     def test_makes_the_picture_again(self, pipe, tmp_path):
@@ -102,14 +104,14 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("{}", "not a plan of a high-resolution image: 'format'"),
+            ("{}", "not a plan of a high-resolution image: it has no 'format'"),
             ("[", "not a plan"),
             ('{"format": 3}', "its format was written by clear_attn another version"),
-            ('{"format": 1, "base": null, "stages": [], "colour": "red"}', "unexpected keyword argument 'colour'"),
-            ('{"format": 2, "base": null, "stages": [], "colour": "red"}', "unexpected keyword argument 'colour'"),
-            ('{"format": 2, "base": null, "stages": [], "options": []}', r"options must be an object, got \[\]"),
-            ('{"format": 2, "base": null, "stages": [], "options": {"seed": 3}}', "options must not have 'seed'"),
-            ('{"format": 2, "base": null, "stages": [], "options": {"token": "x"}}', "options must not have 'token'"),
+            (DRAWN % '"format": 1, "colour": "red"', "unexpected keyword argument 'colour'"),
+            (DRAWN % '"format": 2, "colour": "red"', "unexpected keyword argument 'colour'"),
+            (DRAWN % '"format": 2, "options": []', r"it has options=\[\], which must be dict"),
+            (DRAWN % '"format": 2, "options": {"seed": 3}', "options must not have 'seed'"),
+            (DRAWN % '"format": 2, "options": {"token": "x"}', "options must not have 'token'"),
             ('{"format": 2, "stages": ' + "[" * 3000, "not a plan"),
         ],
     )
@@ -280,6 +282,21 @@ def test_refuses_what_a_model_cannot_do(pipe):
     pipe.scheduler = HeunDiscreteScheduler()
     with pytest.raises(ValueError, match="a HeunDiscreteScheduler has no static shift"):
         draw(pipe)
+
+
+@pytest.mark.parametrize(
+    "key", ["format", "prompt", "height", "stages", "base", "schedule", "options", "model", "made_with"]
+)
+def test_malformed_plans_name_the_file_and_the_key(tmp_path, key):
+    plan = json.loads(TestResult.plan.to_json())
+    for value in ([[]], 10**155 if key == "prompt" else 1.5, True, "text" if key != "prompt" else {}):
+        (tmp_path / "out.png.json").write_text(json.dumps({**plan, key: value}))
+        with pytest.raises(ValueError, match=r"out\.png\.json is not a plan"):
+            clear.HighresPlan.load(tmp_path / "out.png.json")
+    for broken in (b"\xff", b"[]", b"[" * 5000, b'{"format": 1' + b"0" * 5000 + b"}"):
+        (tmp_path / "out.png.json").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"out\.png\.json"):
+            clear.HighresPlan.load(tmp_path / "out.png.json")
 
 
 class TestResult:

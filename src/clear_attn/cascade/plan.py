@@ -16,11 +16,30 @@ from PIL.PngImagePlugin import PngImageFile
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.target import find_transformer
+from clear_attn.utils.json_records import Fields, parse_json, validate_record
 from clear_attn.weights.published import shared_name_of
 from clear_attn.weights.sources import shared_name
 
 FORMAT = 2
 READABLE = (1, 2)
+FIELDS: Fields = {
+    "prompt": str,
+    "height": int,
+    "width": int,
+    "base": dict | None,
+    "stages": list,
+    "seed": int,
+    "window": int | None,
+    "down_factor": int | None,
+    "schedule": dict | None,
+    "weights": str | None,
+    "revision": str | None,
+    "backend": str | None,
+    "options": dict | None,
+    "image": dict | None,
+    "model": dict | None,
+    "made_with": dict | None,
+}
 # The name of a PNG file's text entry.
 PNG_ENTRY = "clear_attn"
 # The fields that are arguments of `highres`; of them, those that `linearize` takes too.
@@ -121,31 +140,32 @@ class HighresPlan:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str = "this text") -> HighresPlan:
+    def from_json(cls, text: str | bytes, where: str = "this text") -> HighresPlan:
         """Read a plan that `to_json` wrote, also in format 1.
 
         Raises:
             ValueError: it is not a plan, or has another format; its options name an argument of `highres`.
         """
         try:
-            values = json.loads(text)
+            values = validate_record(parse_json(text, "it"), {"format": int, "made_with": dict | None}, "it")
             if values.pop("format") not in READABLE:
-                version = values.get("made_with", {}).get("clear_attn", "another version")
+                version = (values["made_with"] or {}).get("clear_attn", "another version")
                 raise ValueError(f"its format was written by clear_attn {version}; draw it with that version")
-            for name in ("options", "model"):
-                if not isinstance(values.get(name, {}), dict):
-                    raise ValueError(f"{name} must be an object, got {values[name]!r:.80}")
+            values = {
+                name: value for name, value in validate_record(values, FIELDS, "it").items() if value is not None
+            }
             reserved = sorted(name for name in values.get("options", ()) if name in RESERVED or "callback" in name)
             if reserved:
                 raise ValueError(f"options must not have {reserved[0]!r}; set the plan's own field")
-            base, schedule = values.pop("base"), values.pop("schedule", None)
+            base, schedule = values.pop("base", None), values.pop("schedule", None)
+            absent = {"window": None, "down_factor": None, "weights": None}
             return cls(
                 base=Base(**base) if base else None,
                 stages=tuple(Stage(**stage) for stage in values.pop("stages")),
-                schedule=None if schedule is None else Schedule.from_dict(schedule),
-                **values,
+                schedule=None if schedule is None else Schedule.from_dict(schedule, "it"),
+                **{**absent, **values},
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{where} is not a plan of a high-resolution image: {error}") from error
 
     @classmethod
@@ -158,7 +178,7 @@ class HighresPlan:
         """
         file = Path(file)
         if file.suffix.lower() != ".png":
-            return cls.from_json(file.read_text(encoding="utf-8"), str(file))
+            return cls.from_json(file.read_bytes(), str(file))
         text = _png_entry(file)
         if text is None:
             raise ValueError(f"{file} has no text entry {PNG_ENTRY!r}; give an image that clear_attn saved")

@@ -14,6 +14,7 @@ CASES = {
     "larger than the image": Case([(10, 17)], window=40),
     "no text": Case([(13, 18)], text=0),
     "text in blocks and a rest": Case([(9, 10)], text=150),
+    "long text": Case([(9, 10)], text=600),
     "text last": Case([(13, 18)], text=70, text_first=False),
     "pooled": Case([(13, 18)], down_factor=4),
     "pooled, text last": Case([(17, 18)], text=65, text_first=False, down_factor=2),
