@@ -26,7 +26,7 @@ def check_pipeline(pipe: Any) -> None:
 
 
 def check_processors(processors: Mapping[str, Any], adapter: ModelAdapter) -> None:
-    """Raise RuntimeError for a processor that CLEAR's cannot stand in for."""
+    """Raise RuntimeError for a processor that CLEAR's cannot replace."""
     for layer, processor in processors.items():
         if not is_exactly(processor, (*adapter.accepts, *adapter.ip_adapter_processors), adapter.packages):
             raise RuntimeError(
