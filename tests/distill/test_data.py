@@ -63,6 +63,15 @@ class TestFolder:
             (lambda folder: (folder / "1.txt").unlink(), r"1 of 3 images .* have no caption, 1.png first"),
             (lambda folder: (folder / "1.txt").write_text("  \n"), "have no caption"),
             (lambda folder: (folder / "1.json").write_text("{}"), "1.json must have one text as its prompt, got None"),
+            (
+                lambda folder: (folder / "1.json").write_text('{"prompt": null}'),
+                "1.json must have one text .* got None",
+            ),
+            (
+                lambda folder: (folder / "1.json").write_text('{"prompt": ["a"]}'),
+                r"one text as its prompt, got \['a'\]",
+            ),
+            (lambda folder: (folder / "1.json").write_text('{"prompt": "\\ud800"}'), "1.json has a prompt that is no"),
             (lambda folder: (folder / "1.txt").write_text("caption", encoding="utf-16"), "1.txt is no text in UTF-8"),
             (lambda folder: (folder / "metadata.jsonl").write_text("{}\n"), "line 1 of .* has no 'file_name'"),
         ],
@@ -71,6 +80,16 @@ class TestFolder:
         spoil(fill(tmp_path, 3))
         with pytest.raises(ValueError, match=message):
             from_folder(tmp_path)
+
+    def test_a_caption_is_one_line_of_metadata(self, tmp_path):
+        """Other characters that Python takes for line ends stay in it, and empty lines are left out."""
+        fill(tmp_path, 2)
+        captions = ["a\u2028b\u0085c", "d\fe"]
+        rows = [
+            json.dumps({"file_name": f"{n}.png", "prompt": each}, ensure_ascii=False) for n, each in enumerate(captions)
+        ]
+        (tmp_path / "metadata.jsonl").write_text("\n\n".join(rows) + "\n", encoding="utf-8")
+        assert [example.prompt for example in from_folder(tmp_path)] == captions
 
     def test_a_picture_lying_on_its_side(self, tmp_path):
         fill(tmp_path, 1)
@@ -193,7 +212,16 @@ class TestCache:
         expected = torch.tensor(list(Image.open(data / "2.png").getdata())).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
         assert (decoded[1] - expected).abs().mean() < 0.05
 
-    def test_latents_are_drawn_anew(self, pipe, tmp_path):
+    def test_half_a_shard_is_named(self, pipe, tmp_path):
+        made = self.build(pipe, fill(tmp_path / "data", 2), tmp_path / "cache")
+        (shard,) = (tmp_path / "cache").glob("*.safetensors")
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        with pytest.raises(ValueError, match=rf"{shard.name} is not complete .*; delete it"):
+            made.read([0], torch.Generator())
+        with pytest.raises(ValueError, match=rf"{shard.name} is not complete"):
+            Cache(tmp_path / "cache")
+
+    def test_latents_are_sampled_again(self, pipe, tmp_path):
         made = self.build(pipe, fill(tmp_path / "data", 2), tmp_path / "cache")
         first, again, other = (made.read([0], torch.Generator().manual_seed(seed)).latents for seed in (0, 0, 1))
         assert torch.equal(first, again)

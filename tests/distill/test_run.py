@@ -277,6 +277,10 @@ class TestRefusals:
             train(change(settings, **changes))
         assert {file.name for file in Path(settings.output_dir).glob("*")} <= {".lock"}
 
+    def test_a_folder_that_another_run_uses(self, settings):
+        with checkpoint.locked(Path(settings.output_dir)), pytest.raises(FileExistsError, match="another run is using"):
+            train(settings)
+
     def test_accelerate_was_told_otherwise(self, settings, monkeypatch, fresh_accelerate):
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
         with pytest.raises(ValueError, match="configured with 3 gradient_accumulation_steps, and the run with 2"):

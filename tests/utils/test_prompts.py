@@ -22,3 +22,9 @@ def test_refuses(tmp_path, content, error, words):
         (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(error, match=words):
         read_prompts(tmp_path / "p.txt")
+
+
+def test_a_prompt_ends_at_a_line_feed_only(tmp_path):
+    prompts = ["a\u2028b", "c\fd", "e\u0085f"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == prompts

@@ -151,9 +151,7 @@ class HighresPlan:
             if values.pop("format") not in READABLE:
                 version = (values["made_with"] or {}).get("clear_attn", "another version")
                 raise ValueError(f"its format was written by clear_attn {version}; draw it with that version")
-            values = {
-                name: value for name, value in validate_record(values, FIELDS, "it").items() if value is not None
-            }
+            values = {name: value for name, value in validate_record(values, FIELDS, "it").items() if value is not None}
             reserved = sorted(name for name in values.get("options", ()) if name in RESERVED or "callback" in name)
             if reserved:
                 raise ValueError(f"options must not have {reserved[0]!r}; set the plan's own field")

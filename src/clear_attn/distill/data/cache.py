@@ -24,6 +24,7 @@ from clear_attn.distill.step import Batch
 from clear_attn.models import TrainingAdapter
 from clear_attn.utils.atomic import atomic_file, atomic_text
 from clear_attn.utils.json_records import parse_json, read_json, validate_record
+from clear_attn.utils.tensor_files import deferred_interrupt
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def _fingerprint(examples: Sequence[Example]) -> str:
 @contextlib.contextmanager
 def _opened(shard: Path) -> Iterator[Any]:
     try:
-        with safe_open(shard, "pt") as opened:
+        with deferred_interrupt(), safe_open(shard, "pt") as opened:
             yield opened
     except SafetensorError as error:
         raise ValueError(f"{shard} is not complete ({error}); delete it, and the next run encodes it again") from error
