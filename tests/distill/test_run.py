@@ -258,9 +258,9 @@ class TestRefusals:
             ({"method": "LiT"}, "window=2 and method=LiT.* are both given"),
             (
                 {"method": "Lit", "window": None, "down_factor": None},
-                "no method of attention is named 'Lit', but Agent",
+                "no attention method is named 'Lit', only Agent",
             ),
-            ({"method": "LiT(2)"}, r"method='LiT\(2\)' is no name with settings in brackets"),
+            ({"method": "LiT(2)"}, r"method='LiT\(2\)' is not a name with settings in parentheses"),
             ({"attention_layers": ["blocks.7"]}, "attention_layers has 'blocks.7', which is no attention layer"),
             ({"lr_scheduler": "step"}, "lr_scheduler must be one of linear, cosine, .*, got 'step'"),
             ({"prediction_weight": -1.0}, "prediction_weight must be at least 0, got -1"),

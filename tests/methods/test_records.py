@@ -45,7 +45,7 @@ def test_the_text_of_a_method_that_is_not_known():
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"name": "Unheard", "settings": {}}, "no method of attention is named 'Unheard', but .*Swin"),
+        ({"name": "Unheard", "settings": {}}, "no attention method is named 'Unheard', only .*Swin"),
         ({"name": "Swin", "settings": {"depth": 3}}, r"Swin does not take these settings .*; it has: side"),
         ({"name": "Swin", "settings": {"side": 0}}, "side must be at least 1, got 0"),
     ],
@@ -57,7 +57,7 @@ def test_records_that_cannot_be_read(record, words):
 
 @pytest.mark.parametrize("text", ["Swin(8)", "Swin(side=", "Swin(**{})", "1 + 1", "", "Swin(side=open('x'))"])
 def test_texts_that_are_no_method(text):
-    with pytest.raises(ValueError, match=r"is no name with settings in brackets; write it as 'Swin\(side=8\)'"):
+    with pytest.raises(ValueError, match=r"is not a name with settings in parentheses; write it as 'Swin\(side=8\)'"):
         parse(text)
 
 

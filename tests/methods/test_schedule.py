@@ -74,7 +74,7 @@ def test_pictures_of_one_call_on_both_sides_are_refused(family, transformer):
     call = family.call(transformer, GRID, batch=2)
     call["timestep"] = torch.tensor([0.9, 0.1]) * family.timestep_of_sigma_1
     clear.linearize(transformer, 3, weights=None, schedule=Schedule(dense_above_sigma=0.5))
-    with pytest.raises(ValueError, match=r"dense_above_sigma=0.5 lies between .* \[0\.9, 0\.1\]"):
+    with pytest.raises(ValueError, match=r"dense_above_sigma=0.5 is between .* \[0\.9, 0\.1\]"):
         run(transformer, call)
 
 

@@ -232,12 +232,12 @@ MASKS = {"added": torch.float32, "boolean": torch.bool}
 @each_method
 @pytest.mark.parametrize("dtype", MASKS.values(), ids=MASKS)
 def test_padded_text(family, method, dtype):
-    """Equals the rule with the stock model's own mask, or the method says that it cannot leave out padding."""
+    """Equals the rule with the stock model's own mask, or the method refuses padded text."""
     stock = family.transformer()
     call = family.call(stock, GRID, batch=2, padded=(1, 3), dtype=dtype)
     ours = perturb(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
     if not method.supports_bias:
-        with pytest.raises(RuntimeError, match="LiT cannot leave out padding in the text"):
+        with pytest.raises(RuntimeError, match="LiT does not support padded text"):
             run(ours, call)
         return
     output = run(ours, call)
@@ -265,7 +265,7 @@ def test_with_an_ip_adapter(method):
 
 def test_reference_pictures():
     transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(), weights=None)
-    with pytest.raises(ValueError, match="attends in one image, and this call brings 2"):
+    with pytest.raises(ValueError, match="attends in one image, and this call has 2"):
         transformer(**dummy_models.flux_call(transformer, (5, 7), (5, 7)))
 
 
@@ -434,7 +434,7 @@ def test_a_scale_where_there_are_no_scores():
 
 def test_many_gpus():
     transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(4), weights=None)
-    with pytest.raises(ValueError, match=r"only CLEAR is split over ranks, and this is Swin\(side=4\)"):
+    with pytest.raises(ValueError, match=r"only CLEAR can be split over ranks, and this is Swin\(side=4\)"):
         clear.parallelize(transformer)
 
 
@@ -477,7 +477,7 @@ class TestOwn:
         [
             ({"frozen": False, "side": 2}, "must be a frozen dataclass"),
             ({"side": frozenset({1, 2})}, "must be a frozen dataclass"),
-            ({"side": ((1, 2), (3,))}, "does not come back the same|unhashable"),
+            ({"side": ((1, 2), (3,))}, "is read back from JSON as|unhashable"),
         ],
     )
     def test_what_could_not_be_saved(self, make, message):

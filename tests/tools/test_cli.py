@@ -90,7 +90,7 @@ def test_messages_name_options():
     ("arguments", "message"),
     [
         (("cost", "--height", 8, "--width", 64), "--height 8 is less than one token"),
-        (("cost", *SIZE, "--method", "Best"), "no method of attention is named 'Best'"),
+        (("cost", *SIZE, "--method", "Best"), "no attention method is named 'Best'"),
         (("bench", "--grid", "4x4", "--ranks", 3), "3 ranks are too many"),
         (("demo", "--window", 0), "--window"),
         (("generate", "--model", "no/model", "--output", "out.png", *SIZE, "--prompt", "a"), "no/model"),

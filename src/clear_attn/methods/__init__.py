@@ -1,4 +1,4 @@
-"""Ways to attend, one file each: `clear_attn.linearize(pipe, method=...)`."""
+"""Attention methods for `clear_attn.linearize(pipe, method=...)`, one file each."""
 
 from clear_attn.methods.agent import Agent
 from clear_attn.methods.clear import Clear

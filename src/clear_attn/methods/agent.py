@@ -1,4 +1,4 @@
-"""Agent attention (arXiv 2312.08874): a few pooled queries stand between queries and keys."""
+"""Agent attention (arXiv 2312.08874): a few pooled queries, the agents, attend on behalf of all queries."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from clear_attn.methods.method import Options
 
 @dataclass(frozen=True)
 class Agent(GridMethod):
-    """Agents, means of image queries over cells, attend to the image; a query attends to text and the agents.
+    """Attend to text and to agents, the means of image queries over cells, which attend to the image.
 
-    To a query an agent is a key, and what it gathered a value. The paper's depth-wise convolution and biases are left
-    out, as in the comparison of CLEAR's paper, whose GFLOPs are those of the two softmax attentions alone.
+    An agent serves as a key, and its attention output as the value. The paper's depth-wise convolution and biases are
+    left out. CLEAR's paper compares with the two softmax attentions alone, judging by its GFLOPs.
 
-    Its work grows with the square of the tokens, 2 / factor^2 of dense attention's. Of what keeps a pre-trained model
-    alive it has softmax over scores, though two in a row are not the same formulation; no locality; no high rank, for
-    the number of agents bounds it; features stay as they are.
+    Its work grows with the square of the tokens, 2 / factor^2 of dense attention's. Of the four properties that CLEAR's
+    paper asks for, it keeps features intact. It applies softmax twice, which is another formulation. It has no
+    locality, and its rank is bounded by the number of agents.
 
     Args:
-        factor (`int`, defaults to 4): side of a cell in tokens; one that the border cuts is the mean of the tokens it
-            has.
+        factor (`int`, defaults to 4): the side of a cell in tokens. An agent at the border is the mean of the tokens
+            inside the image.
 
     Raises:
         TypeError: factor is not a whole number.

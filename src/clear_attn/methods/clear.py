@@ -1,4 +1,4 @@
-"""CLEAR (arXiv 2412.16112): a disc of neighbors, and optionally pooled keys of the whole image."""
+"""CLEAR (arXiv 2412.16112): a circular window, and optionally pooled keys of the whole image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import WindowPlan
 from clear_attn.methods.method import Layer, Method, Options, proportional_scale
 
-# The parameter of layers that pool, as in the published checkpoints.
+# The pooling parameter, named as in the published checkpoints.
 SPATIAL_WEIGHT = "spatial_weight"
 
 
 @dataclass(frozen=True)
 class Clear(Method):
-    """An image query attends to text and to the image keys with dy^2 + dx^2 < window^2.
+    """Attend to text and to the image keys with dy^2 + dx^2 < window^2 (arXiv 2412.16112).
 
     Args:
-        window (`int`, defaults to 16): radius r in tokens. One token is 16 x 16 pixels.
-        down_factor (`int`, defaults to 1): side f of cells in tokens, to whose weighted mean keys and values every
-            image query attends as well; 1 for none. A layer then learns `spatial_weight`, `(1, 1, 1, f, 1, f, 1)`.
+        window (`int`, defaults to 16): the radius r in tokens. One token is 16 x 16 pixels.
+        down_factor (`int`, defaults to 1): the side f of pooled cells in tokens; 1 for no pooling. Every image query
+            also attends to the weighted mean key and value of each cell. Each layer learns the weights,
+            `spatial_weight`, `(1, 1, 1, f, 1, f, 1)`.
 
     Raises:
         TypeError: a value is not a whole number.
@@ -119,10 +120,10 @@ The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112))."""
 
 
 class ClearPlan(WindowPlan):
-    """A plan whose attention is computed on one process."""
+    """The plan of CLEAR on a single process."""
 
     def prepare(self, backend: str) -> None:
-        """Build what a backend needs; compiled layers cannot."""
+        """Build the index tensors of a backend now, because compiled layers cannot."""
         BACKENDS[backend].prepare(self)
 
     def attend(
@@ -146,7 +147,7 @@ class ClearPlan(WindowPlan):
 
 
 def window_pairs(grid: Grid, window: int) -> int:
-    """Return the number of (query, key) pairs with dy^2 + dx^2 < window^2, the disc clipped at the border.
+    """Return the number of (query, key) pairs with dy^2 + dx^2 < window^2 in an image.
 
     Each offset (dy, dx) of the disc occurs (height - |dy|) (width - |dx|) times.
     """

@@ -1,4 +1,4 @@
-"""Dense attention: every token attends to every token, as in the model before."""
+"""Dense attention: every token attends to every token, as in the original model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from clear_attn.methods.method import Method, Options
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """Every token attends to every token.
+    """Attend to all tokens, as the original model does.
 
-    It is what a `Schedule` answers for dense layers and steps.
+    A `Schedule` uses this method for dense layers and steps.
     """
 
     quadratic = "attention to all keys"
@@ -47,7 +47,7 @@ class Dense(Method):
 
 
 class DensePlan(Plan):
-    """A plan whose attention is computed on one process."""
+    """The plan of dense attention on a single process."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, pooled: None, options: Options) -> Tensor:
         """Return the attention of all queries, `[batch, heads, tokens, head_dim]`."""

@@ -1,4 +1,4 @@
-"""Methods whose groups partition the image tokens: an image query attends to text and to its own group."""
+"""Methods that partition the image tokens into groups: an image query attends to text and to its own group."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from clear_attn.core.region import expand_to_sequence
 from clear_attn.core.tiles import TileGroup, Tiles
 from clear_attn.methods.method import ImageMethod, Options
 
-# Larger groups are computed in parts of so many queries, each with a list of all keys of its group.
+# Larger groups are split into parts of this many queries, each with all keys of its group.
 QUERIES_AT_A_TIME = 1024
 
 
 class GroupPlan(Plan):
-    """Groups as the backends take them.
+    """The plan of a grouped method.
 
     Args:
-        layout: of one grid.
-        label: whole numbers `[image tokens]` in raster order; tokens with the same label are a group.
+        layout: a layout of one grid.
+        label: integers `[image tokens]` in raster order; tokens with the same label form a group.
 
     Attributes:
-        tiles: each group, or a part of its queries, with all of the group's keys.
+        tiles: the queries of each group, or a part of them, with all of the group's keys.
     """
 
     def __init__(self, layout: TokenLayout, label: np.ndarray) -> None:
@@ -44,26 +44,26 @@ class GroupPlan(Plan):
         self.shared_keys = SharedKeys(layout.image.start, layout.image_tokens, layout.tokens - layout.image.stop)
         rank = invert_permutation(layout.token_set.raster)
         _, sizes = np.unique(label, return_counts=True)
-        alike: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+        by_shape: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
         for group in np.split(rank[np.argsort(label, kind="stable")], np.cumsum(sizes)[:-1]):
             for part in np.split(group, range(QUERIES_AT_A_TIME, len(group), QUERIES_AT_A_TIME)):
-                alike[len(part), len(group)].append((part, group))
+                by_shape[len(part), len(group)].append((part, group))
         tiles = []
-        with torch.inference_mode(False):  # it must serve training too
-            for shape, parts in alike.items():
+        with torch.inference_mode(False):  # a cached plan may be used in training later
+            for shape, parts in by_shape.items():
                 queries, keys = (torch.from_numpy(np.stack(each)).to(self.device) for each in zip(*parts, strict=True))
                 tiles.append(TileGroup(queries, keys, torch.ones(shape, dtype=torch.bool, device=self.device)))
             self.tiles = Tiles.join(tiles, layout.image_tokens)
 
     @functools.cached_property
     def key_lists(self) -> KeyLists:
-        """The keys that a fused kernel visits for each tile of queries; the rule is symmetric."""
+        """The keys that a fused kernel visits for each tile of queries."""
         with torch.inference_mode(False):
             return partition_lists(self._label, self.image.start, self.shared_keys, self.device)
 
     @property
     def query_lists(self) -> KeyLists:
-        """The queries that attend to each tile of keys: the same."""
+        """The queries that attend to each tile of keys: equal to `key_lists`, because the rule is symmetric."""
         return self.key_lists
 
     def prepare(self, backend: str) -> None:
@@ -76,7 +76,7 @@ class GroupedMethod(ImageMethod):
 
     @abc.abstractmethod
     def labels(self, grid: Grid) -> np.ndarray:
-        """Return the number of each token's group, whole numbers `[image tokens]` in raster order."""
+        """Return the number of each token's group, integers `[image tokens]` in raster order."""
 
     def plan(self, layout: TokenLayout) -> GroupPlan:
         self.validate_layout(layout)
@@ -99,5 +99,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, plan: GroupPlan, bias: Te
 
 
 def pairs(*sizes: Sequence[int]) -> int:
-    """Return the number of pairs of image tokens in groups that are rectangles, from their sizes along either axis."""
+    """Return the number of pairs of image tokens in rectangular groups, given the group sizes along each axis."""
     return math.prod(sum(size**2 for size in each) for each in sizes)

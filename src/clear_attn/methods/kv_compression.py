@@ -1,4 +1,4 @@
-"""KV compression, of PixArt-Sigma (arXiv 2403.04692): keys and values of the image pooled by a learned convolution."""
+"""KV compression from PixArt-Sigma (arXiv 2403.04692): a learned convolution pools the image's keys and values."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from clear_attn.methods.method import Layer, Options
 
 @dataclass(frozen=True)
 class KVCompression(GridMethod):
-    """A query attends to text, and to a key and a value for each cell of tokens: weighted sums over the cell.
+    """Attend to text and to one key and value per cell of tokens, weighted sums over the cell.
 
-    Unlike in PixArt-Sigma, keys and values have weights of their own, and neither bias nor norm follows, so that the
-    pre-trained model begins with plain means.
+    Unlike PixArt-Sigma, keys and values have separate weights, without bias or norm after them. Distillation therefore
+    starts from plain means.
 
-    Its work grows with the square of the tokens, 1 / factor^2 of dense attention's. Of what keeps a pre-trained model
-    alive it has the same formulation; locality and high rank only down to a cell; features are not intact, for keys
-    and values are mixed.
+    Its work grows with the square of the tokens, 1 / factor^2 of dense attention's. Of the four properties that CLEAR's
+    paper asks for, it keeps the formulation. It keeps locality and high rank only down to a cell, and does not keep
+    features intact, because keys and values are mixed.
 
     Args:
-        factor (`int`, defaults to 4): side of a cell in tokens; one that the border cuts is a sum over the tokens it
-            has, times factor^2 / (their number).
+        factor (`int`, defaults to 4): the side of a cell in tokens. The sum over a cell that the border cuts is
+            multiplied by factor^2 / (the number of its tokens).
 
     Raises:
         TypeError: factor is not a whole number.
@@ -47,7 +47,7 @@ class KVCompression(GridMethod):
     def parameters_for(self, layer: Layer) -> dict[str, Tensor]:
         """Return `key_kernel` and `value_kernel`, `[channels, 1, factor, factor]`, which start as plain means.
 
-        Keys are compressed as the layer's queries meet them, after norm and rotary embedding.
+        Keys are compressed after norm and rotary embedding.
         """
         shape, mean = (layer.channels, 1, self.factor, self.factor), 1 / self.factor**2
         return {name: torch.full(shape, mean) for name in ("key_kernel", "value_kernel")}
@@ -73,11 +73,11 @@ class KVCompression(GridMethod):
 
 
 def compress(image: Tensor, plan: GridPlan, kernel: Tensor) -> Tensor:
-    """Weighted sums over cells, `[batch, heads, cells, head_dim]`.
+    """Return weighted sums over cells, `[batch, heads, cells, head_dim]`.
 
     Args:
         image: `[batch, heads, tokens, head_dim]` in tile order.
-        plan: of the image's grid.
+        plan: the plan of the image's grid.
         kernel: the weights in a cell, `[heads x head_dim, 1, factor, factor]`.
     """
     factor, (height, width) = kernel.shape[-1], plan.grid

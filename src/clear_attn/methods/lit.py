@@ -1,4 +1,4 @@
-"""LiT (arXiv 2501.12976): linear attention with a depth-wise convolution, and few heads."""
+"""LiT (arXiv 2501.12976): linear attention with few heads and a depth-wise convolution."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from clear_attn.methods.method import Layer, Options
 
 @dataclass(frozen=True)
 class LiT(GridMethod):
-    """Linear attention: `relu(q) (relu(k)^T v) / (relu(q) sum relu(k))`, and a convolution of the image's values.
+    """Linear attention, `relu(q) (relu(k)^T v) / (relu(q) sum relu(k))`, plus a convolution of the image's values.
 
-    Its work grows with the tokens. Of what keeps a pre-trained model alive it has locality by the convolution alone;
-    not the formulation, for there is no softmax; not high rank, for head_dim bounds that of a head, which fewer and
-    so wider heads raise; features stay as they are.
+    Its work grows linearly with the tokens. Of the four properties that CLEAR's paper asks for, it keeps features
+    intact, and has locality by the convolution alone. It does not keep the formulation, because there is no softmax.
+    The rank of a head is bounded by its channels; fewer and wider heads raise it.
 
     Args:
-        heads (`int`, *optional*, defaults to 2): how many heads the layer's are taken together to; None keeps them.
-        kernel_size (`int`, defaults to 5): side of the convolution in tokens, odd; 0 for none.
+        heads (`int`, *optional*, defaults to 2): the number of heads after regrouping; None keeps the layer's own.
+        kernel_size (`int`, defaults to 5): the side of the convolution in tokens, an odd number; 0 for none.
 
     Raises:
         TypeError: a value is not a whole number.
@@ -47,9 +47,11 @@ class LiT(GridMethod):
             raise ValueError(f"kernel_size must be odd, or 0 for no convolution, got {self.kernel_size}")
 
     def parameters_for(self, layer: Layer) -> dict[str, Tensor]:
-        """Return `convolution`, `[channels, 1, kernel_size, kernel_size]`, which starts as zeros: at first none."""
+        """Return `convolution`, `[channels, 1, kernel_size, kernel_size]`, which starts as zeros and adds nothing."""
         if self.heads and layer.channels % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide the {layer.channels} channels of {layer.name}")
+            raise ValueError(
+                f"heads={self.heads} does not divide the {layer.channels} channels of {layer.name}; give a divisor"
+            )
         side = self.kernel_size
         return {"convolution": torch.zeros(layer.channels, 1, side, side)} if side else {}
 
@@ -77,10 +79,10 @@ class LiT(GridMethod):
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`relu(q) (relu(k)^T v) / (relu(q) sum relu(k))` in float32 at least, 0 where the divisor is.
+    """Return `relu(q) (relu(k)^T v) / (relu(q) sum relu(k))`, computed in at least float32; 0 where the divisor is 0.
 
     Args:
-        query, key, value: `[batch, heads, tokens, head_dim]`, the query of any number of tokens.
+        query, key, value: `[batch, heads, tokens, head_dim]`; the query may have fewer tokens.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
@@ -90,5 +92,5 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _regroup(x: Tensor, heads: int) -> Tensor:
-    """`[batch, heads, tokens, head_dim]` with as many heads as are wanted."""
+    """Return `[batch, heads, tokens, head_dim]` regrouped to another number of heads."""
     return x.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)

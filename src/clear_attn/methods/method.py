@@ -1,4 +1,4 @@
-"""The contract of a method of attention: what image queries attend to, what layers learn, and what it costs."""
+"""The contract of an attention method: which keys image queries attend to, what layers learn, what it costs."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from clear_attn.core.plan import Plan
 from clear_attn.core.region import expand_to_sequence
 from clear_attn.utils.validation import check_whole_number
 
-# FLUX.1's at 1024 x 1024 px: image tokens and text tokens.
+# Image and text tokens of FLUX.1 at 1024 x 1024 px.
 TRAINED_TOKENS = 64 * 64 + 512
 
-# By the name that files know them by.
+# All method classes, by the name that files store.
 REGISTRY: dict[str, type[Method]] = {}
 
 
 def registered_name(method: type[Method]) -> str:
-    """Return the name by which files know a method: the library's own by class, others with their module."""
+    """Return the name that files store for a method class; classes from other packages include their module."""
     own = method.__module__.startswith(f"{__package__}.")
     return method.__name__ if own else f"{method.__module__}.{method.__qualname__}"
 
 
 class Layer(NamedTuple):
-    """An attention layer, as far as a method depends on it.
+    """The properties of an attention layer that a method may depend on.
 
     Attributes:
-        name: in the model.
-        number: its place among the attention layers of its kind, with text or without, from 0.
+        name: the layer's name in the model.
+        number: the index, from 0, among the layers with text or among those without.
         has_text: whether text takes part in its attention.
         heads: the number of query heads.
-        head_dim: channels of a head.
+        head_dim: the channels per head.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Layer(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """heads x head_dim."""
+        """The number of channels, heads x head_dim."""
         return self.heads * self.head_dim
 
 
 class ScoreBias(NamedTuple):
-    """What is added to the scaled scores of text keys, made once per call and plan.
+    """A bias on the scaled scores of text keys, made once per call and plan.
 
     Attributes:
-        text: `[batch, text tokens]`, for each text key.
-        keys: `[batch, tokens]`, for each text and image key, as image queries attend to them; image keys have 0.
-        text_queries: the same for text queries, `[batch, 1, text tokens or 1, tokens]`.
-        weighted: whether text queries differ from image queries, and from each other.
+        text: the bias of each text key, `[batch, text tokens]`.
+        keys: the bias of each key for image queries, `[batch, tokens]`; 0 for image keys.
+        text_queries: the bias of each key for text queries, `[batch, 1, text tokens or 1, tokens]`.
+        weighted: whether each text query has its own bias.
     """
 
     text: Tensor
@@ -76,9 +76,9 @@ class ScoreBias(NamedTuple):
         """Return the bias on a plan, or None.
 
         Args:
-            plan: of the layers.
-            text: `[batch, text tokens]`, for each text key; None for none.
-            text_query_weight: `[batch, text tokens]`, multiplies the bias for each text query; None for 1.
+            plan: the plan of the layers.
+            text: the bias of each text key, `[batch, text tokens]`, or None.
+            text_query_weight: a factor of the bias for each text query, `[batch, text tokens]`; None for 1.
         """
         if text is None or not plan.text_tokens:
             return None
@@ -91,18 +91,18 @@ class ScoreBias(NamedTuple):
         return cls(text, keys, text_queries, weighted)
 
     def before(self, keys: int) -> Tensor:
-        """Return the bias `[batch, 1, 1, keys]` of text keys followed by others, which have 0."""
+        """Return the bias `[batch, 1, 1, keys]` of text keys, padded with zeros for the keys after them."""
         return F.pad(self.text, (0, keys - self.text.shape[1]))[:, None, None]
 
 
 class Options(NamedTuple):
-    """What one call asks of a layer's attention beyond query, key and value.
+    """The settings of one call's attention.
 
     Attributes:
-        scale: factor of the scores.
-        backend: of `clear_attn.backends`, or "auto".
-        dense: computes dense attention, with the kernels that the user chose.
-        bias: added to the scaled scores, because of padded text; None for none.
+        scale: the factor of the scores.
+        backend: a backend of `clear_attn.backends`, or "auto".
+        dense: a function that computes dense attention with the kernels that the user chose.
+        bias: the bias on the scaled scores for padded text, or None.
     """
 
     scale: float
@@ -112,16 +112,16 @@ class Options(NamedTuple):
 
 
 class Method(abc.ABC):
-    """A way for image queries to attend: a frozen dataclass of settings.
+    """The base class of attention methods, which are frozen dataclasses of settings.
 
-    Text queries attend to all tokens in every method.
+    A method decides which keys image queries attend to. Text queries attend to all tokens in every method.
 
     Attributes:
-        quadratic: what of its work, if anything, grows with the square of the tokens, for reports.
+        quadratic: the part of its work that grows with the square of the tokens, for reports; None if no part does.
         uses_scale: whether a factor of the scores changes the result.
-        uses_backends: whether it computes with one of `clear_attn.backends` of the user's choice.
-        supports_bias: whether it can weigh or hide padded text keys.
-        supports_segments: whether it can attend among several grids, as reference images are.
+        uses_backends: whether the user can choose one of `clear_attn.backends`.
+        supports_bias: whether it can weight or hide padded text keys.
+        supports_segments: whether it supports several grids, such as an image and its references.
     """
 
     quadratic: ClassVar[str | None]
@@ -134,22 +134,22 @@ class Method(abc.ABC):
         REGISTRY[registered_name(cls)] = cls  # a class that is defined again, as in a notebook, replaces the old one
 
     def for_layer(self, number: int) -> Method:
-        """Return the method of the layer of this number, if layers differ."""
+        """Return the method for the layer of this number; by default the same for all."""
         return self
 
     def with_window(self, window: int) -> Method:
         """Return the method with another window.
 
         Raises:
-            ValueError: it has no window.
+            ValueError: the method has no window.
         """
         raise ValueError(f"layers with a window of their own need CLEAR, and this is {self}; leave windows out")
 
     def with_settings(self, window: int | None, down_factor: int | None) -> Method:
-        """Return the method with the settings of CLEAR that are given.
+        """Return the method with CLEAR's settings replaced by those that are not None.
 
         Raises:
-            ValueError: it does not have them.
+            ValueError: the method does not have a setting that is given.
         """
         for name, given in (("window", window), ("down_factor", down_factor)):
             if given is not None:
@@ -158,16 +158,16 @@ class Method(abc.ABC):
 
     @property
     def pooled_factor(self) -> int | None:
-        """The side of the pooled cells that checkpoints of the method show, or None if it has none such."""
+        """The side of pooled cells that can be inferred from the method's checkpoints, or None."""
         return None
 
     @property
     def title(self) -> str:
-        """The name that model cards give the method."""
+        """The method's name in model cards."""
         return type(self).__name__
 
     def purpose(self, model: str) -> str:
-        """Return what a model card says of weights that were distilled for the method."""
+        """Return the model card's description of weights distilled for the method."""
         return f"with which {model} attends by `{self}` of clear_attn.methods in place of softmax attention."
 
     def as_arguments(self) -> str:
@@ -175,7 +175,7 @@ class Method(abc.ABC):
         return f"method={self.as_text()}"
 
     def plan(self, layout: TokenLayout) -> Plan:
-        """Return the index tensors that its layers need of a layout, made once per layout.
+        """Return the index tensors of the method on a layout, made once per layout.
 
         Raises:
             ValueError: the method cannot attend in such a layout.
@@ -184,7 +184,7 @@ class Method(abc.ABC):
         return Plan(layout)
 
     def parameters_for(self, layer: Layer) -> dict[str, Tensor]:
-        """Return the initial values of what a layer learns, by name.
+        """Return the initial values of a layer's learned parameters, by name.
 
         Raises:
             ValueError: the settings do not fit the layer.
@@ -199,23 +199,23 @@ class Method(abc.ABC):
 
         Args:
             query: `[batch, heads, tokens, head_dim]`, text and image joined as in the plan, the image in tile order.
-            key, value: likewise, with as many heads or a divisor of them.
-            plan: as `plan` made it.
-            parameters: of the layer, in the order of `parameters_for`.
-            options: of the call.
+            key, value: `[batch, key heads, tokens, head_dim]`; the key heads divide the query's heads.
+            plan: the plan that `plan` made.
+            parameters: the layer's parameters, in the order of `parameters_for`.
+            options: the settings of the call.
 
         Returns:
-            As the query.
+            The attention output, in the shape of the query.
 
         Raises:
-            RuntimeError: the call asks for what the method cannot do.
+            RuntimeError: the call needs something that the method does not support.
         """
 
     @abc.abstractmethod
     def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
-        """Return the FLOPs of the image queries of one layer for one image, by kind.
+        """Return the FLOPs of one layer's image queries for one image, by kind.
 
-        Each multiplication and addition of matrix products and convolutions counts.
+        Multiplications and additions of matrix products and convolutions are counted, 2 per multiply-add.
         """
 
     def covers(self, grid: Grid) -> bool:
@@ -223,15 +223,15 @@ class Method(abc.ABC):
         return False
 
     def halo(self) -> float:
-        """Return how far in tokens an image query attends to image keys, for a split over ranks.
+        """Return the distance in tokens within which image queries attend to image keys.
 
         Raises:
-            ValueError: the method is not split over ranks.
+            ValueError: the method cannot be split over ranks.
         """
-        raise ValueError(f"only CLEAR is split over ranks, and this is {self}; draw on one")
+        raise ValueError(f"only CLEAR can be split over ranks, and this is {self}; draw on one GPU")
 
     def scale_multiplier(self, tokens: int) -> float:
-        """Return what proportional attention multiplies the scale with, for a number of text and image tokens."""
+        """Return the factor of the scale in proportional attention, for a number of text and image tokens."""
         return proportional_scale(tokens)
 
     def validate_backend(self, backend: str) -> None:
@@ -243,8 +243,8 @@ class Method(abc.ABC):
         """Raise ValueError if the method cannot attend in a layout."""
         if len(layout.grids) > 1 and not self.supports_segments:
             raise ValueError(
-                f"{type(self).__name__} attends in one image, and this call brings {len(layout.grids)} (references "
-                "count); draw without them, or use CLEAR"
+                f"{type(self).__name__} attends in one image, and this call has {len(layout.grids)}, references "
+                "included; draw without references, or use CLEAR"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -252,19 +252,19 @@ class Method(abc.ABC):
         return {"name": registered_name(type(self)), "settings": dataclasses.asdict(self)}  # type: ignore[call-overload]
 
     def as_text(self) -> str:
-        """Return the text that `parse` reads, as `Swin(side=8)`."""
+        """Return the method as text that `parse` reads, such as `Swin(side=8)`."""
         fields = ", ".join(f"{key}={value!r}" for key, value in self.to_dict()["settings"].items())
         return f"{registered_name(type(self))}({fields})"
 
     def _validate_whole(self, field: str, remedy: str, least: int = 1) -> None:
-        """Check that a field is a whole number, and keep it as Python's own int: NumPy's may overflow."""
+        """Check that a field is a whole number and store it as a Python int, since NumPy's may overflow."""
         object.__setattr__(self, field, check_whole_number(field, getattr(self, field), remedy, least))
 
 
 class ImageMethod(Method):
-    """A method that computes image queries apart: text queries are dense attention, and done here.
+    """A method that implements image queries alone; this class computes dense attention for text queries.
 
-    Keys and values come with as many heads as the query.
+    `attend_image` gets keys and values with as many heads as the query.
     """
 
     def attend(
@@ -284,27 +284,25 @@ class ImageMethod(Method):
     def attend_image(
         self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
     ) -> Tensor:
-        """Return the attention of the image queries `[batch, heads, image tokens, head_dim]`, as `attend`."""
+        """Return the attention of the image queries, `[batch, heads, image tokens, head_dim]`; see `attend`."""
 
     def _validate_options(self, query: Tensor, options: Options) -> None:
         if options.bias is not None and not self.supports_bias:
-            raise RuntimeError(
-                f"{type(self).__name__} cannot leave out padding in the text; give the text without padding"
-            )
+            raise RuntimeError(f"{type(self).__name__} does not support padded text; give the text without padding")
         if not self.uses_scale and options.scale != query.shape[-1] ** -0.5:
             raise RuntimeError(f"{type(self).__name__} has no scores to scale; leave proportional_attention() out")
 
 
 def proportional_scale(tokens: int) -> float:
-    """Return sqrt(log(tokens) / log(4608)), which keeps the entropy of attention about as in training.
+    """Return sqrt(log(tokens) / log(4608)), which keeps the entropy of attention close to training (arXiv 2306.08645).
 
-    4608 are FLUX.1's tokens at 1024 x 1024 px, 64 x 64 of the image and 512 of the text (arXiv 2306.08645).
+    FLUX.1 has 4608 tokens at 1024 x 1024 px: 64 x 64 image tokens and 512 text tokens.
     """
     return math.sqrt(math.log(tokens) / math.log(TRAINED_TOKENS))
 
 
 def known_methods() -> list[str]:
-    """Return the names of all methods that were defined."""
+    """Return the names of all methods that are defined, except private and abstract ones."""
     return sorted(
         name for name, method in REGISTRY.items() if not inspect.isabstract(method) and not name.startswith("_")
     )

@@ -1,4 +1,4 @@
-"""Methods as JSON and as text."""
+"""Read and write methods as JSON and as text."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def method_from_dict(record: Mapping[str, Any], where: str = "the record of a me
 
     Args:
         record: the name and settings.
-        where: names the record in errors.
+        where: what errors call the record.
 
     Raises:
-        ValueError: the record cannot be read, no method of that name has been defined, or it takes other settings.
+        ValueError: the record cannot be read, no method has that name, or the method has other settings.
     """
     values = validate_record(record, {"name": str, "settings": dict}, where)
     name, fields = values["name"], values["settings"]
     if name not in REGISTRY:
         raise ValueError(
-            f"{where}: no method of attention is named {shorten(name)}, but {', '.join(known_methods())}; import the "
+            f"{where}: no attention method is named {shorten(name)}, only {', '.join(known_methods())}; import the "
             "file that defines it"
         )
     method = REGISTRY[name]
@@ -39,17 +39,21 @@ def method_from_dict(record: Mapping[str, Any], where: str = "the record of a me
 
 
 def record_as_text(record: Mapping[str, Any]) -> str:
-    """Return what `Method.to_dict` wrote in one line, as `Swin(side=8)`; the method need not be known."""
+    """Return a record of `Method.to_dict` as text, such as `Swin(side=8)`, even if the method is not defined."""
     values = validate_record(record, {"name": str, "settings": dict}, "the record of a method")
     fields = ", ".join(f"{key}={shorten(value)}" for key, value in values["settings"].items())
     return f"{values['name']}({fields})"
 
 
 def parse(text: str) -> Method:
-    """Return the method that a text names, with settings where it has them, as `"Swin(side=8)"`.
+    """Return the method that a text such as `"Swin(side=8)"` or `"Swin"` describes.
 
     Raises:
-        ValueError: it does not read so; no method of that name, or several; settings that it does not take.
+        ValueError: the text cannot be parsed, no method or several have that name, or the method has other settings.
+
+    Example:
+        >>> parse("Swin(side=8)")
+        Swin(side=8)
     """
     try:
         call: Any = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
@@ -58,26 +62,28 @@ def parse(text: str) -> Method:
         if call.args or None in fields:
             raise ValueError
     except (SyntaxError, ValueError, AttributeError):
-        raise ValueError(f"method={text!r} is no name with settings in brackets; write it as 'Swin(side=8)'") from None
-    fitting = [known for known in REGISTRY if known == name or known.endswith(f".{name}")]
-    if name in fitting or len(fitting) == 1:
-        name = name if name in fitting else fitting[0]
-    elif fitting:
-        raise ValueError(f"method={text!r} may be any of {', '.join(fitting)}; write its whole name")
+        raise ValueError(
+            f"method={text!r} is not a name with settings in parentheses; write it as 'Swin(side=8)'"
+        ) from None
+    matching = [known for known in REGISTRY if known == name or known.endswith(f".{name}")]
+    if name in matching or len(matching) == 1:
+        name = name if name in matching else matching[0]
+    elif matching:
+        raise ValueError(f"method={text!r} may be any of {', '.join(matching)}; write its whole name")
     return method_from_dict({"name": name, "settings": fields})
 
 
 def validate_method(method: object) -> None:
-    """Raise TypeError for what is no method, no frozen dataclass, or holds what JSON cannot."""
+    """Raise TypeError for a value that is not a method, not a frozen dataclass, or cannot be written as JSON."""
     if not isinstance(method, Method):
-        raise TypeError(f"method must be one of clear_attn.methods, as clear_attn.methods.LiT(), got {method!r}")
+        raise TypeError(f"method must be one of clear_attn.methods, such as clear_attn.methods.LiT(), got {method!r}")
     try:
         hash(method)
         found = method_from_dict(json.loads(json.dumps(method.to_dict())))
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"method {type(method).__name__} must be a frozen dataclass of numbers, texts and the like, which JSON "
-            f"can hold, with attend_image and flops: {error}"
+            f"method {type(method).__name__} must be a frozen dataclass with fields that JSON can hold, and with "
+            f"attend_image and flops: {error}"
         ) from None
     if found != method:
-        raise TypeError(f"method {method} does not come back the same from a file: {found}; give it plain fields")
+        raise TypeError(f"method {method} is read back from JSON as {found}; give it fields that JSON keeps unchanged")

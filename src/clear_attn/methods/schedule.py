@@ -1,4 +1,4 @@
-"""Which method each layer follows in a call: dense steps, dense layers, layers with a window of their own."""
+"""Choose the method of each layer in each call: dense steps, dense layers, windows per layer."""
 
 from __future__ import annotations
 
@@ -15,33 +15,32 @@ from clear_attn.methods.method import Layer, Method
 from clear_attn.utils.json_records import validate_record
 from clear_attn.utils.validation import check_whole_number
 
-# Fields of records of format 1, by their name today.
+# Fields that were renamed since format 1.
 RENAMED = {"dense_above": "dense_above_sigma"}
 CONTAINERS = {"dense_layers": list | tuple, "windows": dict}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Exceptions from one method in all layers at all steps, for models that keep their own weights.
+    """Keep some steps or layers dense, or give layers their own window, in models that were not distilled.
 
-    The first steps decide the layout of an image, so a model that never learned to attend locally draws better when
-    they stay dense. A step is known by its sigma, the share of noise, since that is an argument of every call of a
-    transformer: steps are counted by pipelines and schedulers, differently for every number of steps, size and
-    strength, and not at all in training. `sigma_after_step` turns a number of steps into a sigma.
+    The first steps decide the layout of an image. A model that never learned local attention draws better images when
+    these steps stay dense. A schedule identifies a step by its sigma, the share of noise, because every call of a
+    transformer has it. The number of a step means something else for each scheduler, size and strength.
+    `sigma_after_step` turns a number of steps into a sigma.
 
-    Layers are named as in the model. A name matches every attention layer of that name or inside it
-    (`"transformer_blocks"` for all of FLUX's double blocks, `"transformer_blocks.0"` for the first); of several that
-    fit a layer, the longest counts.
+    A layer's name matches every attention layer of that name or inside it: `"transformer_blocks"` matches all of
+    FLUX's double blocks, `"transformer_blocks.0"` the first. If several names match a layer, the longest one counts.
 
     Args:
-        dense_above_sigma (`float`, *optional*): calls with a larger sigma, 0 to 1, are dense in all layers; in flow
-            matching sigma is 1 at the start and 0 at the end. By default none are.
-        dense_layers (names, defaults to none): dense at every step.
-        windows (names and `int`s, defaults to none): layers whose window, a radius in tokens, is their own.
+        dense_above_sigma (`float`, *optional*): calls with a larger sigma, 0 to 1, are dense in all layers. In flow
+            matching sigma is 1 at the start and 0 at the end. By default no call is dense.
+        dense_layers (names, defaults to none): layers that are dense at every step.
+        windows (names and `int`s, defaults to none): the window of a layer, a radius in tokens.
 
     Raises:
-        TypeError: a value of another kind.
-        ValueError: a sigma outside 0 to 1, a window below 1, or a layer that is named in both.
+        TypeError: a value has the wrong type.
+        ValueError: a sigma is outside 0 to 1, a window is below 1, or a layer is in both `dense_layers` and `windows`.
 
     Example:
         >>> import clear_attn as clear
@@ -63,7 +62,7 @@ class Schedule:
                 raise TypeError(f"dense_above_sigma must be a number, got {above!r}; it is a share of noise, 0 to 1")
             if not 0 <= above <= 1:
                 raise ValueError(
-                    f"dense_above_sigma must be from 0 to 1, got {above!r}; it is a share of noise, 0.9 say"
+                    f"dense_above_sigma must be from 0 to 1, got {above!r}; it is a share of noise, such as 0.9"
                 )
             object.__setattr__(self, "dense_above_sigma", float(above))
         if isinstance(self.dense_layers, str):
@@ -78,7 +77,7 @@ class Schedule:
         object.__setattr__(self, "windows", windows)
         for name in (*self.dense_layers, *windows):
             if not isinstance(name, str):
-                raise TypeError(f"layers are named as in the model, 'transformer_blocks.0' say, got {name!r}")
+                raise TypeError(f"layers are named as in the model, such as 'transformer_blocks.0', got {name!r}")
             if name in self.dense_layers and name in windows:
                 raise ValueError(f"{name} is in dense_layers and in windows; leave it out of one")
 
@@ -88,12 +87,12 @@ class Schedule:
         return self.dense_above_sigma is not None
 
     def method_for(self, method: Method, layer: Layer, sigma: float | None = None) -> Method:
-        """Return what a layer does in a call.
+        """Return the method of a layer in a call.
 
         Args:
-            method: that of the model.
-            layer: of the model.
-            sigma: of the call; not needed unless `depends_on_sigma`.
+            method: the method of the linearized model.
+            layer: a layer of the model.
+            sigma: the sigma of the call; needed only if `depends_on_sigma`.
         """
         if self.dense_above_sigma is not None and sigma is not None and sigma > self.dense_above_sigma:
             return Dense()
@@ -104,38 +103,38 @@ class Schedule:
         return own.for_layer(layer.number)
 
     def names(self, layer: str) -> str | None:
-        """Return the name in `dense_layers` or `windows` that counts for a layer, or None."""
-        fitting = (name for name in (*self.dense_layers, *self.windows) if _is_inside(layer, name))
-        return max(fitting, key=len, default=None)
+        """Return the longest name in `dense_layers` or `windows` that matches a layer, or None."""
+        matching = (name for name in (*self.dense_layers, *self.windows) if _is_inside(layer, name))
+        return max(matching, key=len, default=None)
 
     def sigma_of(self, sigma: Tensor) -> float:
-        """Return the sigma of a call, given that of each of its images, `[batch]` or one number.
+        """Return the sigma of a call, given the sigma of each image, `[batch]` or one number.
 
         Raises:
-            ValueError: some of its images are dense and some are not.
+            ValueError: some of the images are dense and some are not.
         """
         bound = 1.0 if self.dense_above_sigma is None else self.dense_above_sigma
         above = sigma > bound  # in the precision of the timestep
         if above.any() != above.all():
             raise ValueError(
-                f"a call is dense for all its images or for none, and dense_above_sigma={self.dense_above_sigma} lies "
-                f"between theirs, {[round(x, 3) for x in sigma.tolist()]}; give images of one timestep, or no "
-                "dense_above_sigma"
+                f"all images of a call must be dense or none, and dense_above_sigma={self.dense_above_sigma} is "
+                f"between their sigmas, {[round(x, 3) for x in sigma.tolist()]}; give all images one timestep, or "
+                "leave dense_above_sigma out"
             )
         value = float(sigma.max())
         return max(value, bound) if above.all() else min(value, bound)
 
     def group(self, method: Method, layers: Iterable[Layer]) -> tuple[list[Layer], dict[str, int]]:
-        """Return groups of layers that follow one method in every call: a layer of each, and each layer's group."""
+        """Group the layers that share a method in every call: return a layer per group and the group of each layer."""
         sigmas = (0.0, 1.0) if self.depends_on_sigma else (None,)
-        keys: dict[Any, Layer] = {}
+        first_layers: dict[Any, Layer] = {}
         numbers_by_key: dict[Any, int] = {}
         groups: dict[str, int] = {}
         for layer in layers:
             key = layer.has_text, tuple(self.method_for(method, layer, sigma) for sigma in sigmas)
-            keys.setdefault(key, layer)
+            first_layers.setdefault(key, layer)
             groups[layer.name] = numbers_by_key.setdefault(key, len(numbers_by_key))
-        return list(keys.values()), groups
+        return list(first_layers.values()), groups
 
     def validate_layers(self, layers: Sequence[str], model: str) -> None:
         """Raise ValueError if a name matches none of a model's attention layers."""
@@ -171,18 +170,18 @@ def _is_inside(layer: str, name: str) -> bool:
 
 
 def sigma_after_step(scheduler: Any, steps: int) -> float:
-    """Return a sigma between those of a run's first steps and those of the others.
+    """Return a sigma that separates a run's first steps from the others.
 
-    `Schedule(dense_above_sigma=sigma_after_step(pipe.scheduler, 5))` keeps five steps dense in runs like the
-    scheduler's last one: with the same number of steps, size and strength.
+    `Schedule(dense_above_sigma=sigma_after_step(pipe.scheduler, 5))` keeps five steps dense. It holds for runs with
+    the same number of steps, size and strength as the scheduler's last one.
 
     Args:
-        scheduler: of flow matching, with the timesteps of a run, as every pipeline leaves it.
-        steps (`int`): at least 1, and fewer than are run.
+        scheduler: a flow-matching scheduler that has the timesteps of a run, as after a pipeline's call.
+        steps (`int`): the number of first steps, at least 1 and less than the steps of the run.
 
     Raises:
-        TypeError: the scheduler has no sigmas; steps is not a whole number.
-        ValueError: it has not run yet, or not for so many steps.
+        TypeError: the scheduler has no sigmas, or steps is not a whole number.
+        ValueError: the scheduler has no timesteps yet, or too few of them.
 
     Example:
         >>> from diffusers import FlowMatchEulerDiscreteScheduler
@@ -198,9 +197,9 @@ def sigma_after_step(scheduler: Any, steps: int) -> float:
         raise TypeError(f"a {type(scheduler).__name__} has no sigmas; give a scheduler of flow matching")
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError("this scheduler has no run's timesteps yet; draw an image first, or call its set_timesteps()")
-    # Some schedulers call the model twice at the same noise; and image to image begins in the middle.
+    # Some schedulers call the model twice at the same sigma, and image-to-image starts in the middle.
     levels = list(dict.fromkeys(scheduler.sigmas[scheduler.begin_index or 0 :].tolist()))
     if steps > len(levels) - 2:
         raise ValueError(f"steps={steps} of a run of {len(levels) - 1} leaves none local; give fewer")
-    # In the middle, so that rounding, as of timesteps in bfloat16, changes nothing.
+    # The midpoint, so that rounding timesteps to bfloat16 does not move a step to the other side.
     return float(levels[steps - 1] + levels[steps]) / 2

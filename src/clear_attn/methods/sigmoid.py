@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from clear_attn.core.coordinates import Grid
 from clear_attn.methods.method import ImageMethod, Options
 
-# How many scores are held at a time.
+# The most scores in memory at a time.
 MAX_SCORES = 2**26
 
 
@@ -22,9 +22,9 @@ MAX_SCORES = 2**26
 class Sigmoid(ImageMethod):
     """`sigmoid(scores - log(keys)) @ values` over text and image keys, where `keys` is their number.
 
-    Its work is dense attention's, and grows with the square of the tokens; memory does not. Of what keeps a
-    pre-trained model alive it has high rank and intact features; not the formulation, for there is no softmax, and
-    of locality what dense attention has.
+    Its work grows with the square of the tokens, as dense attention's; memory does not. Of the four properties that
+    CLEAR's paper asks for, it keeps high rank, intact features and the locality of dense attention. It does not keep
+    the formulation, because there is no softmax.
     """
 
     quadratic = "attention to all keys"
@@ -44,17 +44,17 @@ class Sigmoid(ImageMethod):
 
 
 def sigmoid_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """`sigmoid(scores - log(keys)) @ values` in float32 at least, some queries at a time.
+    """Return `sigmoid(scores - log(keys)) @ values`, computed in at least float32 and in parts of the queries.
 
     Args:
-        query, key, value: `[batch, heads, tokens, head_dim]`, the query of any number of tokens.
-        scale: factor of the scores.
-        bias: `[batch, keys]`, added to the scaled scores.
+        query, key, value: `[batch, heads, tokens, head_dim]`; the query may have fewer tokens.
+        scale: the factor of the scores.
+        bias: the bias on the scaled scores, `[batch, keys]`, or None.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key, wide = (x.to(dtype) for x in (query, key, value))
     step = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
-    # Gradients compute the scores once more, so that no more than a step's are held.
+    # Checkpointed, so that the backward pass also holds the scores of one part at a time.
     parts = [
         checkpoint(_attend, part, key, wide, bias, use_reentrant=False, preserve_rng_state=False)
         for part in (query * scale).split(step, dim=2)
@@ -63,6 +63,6 @@ def sigmoid_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, b
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):  # which would round the scores
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the scores
         scores = query @ key.mT - math.log(key.shape[2])
         return torch.sigmoid(scores if bias is None else scores + bias[:, None, None]) @ value

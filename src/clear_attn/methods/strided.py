@@ -1,4 +1,4 @@
-"""Strided attention, of sparse transformers (arXiv 1904.10509): every n-th token in both directions."""
+"""Strided attention from sparse transformers (arXiv 1904.10509): every n-th token in both directions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from clear_attn.methods.groups import GroupedMethod, pairs
 
 @dataclass(frozen=True)
 class Strided(GroupedMethod):
-    """An image query attends to text and to the tokens a multiple of the stride away from it, in both directions.
+    """Attend to text and to the image tokens that are a multiple of the stride away in both directions.
 
-    Its work grows with the square of the tokens, 1 / stride^2 of dense attention's. Of what keeps a pre-trained model
-    alive it has the same formulation, high rank and intact features; it has no locality: a query attends to none of its
-    neighbors.
+    Its work grows with the square of the tokens, 1 / stride^2 of dense attention's. Of the four properties that CLEAR's
+    paper asks for, it keeps the formulation, high rank and intact features. It has no locality: a query attends to none
+    of its neighbors.
 
     Args:
-        stride (`int`, defaults to 4): in tokens; 1 is dense attention.
+        stride (`int`, defaults to 4): the distance in tokens; 1 is dense attention.
 
     Raises:
         TypeError: stride is not a whole number.
         ValueError: stride is below 1.
     """
 
-    quadratic = "attention to every n-th key, and the lists of these"
+    quadratic = "attention to every n-th key, and the lists of these keys"
 
     stride: int = 4
 

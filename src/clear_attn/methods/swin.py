@@ -13,15 +13,14 @@ from clear_attn.methods.groups import GroupedMethod, pairs
 
 @dataclass(frozen=True)
 class Swin(GroupedMethod):
-    """Square windows that tile the image, shifted by half a side in every second layer.
+    """Attend to text and to the query's own square window; windows shift by half a side in every second layer.
 
-    An image query attends to text and to its own window. Windows are cut at the border, where Swin joins the rests of
-    opposite borders and masks the one from the other, which comes to the same. Its work grows with the tokens. Of what
-    keeps a pre-trained model alive it has the same formulation, high rank and intact features; locality too, but not
-    for neighbors on two sides of a window's edge.
+    Windows are cut at the border. Swin joins windows of opposite borders and masks one from the other, with the same
+    result. Its work grows linearly with the tokens. Of the four properties that CLEAR's paper asks for, it keeps the
+    formulation, high rank and intact features. It keeps locality except across the edges of windows.
 
     Args:
-        side (`int`, defaults to 16): of a window, in tokens.
+        side (`int`, defaults to 16): the side of a window in tokens.
 
     Raises:
         TypeError: side is not a whole number.
@@ -40,7 +39,7 @@ class Swin(GroupedMethod):
 
     def labels(self, grid: Grid) -> np.ndarray:
         y, x = raster_coordinates(grid)
-        columns = grid[1] + 1  # no fewer than there are, shifted windows included
+        columns = grid[1] + 1  # at least the number of windows in a row, also when shifted
         return self._window_of(y) * columns + self._window_of(x)
 
     def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
@@ -51,22 +50,22 @@ class Swin(GroupedMethod):
         }
 
     def window_pairs(self, grid: Grid) -> int:
-        """Return the number of pairs of image tokens in one window."""
+        """Return the number of pairs of image tokens that share a window."""
         return pairs(*(list(Counter(self._window_of(np.arange(n)).tolist()).values()) for n in grid))
 
     @property
     def shift(self) -> int:
-        """How far in tokens a layer's windows start before the image."""
+        """The distance in tokens from the first window's start to the image's."""
         return 0
 
     def _window_of(self, axis: np.ndarray) -> np.ndarray:
-        """Return the window's number along an axis; where windows are shifted, a cut one comes first."""
+        """Return the number of the window of each position along an axis."""
         return (axis + self.shift) // self.side
 
 
 @dataclass(frozen=True)
 class _ShiftedSwin(Swin):
-    """Of every second layer."""
+    """Swin with shifted windows, for every second layer."""
 
     @property
     def shift(self) -> int:
