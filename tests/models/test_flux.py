@@ -108,13 +108,13 @@ class TestIds:
 
     def test_refuses_a_call_without_ids(self, transformer):
         clear.linearize(transformer, 3, weights=None)
-        with pytest.raises(ValueError, match=r"img_ids must tell where .* got None"):
+        with pytest.raises(ValueError, match=r"img_ids must give .* got None"):
             run(transformer, {**families.FLUX.call(transformer, (4, 6)), "img_ids": None})
 
     def test_refuses_ids_for_another_image(self, transformer):
         call = families.FLUX.call(transformer, (4, 6))
         clear.linearize(transformer, 3, weights=None)
-        with pytest.raises(ValueError, match="img_ids place 20 image tokens, hidden_states has 24"):
+        with pytest.raises(ValueError, match="img_ids has 20 image tokens, hidden_states has 24"):
             run(transformer, {**call, "img_ids": dummy_models.image_ids((4, 5))})
 
 

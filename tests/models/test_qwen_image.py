@@ -71,8 +71,8 @@ def test_padding_in_half_precision():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"img_shapes": None}, "img_shapes must tell .* got None"),
-        ({"img_shapes": [[(1, 4, 5)]]}, "img_shapes place 20 image tokens, hidden_states has 24"),
+        ({"img_shapes": None}, "img_shapes must give .* got None"),
+        ({"img_shapes": [[(1, 4, 5)]]}, "img_shapes have 20 image tokens, hidden_states has 24"),
         ({"img_shapes": [[(1, 4, 6)], [(1, 6, 4)]]}, "img_shapes must be the same for the whole batch"),
         (
             {"encoder_hidden_states_mask": torch.ones(1, 6)},

@@ -1,4 +1,4 @@
-"""The transformers that can be linearized, one file each."""
+"""Adapters of the transformers that can be linearized, one file each."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ ADAPTERS: list[ModelAdapter] = [
 
 def adapter_for(transformer: Any) -> ModelAdapter | None:
     """Return the adapter of a transformer's class, or None."""
-    fits = (adapter for adapter in ADAPTERS if is_instance(transformer, (adapter.transformer_class,), adapter.packages))
-    return next(fits, None)
+    matching = (each for each in ADAPTERS if is_instance(transformer, (each.transformer_class,), each.packages))
+    return next(matching, None)
 
 
 def training_adapter_for(transformer: Any) -> TrainingAdapter:
-    """Return what distillation needs to know about a transformer.
+    """Return the training adapter of a transformer's class.
 
     Raises:
-        TypeError: it cannot be distilled.
+        TypeError: the transformer cannot be distilled.
     """
     adapter = adapter_for(transformer)
     if adapter is None or adapter.training is None:

@@ -1,4 +1,4 @@
-"""What is known of one class of transformers: its calls, its layers, and how attention projects in them."""
+"""The contract of a model adapter, which describes one transformer class: its calls, layers and projections."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class HighresPipelines(NamedTuple):
     """The pipelines that `highres` runs for a transformer class.
 
     Attributes:
-        text_to_image, image_to_image: names of diffusers classes with the same components.
+        text_to_image, image_to_image: names of pipeline classes in diffusers that share their components.
         batched_guidance: whether guidance runs two images in one forward pass.
     """
 
@@ -48,8 +48,8 @@ class Architecture(NamedTuple):
     """A published size of a transformer class.
 
     Attributes:
-        name: as `clear-attn cost --model` takes it.
-        config: what differs from the transformer's default config.
+        name: the name for `clear-attn cost --model`.
+        config: the entries that differ from the transformer's default config.
     """
 
     name: str
@@ -68,27 +68,29 @@ class InnerHook(NamedTuple):
 
 
 class ModelAdapter(abc.ABC):
-    """All that is known of one transformer class. Stateless: what differs by call is in the call's context.
+    """Describe one transformer class: its calls, layers and projections.
 
-    Classes of diffusers are named, not imported: importing one imports the transformers of all models.
+    An adapter has no state; the state of a call is in its context. Classes of diffusers are given by name, because
+    importing one imports the transformers of all models.
 
     Attributes:
-        transformer_class: the name of its transformers' class.
+        transformer_class: the name of the transformer class.
         packages: the top-level packages that define the classes named here.
-        accepts: names of the attention processors that the library's can replace.
-        ip_adapter_processors: names of those with an IP-Adapter, whose own attention the replacement keeps.
-        first_version: of diffusers, the first in which a model of this class works here.
-        text_first: whether text comes before the image where they are joined.
-        default_text_tokens: the length of the text sequence that its pipelines make by default.
-        residuals: the keywords that bring a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
+        accepts: names of the attention processors that can be replaced.
+        ip_adapter_processors: names of processors with an IP-Adapter; the replacement keeps the adapter's attention.
+        first_version: the first version of diffusers in which a model of this class is supported.
+        text_first: whether text comes before the image in the joint sequence.
+        default_text_tokens: the default length of the text sequence in its pipelines.
+        residuals: the keywords of a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
         fused_qkv_reliable: whether a layer with `fused_projections` has fused weights equal to the separate ones.
-        activation_factor: likely peak of a forward pass in tokens x (heads x head_dim) elements, measured on a CPU.
-        keywords: the argument of a call that holds what is passed on to the attention layers.
-        timestep_is_sigma: whether sigma follows from a call's timestep.
-        takes_scale: whether its dense layers can have their scores scaled, see `proportional_attention`.
-        training: what distillation needs, not inherited; None for a model that cannot be distilled.
-        highres_pipelines: what `highres` runs, not inherited; None for a model that it does not support.
-        architectures: published sizes, not inherited, for `clear-attn cost --model`.
+        activation_factor: estimated peak memory of a forward pass, as a multiple of tokens x heads x head_dim elements;
+            measured on a CPU.
+        keywords: the argument of a call whose entries the model passes on to its attention layers.
+        timestep_is_sigma: whether sigma can be computed from a call's timestep.
+        takes_scale: whether the scores of its dense layers can be scaled, see `proportional_attention`.
+        training: the training adapter, not inherited; None if the model cannot be distilled.
+        highres_pipelines: the pipelines of `highres`, not inherited; None if it does not support the model.
+        architectures: published sizes for `clear-attn cost --model`, not inherited.
     """
 
     transformer_class: str
@@ -109,16 +111,16 @@ class ModelAdapter(abc.ABC):
     architectures: tuple[Architecture, ...] = ()
 
     def __init_subclass__(cls) -> None:
-        # What is known of a class does not hold for the one that inherits its calls and layers.
+        # A subclass inherits calls and layers, but these three describe one model only.
         for name in ("training", "highres_pipelines", "architectures"):
             if name not in vars(cls):
                 setattr(cls, name, getattr(ModelAdapter, name))
 
     def check_version(self) -> None:
-        """Check that the installed diffusers is not older than the first in which this model works here.
+        """Check that the installed version of diffusers supports this model.
 
         Raises:
-            TypeError: it is.
+            TypeError: the version is older than `first_version`.
         """
         if self.packages == DIFFUSERS and diffusers_version() < self.first_version:
             first, installed = (".".join(map(str, each)) for each in (self.first_version, diffusers_version()))
@@ -141,69 +143,69 @@ class ModelAdapter(abc.ABC):
         return True
 
     def describe_layers(self, transformer: Any) -> dict[str, Layer]:
-        """Return what methods know of each attention layer, by name."""
-        count = {True: itertools.count(), False: itertools.count()}
+        """Return the properties of each attention layer that methods depend on, by name."""
+        counters = {True: itertools.count(), False: itertools.count()}
         described = {}
         for name, attn in self.attention_layers(transformer).items():
             has_text = self.has_text(transformer, name)
             head_dim = attn.inner_dim // attn.heads
-            described[name] = Layer(name, next(count[has_text]), has_text, attn.heads, head_dim)
+            described[name] = Layer(name, next(counters[has_text]), has_text, attn.heads, head_dim)
         return described
 
     def make_processor(self, original: Any, method: Method, layer: Layer, group: int) -> ClearAttnProcessor:
-        """Return the processor that replaces the one a layer has."""
+        """Return the processor that replaces a layer's original one."""
         return self.processor_class(layer.name)(self, method, layer, group)
 
     def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
-        """Return the processor class with the signature by which the layer of this name calls it."""
+        """Return the processor class whose `__call__` has the signature that the layer of this name uses."""
         return ClearAttnProcessor
 
     def project(self, attn: Any, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Return query, key and value `[batch, heads, tokens, head_dim]`, and what else `project_out` needs."""
+        """Return query, key and value `[batch, heads, tokens, head_dim]`, and any value that `project_out` needs."""
         return *project(attn, inputs, self.text_first, self.takes_fused(attn)), None  # type: ignore[return-value]
 
     def project_out(self, attn: Any, joint: Tensor, inputs: Inputs, rest: Any) -> Any:
-        """Return what a layer gives for the output of its attention, `[batch, tokens, heads x head_dim]`."""
+        """Return the layer's output, given its attention output `[batch, tokens, heads x head_dim]`."""
         return project_out(attn, joint, inputs, self.text_first)
 
     def takes_fused(self, attn: Any) -> bool:
-        """Return whether query, key and value of a layer come from one fused projection."""
+        """Return whether a layer computes query, key and value with one fused projection."""
         return self.fused_qkv_reliable and bool(attn.fused_projections)
 
     # Calls
 
     def bind_call(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by name, those included that only a `forward` put on the instance knows.
+        """Return the arguments of a call by name, including keywords that the class's `forward` does not have.
 
         Raises:
-            TypeError: a missing or repeated argument.
+            TypeError: an argument is missing or repeated.
         """
-        # Caches and hooks put a `forward` of any signature on the instance.
+        # Caches and hooks set a `forward` with any signature on the instance, so read the class's.
         cls: Any = class_of(transformer, (self.transformer_class,), self.packages) or type(transformer)
         signature = inspect.signature(cls.forward)
         known = {name: value for name, value in kwargs.items() if name in signature.parameters}
         bound = signature.bind(transformer, *args, **known).arguments
-        own = dict(itertools.islice(bound.items(), 1, None))  # without self
-        return {**own, **{name: value for name, value in kwargs.items() if name not in known}}
+        without_self = dict(itertools.islice(bound.items(), 1, None))
+        return {**without_self, **{name: value for name, value in kwargs.items() if name not in known}}
 
     @abc.abstractmethod
     def latents_per_token(self, transformer: Any) -> int:
-        """Return the side of a token in pixels of the latent image."""
+        """Return the side of a token in latent pixels."""
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
-        """Return what has to be changed inside, where the transformer's entry does not reach."""
+        """Return the hooks on modules inside the transformer, for changes that its entry hook cannot make."""
         return []
 
     def carry(self, transformer: Any, context: ClearContext) -> Any:
-        """Return what the call's attention keywords hold, so that the layers get the context."""
+        """Return the value to put into the call's attention keywords, so that the layers get the context."""
         return context
 
     def end_call(self) -> None:
-        """Take back what `carry` made readable outside the call's keywords."""
+        """Undo what `carry` did outside the call's keywords."""
         return
 
     def release(self, transformer: Any) -> None:
-        """Take back what `carry` changed in the transformer, when it is restored."""
+        """Undo what `carry` changed in the transformer; called by `restore`."""
         return
 
     @abc.abstractmethod
@@ -211,28 +213,28 @@ class ModelAdapter(abc.ABC):
         """Return the grids and the text length of a call.
 
         Raises:
-            ValueError: its keywords do not fit each other.
+            ValueError: the keywords of the call contradict each other.
         """
 
     def text_bias(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return the bias of padded text keys and the weight of text queries, see `ScoreBias.on_plan`.
 
         Raises:
-            ValueError: a mask that does not fit the text.
+            ValueError: the mask's shape does not match the text.
         """
         return None, None
 
     def sigma(self, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the share of noise in each image of a call, 0 to 1, `[batch]` or one number.
+        """Return the sigma of each image of a call, the share of noise from 0 to 1, `[batch]` or one number.
 
         Raises:
-            ValueError: the timestep does not give it.
+            ValueError: sigma cannot be computed from the timestep.
         """
         timestep: Tensor = kwargs["timestep"]
         return timestep
 
     def check_residuals(self, kwargs: Mapping[str, Any], tokens: int) -> None:
-        """Raise ValueError for residuals of a ControlNet that do not have this many image tokens."""
+        """Raise ValueError if a ControlNet's residuals do not have this number of image tokens."""
         for name in self.residuals:
             for residual in kwargs.get(name) or ():
                 if residual.shape[1] != tokens:
@@ -249,18 +251,18 @@ class ModelAdapter(abc.ABC):
 
     @abc.abstractmethod
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        """Return the keywords with the image tokens, and every tensor that has a row for each, in tile order."""
+        """Return the keywords with the image tokens, and every tensor with a row per image token, in tile order."""
 
     @abc.abstractmethod
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        """Return a tensor of the transformer's output in raster order."""
+        """Return the transformer's output in raster order."""
 
     # The model
 
     def rotary_embedding(self, transformer: Any) -> Any | None:
-        """Return the module whose `theta` is read in each call, or None for a model without such an embedding."""
+        """Return the module of the rotary embedding, which reads its `theta` in each call, or None."""
         return None
 
     def max_grid_side(self, transformer: Any) -> int | None:
-        """Return the most rows or columns of tokens that have a position, or None without a limit."""
+        """Return the largest number of rows or columns of tokens that have a position, or None for no limit."""
         return None

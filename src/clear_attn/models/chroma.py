@@ -1,6 +1,6 @@
-"""Chroma in diffusers: as FLUX.1, with a mask for the padding of the text.
+"""Chroma in diffusers: like FLUX.1, with a mask for padded text.
 
-Its single blocks, and under gradient checkpointing all of them, get no attention keywords.
+The model passes no attention keywords to its single blocks, nor to any block under gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ class Chroma(Publishing, Flux):
             check_mask("attention_mask", mask, (len(kwargs["hidden_states"]), call.text_tokens + image_tokens))
             if _ones_at_the_end(mask) < image_tokens:
                 raise ValueError(
-                    f"attention_mask must be 1 for all {image_tokens} image tokens, which are at its end, for a "
-                    "linearized model honours it for text alone; pass it as ChromaPipeline does"
+                    f"attention_mask must be 1 for all {image_tokens} image tokens, which are at its end, because a "
+                    "linearized model applies it to text only; pass it as ChromaPipeline does"
                 )
         return call
 
     def text_bias(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return the bias of padded text keys and the weight of text queries.
 
-        Chroma's layers multiply a query's and a key's mask, and torch's attention adds numbers to the scores. So the
-        pipelines' mask of 1 and 0 adds 1 where both are 1: relative to the image, text has query x (key - 1).
+        Chroma's layers multiply the masks of query and key, and torch adds a mask of numbers to the scores. A mask of
+        1 and 0 therefore adds 1 where both are 1. Relative to image keys, the bias of text is query x (key - 1).
         """
         mask = kwargs.get("attention_mask")
         if mask is None:

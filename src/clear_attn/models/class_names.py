@@ -1,4 +1,4 @@
-"""Recognize classes by name, so that none is imported before it is used."""
+"""Check the class of a value by name, without importing the class."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ DIFFUSERS = ("diffusers",)
 
 
 def is_instance(value: Any, names: Collection[str], packages: Collection[str] = DIFFUSERS) -> bool:
-    """Return whether a value is an instance of a class with one of these names in these packages, or of a subclass."""
+    """Return whether a value is an instance of a class, or of a subclass, with one of these names and packages."""
     return class_of(value, names, packages) is not None
 
 
 def class_of(value: Any, names: Collection[str], packages: Collection[str] = DIFFUSERS) -> type | None:
-    """Return the class with one of these names that a value is an instance of, or None."""
+    """Return the class, among a value's class and its bases, that has one of these names, or None."""
     return next((cls for cls in type(value).__mro__ if _is_named(cls, names, packages)), None)
 
 

@@ -1,4 +1,4 @@
-"""ControlNets of FLUX.1 and SD3 in diffusers: as their models, but their layers get no attention keywords."""
+"""ControlNets of FLUX.1 and SD3 in diffusers: like their models, but their layers get no attention keywords."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clear_attn.models.sd3 import SD3, into_tile_order
 
 
 class _ControlNet(Publishing):
-    """What the ControlNets of all models share; a base before the model's own."""
+    """The shared part of these ControlNets; list it before the model's adapter among the bases."""
 
     takes_scale = False
 
@@ -29,12 +29,12 @@ class FluxControlNet(_ControlNet, Flux):
     transformer_class = "FluxControlNetModel"
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
-        # The condition may still be an image at the entry.
+        # Permute the condition after its embedder: before, it may still be an image.
         return [InnerHook(transformer.controlnet_x_embedder, permute_condition)]
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         call = super().parse_call(transformer, kwargs)
-        # A union ControlNet puts its mode before the text.
+        # A union ControlNet adds a token for its mode before the text.
         return call._replace(text_tokens=call.text_tokens + bool(transformer.union))
 
 
@@ -51,6 +51,6 @@ class SD3ControlNet(_ControlNet, SD3):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def permute_condition(embedder: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """A forward hook."""
+    """Put the embedded condition into tile order. A forward hook."""
     context = current()
     return output if context is None else output[:, context.layout.permutation]

@@ -1,4 +1,4 @@
-"""DiT in diffusers: as SD3, with a class label instead of text, square images, and a predicted variance."""
+"""DiT in diffusers: like SD3, with a class label instead of text, square images, and a predicted variance."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class DiT(SD3):
         height, width = call.grids[0]
         if height != width:
             raise ValueError(
-                f"hidden_states must be square, got {list(kwargs['hidden_states'].shape)}; diffusers' DiT puts its "
-                "tokens together to a square whatever came in"
+                f"hidden_states must be square, got {list(kwargs['hidden_states'].shape)}; give a square image, "
+                "because diffusers' DiT always returns one"
             )
         return call
 
     def sigma(self, kwargs: Mapping[str, Any]) -> Tensor:
         raise ValueError(
-            "a DiT's timestep is a place in its scheduler's betas, which a call does not tell, and no share of noise; "
-            "give a schedule without dense_above_sigma"
+            "a DiT's timestep is an index into its scheduler's betas and does not give sigma; give a schedule without "
+            "dense_above_sigma"
         )

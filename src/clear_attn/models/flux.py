@@ -1,4 +1,4 @@
-"""FLUX.1 in diffusers: text first, positions in `img_ids`, a reference picture as a second segment (Kontext)."""
+"""FLUX.1 in diffusers: text first, positions in `img_ids`, a reference image as a second segment (Kontext)."""
 
 from __future__ import annotations
 
@@ -77,18 +77,18 @@ class Flux(ModelAdapter):
         return processor
 
     def latents_per_token(self, transformer: Any) -> int:
-        return 2  # the pipelines pack them so
+        return 2  # as the pipelines pack latents
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         if kwargs.get("img_ids") is None:
-            raise ValueError("img_ids must tell where the image tokens stand, got None; pass them as the pipeline does")
+            raise ValueError("img_ids must give each image token's position, got None; pass them as the pipeline does")
         grids = _read_ids(kwargs["img_ids"]).grids
         tokens = sum(height * width for height, width in grids)
         if hidden_states.shape[1] != tokens:
             raise ValueError(
-                f"img_ids place {tokens} image tokens, hidden_states has {hidden_states.shape[1]}; give "
-                "each image token its row in img_ids"
+                f"img_ids has {tokens} image tokens, hidden_states has {hidden_states.shape[1]}; give each image token "
+                "a row in img_ids"
             )
         self.check_residuals(kwargs, tokens)
         return Call(grids, text.shape[1], hidden_states.device)
@@ -114,12 +114,12 @@ class Flux(ModelAdapter):
         return transformer.pos_embed
 
 
-# bfloat16 tells integers apart up to here.
+# The largest integer up to which bfloat16 represents all integers.
 EXACT_INTEGERS = 256
 
 
 class _Positions(NamedTuple):
-    """What `img_ids` say: the grids, and the same ids in float32 where theirs is too coarse for integers."""
+    """The grids in `img_ids`, and the ids in float32 if their dtype is too coarse for integers."""
 
     grids: tuple[Grid, ...]
     exact: Tensor | None
@@ -128,7 +128,7 @@ class _Positions(NamedTuple):
 def _parse_ids(ids: Tensor) -> _Positions:
     if ids.ndim not in (2, 3) or ids.shape[-1] < 3 or ids.numel() == 0:
         raise ValueError(
-            f"img_ids must be [image tokens, 3 or more], the picture's number, row, column, got {list(ids.shape)}; "
+            f"img_ids must be [image tokens, 3 or more], the image's number, row, column, got {list(ids.shape)}; "
             "pass them as diffusers' pipeline does"
         )
     values = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float32)
@@ -143,20 +143,20 @@ def _parse_ids(ids: Tensor) -> _Positions:
         )
         regular.append(torch.cat([part[:, :1], torch.cartesian_prod(rows, columns), part[:, 3:]], dim=1))
     exact = torch.cat(regular)
-    # Replaced only if rounding them gives the coarser numbers; positions of another kind are left alone.
-    counts = coarse and torch.equal(exact.to(ids.dtype).float(), values)
-    return _Positions(tuple(grids), exact.to(ids.device) if counts else None)
+    # Replace the ids only if rounding the exact ones gives them; leave other positions as they are.
+    rounded = coarse and torch.equal(exact.to(ids.dtype).float(), values)
+    return _Positions(tuple(grids), exact.to(ids.device) if rounded else None)
 
 
 _read_ids = ReadOnce(_parse_ids)
 
 
 def _find_grids(ids: Tensor, coarse: bool) -> list[tuple[Tensor, int]]:
-    """Return the ids of each image among those of one number, and its columns.
+    """Return the ids and the number of columns of each image among ids with the same image number.
 
-    Several reference images may have one number, apart from each other or at the same place.
+    Several reference images may share a number, at different positions or at the same one.
     """
-    # The first row's number is nobody else's, also where bfloat16 makes others collide.
+    # The first row has a unique number, even where bfloat16 rounds others to the same value.
     width = int((ids[:, 1] == ids[0, 1]).sum())
     grid = torch.cartesian_prod(ids[::width, 1], ids[:width, 2])
     if torch.equal(ids[:, 1:3], grid) and (ids[:, 3:] == ids[0, 3:]).all():
@@ -169,7 +169,7 @@ def _find_grids(ids: Tensor, coarse: bool) -> list[tuple[Tensor, int]]:
             images[-1].append(row)
         else:
             images.append([row])
-    if any(len(image) < 2 or len(image[0]) < 2 for image in images):  # any order of tokens is made of single rows
+    if any(len(image) < 2 or len(image[0]) < 2 for image in images):  # single rows would match any order of tokens
         raise ValueError(
             f"img_ids must number the tokens of each image row by row; {len(ids)} of them with the first number "
             f"{ids[0, 0].item():g} are no grid of {len(rows[0])} columns; pass them as diffusers' pipeline does"

@@ -1,4 +1,4 @@
-"""FLUX.2 in diffusers: as FLUX.1, with ids of four axes, and single blocks with one projection for all."""
+"""FLUX.2 in diffusers: like FLUX.1, with ids on four axes, and single blocks with one joint projection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, n
 
 
 class Flux2Training(FluxTraining):
-    """The pipelines normalize the channels of 2 x 2 patches of latents; text tokens are numbered on a fourth axis."""
+    """Train FLUX.2: its pipelines normalize 2 x 2 patches of latents, and text tokens have ids on a fourth axis."""
 
     pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
     negative_prompt = ""
@@ -54,7 +54,7 @@ class Flux2Training(FluxTraining):
 
 
 class ParallelProcessor(ClearAttnProcessor):
-    """For a layer whose one projection makes query, key, value and the feed-forward network's input."""
+    """The processor of a layer with one projection for query, key, value and the feed-forward network's input."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -96,8 +96,8 @@ class Flux2(Flux):
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         if kwargs.get("kv_cache_mode") is not None:
             raise ValueError(
-                f"kv_cache_mode={kwargs['kv_cache_mode']!r} keeps the keys of reference pictures from step to step, "
-                "which a linearized model does not; use Flux2KleinPipeline in place of Flux2KleinKVPipeline, or "
+                f"kv_cache_mode={kwargs['kv_cache_mode']!r} caches the keys of reference images between steps, which "
+                "a linearized model does not support; use Flux2KleinPipeline instead of Flux2KleinKVPipeline, or "
                 "clear_attn.restore() the model"
             )
         return super().parse_call(transformer, kwargs)

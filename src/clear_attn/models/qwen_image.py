@@ -1,6 +1,6 @@
 """Qwen-Image in diffusers: grids in `img_shapes`, complex rotary embedding, text that may be padded.
 
-Further pictures in a sequence, references (Edit) or layers (Layered), are segments of their own.
+Each further image in a sequence, a reference (Edit) or a layer (Layered), is a segment.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from clear_attn.models.parsing.padding import HIDDEN, check_mask
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 from clear_attn.models.training import TrainingAdapter
 
-# A picture's frames, rows and columns.
+# An image's frames, rows and columns.
 Shape = tuple[int, int, int]
 
 
 class QwenTraining(TrainingAdapter):
-    """Texts have their own lengths. The autoencoder is one for videos."""
+    """Train Qwen-Image: texts have different lengths, and the autoencoder takes videos."""
 
     pipelines = ("QwenImagePipeline",)
     text_keywords = MappingProxyType({"text": "prompt_embeds", "mask": "prompt_embeds_mask"})
-    negative_prompt = " "  # without one the pipeline does not guide
+    negative_prompt = " "  # without one the pipeline applies no guidance
 
     def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         moments, config = pipe.vae.encode(pixels[:, :, None]).latent_dist, pipe.vae.config
@@ -42,7 +42,7 @@ class QwenTraining(TrainingAdapter):
 
     def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
         text, mask = pipe.encode_prompt(prompts, pipe.vae.device, max_sequence_length=text_tokens)
-        # The pipeline has no mask if nothing is padded.
+        # The pipeline returns no mask if no text is padded.
         return {"text": text, "mask": text.new_ones(text.shape[:2], dtype=torch.long) if mask is None else mask}
 
     def training_call(
@@ -67,7 +67,7 @@ class QwenTraining(TrainingAdapter):
 
 
 class QwenProcessor(ClearAttnProcessor):
-    """Takes the keyword by which Qwen-Image's layers get a mask; the entry hook has made it a bias of the scores."""
+    """The processor with Qwen-Image's mask keyword, which is None: the entry hook turns the mask into a score bias."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -88,7 +88,7 @@ class QwenImage(ModelAdapter):
     first_version = (0, 39)  # the first that hides padded text in its layers and needs no `txt_seq_lens`
     accepts = ("QwenDoubleStreamAttnProcessor2_0",)
     text_first = True
-    default_text_tokens = 512  # the most that its pipelines take; they do not pad
+    default_text_tokens = 512  # the maximum of its pipelines, which do not pad
     residuals: tuple[str, ...] = ("controlnet_block_samples",)
     keywords = "attention_kwargs"
 
@@ -107,8 +107,8 @@ class QwenImage(ModelAdapter):
         tokens = sum(height * width for height, width in grids)
         if hidden_states.shape[1] != tokens:
             raise ValueError(
-                f"img_shapes place {tokens} image tokens, hidden_states has {hidden_states.shape[1]}; give the shape "
-                "in tokens of each picture in the sequence"
+                f"img_shapes have {tokens} image tokens, hidden_states has {hidden_states.shape[1]}; give the shape in "
+                "tokens of each image in the sequence"
             )
         self.check_residuals(kwargs, tokens)
         return Call(grids, text.shape[1], hidden_states.device)
@@ -135,7 +135,7 @@ class QwenImage(ModelAdapter):
 
 
 class QwenControlNet(QwenImage):
-    """Of Qwen-Image; unlike other ControlNets, it passes on the keywords of a call to its layers."""
+    """Qwen-Image's ControlNet, which unlike others passes attention keywords on to its layers."""
 
     transformer_class = "QwenImageControlNetModel"
     residuals = ()
@@ -149,16 +149,16 @@ class QwenControlNet(QwenImage):
 
 
 def _shapes(img_shapes: Any) -> Sequence[Shape]:
-    """Of one sequence's pictures; a batch brings a list of them for each, or a shape for each."""
+    """Return the shapes of one sequence's images; a batch has a list of shapes, or one shape, per sequence."""
     if not img_shapes:
         raise ValueError(
-            f"img_shapes must tell the pictures' frames, rows and columns in tokens, got {img_shapes}; pass them as "
-            "QwenImagePipeline does"
+            f"img_shapes must give the frames, rows and columns in tokens of each image, got {img_shapes}; pass them "
+            "as QwenImagePipeline does"
         )
     if any(shapes != img_shapes[0] for shapes in img_shapes):
         raise ValueError(
-            f"img_shapes must be the same for the whole batch, got {img_shapes}; draw pictures of different size in "
-            "calls of their own"
+            f"img_shapes must be the same for the whole batch, got {img_shapes}; draw images of different sizes in "
+            "separate calls"
         )
     return img_shapes[0] if isinstance(img_shapes[0], list) else [img_shapes[0]]
 
@@ -169,16 +169,16 @@ def _grids(shapes: Sequence[Shape]) -> tuple[Grid, ...]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def join_positions(embedding: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A forward hook: FLUX's form of a rotary embedding, (cos, sin) of text and image joined, for the complex one.
+    """Convert the complex rotary embedding to FLUX's form, (cos, sin) of text and image joined. A forward hook.
 
-    The image's part in tile order.
+    The image's part is put into tile order.
     """
     image, text = output
     grids = _grids(_shapes(args[0]))
     starts = itertools.accumulate(map(math.prod, grids), initial=0)
-    order = torch.cat(
+    permutation = torch.cat(
         [start + grid_permutation(grid, image.device) for start, grid in zip(starts, grids, strict=False)]
     )
-    angles = torch.cat([text, image[order]])
+    angles = torch.cat([text, image[permutation]])
     cos, sin = (part.repeat_interleave(2, dim=-1) for part in (angles.real, angles.imag))
     return cos, sin

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 in diffusers: image first, the picture itself as input, dual attention without text."""
+"""Stable Diffusion 3 and 3.5 in diffusers: image first, unpatched latents as input, dual attention without text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clear_attn.models.training import TrainingAdapter
 
 
 class SD3Training(TrainingAdapter):
-    """SD3 joins CLIP's tokens to the text. No layer is single-stream, so every fourth of all is compared."""
+    """Train SD3: its text includes CLIP's tokens, and no layer is single-stream, so every fourth layer is compared."""
 
     pipelines = ("StableDiffusion3Pipeline",)
     negative_prompt = ""
@@ -61,7 +61,7 @@ class SD3(ModelAdapter):
     default_text_tokens = 77 + 256  # CLIP's and T5's
     residuals: tuple[str, ...] = ("block_controlnet_hidden_states",)
     takes_scale = True
-    # SD3's layers call themselves fused also after that has been given up. The parts stay, and hold the same values.
+    # After `unfuse_qkv_projections`, SD3's layers still say they are fused. The separate weights are always there.
     fused_qkv_reliable = False
 
     def has_text(self, transformer: Any, layer: str) -> bool:
@@ -80,14 +80,14 @@ class SD3(ModelAdapter):
         if height % side or width % side or hidden_states.ndim != 4:
             raise ValueError(
                 f"hidden_states must be [batch, channels, height, width] with sides in multiples of {side}, got "
-                f"{list(hidden_states.shape)}; give the picture a height and width in multiples of 16 pixels"
+                f"{list(hidden_states.shape)}; give the image a height and width in multiples of 16 pixels"
             )
         grid = height // side, width // side
         self.check_residuals(kwargs, grid[0] * grid[1])
         return Call((grid,), 0 if text is None else text.shape[1], hidden_states.device)
 
     def sigma(self, kwargs: Mapping[str, Any]) -> Tensor:
-        return super().sigma(kwargs) / 1000  # of the timesteps it was trained with
+        return super().sigma(kwargs) / 1000  # the number of training timesteps
 
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return self.permute_residuals(kwargs, layout)
@@ -114,6 +114,6 @@ class SD3(ModelAdapter):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def into_tile_order(patch_embedding: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """A forward hook. Only behind the positions' embedding, which counts rows and columns, may the order change."""
+    """Put image tokens into tile order. A forward hook on the patch embedding, which adds positions in raster order."""
     height, width = (length // patch_embedding.patch_size for length in args[0].shape[-2:])
     return output[:, grid_permutation((height, width), output.device)]

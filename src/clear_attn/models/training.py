@@ -1,4 +1,4 @@
-"""What distillation needs to know about a transformer class."""
+"""The contract of a training adapter, which describes how a transformer class is trained."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 class TrainingAdapter(abc.ABC):
     """Encode images and prompts, and build the calls of a training step, for one transformer class.
 
-    A model file defines its own and assigns it to the adapter's `training`. Latents are
-    `[batch, channels, height, width]`, scaled as the transformer takes them. Text is a dict of tensors with a row per
-    prompt. Shorter texts of a batch are padded with zeros at the end, and so are their masks.
+    A model file defines a subclass and assigns an instance to the adapter's `training`. Latents are
+    `[batch, channels, height, width]`, scaled for the transformer. Text is a dict of tensors with a row per prompt.
+    Shorter texts of a batch, and their masks, are padded with zeros at the end.
 
     Attributes:
         pipelines: names of the text-to-image pipelines in diffusers.
         text_keywords: the pipeline's keyword for each tensor of `encode_prompts`.
-        negative_prompt: what the pipeline's guidance needs to be given, or None.
+        negative_prompt: the negative prompt that the pipeline's guidance needs, or None.
     """
 
     pipelines: tuple[str, ...]
@@ -29,20 +29,20 @@ class TrainingAdapter(abc.ABC):
     negative_prompt: str | None = None
 
     def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the standard deviation of latents of pixels `[batch, 3, height, width]` in -1..1."""
+        """Return the mean and standard deviation of the latents of pixels `[batch, 3, height, width]` in -1..1."""
         moments = pipe.vae.encode(pixels).latent_dist
         scale, shift = pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor or 0.0
         return (moments.mean - shift) * scale, moments.std * scale
 
     @abc.abstractmethod
     def encode_prompts(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
-        """Return the text `[prompts, tokens, dim]` and what else a call needs of it: a mask, a pooled text.
+        """Return the text `[prompts, tokens, dim]`, and a mask or pooled text if the model needs them.
 
         `text_tokens` is the pipeline's `max_sequence_length`.
         """
 
     def pipeline_arguments(self, pipe: Any, prompts: list[str], text_tokens: int) -> dict[str, Tensor]:
-        """Return the encoded prompts as keywords of the pipeline, including those of its guidance."""
+        """Return the encoded prompts, and negative prompts for guidance, as keywords of the pipeline."""
         encoded = self.encode_prompts(pipe, prompts, text_tokens)
         arguments = {self.text_keywords[name]: tensor for name, tensor in encoded.items()}
         takes_negative = "negative_prompt_embeds" in inspect.signature(pipe.__call__).parameters
@@ -71,23 +71,23 @@ class TrainingAdapter(abc.ABC):
         """Return the keywords of a forward call.
 
         Args:
-            noisy: latents.
-            sigma: `[batch]` in 0..1.
-            text: as `encode_prompts` returns it.
-            guidance: embedded guidance scale; None for a model without it.
+            noisy: the noisy latents.
+            sigma: the share of noise, `[batch]` in 0..1.
+            text: the result of `encode_prompts`.
+            guidance: the embedded guidance scale; None for a model without it.
             attention_kwargs: keywords for the attention processors.
         """
 
     def single_stream(self, layer: str) -> bool:
         """Return whether text and image are one sequence in the layer of this name.
 
-        Keep the default for a model without such layers: then all are alike.
+        Keep the default for a model without such layers, so that `matched_layers` chooses among all.
         """
         return True
 
     def matched_layers(self, layers: Sequence[str]) -> list[str]:
-        """Return the layers whose attention outputs are compared, as CLEAR's reference implementation chooses them.
+        """Return the layers to compare attention outputs of: the single-stream layers among every fourth layer.
 
-        These are the single-stream layers among every fourth of all.
+        CLEAR's reference implementation chooses the same layers.
         """
         return [layer for layer in layers[::4] if self.single_stream(layer)]

@@ -1,1 +1,1 @@
-"""What one call carries to its attention layers, and how it gets there."""
+"""The context of a call, and how it reaches the attention layers."""

@@ -1,4 +1,4 @@
-"""What one call of a linearized transformer carries to its attention layers."""
+"""The context of one call of a linearized transformer, which its attention layers read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from clear_attn.core.plan import Plan
 from clear_attn.methods import Method, Options, ScoreBias
 from clear_attn.models.context.dense_attention import dense_attention
 
-# The keyword by which it reaches processors, where the model passes attention keywords on.
+# The attention keyword with which the context reaches processors, if the model passes keywords on.
 CONTEXT = "clear_context"
-# Keywords that others add to a call, which the entry hook takes into the context.
+# Attention keywords of other packages, which the entry hook moves into the context.
 SCALE_MULTIPLIER, ROLE, RECORDER = "clear_scale_multiplier", "clear_role", "clear_recorder"
-# Who computes in a call of a model with a student. All attention of the teacher is dense.
+# The roles in distillation. In a call of the teacher, all attention is dense.
 TEACHER, STUDENT = "teacher", "student"
 
 
 class Group(NamedTuple):
-    """What the layers of one group do in a call."""
+    """The method, plan and bias of one group of layers in a call."""
 
     method: Method
     plan: Plan
@@ -34,20 +34,20 @@ MakeGroups = Callable[[torch.device], list[Group]]
 class ClearContext:
     """The settings and index tensors of one call.
 
-    A plain class: wrappers such as FSDP2 and accelerate rebuild, cast or move dataclasses, tuples, mappings and
-    whatever has `.to`.
+    This is a plain class, because FSDP2 and accelerate rebuild, cast or move dataclasses, tuples, mappings and objects
+    with `.to`.
 
     Args:
-        groups: by the number that a processor holds.
-        layout: the `TokenLayout` of the call, or the part of it that this rank has.
-        make_groups: makes the groups for another device, where the layers of a model are on several.
-        backend: of `clear_attn.backends`, or "auto".
-        scale_multiplier: multiplies head_dim^-0.5.
-        role: whether the teacher or the student computes, in distillation.
-        record: takes a layer's name and attention output, in distillation.
+        groups: the groups of layers, indexed by the number that a processor holds.
+        layout: the `TokenLayout` of the call, or this rank's shard of it.
+        make_groups: a function that makes the groups for another device, for models on several devices.
+        backend: a backend of `clear_attn.backends`, or "auto".
+        scale_multiplier: the factor of the scale head_dim^-0.5.
+        role: "teacher" or "student" in distillation, else None.
+        record: a function of a layer's name and attention output, for distillation.
 
     Attributes:
-        permuted: whether the image tokens of the call are in tile order by now.
+        permuted: whether the image tokens of the call are in tile order yet.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class ClearContext:
     ) -> None:
         self.groups, self.layout = list(groups), layout
         self.make_groups = make_groups
-        self._elsewhere: dict[torch.device, list[Group]] = {}
+        self._on_other_devices: dict[torch.device, list[Group]] = {}
         self.backend, self.scale_multiplier = backend, scale_multiplier
         self.role, self.record = role, record
         self.permuted = True
 
     def on(self, device: torch.device) -> list[Group]:
-        """Return the groups with their tensors on the device of a layer, made once per call and device."""
+        """Return the groups with their tensors on a device, made once per call and device."""
         if self.make_groups is None or self.layout is None or device == self.layout.device:
             return self.groups
-        if device not in self._elsewhere:
-            self._elsewhere[device] = self.make_groups(device)
-        return self._elsewhere[device]
+        if device not in self._on_other_devices:
+            self._on_other_devices[device] = self.make_groups(device)
+        return self._on_other_devices[device]
 
     def attend(
         self,
@@ -88,11 +88,11 @@ class ClearContext:
         """Return the attention of a layer, `[batch, tokens, heads x head_dim]`.
 
         Args:
-            group: the layer's.
+            group: the number of the layer's group.
             query: `[batch, heads, tokens, head_dim]`, text and image joined, the image in tile order.
-            key, value: likewise, with as many heads or a divisor of them.
-            parameters: of the layer.
-            attention_backend: of diffusers, for dense attention.
+            key, value: `[batch, key heads, tokens, head_dim]`; the key heads divide the query's heads.
+            parameters: the layer's learned parameters.
+            attention_backend: the backend of diffusers for dense attention; None for the active one.
         """
         method, plan, bias = self.on(query.device)[group]
         options = self._options(bias, query, attention_backend)

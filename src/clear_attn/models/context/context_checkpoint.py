@@ -1,4 +1,4 @@
-"""Gradient checkpointing for models whose layers read their call's context from the context variable."""
+"""Gradient checkpointing for models with layers that read the context from the context variable."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from clear_attn.models.context.context_variable import current, published
 
 
 class ContextCheckpoint:
-    """A gradient checkpointing function whose recomputations read the context of their own call.
+    """Wrap a gradient checkpointing function so that recomputations read the context of their own call.
 
-    It wraps the one that diffusers or the user set, reentrant or not. It has no state of a call: outside a call it is
-    the function that it wraps.
+    The function may be reentrant or not. The wrapper holds no state of a call; outside a call it only calls the
+    function.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
-    # Were it traced with the transformer, the context would be a constant of the graph, and the compiler would run
-    # the operator again in the backward graph. The blocks inside are compiled all the same.
+    # Tracing this would make the context a constant of the graph, and run the operator again in the backward graph.
+    # The blocks inside are still compiled.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         context = current()
@@ -37,7 +37,7 @@ class ContextCheckpoint:
 
 
 def wrap_checkpointing(transformer: Any) -> None:
-    """Make recomputations read their call's context; the entry hook does it, so it may be enabled at any time."""
+    """Wrap the model's checkpointing function. The entry hook does it, so users may enable checkpointing any time."""
     function = checkpointing_function(transformer)
     if function is not None and not isinstance(function, ContextCheckpoint):
         set_checkpointing_function(transformer, ContextCheckpoint(function))

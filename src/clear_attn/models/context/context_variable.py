@@ -1,11 +1,11 @@
-"""How the context of one call reaches attention layers that the model passes no attention keywords to.
+"""Pass the context of a call to attention layers that get no attention keywords.
 
 The entry hook publishes the context in a context variable. The layers' custom operator reads it at run time: blocks
-compiled with `fullgraph=True` hold the operator, never a context. Each thread has its own variable.
+compiled with `fullgraph=True` contain the operator, never a context. Each thread has its own variable.
 
-The operator's backward pass runs when other calls may be published, or in a thread of autograd's, where none is. So
-the forward pass also returns a handle: a small tensor whose storage owns the context. Whatever saves the handle for
-the backward pass, autograd or a compiled graph, keeps the context alive for exactly as long.
+The operator's backward pass may run while another call's context is published, or in a thread of autograd without
+one. The forward pass therefore also returns a handle, a small tensor with a storage that owns the context. Autograd
+or a compiled graph saves the handle for the backward pass, and so keeps the context alive exactly that long.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from clear_attn.models.context.context import ClearContext
 
 
 class PublishedContext:
-    """What owns a publication: the layers read the context for as long as this object lives.
+    """The owner of a publication: layers can read the context while this object lives.
 
-    A context itself may live longer, with the graph of its call.
+    The context itself may live longer, with the autograd graph of its call.
     """
 
     def __init__(self, context: ClearContext) -> None:
@@ -34,7 +34,7 @@ class PublishedContext:
 
     @property
     def layout(self) -> Any:
-        """That of the context."""
+        """The layout of the context."""
         return self.context.layout
 
 
@@ -44,10 +44,10 @@ _published: contextvars.ContextVar[weakref.ref[PublishedContext] | None] = conte
 
 
 def publish(context: ClearContext) -> PublishedContext:
-    """Let the layers read the context in this thread, until `clear` or until the object returned here is dropped.
+    """Let the layers read the context in this thread, until `clear` or until the returned object is dropped.
 
-    The call must own it: put it into the keywords that the entry hook returns. They go with the call's frame, so an
-    exception or Ctrl-C in a block ends the publication, though no exit hook runs.
+    Put the object into the keywords that the entry hook returns. They are dropped with the frame of the call, so an
+    exception or Ctrl-C in a block ends the publication even though no exit hook runs.
     """
     owner = PublishedContext(context)
     _published.set(weakref.ref(owner))
@@ -55,7 +55,7 @@ def publish(context: ClearContext) -> PublishedContext:
 
 
 def clear() -> None:
-    """Publish nothing."""
+    """End this thread's publication."""
     _published.set(None)
 
 
@@ -68,7 +68,7 @@ def current() -> ClearContext | None:
 
 @contextlib.contextmanager
 def published(context: ClearContext) -> Iterator[None]:
-    """Publish a context for a `with` block, then again what was published before."""
+    """Publish a context for a `with` block, then restore the previous publication."""
     owner = PublishedContext(context)
     token = _published.set(weakref.ref(owner))
     try:
@@ -85,10 +85,10 @@ def attend_published(
     group: int,
     attention_backend: str | None,
 ) -> Tensor:
-    """Return `attend` of the context that is published when this runs, not when it is compiled.
+    """Return the attention by the context that is published when this runs, not when it is compiled.
 
     Raises:
-        RuntimeError: none is published.
+        RuntimeError: no context is published.
     """
     if needs_transforms(query, key, value, *parameters):  # the operator would drop them
         return _required_context().attend(group, query, key, value, parameters, attention_backend)
@@ -99,17 +99,17 @@ def attend_published(
 
 
 class PublishedAttention:
-    """What a processor needs of a context, for processors that get none: it reads the published one at run time."""
+    """The part of `ClearContext` that a processor uses, read from the published context at run time."""
 
     @property
     def role(self) -> str | None:
-        """That of the published context."""
+        """The role of the published context."""
         context = current()
         return None if context is None else context.role
 
     @property
     def record(self) -> Callable[[str, Tensor], None] | None:
-        """That of the published context."""
+        """The recorder of the published context."""
         context = current()
         return None if context is None else context.record
 
@@ -130,8 +130,8 @@ class PublishedAttention:
 PUBLISHED = PublishedAttention()
 
 
-# `torch.library.custom_op` would forbid the backward operator to use autograd. A CUDA graph would replay one
-# context's kernels for all. The compiled code of a block runs with autocast off, so the dtype is an argument.
+# `torch.library.custom_op` does not allow autograd inside the backward operator. A CUDA graph would replay the kernels
+# of one context in all calls. A compiled block runs with autocast off, so the autocast dtype is an argument.
 _library = torch.library.Library("clear_attn", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor[] parameters, "
@@ -173,7 +173,7 @@ def _attend_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Te
 
 
 def _attend_backward(grad: Tensor, handle: Tensor, needed: list[bool], *args: Any) -> list[Tensor]:
-    """Compute attention again under autograd. Return the gradients of the tensors that need one."""
+    """Recompute attention under autograd and return the gradients of the tensors that need one."""
     context = getattr(handle.untyped_storage(), "clear_context", None)
     if context is None:
         raise RuntimeError(
@@ -199,12 +199,14 @@ def _attend_backward_fake(grad: Tensor, handle: Tensor, needed: list[bool], *arg
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, parameters, *ctx.settings = inputs
     ctx.save_for_backward(query, key, value, *parameters)
-    ctx.handle = output[1]  # not saved with the others: hooks on saved tensors may copy them, and lose its storage
+    ctx.handle = output[1]  # not saved with the others: hooks on saved tensors may copy it and lose its storage
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """A gradient that cannot be differentiated again. The backward operator itself cannot say so: an operator with a
-    formula for autograd runs below autograd, and this one needs it."""
+    """Refuse second derivatives of a gradient.
+
+    The backward operator cannot refuse itself: with an autograd formula it would run below autograd, which it uses.
+    """
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:

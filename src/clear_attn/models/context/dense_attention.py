@@ -1,4 +1,4 @@
-"""Dense attention with the kernels that a user chose by diffusers' `set_attention_backend`."""
+"""Dense attention with the kernels that the user chose with diffusers' `set_attention_backend`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from clear_attn.models._diffusers import active_attention_backend
 
 
 def dense_attention(backend: Any = None) -> DenseAttention:
-    """Return the dense attention of a backend of diffusers; by default the active one.
+    """Return a function that computes dense attention with a backend of diffusers, by default the active one.
 
-    It takes query, key and value `[batch, heads, tokens, head_dim]`, a scale, and a bias of the scores or None.
+    The function takes query, key and value `[batch, heads, tokens, head_dim]`, a scale, and a score bias or None.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Tensor:
         name = backend or active_attention_backend()
-        # diffusers calls FlexAttention uncompiled, which would hold all scores in memory.
+        # diffusers calls FlexAttention without compiling it, which would store all scores.
         if name == AttentionBackendName.FLEX:
             name = AttentionBackendName.NATIVE
         output: Tensor = dispatch_attention_fn(

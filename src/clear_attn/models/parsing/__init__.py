@@ -1,1 +1,1 @@
-"""What adapters share to parse the arguments of a call."""
+"""Shared helpers with which adapters parse the arguments of a call."""

@@ -1,4 +1,4 @@
-"""Results of reading a call's tensors, kept for the next step of a pipeline.
+"""Cache results of reading a call's tensors.
 
 Reading waits for the device, and a pipeline passes the same tensor at every step.
 """
@@ -19,13 +19,13 @@ Result = TypeVar("Result")
 
 
 class Entry(NamedTuple, Generic[Result]):
-    """What was read from a tensor.
+    """The cached result of reading a tensor.
 
     Attributes:
-        tensor: that was read.
-        version: of the tensor.
-        values: a copy on the CPU, where numpy may write to a tensor without a change of version; else None.
-        result: of reading it.
+        tensor: a weak reference to the tensor.
+        version: the tensor's version when it was read.
+        values: a copy of a CPU tensor, because NumPy can write to it without changing its version; else None.
+        result: the cached result.
     """
 
     tensor: weakref.ref[Tensor]
@@ -34,17 +34,17 @@ class Entry(NamedTuple, Generic[Result]):
     result: Result
 
     def holds(self, tensor: Tensor) -> bool:
-        """Return whether reading this tensor would give the same result."""
+        """Return whether this is the same tensor with the same values."""
         if self.tensor() is not tensor or self.version != version_of(tensor):
             return False
         return self.values is None or torch.equal(self.values, tensor)
 
 
 class ReadOnce(Generic[Result]):
-    """A function of a tensor that keeps its last 16 results, each for as long as the tensor lives.
+    """Wrap a function of a tensor and cache its last 16 results, each while its tensor lives.
 
-    A result holds for the tensor itself, until it is written to. Writes to memory on a GPU by other libraries than
-    torch go unnoticed.
+    A result is valid for the same tensor object until it is written to. Writes to GPU memory by libraries other than
+    torch are not detected.
     """
 
     def __init__(self, read: Callable[[Tensor], Result]) -> None:

@@ -1,4 +1,4 @@
-"""FLUX.1's layers with an IP-Adapter. Imported when a layer has one, since its base class needs diffusers' models."""
+"""The processor of FLUX.1's layers with an IP-Adapter. Imported on use, because its base class is in diffusers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 
 
 class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
-    """Adds each image token's attention to the few tokens of an IP-Adapter.
+    """Add each image token's attention to the few tokens of an IP-Adapter.
 
-    It has the original processor's own projections, and is one of its kind to diffusers: `set_ip_adapter_scale` and
-    `unload_ip_adapter` find it by its class.
+    The processor shares the original's projections. It inherits diffusers' class, by which `set_ip_adapter_scale` and
+    `unload_ip_adapter` find it.
     """
 
     layer_settings = (*ClearAttnProcessor.layer_settings, "scale")
@@ -40,7 +40,7 @@ class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         image, text = self.run(attn, inputs, clear_context)
-        # Projected again: here the query is taken without its position.
+        # Project again, because this query has no rotary embedding.
         fused = self.adapter.takes_fused(attn)
         query = attn.to_qkv(hidden_states).chunk(3, dim=-1)[0] if fused else attn.to_q(hidden_states)
         query = attn.norm_q(query.unflatten(-1, (attn.heads, -1))).transpose(1, 2)
@@ -48,7 +48,7 @@ class IPAdapterProcessor(FluxIPAdapterAttnProcessor, ClearAttnProcessor):
         for tokens, scale, to_key, to_value in zip(
             ip_hidden_states or (), self.scale, self.to_k_ip, self.to_v_ip, strict=True
         ):
-            # Several images may be apart in a dimension of their own.
+            # Several reference images may have their own dimension.
             parts = (to(tokens).reshape(len(image), -1, *query.shape[1::2]) for to in (to_key, to_value))
             key, value = (part.transpose(1, 2) for part in parts)
             attended = dense(query, key, value, query.shape[-1] ** -0.5, None)

@@ -1,4 +1,4 @@
-"""The attention processor of linearized layers: an adapter's projections around a method's attention."""
+"""The attention processor of linearized layers, which combines an adapter's projections with a method's attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clear_attn.models.context.context import ClearContext
 
 
 class Inputs(NamedTuple):
-    """What diffusers gives a processor."""
+    """The arguments with which diffusers' layers call a processor."""
 
     hidden_states: Tensor
     encoder_hidden_states: Tensor | None = None
@@ -21,28 +21,36 @@ class Inputs(NamedTuple):
 
 
 class ClearAttnProcessor(nn.Module):
-    """Attention of one layer of a linearized transformer, by any method.
+    """Compute the attention of one layer of a linearized transformer with any method.
 
-    The layer calls it as diffusers calls its own processors. What it needs beyond that arrives as `clear_context`,
-    which the entry hook of a linearized transformer adds to the call. A subclass adds nothing but the signature by
-    which another model's layers call it.
+    `linearize` creates the processors. A layer calls its processor as it calls diffusers' own, with hidden states
+    `[batch, tokens, channels]`. The entry hook of a linearized transformer adds the `clear_context` argument. A
+    subclass only adapts the signature of `__call__` to another model's layers.
 
-    It is a module for the sake of its parameters, which are registered here and used in `forward` alone, so that
-    offloading hooks fire. Calling it means attention.
+    The processor is a module because it has parameters. They are used in `forward` alone, so that offloading hooks
+    fire.
 
     Args:
-        adapter: of the model.
-        method: what the linearized layers do, unless the schedule says otherwise.
-        layer: which one this is.
+        adapter: the adapter of the model.
+        method: the method of the linearized layers, which a schedule may replace in a call.
+        layer: the properties of the layer.
         group: the number of the layer's group in a context.
 
     Raises:
         RuntimeError: when called without a context, with an attention mask, or under diffusers' context parallelism.
+
+    Example:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = clear.linearize(demo.pipeline(), window=4, weights=None)
+        >>> processors = pipe.transformer.attn_processors.values()
+        >>> all(isinstance(processor, clear.ClearAttnProcessor) for processor in processors)
+        True
     """
 
-    # What a user set on a layer's processor, and the next one there takes over.
+    # Settings that users make on a processor; the one that replaces it takes them over.
     layer_settings: tuple[str, ...] = ("_attention_backend", "_parallel_config")
-    # Declared, so that diffusers' set_attention_backend and enable_parallelism find them here.
+    # diffusers' set_attention_backend and enable_parallelism look for these attributes.
     _attention_backend: Any = None
     _parallel_config: Any = None
 
@@ -69,19 +77,19 @@ class ClearAttnProcessor(nn.Module):
         return self.run(attn, inputs, clear_context)
 
     def run(self, attn: Any, inputs: Inputs, context: Any) -> Any:
-        """Project, attend, project out."""
+        """Return the layer's output: project, attend, project out."""
         context = self.validate_call(inputs, context)
         query, key, value, rest = self.adapter.project(attn, inputs)
         joint = self.as_module(query, key, value, context)
         return self.adapter.project_out(attn, joint, inputs, rest)
 
     def as_module(self, *args: Any) -> Tensor:
-        """Call `forward`, and the hooks on it."""
+        """Call `forward` with its hooks, since `__call__` has diffusers' signature."""
         output: Tensor = super().__call__(*args)
         return output
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: ClearContext) -> Tensor:
-        """Return the attention of the layer, `[batch, tokens, heads x head_dim]`."""
+        """Return the layer's attention output, `[batch, tokens, heads x head_dim]`."""
         parameters = [getattr(self, name) for name in self._names]
         return context.attend(self.group, query, key, value, parameters, self._attention_backend)
 
@@ -89,8 +97,8 @@ class ClearAttnProcessor(nn.Module):
         return repr(self.method)
 
     def validate_call(self, inputs: Inputs, context: Any) -> Any:
-        """Return the context if a call can be served, else raise RuntimeError."""
-        # The layer's name is read only for an error: a compiled block that reads it is recompiled for each layer.
+        """Return the context, or raise RuntimeError for a call that is not supported."""
+        # Read the layer's name only for errors: a compiled block that reads it is recompiled for each layer.
         if context is None or self.adapter is None:
             raise RuntimeError(
                 f"{self._where} was called without a context: call the linearized transformer, not its blocks; if its "
@@ -109,7 +117,7 @@ class ClearAttnProcessor(nn.Module):
 
     @property
     def attention_backend(self) -> Any:
-        """The backend of diffusers that the user set for dense attention, or None."""
+        """The attention backend of diffusers that the user set on this layer, or None."""
         return self._attention_backend
 
     @property
@@ -118,12 +126,12 @@ class ClearAttnProcessor(nn.Module):
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """Return `[batch, tokens, heads, head_dim]` of `[batch, tokens, heads x head_dim]`."""
+    """Reshape `[batch, tokens, heads x head_dim]` to `[batch, tokens, heads, head_dim]`."""
     return x.unflatten(-1, (-1, head_dim))
 
 
 def normalize(attn: Any, query: Tensor, key: Tensor, norms: tuple[str, str]) -> tuple[Tensor, Tensor]:
-    """Return query and key after the layer's norms, where it has them."""
+    """Return query and key after the layer's norms, if it has them."""
     norm_query, norm_key = (getattr(attn, norm, None) for norm in norms)
     return norm_query(query) if norm_query else query, norm_key(key) if norm_key else key
 
@@ -139,11 +147,11 @@ def _project_stream(
 def project(attn: Any, inputs: Inputs, text_first: bool, fused: bool) -> list[Tensor]:
     """Return query, key and value `[batch, heads, tokens, head_dim]`, as FLUX's and SD3's own processors do.
 
-    A layer gets text and image apart, to be joined in the model's order, or one sequence.
+    A layer gets one sequence, or text and image separately, which are then joined in the model's order.
 
     Args:
         attn: the layer.
-        inputs: of its processor.
+        inputs: the inputs of its processor.
         text_first: the order in which text and image are joined.
         fused: whether query, key and value come from one fused projection.
     """
@@ -159,7 +167,7 @@ def project(attn: Any, inputs: Inputs, text_first: bool, fused: bool) -> list[Te
 
 
 def rotate(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return query and key `[batch, tokens, heads, head_dim]` with their rotary embedding."""
+    """Apply the rotary embedding to query and key `[batch, tokens, heads, head_dim]`."""
     if rotary is None:
         return query, key
     from diffusers.models.embeddings import apply_rotary_emb
@@ -168,10 +176,13 @@ def rotate(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
 
 
 def project_out(attn: Any, joint: Tensor, inputs: Inputs, text_first: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Return what a layer gives for the output of its attention, image and text apart if it got them so.
+    """Return the layer's output, image and text separately if the layer got them separately.
 
     Args:
-        joint: `[batch, tokens, heads x head_dim]`.
+        attn: the layer.
+        joint: the attention output, `[batch, tokens, heads x head_dim]`.
+        inputs: the inputs of its processor.
+        text_first: the order in which text and image are joined.
     """
     text_tokens = 0 if inputs.encoder_hidden_states is None else inputs.encoder_hidden_states.shape[1]
     split = text_tokens if text_first else joint.shape[1] - text_tokens

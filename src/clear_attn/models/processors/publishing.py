@@ -1,4 +1,4 @@
-"""Models that pass no attention keywords to their layers: these read the context from a context variable."""
+"""Support for models that pass no attention keywords to their layers, which read the context from a variable."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 
 
 class Publishing:
-    """What adapters of such models share; a base before the model's own."""
+    """The shared part of such models' adapters; list it before the model's adapter among the bases."""
 
     def carry(self, transformer: Any, context: ClearContext) -> PublishedContext:
-        """Publish a context for as long as the call's keywords hold what is returned."""
+        """Publish a context until the object returned here, which the call's keywords hold, is dropped."""
         wrap_checkpointing(transformer)
         return context_variable.publish(context)
 
     def end_call(self) -> None:
-        """Publish nothing."""
+        """End the publication."""
         context_variable.clear()
 
     def release(self, transformer: Any) -> None:
-        """Take the wrapper off the checkpointing function."""
+        """Remove the wrapper of the checkpointing function."""
         unwrap_checkpointing(transformer)
 
     def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
@@ -35,7 +35,7 @@ class Publishing:
 
 
 class PublishedProcessor(ClearAttnProcessor):
-    """For layers that may get no context: it attends with the published one."""
+    """The processor of layers that may get no context; it uses the published one."""
 
     def __call__(
         self,
