@@ -54,7 +54,7 @@ def test_pipeline_with_guidance_and_reference_images(pipe, references):
 def test_kept_keys_of_references_are_refused():
     transformer = clear.linearize(dummy_models.flux2_transformer(), 3, weights=None)
     call = dummy_models.flux2_call(transformer, (4, 6))
-    with pytest.raises(ValueError, match=r"kv_cache_mode='extract' keeps the keys .* use Flux2KleinPipeline"):
+    with pytest.raises(ValueError, match=r"kv_cache_mode='extract' caches the keys .* use Flux2KleinPipeline"):
         run(transformer, {**call, "kv_cache_mode": "extract", "num_ref_tokens": 4})
 
 

@@ -1,4 +1,4 @@
-"""Token coordinates on one or several grids, and the tile order of tokens. NumPy on the CPU only."""
+"""Token coordinates on one or several grids, and the tile order of tokens. Uses NumPy on the CPU only."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class TokenSet(NamedTuple):
     """The tokens of some rows of each segment, in tile order.
 
     Attributes:
-        segments: these rows; their raster indices count these tokens alone.
-        raster: int64 `[tokens]`, the raster index of each token among all tokens of the whole grids.
-        rank: int64 `[tokens]`, the position in tile order of each raster index of these rows.
-        y, x: float32 `[tokens]`, coordinates.
+        segments: the selected rows; their raster indices count only the selected tokens.
+        raster: int64 `[tokens]`, the raster index of each token in the whole grids.
+        rank: int64 `[tokens]`, the position in tile order of each raster index of the selected rows.
+        y, x: float32 `[tokens]`, the coordinates in tile order.
     """
 
     segments: list[Segment]
@@ -45,7 +45,10 @@ def raster_coordinates(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tile_permutation(grid: Grid) -> np.ndarray:
-    """Return raster indices in tile order: 8 x 8 cells inside 8 x 16 inside 16 x 16, raster among and within them."""
+    """Return the raster indices in tile order.
+
+    Tiles of 16 x 16 tokens contain tiles of 8 x 16, which contain cells of 8 x 8. Each level is in raster order.
+    """
     y, x = raster_coordinates(grid)
     return np.lexsort((x % 8, y % 8, x // 8 % 2, y // 8 % 2, x // 16, y // 16))
 
@@ -58,7 +61,7 @@ def invert_permutation(permutation: np.ndarray) -> np.ndarray:
 
 
 def axis_coordinates(length: int, first: int) -> np.ndarray:
-    """Return the centers of `length` tokens on an axis where the first grid has `first`, to a sixteenth of a token."""
+    """Return the centers of `length` tokens on an axis of `first` tokens of the first grid, rounded to 1/16."""
     centers = (np.arange(length) + 0.5) * (first / length) - 0.5
     return (np.round(centers * 16) / 16).astype(np.float32)
 
@@ -73,22 +76,22 @@ def segments_of(grids: Sequence[Grid]) -> list[Segment]:
 
 
 def select_rows(segments: Sequence[Segment], rows: Sequence[slice]) -> TokenSet:
-    """Return the tokens of some rows of each segment. Their tile order starts at the first of these rows."""
+    """Return the tokens of some rows of each segment. The first tile starts at the first of these rows."""
     selected: list[Segment] = []
-    rasters, orders, start = [], [], 0
+    rasters, permutations, start = [], [], 0
     for segment, span in zip(segments, rows, strict=True):
         part = Segment(start, segment.y[span], segment.x)
-        order = tile_permutation((len(part.y), len(part.x)))
-        start += len(order)
+        permutation = tile_permutation((len(part.y), len(part.x)))
+        start += len(permutation)
         selected.append(part)
-        orders.append(part.start + order)
-        rasters.append(segment.start + span.start * len(part.x) + order)
-    order = np.concatenate(orders)
+        permutations.append(part.start + permutation)
+        rasters.append(segment.start + span.start * len(part.x) + permutation)
+    permutation = np.concatenate(permutations)
     grids = [np.meshgrid(part.y, part.x, indexing="ij") for part in selected]
-    y, x = (np.concatenate([each.ravel() for each in lines])[order] for lines in zip(*grids, strict=True))
-    return TokenSet(selected, np.concatenate(rasters), invert_permutation(order), y, x)
+    y, x = (np.concatenate([each.ravel() for each in axes])[permutation] for axes in zip(*grids, strict=True))
+    return TokenSet(selected, np.concatenate(rasters), invert_permutation(permutation), y, x)
 
 
 def to_tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    """Return a tensor of an array's values on a device."""
+    """Copy an array to a tensor on a device."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(device)

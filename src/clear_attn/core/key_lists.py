@@ -1,8 +1,8 @@
-"""Which keys the fused kernels visit for each tile of queries, as index lists and one bit per query and key.
+"""The keys that the fused kernels visit for each tile of queries: index lists, and a bit per pair of query and key.
 
-A tile is up to 128 queries. Its keys come in two lists: blocks of 64 consecutive keys to which every query of the tile
-attends, by their starts, and single keys, 64 to a step, with a bit for each pair of query and key. Tiles that are
-translations of one another share their bits: keys are listed in an order that a translation does not change.
+A tile has up to 128 queries and two lists of keys. One has the starts of blocks of 64 consecutive keys to which every
+query of the tile attends. The other has single keys in steps of 64, with a bit for each pair of query and key. Tiles
+that are translations of each other share their bits, because a translation keeps the order of the keys.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from clear_attn.core.tiles import Span, spans_by_pattern
 from clear_attn.core.window_mask import Coordinates, window_mask
 from clear_attn.utils._torch import maybe_mark_dynamic
 
-# Queries of a tile, and keys of a block or step. In tile order, a tile of 8 x 16 tokens and a cell of 8 x 8 are
-# consecutive, also where the border cuts them.
+# The queries of a tile, and the keys of a block or step. In tile order, the tokens of an 8 x 16 tile or an 8 x 8 cell
+# are consecutive, even if the border cuts it.
 TILE_ROWS, TILE_SIDES = 128, (8, 16)
 BLOCK_KEYS, CELL_SIDE = 64, 8
-# The columns of `KeyLists.tiles`.
+# The number of columns of `KeyLists.tiles`.
 TILE_FIELDS = 7
 
 
 class KeyLists(NamedTuple):
-    """The lists of all tiles. Positions are in the sequences of all queries and of all keys.
+    """The lists of all tiles. Positions count in the sequence of all queries, or of all keys.
 
     Attributes:
         rows: int32 `[tiles, 128]`, the position of each query; -1 where a tile has fewer.
-        tiles: int32 `[tiles, 7]`: the first entry in `blocks`, the number of those of the image and of all; the first
-            step in `keys`, the number of those of the image and of all; the first step in `bits`. The shared keys come
-            after those of the image.
+        tiles: int32 `[tiles, 7]`: the first entry in `blocks`, the numbers of image blocks and of all blocks; the first
+            step in `keys`, the numbers of image steps and of all steps; the first step in `bits`. Shared keys come
+            after image keys.
         blocks: int32 `[entries]`, the position of the first key of each block.
         keys: int32 `[steps, 64]`, the positions of single keys.
-        bits: int16 `[steps, 128, 4]`: bit 2 j + e of word q is whether the query attends to key 8 j + 2 q + e of the
-            step, as the results of a matrix product are spread over the threads of a GPU.
+        bits: int16 `[steps, 128, 4]`: bit 2 j + e of word q is 1 if the query attends to key 8 j + 2 q + e of the
+            step. GPU threads hold the results of a matrix product in the same layout.
     """
 
     rows: Tensor
@@ -51,10 +51,10 @@ class KeyLists(NamedTuple):
 
 
 class SharedKeys(NamedTuple):
-    """The keys to which all queries attend: text and pooled keys, around those of the image.
+    """The keys to which all queries attend: text and pooled keys, before and after the image keys.
 
     Attributes:
-        before, image, after: the numbers of keys of each kind, in their order.
+        before, image, after: the number of shared keys before the image keys, of image keys, of shared keys after.
     """
 
     before: int
@@ -63,14 +63,14 @@ class SharedKeys(NamedTuple):
 
     @property
     def blocks(self) -> np.ndarray:
-        """Return the first key of each whole block among them."""
+        """The first key of each whole block of shared keys."""
         whole = [number - number % BLOCK_KEYS for number in (self.before, self.after)]
         starts = self.before + self.image
         return np.concatenate([np.arange(0, whole[0], BLOCK_KEYS), starts + np.arange(0, whole[1], BLOCK_KEYS)])
 
     @property
     def rest(self) -> np.ndarray:
-        """Return the keys in none of these blocks."""
+        """The shared keys outside these blocks."""
         first = self.before - self.before % BLOCK_KEYS
         total = self.before + self.image + self.after
         return np.concatenate([np.arange(first, self.before), np.arange(total - self.after % BLOCK_KEYS, total)])
@@ -79,7 +79,7 @@ class SharedKeys(NamedTuple):
 class _Group(NamedTuple):
     """Tiles that share their bits: rows `[tiles, q]`, blocks `[lists, b]`, keys `[lists, k]`, mask `[q, k]`.
 
-    There is a list for each tile, or one for all. Image blocks and steps are the first ones.
+    There is a list for each tile, or one for all. Image blocks and steps come first.
     """
 
     rows: np.ndarray
@@ -93,14 +93,14 @@ class _Group(NamedTuple):
 def window_lists(
     queries: TokenSet, keys: TokenSet, window: float, first_query: int, shared: SharedKeys, device: torch.device
 ) -> KeyLists:
-    """Return the lists of the window.
+    """Return the key lists of the window.
 
     Args:
-        queries, keys: their image tokens.
-        window: radius in tokens of the first grid.
+        queries, keys: the image tokens of the queries and of the keys.
+        window: the radius in tokens of the first grid.
         first_query: the position of the first image token in the sequence of queries.
-        shared: the keys around those of the image.
-        device: where the tensors are.
+        shared: the keys before and after the image keys.
+        device: the device of the lists.
     """
     groups = []
     for segment in queries.segments:
@@ -117,11 +117,11 @@ def window_lists(
 
 
 def partition_lists(label: np.ndarray, first_query: int, shared: SharedKeys, device: torch.device) -> KeyLists:
-    """Return the lists of queries that attend to the keys of their own label.
+    """Return the key lists of queries that attend to the keys with their own label.
 
     Args:
-        label: whole numbers `[image tokens]`, in the order of the tokens in the sequence.
-        first_query, shared, device: as in `window_lists`.
+        label: integers `[image tokens]`, in the order of the sequence.
+        first_query, shared, device: see `window_lists`.
     """
     order = np.argsort(label, kind="stable")
     _, sizes = np.unique(label, return_counts=True)
@@ -132,13 +132,13 @@ def partition_lists(label: np.ndarray, first_query: int, shared: SharedKeys, dev
         padded[: len(members)] = members + first_query
         rows = padded.reshape(-1, TILE_ROWS)
         mask = np.ones((TILE_ROWS, len(keys)), bool)
-        one = _Group(rows, (shared.before + blocks)[None], (shared.before + keys)[None], mask)
-        parts.append(_append_shared(one, shared))
+        group = _Group(rows, (shared.before + blocks)[None], (shared.before + keys)[None], mask)
+        parts.append(_append_shared(group, shared))
     return _join(parts, device)
 
 
 def _split_runs(members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the starts of blocks of 64 consecutive numbers in an ascending array, and the numbers in none of them."""
+    """Return the starts of blocks of 64 consecutive numbers in an ascending array, and the numbers outside them."""
     run_starts = np.flatnonzero(np.diff(members, prepend=-2) != 1)
     lengths = np.diff(np.append(run_starts, len(members)))
     within = np.arange(len(members)) - np.repeat(run_starts, lengths)
@@ -156,25 +156,25 @@ def _window_group(
     first_query: int,
     first_key: int,
 ) -> _Group:
-    """Return the tiles at all pairs of these rows and columns, which are translations of one another."""
+    """Return the tiles at all pairs of these rows and columns, which are translations of each other."""
     y, x = _box(rows[0].queries, columns[0].queries)
     query = queries.rank[_positions(segment, [r.queries for r in rows], [c.queries for c in columns], y, x)]
     blocks, singles, masks = [], [], []
     radius_sq = torch.tensor(float(window) ** 2, device="cpu")
-    near = Coordinates(*(torch.from_numpy(axis[query[0]]) for axis in (queries.y, queries.x)))
+    query_coordinates = Coordinates(*(torch.from_numpy(axis[query[0]]) for axis in (queries.y, queries.x)))
     for number, other in enumerate(keys.segments):
         key_rows, key_columns = [r.keys[number] for r in rows], [c.keys[number] for c in columns]
         y, x = _box(key_rows[0], key_columns[0])
         y_in_grid, x_in_grid = key_rows[0].start + y, key_columns[0].start + x
-        there = Coordinates(torch.from_numpy(other.y[y_in_grid]), torch.from_numpy(other.x[x_in_grid]))
-        mask = window_mask(near, there, radius_sq).numpy()
+        key_coordinates = Coordinates(torch.from_numpy(other.y[y_in_grid]), torch.from_numpy(other.x[x_in_grid]))
+        mask = window_mask(query_coordinates, key_coordinates, radius_sq).numpy()
         cell = y_in_grid // CELL_SIDE * len(other.x) + x_in_grid // CELL_SIDE
         order = np.lexsort((x, y, cell))
         y, x, cell, mask = y[order], x[order], cell[order], mask[:, order]
-        cells, of_cell = np.unique(cell, return_inverse=True)
-        full = np.bincount(of_cell, weights=mask.all(axis=0), minlength=len(cells)) == BLOCK_KEYS
-        single = mask.any(axis=0) & ~full[of_cell]
-        first = np.flatnonzero(np.diff(of_cell, prepend=-1) != 0)[full]
+        cells, cell_index = np.unique(cell, return_inverse=True)
+        full = np.bincount(cell_index, weights=mask.all(axis=0), minlength=len(cells)) == BLOCK_KEYS
+        single = mask.any(axis=0) & ~full[cell_index]
+        first = np.flatnonzero(np.diff(cell_index, prepend=-1) != 0)[full]
         blocks.append(keys.rank[_positions(other, key_rows, key_columns, y[first], x[first])])
         singles.append(keys.rank[_positions(other, key_rows, key_columns, y[single], x[single])])
         masks.append(mask[:, single])
@@ -187,7 +187,7 @@ def _window_group(
 
 
 def _box(rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row and column of each token of a box, counted from its first, in raster order."""
+    """Return the row and column of each token of a box, relative to its first token, in raster order."""
     y, x = np.divmod(np.arange((rows.stop - rows.start) * (columns.stop - columns.start)), columns.stop - columns.start)
     return y, x
 
@@ -195,14 +195,14 @@ def _box(rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
 def _positions(
     segment: Segment, rows: Sequence[slice], columns: Sequence[slice], y: np.ndarray, x: np.ndarray
 ) -> np.ndarray:
-    """Return raster indices `[rows x columns, n]` of the tokens (y, x) of the box at each pair of row and column."""
+    """Return raster indices `[rows x columns, n]` of tokens (y, x) in the box at each pair of row and column."""
     first_y = np.array([span.start for span in rows])[:, None, None]
     first_x = np.array([span.start for span in columns])[None, :, None]
     return (segment.start + (first_y + y) * len(segment.x) + first_x + x).reshape(len(rows) * len(columns), len(y))
 
 
 def _append_shared(group: _Group, shared: SharedKeys) -> _Group:
-    """Return the group with the shared keys behind its own, in whole blocks as far as they go, then in steps."""
+    """Append the shared keys to a group: whole blocks to its blocks, the rest to its steps."""
     lists = len(group.keys)
     blocks = np.concatenate([group.blocks, np.tile(shared.blocks, (lists, 1))], axis=1)
     own_keys, own_mask = _pad_steps(group.keys, group.mask)
@@ -212,7 +212,7 @@ def _append_shared(group: _Group, shared: SharedKeys) -> _Group:
 
 
 def _pad_steps(keys: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fill up to whole steps with the last key again, masked: one that the tile attends to, should it be not finite."""
+    """Pad to whole steps with the last key, masked. The tile attends to it, so that padding adds no further NaN."""
     missing = -keys.shape[1] % BLOCK_KEYS
     if not missing:
         return keys, mask
@@ -220,7 +220,7 @@ def _pad_steps(keys: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _pack(mask: np.ndarray) -> np.ndarray:
-    """Return bool `[q, 64 steps]` as int16 `[steps, 128, 4]`, see `KeyLists`."""
+    """Pack bool `[q, 64 steps]` into int16 `[steps, 128, 4]`, see `KeyLists`."""
     rows = np.pad(mask, ((0, TILE_ROWS - mask.shape[0]), (0, 0)))
     fields = rows.reshape(TILE_ROWS, -1, BLOCK_KEYS // 8, 4, 2).transpose(1, 0, 3, 2, 4)
     words = np.packbits(fields.reshape(*fields.shape[:3], BLOCK_KEYS // 4), axis=-1, bitorder="little")
@@ -228,8 +228,8 @@ def _pack(mask: np.ndarray) -> np.ndarray:
 
 
 def _join(groups: Sequence[_Group], device: torch.device) -> KeyLists:
-    """Return the lists of all groups; equal bits once, and tiles in the order of their queries."""
-    tables, rows, known = [], [], {}
+    """Join the lists of all groups: store equal bits once, and sort the tiles by their queries."""
+    tables, rows, first_steps = [], [], {}
     blocks = keys = bits = 0
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     for group in groups:
@@ -237,14 +237,14 @@ def _join(groups: Sequence[_Group], device: torch.device) -> KeyLists:
         steps, block_count = group.keys.shape[1] // BLOCK_KEYS, group.blocks.shape[1]
         packed = _pack(group.mask)
         pattern = packed.tobytes()
-        if pattern not in known:
-            known[pattern] = bits
+        if pattern not in first_steps:
+            first_steps[pattern] = bits
             parts["bits"].append(packed)
             bits += steps
         table = np.empty((tiles, TILE_FIELDS), np.int32)
         table[:, 0], table[:, 1], table[:, 2] = blocks + lists * block_count, group.image_blocks, block_count
         table[:, 3], table[:, 4], table[:, 5] = keys + lists * steps, group.image_steps, steps
-        table[:, 6] = known[pattern]
+        table[:, 6] = first_steps[pattern]
         tables.append(table)
         rows.append(np.pad(group.rows, ((0, 0), (0, TILE_ROWS - group.rows.shape[1])), constant_values=-1))
         parts["blocks"].append(group.blocks.astype(np.int32).ravel())
@@ -253,7 +253,7 @@ def _join(groups: Sequence[_Group], device: torch.device) -> KeyLists:
     joined_rows, joined_tables = np.concatenate(rows).astype(np.int32), np.concatenate(tables)
     order = np.argsort(joined_rows[:, 0], kind="stable")
     arrays = [joined_rows[order], joined_tables[order], *(np.concatenate(parts[k]) for k in ("blocks", "keys", "bits"))]
-    lists_ = KeyLists(*(to_tensor(each, device) for each in arrays))
-    for tensor in lists_:
+    joined = KeyLists(*(to_tensor(each, device) for each in arrays))
+    for tensor in joined:
         maybe_mark_dynamic(tensor, 0)
-    return lists_
+    return joined

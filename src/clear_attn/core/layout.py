@@ -1,4 +1,4 @@
-"""The tokens of one call: which grids, how much text, and the permutation into tile order. It knows no window."""
+"""The tokens of one call: their grids, the text length, and the permutation into tile order."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from clear_attn.utils.validation import check_whole_number
 
 @functools.lru_cache(maxsize=16)
 def grid_permutation(grid: Grid, device: torch.device) -> Tensor:
-    """Return int64 `[tokens]`: `x[grid_permutation]` puts the tokens of one image from raster into tile order."""
+    """Return int64 `[tokens]`; indexing one image's tokens with it puts them from raster into tile order."""
     with torch.inference_mode(False), outside_transforms():
         return to_tensor(tile_permutation(grid), device)
 
 
 class TokenLayout:
-    """Everything about the tokens of one call that depends neither on their values nor on how they attend.
+    """Describe the tokens of one call: their grids, the text length and their order.
 
-    Image tokens are in tile order. Text and image are joined as the model joins them, text first or image first.
+    A layout does not depend on the method. Image tokens are in tile order, in which tokens that are close in the image
+    are close in the sequence. The model's joint sequence has the text first or the image first.
 
     Args:
-        grids: (height, width) in tokens of each segment; usually one.
-        text_tokens: number of tokens off the grid, 0 or more.
+        grids: (height, width) in tokens of each segment; usually one, more with reference images.
+        text_tokens (`int`): the number of text tokens, 0 or more.
         text_first (`bool`, defaults to `True`): whether the joint sequence is [text, image] or [image, text].
-        device (`torch.device` or `str`, defaults to `"cpu"`): where the tensors are.
+        device (`torch.device` or `str`, defaults to `"cpu"`): the device of the tensors.
 
     Attributes:
-        image_tokens, tokens (`int`): the number of image tokens, and of all.
-        image, text (`slice`): where they are in the joint sequence.
-        permutation, inverse_permutation: int64 `[image_tokens]`; `x[permutation]` puts raster order into tile order,
-            `x[inverse_permutation]` undoes it.
-        segments, token_set: coordinates on the CPU.
-        shards: the parts of it that ranks have, by (rank, number of ranks), each made when it is first needed.
+        image_tokens, tokens (`int`): the number of image tokens, and of all tokens.
+        image, text (`slice`): the positions of image and text in the joint sequence.
+        permutation, inverse_permutation: int64 `[image_tokens]`; `x[permutation]` puts tokens from raster into tile
+            order, `x[inverse_permutation]` puts them back.
+        segments, token_set: the coordinates, on the CPU.
+        shards: the shards of the layout by (rank, number of ranks), each made on first use.
 
     Raises:
-        TypeError: a number that is not whole.
-        ValueError: no grid, an empty grid, or a negative number of text tokens.
+        TypeError: a number is not a whole number.
+        ValueError: there is no grid, a grid is empty, or the number of text tokens is negative.
 
     Example:
         >>> layout = TokenLayout([(16, 24)], text_tokens=7)
@@ -75,11 +76,9 @@ class TokenLayout:
             )
             for height, width in grids
         )
-        self.text_tokens = check_whole_number(
-            "text_tokens", text_tokens, "it is the number of tokens off the grid", least=0
-        )
+        self.text_tokens = check_whole_number("text_tokens", text_tokens, "it is the number of text tokens", least=0)
         self.text_first, self.device = text_first, torch.device(device)
-        self._elsewhere: dict[torch.device, TokenLayout] = {}
+        self._on_other_devices: dict[torch.device, TokenLayout] = {}
         self.segments = segments_of(self.grids)
         self.shards: dict[tuple[int, int], Any] = {}
         self.token_set = select_rows(self.segments, [slice(0, height) for height, _ in self.grids])
@@ -89,20 +88,20 @@ class TokenLayout:
         self.image = slice(first, first + self.image_tokens)
         first = 0 if text_first else self.image_tokens
         self.text = slice(first, first + self.text_tokens)
-        # A layout made under inference mode must serve training too.
+        # A layout that is made in inference mode may be used in training later.
         with torch.inference_mode(False):
             self.permutation = to_tensor(self.token_set.raster, self.device)
             self.inverse_permutation = to_tensor(invert_permutation(self.token_set.raster), self.device)
 
     def on(self, device: torch.device) -> TokenLayout:
-        """Return the layout with its tensors on a device, the same one for each call."""
+        """Return the layout with its tensors on a device; the same object each time."""
         if device == self.device:
             return self
-        if device not in self._elsewhere:
-            self._elsewhere[device] = TokenLayout(
+        if device not in self._on_other_devices:
+            self._on_other_devices[device] = TokenLayout(
                 self.grids, self.text_tokens, text_first=self.text_first, device=device
             )
-        return self._elsewhere[device]
+        return self._on_other_devices[device]
 
     @functools.cached_property
     def without_text(self) -> TokenLayout:

@@ -1,4 +1,4 @@
-"""A method on a layout: the index tensors that are made once per layout and shared by all layers and steps."""
+"""Plans: the index tensors of a method on a layout, made once per layout and shared by all layers and steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clear_attn.core.region import AttentionRegion
 
 
 class Layout(Protocol):
-    """What a plan reads of the tokens of a call: a `TokenLayout`, or the part of it that one rank has."""
+    """The part of a layout that a plan reads: a `TokenLayout`, or one rank's shard of it."""
 
     @property
     def text_tokens(self) -> int: ...
@@ -36,10 +36,10 @@ class Layout(Protocol):
 
 
 class Plan:
-    """Where text and image are in a layout, for a method that needs no more.
+    """The positions of text and image in a layout; the base class of plans.
 
     Args:
-        layout: of the call.
+        layout: the layout of the call.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -47,15 +47,15 @@ class Plan:
         self.text, self.image, self.device = layout.text, layout.image, layout.device
 
     def prepare(self, backend: str) -> None:
-        """Build what a backend needs; compiled layers cannot."""
+        """Build the index tensors of a backend now, because compiled layers cannot."""
 
 
 class GridPlan(Plan):
-    """Where text and image are, with the grid, for a method that computes on the image with its channels.
+    """A plan with the grid, for methods that use convolutions or pooling.
 
     Attributes:
         grid: (height, width) in tokens.
-        permutation, inverse_permutation: as in `TokenLayout`.
+        permutation, inverse_permutation: see `TokenLayout`.
     """
 
     def __init__(self, layout: TokenLayout) -> None:
@@ -65,17 +65,17 @@ class GridPlan(Plan):
 
 
 class WindowPlan(AttentionRegion, Plan):
-    """CLEAR on a layout: the window, and the cells of the pooled keys, which come last among the keys.
+    """The plan of CLEAR: the window, and the cells of the pooled keys, which are the last keys.
 
     Args:
-        layout: of the call.
-        window: radius in tokens of the first grid.
-        down_factor: side in tokens of the pooled cells; 1 for none.
+        layout: the layout of the call.
+        window: the radius in tokens of the first grid.
+        down_factor: the side of pooled cells in tokens; 1 for no pooling.
 
     Attributes:
         pooled_tokens (`int`): the number of pooled keys.
-        pool_index, pool_weight: int64 and float32 `[pooled tokens, down_factor^2]`: positions among the image tokens
-            in tile order of each cell's tokens, and their weights without the learned part.
+        pool_index: int64 `[pooled tokens, down_factor^2]`, the positions in tile order of each cell's image tokens.
+        pool_weight: float32 `[pooled tokens, down_factor^2]`, their weights without the learned factor.
     """
 
     def __init__(self, layout: TokenLayout, window: float, down_factor: int = 1) -> None:
@@ -101,7 +101,7 @@ class WindowPlan(AttentionRegion, Plan):
 
 
 def _cells_of(grid: Grid, factor: int) -> tuple[np.ndarray, np.ndarray]:
-    height, width = grid if factor > 1 else (0, 0)  # cells of one token are the tokens themselves
+    height, width = grid if factor > 1 else (0, 0)  # factor 1 has no cells
     corner_y, corner_x = raster_coordinates((-(-height // factor), -(-width // factor)))
     inner_y, inner_x = raster_coordinates((factor, factor))
     y, x = corner_y[:, None] * factor + inner_y, corner_x[:, None] * factor + inner_x
@@ -111,10 +111,10 @@ def _cells_of(grid: Grid, factor: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pooled_cells(grids: Sequence[Grid], factor: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the raster indices `[cells, factor^2]` of the tokens of each cell, and the weight of each.
+    """Return the raster indices and the weights of each cell's tokens, both `[cells, factor^2]`.
 
-    The weight is 0 where the grid's border cuts a token off, and factor^2 / (tokens of the cell) elsewhere, so that a
-    cut cell still is a weighted mean.
+    The weight is 0 outside the grid and factor^2 / (tokens of the cell) inside, so that a cell that the border cuts is
+    still a weighted mean.
     """
     parts, start = [], 0
     for grid in grids:

@@ -1,4 +1,4 @@
-"""Image queries and the keys that they may attend to: what a backend reads of a plan."""
+"""Image queries and their keys: the part of a plan that backends read."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from clear_attn.utils._torch import maybe_mark_dynamic
 
 
 class AttentionRegion:
-    """Image queries, and the keys among which the window decides.
+    """Image queries, and the keys that the rule lets them attend to.
 
     Args:
         queries: the image tokens of the queries.
-        keys: the image tokens among the keys.
-        before, after: how many keys that all queries attend to come before and after those.
+        keys: the image tokens of the keys.
+        before, after: the number of shared keys, to which all queries attend, before and after the image keys.
         tokens: the length of query and output, image tokens and others.
-        image: where the image tokens are among them.
-        window: radius in tokens of the first grid.
-        device: where the tensors are.
+        image: the positions of the image tokens in query and output.
+        window: the radius in tokens of the first grid.
+        device: the device of the tensors.
 
     Attributes:
         image_tokens, key_tokens (`int`): the number of image queries, and of all keys.
-        block_masks: FlexAttention's, with and without what gradients need, kept here by that backend.
+        block_masks: a cache of FlexAttention's block masks, by whether they support gradients.
         is_symmetric (`bool`): whether each image token is a query and a key.
-        shared_keys (`SharedKeys`): where the keys are that all queries attend to.
-        query (`Coordinates`): of the image tokens in tile order, float32 `[image tokens]`.
-        key (`Coordinates`), radius_sq: of all keys, float32 `[key tokens]`; infinity where all queries attend.
+        shared_keys (`SharedKeys`): the positions of the shared keys.
+        query (`Coordinates`): the coordinates of the image queries in tile order, float32 `[image tokens]`.
+        key (`Coordinates`): the coordinates of all keys, float32 `[key tokens]`.
+        radius_sq: the squared radius of each key, float32 `[key tokens]`; infinity for shared keys.
     """
 
     def __init__(
@@ -56,19 +57,19 @@ class AttentionRegion:
         self.key_tokens = before + len(keys.y) + after
         self.shared_keys = SharedKeys(before, len(keys.y), after)
 
-        def pad_keys(image: np.ndarray, other: float) -> Tensor:
-            return to_tensor(np.pad(image, (before, after), constant_values=other), device)
+        def pad_keys(image: np.ndarray, shared: float) -> Tensor:
+            return to_tensor(np.pad(image, (before, after), constant_values=shared), device)
 
-        # A plan made under inference mode must serve training too.
+        # A plan that is made in inference mode may be used in training later.
         with torch.inference_mode(False):
             self.query = Coordinates(to_tensor(queries.y, device), to_tensor(queries.x, device))
             self.key = Coordinates(pad_keys(keys.y, 0.0), pad_keys(keys.x, 0.0))
             self.radius_sq = pad_keys(np.full(len(keys.y), float(window) ** 2, np.float32), float("inf"))
 
     def expand_to_sequence(self, image: Tensor) -> Tensor:
-        """Return a tensor of all tokens with the image's rows set, `[batch, heads, tokens, ...]`; others are not set.
+        """Return image rows inside an uninitialized tensor of all tokens, `[batch, heads, tokens, ...]`.
 
-        In memory it is `[batch, tokens, heads, ...]`, as the projection that follows attention takes it.
+        Its memory layout is `[batch, tokens, heads, ...]`, as the output projection needs it.
         """
         return expand_to_sequence(image, self.tokens, self.image)
 
@@ -79,7 +80,7 @@ class AttentionRegion:
             indices = block_indices(self.query, self.key, self.radius_sq)
         for tensor in indices:
             for dim, length in enumerate(tensor.shape):
-                if length > 1:  # else a compiled block would be recompiled for each dimension that changes
+                if length > 1:  # torch specializes length 1, and without the mark recompiles for each new length
                     maybe_mark_dynamic(tensor, dim)
         return indices
 
@@ -92,11 +93,11 @@ class AttentionRegion:
 
     @property
     def query_lists(self) -> KeyLists:
-        """The image queries that a fused kernel visits for each tile of image keys: the same rule, turned."""
-        return self.key_lists if self.is_symmetric else self._turned_lists
+        """The image queries that a fused kernel visits for each tile of image keys."""
+        return self.key_lists if self.is_symmetric else self._transposed_lists
 
     @functools.cached_property
-    def _turned_lists(self) -> KeyLists:
+    def _transposed_lists(self) -> KeyLists:
         with torch.inference_mode(False):
             first, queries = self.shared_keys.before, SharedKeys(self.image.start, self.image_tokens, 0)
             return window_lists(self._keys, self._queries, self.window, first, queries, self.device)
@@ -109,7 +110,7 @@ class AttentionRegion:
 
 
 def expand_to_sequence(image: Tensor, tokens: int, where: slice) -> Tensor:
-    """Return image rows `[batch, heads, image tokens, ...]` inside a tensor of `tokens` rows, the others not set."""
+    """Return image rows `[batch, heads, image tokens, ...]` inside an uninitialized tensor of `tokens` rows."""
     batch, heads, _, *rest = image.shape
     sequence = image.new_empty(batch, tokens, heads, *rest).transpose(1, 2)
     sequence[:, :, where] = image

@@ -1,4 +1,4 @@
-"""Square tiles of queries, each with the keys that its queries can see: the disc, dilated by the tile."""
+"""Square tiles of queries, each with the keys that at least one of its queries attends to."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from clear_attn.core.window_mask import Coordinates, window_mask
 
 
 def tile_side(window: float, device: torch.device) -> int:
-    """The side of a tile in tokens: small ones compute fewer masked pairs, large ones copy fewer keys.
+    """Return the side of a tile in tokens: small tiles compute fewer masked pairs, large ones copy fewer keys.
 
-    On a CPU 8 was the fastest for windows up to 16, and 16 for larger ones; elsewhere it is not measured.
+    On a CPU 8 is the fastest for windows up to 16, and 16 for larger windows. Other devices are not measured.
     """
     return 8 if device.type == "cpu" and window <= 16 else 16
 
 
 class TileGroup(NamedTuple):
-    """Tiles that are translations of one another, so that the rule on the first one holds for all.
+    """Tiles that are translations of each other and therefore share one mask.
 
     Attributes:
-        queries: int64 `[tiles, q]`, positions among the image tokens in tile order.
-        keys: int64 `[tiles, k]`, positions likewise: the keys that at least one query of the tile attends to.
-        mask: bool `[q, k]`, the rule, the same for every tile.
+        queries: int64 `[tiles, q]`, positions of the queries among the image tokens in tile order.
+        keys: int64 `[tiles, k]`, positions of the keys that at least one query of the tile attends to.
+        mask: bool `[q, k]`, the rule for every tile.
     """
 
     queries: Tensor
@@ -38,12 +38,12 @@ class TileGroup(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """All tiles of a layout, in five tensors whatever the number of groups, so that one compiled graph serves all.
+    """All tiles of a layout, in five tensors for any number of groups, so that one compiled graph serves all.
 
     Attributes:
-        queries, keys, mask: those of all groups, flattened and joined.
+        queries, keys, mask: the tensors of all groups, flattened and joined.
         sizes: int64 `[groups, 3]` on the CPU: the number of tiles, queries and keys of each group.
-        image_keys: int64 `[]` on the CPU: the number of image keys, attended to or not.
+        image_keys: int64 `[]` on the CPU: the number of all image keys.
     """
 
     queries: Tensor
@@ -54,11 +54,13 @@ class Tiles(NamedTuple):
 
     @classmethod
     def join(cls, groups: Sequence[TileGroup], image_keys: int) -> Tiles:
+        """Flatten and join groups of tiles."""
         sizes = [(*group.queries.shape, group.keys.shape[1]) for group in groups]
         queries, keys, mask = (torch.cat([part.flatten() for part in parts]) for parts in zip(*groups, strict=True))
         return cls(queries, keys, mask, *(torch.tensor(each, device="cpu") for each in (sizes, image_keys)))
 
     def groups(self) -> list[TileGroup]:
+        """Return the groups that `join` flattened, as views."""
         sizes = self.sizes.tolist()
         parts = [
             [part.view(shape) for part, shape in zip(joined.split([a * b for a, b in shapes]), shapes, strict=True)]
@@ -72,7 +74,7 @@ class Tiles(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A tile's extent along one axis: its queries, and the keys of each segment within the window of them."""
+    """A tile's extent along one axis: its queries, and the keys of each segment within their window."""
 
     queries: slice
     keys: tuple[slice, ...]
@@ -81,45 +83,45 @@ class Span(NamedTuple):
 def spans_by_pattern(
     query: np.ndarray, keys: Sequence[np.ndarray], window: float, side: int, cell: int = 1
 ) -> Iterable[list[Span]]:
-    """Return the spans along one axis, grouped by what they look like from their own first query.
+    """Return the spans along one axis, grouped by their coordinates relative to the first query.
 
     Args:
-        query, keys: coordinates along the axis, those of keys for each segment.
-        window: radius.
-        side: queries of a span.
-        cell: keys are in cells of this side, and spans of a group start at the same place in a cell.
+        query, keys: the coordinates of queries, and of keys in each segment, along the axis.
+        window: the radius.
+        side: the number of queries in a span.
+        cell: the side of cells of keys; the keys of a group's spans start at the same offset in a cell.
     """
-    alike: dict[bytes, list[Span]] = defaultdict(list)
+    by_pattern: dict[bytes, list[Span]] = defaultdict(list)
     for first in range(0, len(query), side):
         inside = slice(first, min(first + side, len(query)))
         low, high = query[inside][0] - window, query[inside][-1] + window
         near = [slice(np.searchsorted(key, low, "right"), np.searchsorted(key, high, "left")) for key in keys]
         relative = [query[inside], *(key[span] for key, span in zip(keys, near, strict=True))]
-        look = b"|".join((part - query[first]).tobytes() for part in relative)
-        look += bytes(int(span.start) % cell for span in near)
-        alike[look].append(Span(inside, tuple(near)))
-    return alike.values()
+        pattern = b"|".join((part - query[first]).tobytes() for part in relative)
+        pattern += bytes(int(span.start) % cell for span in near)
+        by_pattern[pattern].append(Span(inside, tuple(near)))
+    return by_pattern.values()
 
 
 def _raster_indices(segment: Segment, rows: Sequence[slice], columns: Sequence[slice]) -> np.ndarray:
-    """Raster indices `[rows x columns, tokens]` of equally large boxes, one for each pair of a row and a column."""
+    """Return the raster indices `[rows x columns, tokens]` of equally large boxes, one per pair of row and column."""
 
-    def lines(spans: Sequence[slice]) -> np.ndarray:
+    def indices(spans: Sequence[slice]) -> np.ndarray:
         return np.stack([np.arange(span.start, span.stop) for span in spans])
 
-    y, x = lines(rows)[:, None, :, None], lines(columns)[None, :, None, :]
+    y, x = indices(rows)[:, None, :, None], indices(columns)[None, :, None, :]
     boxes = segment.start + y * len(segment.x) + x
     return boxes.reshape(len(rows) * len(columns), -1)
 
 
 def build_tiles(queries: TokenSet, keys: TokenSet, window: float, device: torch.device) -> Tiles:
-    """Cuts all segments of the queries into tiles.
+    """Split all segments of the queries into tiles.
 
     Args:
-        queries, keys: their image tokens; a coordinate is a float32 multiple of 1/16, so that differences are exact
-            and equal patterns are found equal.
-        window: radius in tokens of the first grid.
-        device: where the tensors are.
+        queries, keys: the image tokens. Coordinates are float32 multiples of 1/16, so that differences are exact and
+            equal patterns compare equal.
+        window: the radius in tokens of the first grid.
+        device: the device of the tiles.
     """
     radius_sq = torch.tensor(float(window) ** 2, device="cpu")
     side = tile_side(window, device)

@@ -1,9 +1,9 @@
 """The rule of CLEAR on coordinates: which query attends to which key, as a predicate, a mask and block indices.
 
-Every token has coordinates (y, x). Every key also has a squared radius: the squared window for an image token,
-infinity for a token that all image queries attend to (text, pooled keys). Coordinates are float32 multiples of 1/16, so
-squared distances up to 2^16 are exact in float32 and all backends agree to the last key, whether they fuse the
-multiplication with the addition or not.
+Every token has coordinates (y, x). Every key also has a squared radius: the squared window for an image key, infinity
+for a key that all image queries attend to (text, pooled keys). Coordinates are float32 multiples of 1/16, so squared
+distances up to 2^16 are exact in float32. All backends therefore agree on every key, with or without fused
+multiply-adds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Tokens in one block of FlexAttention's lists, for queries and for keys.
+# The number of queries or keys in a block of FlexAttention.
 BLOCK = 128
 
 
@@ -36,10 +36,10 @@ def window_mask(query: Coordinates, key: Coordinates, radius_sq: Tensor) -> Tens
 
 
 class BlockIndices(NamedTuple):
-    """For each block of queries the blocks of keys to visit, as FlexAttention's `BlockMask` takes them.
+    """The blocks of keys to visit for each block of queries, in the form of FlexAttention's `BlockMask`.
 
-    Counts are int32 `[1, 1, query blocks]`, indices int32 `[1, 1, query blocks, key blocks]`. Pairs in a full
-    block are all visible; those in a partial block are for the rule to decide; the rest are not visited.
+    Counts are int32 `[1, 1, query blocks]`, indices int32 `[1, 1, query blocks, key blocks]`. Every pair in a full
+    block attends. The rule decides on each pair in a partial block. Other blocks are not visited.
     """
 
     partial_count: Tensor
@@ -49,7 +49,7 @@ class BlockIndices(NamedTuple):
 
 
 def _by_block(values: Tensor, fill: Tensor) -> Tensor:
-    """`[tokens]` as `[blocks, BLOCK]`, the last block filled up with a value."""
+    """Return `[tokens]` as `[blocks, BLOCK]`, with the last block padded."""
     return torch.cat([values, fill.expand(-len(values) % BLOCK)]).view(-1, BLOCK)
 
 
@@ -61,10 +61,10 @@ def to_block_indices(selected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_indices(query: Coordinates, key: Coordinates, radius_sq: Tensor) -> BlockIndices:
-    """Block lists from the bounding boxes of the blocks' tokens, never from pairs of tokens.
+    """Return block indices, computed from bounding boxes of the blocks in (query blocks) x (key blocks) memory.
 
-    Never leaves out a visible pair, whatever the order of the tokens; the better the order keeps neighbours
-    together, the shorter the lists. Takes (query blocks) x (key blocks) memory.
+    Every pair that attends is in a visited block, for any order of the tokens. An order that keeps neighbors together
+    makes the lists shorter.
     """
     nearest = farthest = torch.zeros((), device=radius_sq.device)
     for query_axis, key_axis in zip(query, key, strict=True):
@@ -72,7 +72,7 @@ def block_indices(query: Coordinates, key: Coordinates, radius_sq: Tensor) -> Bl
         key_low, key_high = _by_block(key_axis, key_axis[-1])[None].aminmax(dim=2)
         nearest = nearest + torch.maximum(key_low - query_high, query_low - key_high).clamp(min=0).square()
         farthest = farthest + torch.maximum(key_high - query_low, query_high - key_low).square()
-    # What is not there has no radius_sq, so that a block cut short is never full.
+    # Padded keys have radius_sq 0, so an incomplete block is never full.
     radius_low, radius_high = _by_block(radius_sq, torch.zeros_like(radius_sq[-1])).aminmax(dim=1)
     full = farthest < radius_low
     return BlockIndices(*to_block_indices((nearest < radius_high) & ~full), *to_block_indices(full))
