@@ -370,14 +370,14 @@ class TestAuto:
         ],
     )
     def test_on_a_gpu(self, monkeypatch, triton, hip, memory, backend, reason):
-        flex._look_for_tools.cache_clear()
+        flex._unsupported_device.cache_clear()
         monkeypatch.setattr(flex, "has_triton", lambda: triton)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Chip("RTX", memory * 1024))
         try:
             choice = select_backend(GPU, torch.bfloat16, 64, needs_grad=False)
         finally:
-            flex._look_for_tools.cache_clear()
+            flex._unsupported_device.cache_clear()
         assert choice.backend == backend
         assert reason in choice.reason
 
@@ -396,10 +396,10 @@ class TestAuto:
         check_double()
 
     def test_without_a_compiler(self, monkeypatch):
-        flex._look_for_tools.cache_clear()
+        flex._unsupported_device.cache_clear()
         monkeypatch.setenv("CXX", "no-such-compiler")
         try:
             reason = flex.unsupported_reason(CPU, torch.float32, 64, needs_grad=False)
         finally:
-            flex._look_for_tools.cache_clear()
+            flex._unsupported_device.cache_clear()
         assert "'no-such-compiler' was not found" in reason

@@ -13,7 +13,7 @@ from tests.helpers.reference_model import in_raster_order, run
 
 GRID, TEXT = (9, 11), 5
 PLAN = clear.methods.Clear(3).plan(clear.TokenLayout([GRID], TEXT))
-REFUSAL = "has gradients by a backward pass, and neither forward-mode derivatives nor transforms of torch.func"
+REFUSAL = "supports a backward pass, but neither forward-mode derivatives nor transforms of torch.func"
 
 
 @pytest.fixture(autouse=True)

@@ -12,31 +12,31 @@ from clear_attn.backends.selection import BACKENDS, select_backend, validate_bac
 from clear_attn.backends.softmax import softmax_attention
 from clear_attn.core.plan import WindowPlan
 
-# From query, key, value, scale and a bias that broadcasts to the scores.
+# A function of query, key, value, scale and a bias that broadcasts to the scores.
 DenseAttention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
 
 def pool(image: Tensor, plan: Any, spatial_weight: Tensor) -> Tensor:
     """Return weighted sums of image keys or values over the cells of a plan.
 
-    A cell that the grid cuts sums over the tokens it has and is scaled by f^2 / (tokens it has).
+    The sum over a cell that the border cuts is multiplied by f^2 / (the number of its tokens).
 
     Args:
         image: `[batch, heads, image tokens, head_dim]` in tile order.
-        plan: with a down_factor f above 1.
-        spatial_weight: the learned weight of each place in a cell, f^2 elements in raster order.
+        plan: a plan with a down_factor f above 1.
+        spatial_weight: the learned weight of each position in a cell, f^2 elements in raster order.
 
     Returns:
         `[batch, heads, pooled tokens, head_dim]`.
     """
-    # An offloaded weight may wait elsewhere.
+    # An offloaded weight may be on another device.
     weight = cell_weight(plan, image.dtype) * spatial_weight.flatten().to(plan.pool_weight.device)
     cells = image.index_select(2, plan.pool_index.flatten()).unflatten(2, plan.pool_index.shape)
     return torch.einsum("bhcnd,cn->bhcd", cells, weight.to(image.dtype))
 
 
 def cell_weight(plan: Any, dtype: torch.dtype) -> Tensor:
-    """Return the plan's `pool_weight`, in float64 exactly where that is computed in."""
+    """Return the plan's `pool_weight`; for float64, recompute it at that precision."""
     weight: Tensor = plan.pool_weight
     if dtype != torch.float64:
         return weight
@@ -57,32 +57,35 @@ def clear_attention(
     return_lse: bool = False,
     text_attention: DenseAttention | None = None,
 ) -> Any:
-    """Return attention as in CLEAR (arXiv 2412.16112).
+    """Return CLEAR's attention (arXiv 2412.16112): text queries attend to all tokens, image queries to their window.
 
     Args:
-        query: `[batch, heads, tokens, head_dim]`, text and image tokens joined as the plan's layout says, the image
-            tokens in tile order; any floating point, of which `flex` takes float32, bfloat16 and float16, and
-            `triton` the last two.
-        key, value: as the query, with as many heads or a divisor of them (grouped-query attention).
-        plan: of `clear_attn.methods.Clear` on a `TokenLayout`.
-        pooled (*optional*): pooled keys and values as `pool` makes them; needed if the plan's down_factor is above 1.
-        key_bias (*optional*): `[batch, keys]`, added to the scaled scores of each key, pooled keys last.
-        text_bias (*optional*): added to the scores of text queries instead; broadcasts to `[batch, heads, text tokens,
-            tokens]`.
-        backend (`str`, defaults to `"auto"`): `"triton"`, `"flex"`, `"tiled"`, `"reference"`, or what fits the call
-            best.
-        scale (`float`, *optional*, defaults to head_dim^-0.5): factor of the scores.
-        return_lse (`bool`, defaults to `False`): also return the log-sum-exp of each query's scaled scores.
-        text_attention (*optional*): computes the dense attention of text queries from query, key, value, scale and
-            bias; by default torch's `scaled_dot_product_attention`. Not used with `return_lse`.
+        query: `[batch, heads, tokens, head_dim]`, text and image tokens joined in the order of the plan's layout, the
+            image tokens in tile order. Any floating-point dtype; `flex` supports float32, bfloat16 and float16,
+            `triton` bfloat16 and float16.
+        key, value: `[batch, key heads, tokens, head_dim]`; the key heads divide the query's heads (grouped-query
+            attention).
+        plan: a plan of `clear_attn.methods.Clear` on a `TokenLayout`.
+        pooled (*optional*): the pooled keys and values that `pool` returns; required if the plan's down_factor is above
+            1.
+        key_bias (*optional*): the bias on the scaled scores of each key, `[batch, keys]`, pooled keys last.
+        text_bias (*optional*): the bias on the scores of text queries, in place of `key_bias`; broadcasts to
+            `[batch, heads, text tokens, tokens]`.
+        backend (`str`, defaults to `"auto"`): `"triton"`, `"flex"`, `"tiled"` or `"reference"`; `"auto"` selects one
+            for the device and dtype.
+        scale (`float`, *optional*, defaults to head_dim^-0.5): the factor of the scores.
+        return_lse (`bool`, defaults to `False`): whether to return the log-sum-exp of each query's scaled scores, too.
+        text_attention (*optional*): a function that computes the dense attention of text queries from query, key,
+            value, scale and bias; by default torch's `scaled_dot_product_attention`. Not used with `return_lse`.
 
     Returns:
-        The output, shaped and ordered as the query; with `return_lse` also `[batch, heads, tokens]`, float32 at least.
+        The output, in the shape and order of the query. With `return_lse`, also the log-sum-exp
+        `[batch, heads, tokens]` in at least float32.
 
     Raises:
-        ValueError: unknown backend; shapes or pooled keys that do not fit the plan or each other; `"reference"` on a
-            long sequence.
-        RuntimeError: `"triton"` or `"flex"` where it cannot run.
+        ValueError: the backend is unknown, shapes do not match the plan or each other, or the sequence is too long for
+            `"reference"`.
+        RuntimeError: the backend cannot run on this device, dtype or head_dim.
 
     Example:
         >>> from clear_attn import TokenLayout, methods
@@ -145,7 +148,9 @@ def _validate_shapes(
                 "text and image tokens, or make a TokenLayout for these lengths"
             )
     if query.shape[1] % key.shape[1]:
-        raise ValueError(f"key has {key.shape[1]} heads, which do not divide the query's {query.shape[1]}")
+        raise ValueError(
+            f"key has {key.shape[1]} heads, which do not divide the query's {query.shape[1]}; give a divisor of them"
+        )
     expected = [(*key.shape[:2], plan.pooled_tokens, key.shape[3])] * 2 if plan.pooled_tokens else []
     given = [tuple(x.shape) for x in pooled or ()]
     if given != expected:

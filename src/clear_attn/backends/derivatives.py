@@ -1,4 +1,4 @@
-"""Derivatives beyond a backward pass: custom operators would drop them without an error."""
+"""Detect forward-mode derivatives and `torch.func` transforms, which custom operators would drop without an error."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def validate_derivatives(backend: str, *tensors: Tensor) -> None:
     """Raise RuntimeError if a backend behind a custom operator gets a tensor of `needs_transforms`."""
     if needs_transforms(*tensors):
         raise RuntimeError(
-            f"backend={backend!r} has gradients by a backward pass, and neither forward-mode derivatives nor "
-            "transforms of torch.func; use backend='reference', inside "
+            f"backend={backend!r} supports a backward pass, but neither forward-mode derivatives nor transforms of "
+            "torch.func; use backend='reference', inside "
             "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
         )
 

@@ -1,8 +1,7 @@
-"""FlexAttention over a plan's block indices: the default on CUDA where no gradient is asked for.
+"""The `flex` backend: FlexAttention over a plan's block indices.
 
-On a CPU, FlexAttention gives silently wrong results as a part of a larger compiled graph, for views that the
-graph made (seen in torch 2.13). There it therefore stands behind a custom operator, compiled by itself, which an
-outer graph takes as it is.
+On a CPU, FlexAttention inside a larger compiled graph gives wrong results for views that the graph makes, without an
+error (torch 2.13). On CPUs it is therefore compiled alone, inside a custom operator.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from clear_attn.core.region import AttentionRegion
 from clear_attn.core.window_mask import BLOCK, BlockIndices, Coordinates, in_window
 from clear_attn.utils._torch import has_triton, mark_static, recompile_limit
 
-# Positions in a table on the CPU: pictures up to 11,000 pixels square.
+# The length of coordinate tables on a CPU, enough for images of 11,000 x 11,000 pixels.
 TABLE_LENGTH = 2**19
 MOST_COMPILATIONS = 64
-# Kernels for GPUs want head_dim in multiples of this.
+# GPU kernels need head_dim in multiples of this.
 BIAS_DIMS = 8
-# What the A100 has (163 KiB to a block), rounded; RTX cards have 99 or less.
+# An A100 has 163 KiB per block, RTX cards 99 KiB or less.
 LEAST_SHARED_MEMORY = 160 * 1024
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
-    """Why FlexAttention cannot serve a call here, or None where it can."""
+    """Return why FlexAttention cannot run a call, or None if it can."""
     if device.type == "cpu" and needs_grad:
         return "FlexAttention has no gradients on a CPU"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -47,12 +46,12 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unsupported_device(device: torch.device) -> str | None:
-    """Why FlexAttention cannot serve a device of this machine, or None where it can."""
-    return _look_for_tools(device)
+    """Return why FlexAttention cannot run on a device of this machine, or None if it can."""
+    return _unsupported_device(device)
 
 
 @functools.cache
-def _look_for_tools(device: torch.device) -> str | None:
+def _unsupported_device(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if has_triton() else "it needs Triton and a GPU that Triton supports"
     if device.type == "cpu":
@@ -60,47 +59,47 @@ def _look_for_tools(device: torch.device) -> str | None:
             return f"torch has no FlexAttention for CPUs on {sys.platform}"
         if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
             return "this CPU lacks AVX2"
-        # The compilers that torch looks for.
+        # torch looks for the same compilers.
         compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
         if shutil.which(compiler) is None:
             return f"it needs a C++ compiler, and {compiler!r} was not found"
         return None
-    return f"FlexAttention is not tried on devices of type {device.type!r}"
+    return f"FlexAttention is not tested on devices of type {device.type!r}"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def untested_reason(device: torch.device) -> str | None:
-    """Why a device that FlexAttention may serve is not one to rely on, or None where it is."""
+    """Return why FlexAttention may fail on a device that it supports, or None if it is tested there."""
     if device.type != "cuda":
         return None
     if torch.version.hip:
-        return "FlexAttention is not tried on ROCm"
+        return "FlexAttention is not tested on ROCm"
     chip: Any = torch.cuda.get_device_properties(device)
     if chip.shared_memory_per_block_optin < LEAST_SHARED_MEMORY:
         return (
             f"{chip.name} gives a kernel {chip.shared_memory_per_block_optin // 1024} KiB of shared memory, where "
-            f"FlexAttention is tried with {LEAST_SHARED_MEMORY // 1024} and more"
+            f"FlexAttention is tested with {LEAST_SHARED_MEMORY // 1024} and more"
         )
     return None
 
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    # Sizes are dynamic from the first call on: one compilation serves all pictures and text lengths. Without
-    # `fullgraph`, a process that compiles too often would fall back to attention over all pairs in silence.
+    # With dynamic sizes, one compilation serves all image sizes and text lengths. Without `fullgraph`, a process that
+    # compiles too often would fall back to attention over all pairs without a warning.
     return torch.compile(_flex, fullgraph=True, dynamic=True)
 
 
 def _flex(*args: Any, **kwargs: Any) -> Any:
-    # Compilations are counted for each function: those of this one are not mixed with the user's own.
+    # torch counts recompilations per function, so this one keeps them apart from the user's own.
     return flex_attention(*args, **kwargs)
 
 
 def _run_compiled(*args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():  # an outer graph compiles it along, and cannot take the setting below
+    if torch.compiler.is_compiling():  # an outer graph compiles it too, and cannot trace the setting below
         return flex_attention(*args, **kwargs)
-    # Models differ in dtype, head_dim and scale, and tiny pictures in being a single block: a few more variants than
-    # torch's default of 8 allows for.
+    # Models differ in dtype, head_dim and scale, and tiny images have a single block: more variants than torch's
+    # default limit of 8.
     with recompile_limit(MOST_COMPILATIONS):
         return _compiled_flex()(*args, **kwargs)
 
@@ -114,7 +113,7 @@ def attend_blocks(
     scale: float,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """FlexAttention over block lists; by a rule."""
+    """Compute FlexAttention over block lists with a rule."""
     lengths = query.shape[2], key.shape[2]
     mask = _new_block_mask(lists, mask_mod, lengths, with_gradients=_needs_grad(query, key, value))
     return _attend_mask(query, key, value, mask, scale, return_lse)
@@ -139,13 +138,13 @@ def block_mask(region: AttentionRegion, with_gradients: bool) -> BlockMask:
         return masks[with_gradients]
     lengths = region.image_tokens, region.key_tokens
     mask = _new_block_mask(region.block_indices, _mask_mod(*_rule_tensors(region)), lengths, with_gradients)
-    if not torch.compiler.is_compiling():  # what is made in a graph cannot be kept
+    if not torch.compiler.is_compiling():  # tensors of a graph cannot be cached
         masks[with_gradients] = mask
     return mask
 
 
 def prepare(region: AttentionRegion) -> None:
-    """Build what compiled layers cannot; on a CPU, the operator makes the mask of the lists."""
+    """Build the index tensors that compiled layers cannot; on a CPU, the operator makes the block mask from them."""
     with torch.inference_mode(False):
         if region.device.type == "cpu":
             _ = region.block_indices
@@ -188,10 +187,10 @@ def _flex_on_cpu(
 
 
 def _whole_block(x: Tensor) -> Tensor:
-    """A contiguous copy, filled up with zeros to at least one block of tokens.
+    """Return a contiguous copy, padded with zeros to at least one block of tokens.
 
-    Contiguous, for every other order of memory would be another compilation. One block, for with fewer tokens
-    torch 2.13 computes on a CPU with wrong keys. To the rule, a key that is filled in has no radius_sq.
+    Each other memory layout would need another compilation. With less than one block, torch 2.13 uses wrong keys on a
+    CPU. The rule excludes padded keys, because their radius_sq is 0.
     """
     batch, heads, tokens, head_dim = x.shape
     copy = x.new_zeros(batch, heads, max(tokens, BLOCK), head_dim)
@@ -200,14 +199,14 @@ def _whole_block(x: Tensor) -> Tensor:
 
 
 def of_constant_length(place: Tensor) -> Tensor:
-    """Fills a table up to a length that is the same for all but enormous pictures, a constant of the kernel.
+    """Pad a table to a multiple of `TABLE_LENGTH`, so that its length is a constant of the kernel.
 
-    As a variable, its name can be a prefix of one that torch 2.13's CPU template replaces in the code it writes,
-    which then does not compile.
+    A variable length can get a name that is a prefix of another name which torch 2.13's CPU template replaces. The
+    generated code then does not compile.
     """
-    filled = torch.nn.functional.pad(place, (0, -len(place) % TABLE_LENGTH))
-    mark_static(filled)
-    return filled
+    padded = torch.nn.functional.pad(place, (0, -len(place) % TABLE_LENGTH))
+    mark_static(padded)
+    return padded
 
 
 @_flex_on_cpu.register_fake
@@ -226,7 +225,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """See `clear_attn.backends`.
 
-    On a CPU, where FlexAttention keeps the log-sum-exp to itself, that comes from the tiled backend, at its cost.
+    FlexAttention does not return the log-sum-exp on a CPU, so there the tiled backend computes it, at its full cost.
     """
     validate_derivatives("flex", query, key, value)
     if query.device.type != "cpu":
@@ -247,7 +246,7 @@ def attend_directly(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Call FlexAttention without the precautions that a CPU needs."""
+    """Call FlexAttention without the workarounds for CPUs."""
     image, key, value = append_bias_dims(query[:, :, region.image], key, value, key_bias, scale)
     mask = block_mask(region, _needs_grad(query, key, value))
     output, lse = _attend_mask(image, key, value, mask, scale, return_lse)
@@ -258,24 +257,24 @@ def attend_directly(
 def append_bias_dims(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value with dimensions appended by which the scores include a bias per key.
+    """Append dimensions to query, key and value, so that the scores include a bias per key.
 
-    A bias per key is what a dot product of one more dimension adds, so the kernel needs neither a mask nor a score_mod.
+    The dot product over the new dimensions is the bias, so the kernel needs neither a mask nor a score_mod.
 
     Args:
         query, key, value: `[batch, heads, tokens, head_dim]`.
-        key_bias: `[batch, keys]`, or None: then they come back as they are.
-        scale: by which the scores will be multiplied.
+        key_bias: `[batch, keys]`; None returns the tensors unchanged.
+        scale: the factor of the scores.
     """
     if key_bias is None:
         return query, key, value
-    wanted = key_bias.float() / scale
-    # In two numbers, for one of half precision would round it.
-    high = wanted.to(key.dtype)
-    parts = torch.stack([high, (wanted - high.float()).to(key.dtype)], dim=-1)
-    of_key = torch.nn.functional.pad(parts, (0, BIAS_DIMS - 2))[:, None].expand(-1, key.shape[1], -1, -1)
+    unscaled = key_bias.float() / scale
+    # Split into two numbers, because one in half precision would round the bias.
+    high = unscaled.to(key.dtype)
+    parts = torch.stack([high, (unscaled - high.float()).to(key.dtype)], dim=-1)
+    key_dims = torch.nn.functional.pad(parts, (0, BIAS_DIMS - 2))[:, None].expand(-1, key.shape[1], -1, -1)
     ones = query.new_ones(*query.shape[:3], BIAS_DIMS)
-    return torch.cat([query, ones], -1), torch.cat([key, of_key], -1), torch.nn.functional.pad(value, (0, BIAS_DIMS))
+    return torch.cat([query, ones], -1), torch.cat([key, key_dims], -1), torch.nn.functional.pad(value, (0, BIAS_DIMS))
 
 
 def _rule_tensors(region: AttentionRegion) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The rule as one mask over plain attention: the reference, for short sequences."""
+"""The `reference` backend: the rule as a mask for dense attention, for short sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from clear_attn.backends.softmax import softmax_attention
 from clear_attn.core.region import AttentionRegion
 from clear_attn.core.window_mask import window_mask
 
-# The mask takes 70 MB then, and the scores, which are held where the log-sum-exp is asked for, 280 MB a head.
+# At this length the mask takes 70 MB. With the log-sum-exp, the scores are stored as well, 280 MB per head.
 MAX_IMAGE_TOKENS = 8192
 
 

@@ -1,4 +1,4 @@
-"""The backends by name, and which one serves a call."""
+"""The backends by name, and the selection of one for a call."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 class Backend(NamedTuple):
-    """A way to compute the attention of image queries.
+    """A backend, as four functions.
 
     Attributes:
-        attend: see `clear_attn.backends`.
-        prepare: builds what it needs of a plan, since compiled layers cannot.
-        unsupported_reason: why it cannot serve a call of this device, dtype, head_dim and need of gradients, or None.
-        unsupported_device: why it cannot serve a device of this machine, or None.
+        attend: computes the attention, see `clear_attn.backends`.
+        prepare: builds the backend's index tensors of a plan, because compiled layers cannot.
+        unsupported_reason: returns why the backend cannot run a call with this device, dtype, head_dim and need of
+            gradients, or None.
+        unsupported_device: returns why the backend cannot run on a device of this machine, or None.
     """
 
     attend: Callable[
@@ -64,13 +65,13 @@ def validate_backend(name: object) -> None:
 
 
 def validate_call(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> None:
-    """Raise RuntimeError if a backend cannot serve a call."""
+    """Raise RuntimeError if a backend cannot run a call."""
     if reason := BACKENDS[name].unsupported_reason(device, dtype, head_dim, needs_grad):
         raise RuntimeError(f"backend={name!r} cannot run: {reason}; use backend='auto' or 'tiled'")
 
 
 def validate_machine(name: str) -> None:
-    """Raise RuntimeError if no device of this machine can run a backend; pipelines move between devices."""
+    """Raise RuntimeError if no device of this machine can run a backend, since pipelines move between devices."""
     if name == "auto":
         return
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
@@ -80,14 +81,14 @@ def validate_machine(name: str) -> None:
 
 
 class Selection(NamedTuple):
-    """A backend's name, and why it was selected."""
+    """A backend's name, and the reason for its selection."""
 
     backend: str
     reason: str
 
 
 class Candidates(NamedTuple):
-    """What `backend="auto"` may take on a kind of device, best first. The last one runs everywhere.
+    """The candidates of `backend="auto"` on a kind of device, best first. The last one runs everywhere.
 
     Attributes:
         half: for bfloat16 and float16 without gradients.
@@ -102,7 +103,7 @@ class Candidates(NamedTuple):
     other_with_gradients: tuple[Selection, ...]
 
     def of(self, dtype: torch.dtype, needs_grad: bool) -> tuple[Selection, ...]:
-        """Return those for a call."""
+        """Return the candidates for a call."""
         half = dtype in (torch.bfloat16, torch.float16)
         return self[2 * (not half) + needs_grad]
 
@@ -123,7 +124,7 @@ def _compiled_for(architecture: str) -> Candidates:
     return Candidates((fused, _FLEX, _TILED), (fused, _TILED_WITHOUT_FLEX_GRADIENTS), *_OTHER_CUDA)
 
 
-# By kind of device: the architectures that the fused kernels were compiled for, other GPUs, and what is no GPU.
+# By kind of device: CPUs, the architectures that the fused kernels were compiled for, and other GPUs.
 TABLE: dict[str, Candidates] = {
     "cpu": Candidates(*_CPU, *_CPU),
     **{architecture: _compiled_for(architecture) for architecture in CHOSEN},
@@ -134,15 +135,15 @@ TABLE: dict[str, Candidates] = {
 def choose_backend(
     kind: str, dtype: torch.dtype, needs_grad: bool, refusal: Callable[[str], str | None]
 ) -> tuple[Selection, Mapping[str, str]]:
-    """Return the first candidate of the table that is not refused, and why those before it were.
+    """Return the first candidate of the table that is not refused, and the reasons against those before it.
 
     Args:
-        kind: of device, a key of `TABLE` or another.
-        dtype, needs_grad: of the call.
-        refusal: the reason against a backend, or None.
+        kind: the kind of device, a key of `TABLE` or another.
+        dtype, needs_grad: the dtype of the call, and whether it needs gradients.
+        refusal: a function that returns the reason against a backend, or None.
     """
     if kind not in TABLE:
-        return Selection("tiled", f"nothing else was tried on devices of type {kind!r}"), {kind: "unknown"}
+        return Selection("tiled", f"no other backend is tested on devices of type {kind!r}"), {kind: "unknown"}
     *candidates, last = TABLE[kind].of(dtype, needs_grad)
     refused: dict[str, str] = {}
     for candidate in candidates:
@@ -163,16 +164,16 @@ def kind_of_device(device: torch.device) -> str:
 
 
 def select_backend(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> Selection:
-    """Return what `backend="auto"` takes: the table's first candidate that can run and passes its self-check.
+    """Return the selection of `backend="auto"`: the first candidate that can run and passes its self-check.
 
-    Says once what it takes on a GPU, as a warning if that is not the table's first.
+    Log the selection once on a GPU, as a warning if it is not the table's first candidate.
     """
 
     def refusal(name: str) -> str | None:
         if reason := BACKENDS[name].unsupported_reason(device, dtype, head_dim, needs_grad):
             return f"{name} cannot run: {reason}"
         if name == "flex" and (reason := flex.untested_reason(device)):
-            return f"flex may fail: {reason}; backend='flex' tries it all the same"
+            return f"flex may fail: {reason}; backend='flex' runs it anyway"
         return self_check.failure(name, BACKENDS[name].attend, device, dtype, head_dim, needs_grad)
 
     precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype

@@ -1,6 +1,6 @@
-"""A small case that a backend computes before `auto` relies on it, compared with the rule.
+"""Compare a backend with the rule on a small case, before `auto` selects it.
 
-A driver, compiler or GPU that nobody has seen may give wrong numbers without an error.
+An untested driver, compiler or GPU may give wrong numbers without an error.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import WindowPlan
 
 VARIABLE = "CLEAR_ATTN_SELF_CHECK"
-# A grid that tiles do not divide; whole blocks of keys and single ones, of the image and of the text.
+# Tiles do not divide this grid, and image and text have both whole blocks of keys and single keys.
 GRID, TEXT_TOKENS, WINDOW, HEADS = (27, 35), 70, 20, 2
-# Of the distance from the rule, relative. Half precision rounds to 4e-3 and 5e-4; what is wrong is off by much more.
+# Limits of the relative distance from the rule. Half precision rounds to 4e-3 and 5e-4; errors are much larger.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 OTHER_TOLERANCE = 1e-2
 
@@ -30,10 +30,10 @@ Attend = Callable[..., tuple[Tensor, Any]]
 def failure(
     name: str, attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
 ) -> str | None:
-    """Return what is wrong with a backend here and what to report, or None. A GPU is checked once in a process.
+    """Return the failure of a backend's self-check and the remedy, or None. Each GPU is checked once per process.
 
-    Not checked: CPUs, GPUs that are not here, calls that are being compiled or captured, and anything with
-    `CLEAR_ATTN_SELF_CHECK=0`.
+    CPUs, GPUs of other machines, and calls that are being compiled or captured are not checked.
+    `CLEAR_ATTN_SELF_CHECK=0` turns the check off.
     """
     if device.type == "cpu" or os.environ.get(VARIABLE) == "0" or torch.compiler.is_compiling():
         return None
@@ -46,7 +46,7 @@ def failure(
 def checked(
     name: str, attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
 ) -> str | None:
-    """Compute the case and return what is wrong, or None."""
+    """Run the self-check and return its failure, or None."""
     where = f"on {_name_of(device)} in {str(dtype).removeprefix('torch.')} at head_dim {head_dim}"
     remedy = f"report this with the output of python -m torch.utils.collect_env; {VARIABLE}=0 turns the check off"
     try:
@@ -54,13 +54,13 @@ def checked(
             found = distance(attend, device, dtype, head_dim, needs_grad)
     except Exception as error:
         return f"{name} failed its self-check {where} ({type(error).__name__}: {error}); {remedy}"
-    if found < TOLERANCE.get(dtype, OTHER_TOLERANCE):  # NaN is not
+    if found < TOLERANCE.get(dtype, OTHER_TOLERANCE):  # false for NaN
         return None
     return f"{name} failed its self-check {where}: its result is {found:.1e} off the rule; {remedy}"
 
 
 def distance(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> float:
-    """Return how far output and gradients are from the rule in float32 on the CPU, the largest of them, relative."""
+    """Return the largest relative distance of output and gradients from the rule in float32 on the CPU."""
     rng = torch.Generator("cpu").manual_seed(0)
     tokens = GRID[0] * GRID[1] + TEXT_TOKENS
     *qkv, direction = (torch.randn(1, HEADS, tokens, head_dim, generator=rng, device="cpu") for _ in range(4))

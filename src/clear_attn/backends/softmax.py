@@ -1,4 +1,4 @@
-"""Softmax attention over a given set of keys: torch's own kernels, with the log-sum-exp that they keep back."""
+"""Softmax attention over a given set of keys: torch's own kernels, and the log-sum-exp that they do not return."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from clear_attn.utils._torch import cpu_flash_attention, has_cpu_flash_attention
 
 
 def has_lse_kernel(query: Tensor) -> bool:
-    """Whether the log-sum-exp comes from a kernel of torch, at no cost: on a CPU; those for GPUs are not tried."""
+    """Return whether a kernel of torch returns the log-sum-exp at no cost. Only the CPU's kernel is used."""
     return query.device.type == "cpu" and has_cpu_flash_attention()
 
 
 def expand_heads(query: Tensor, *others: Tensor) -> list[Tensor]:
-    """Return keys or values with as many heads as the query: each is repeated for its group of query heads."""
+    """Repeat the heads of keys or values, each for its group of query heads."""
     return [
         x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in others
     ]
@@ -42,11 +42,11 @@ def softmax_attention(
         query: `[batch, heads, queries, head_dim]`.
         key, value: `[batch, key heads, keys, head_dim]`; key heads divide heads (grouped-query attention).
         mask: bool, broadcast to `[batch, heads, queries, keys]`; every query must attend to a key.
-        scale: factor of the scores.
-        return_lse: whether the second result is the log-sum-exp of the scaled scores, `[batch, heads, queries]`,
-            float32 at least, or None. With it, the scores of all pairs are held in memory, but for a call without
-            gradients where `has_lse_kernel`.
-        bias: added to the scaled scores; broadcasts as the mask.
+        scale: the factor of the scores.
+        return_lse: whether the second result is the log-sum-exp of the scaled scores, `[batch, heads, queries]` in at
+            least float32, or None. With it, the scores of all pairs are stored, except without gradients where
+            `has_lse_kernel`.
+        bias: the bias on the scaled scores; broadcasts like the mask.
     """
     key, value = expand_heads(query, key, value)
     if not return_lse:
@@ -55,14 +55,14 @@ def softmax_attention(
             added = bias.to(query.dtype) if mask is None else to_bias(mask, bias, query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale), None
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    # Of no queries, the kernel divides by zero.
+    # Without queries, the kernel divides by zero.
     if has_lse_kernel(query) and not needs_grad and query.numel() and query.dtype == key.dtype == value.dtype:
         bias = bias if mask is None else to_bias(mask, bias, query.dtype)
         bias = None if bias is None else bias.to(query.dtype)
-        # Unlike what is public, the kernel does not look at the strides within a head.
+        # Unlike the public function, the kernel assumes contiguous heads.
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         return cpu_flash_attention(query, key, value, bias, scale)
-    with torch.autocast(query.device.type, enabled=False):  # which would round the scores
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the scores
         scores = _scores(query, key, mask, scale, bias)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse[..., None])
@@ -70,7 +70,7 @@ def softmax_attention(
 
 
 def merge_(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor | None) -> None:
-    """Adds, in place, what attention to other keys gave: exact, for the log-sum-exps tell each part's share."""
+    """Merge attention to other keys into output and lse, in place and exactly, weighted by the log-sum-exps."""
     assert other_lse is not None
     output.lerp_(other, torch.sigmoid(other_lse - lse)[..., None].to(output.dtype))
     lse.copy_(torch.logaddexp(lse, other_lse))
@@ -86,11 +86,11 @@ def softmax_attention_backward(
     scale: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients with respect to query, key and value; the scores of all pairs are held.
+    """Return the gradients with respect to query, key and value, with the scores of all pairs in memory.
 
-    As in fused kernels, scores and softmax are float32 at least, and the other products in the query's dtype.
+    As in fused kernels, scores and softmax are at least float32, and the other products in the query's dtype.
     """
-    with torch.autocast(query.device.type, enabled=False):  # a backward pass may be called under it
+    with torch.autocast(query.device.type, enabled=False):  # a backward pass may run under autocast
         dtype = query.dtype
         output_gradient, key, value = (x.to(dtype) for x in (output_gradient, key, value))
         groups = key.shape[1]

@@ -1,6 +1,7 @@
-"""Each tile of queries with its gathered keys, over torch's own attention: no compiler, gradients everywhere.
+"""The `tiled` backend: torch's own attention on tiles of queries with their gathered keys.
 
-It stands behind a custom operator, so that a compiled graph holds one node for it, whatever the size of the picture.
+It needs no compiler and has gradients on all devices. It is a custom operator, so that a compiled graph has one node
+for it at any image size.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from clear_attn.backends.derivatives import refuse_second_backward, validate_der
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention, softmax_attention_backward
 from clear_attn.core.tiles import Tiles
 
-# How much of the keys one step may gather: on a CPU what its caches hold, elsewhere a fraction of a model's memory.
+# The most elements of keys that a step gathers: what fits a CPU's caches, elsewhere a fraction of a model's memory.
 GATHERED_ELEMENTS_ON_CPU = 2**20
 GATHERED_ELEMENTS = 2**26
-# Of whom the CPU's kernel takes as many at once as it ever does, and whose results stay in its caches.
+# Enough queries for the CPU kernel's largest blocks, with results that stay in its caches.
 QUERIES_AT_A_TIME = 4096
-# How many scores a step may hold, where it holds them.
+# The most scores of a step that stores them.
 MAX_SCORES = 2**26
 
 
 class TiledPlan(Protocol):
-    """What is read of a plan: the tiles, and where the image tokens are among queries and keys."""
+    """The part of a plan that this backend reads: the tiles and the positions of the image tokens."""
 
     @property
     def tiles(self) -> Tiles: ...
@@ -44,13 +45,13 @@ def attend(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `clear_attn.backends`. Linear in the image tokens in time and in memory."""
+    """See `clear_attn.backends`. Time and memory are linear in the image tokens."""
     validate_derivatives("tiled", query, key, value)
     if torch.is_autocast_enabled(query.device.type) and not return_lse:  # as torch's own attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
     output, lse = _tiled(query, key, value, list(plan.tiles), plan.image.start, key_bias, scale, return_lse)
-    # The operator itself gives no view, so that the caller may write its own rows where gradients are recorded.
+    # The operator returns no view, so that the caller may write text rows while autograd records.
     return output.transpose(1, 2), lse if return_lse else None
 
 
@@ -65,7 +66,7 @@ def _tiled(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    # What all image queries see, text and pooled keys, needs no gathering where results can be merged.
+    # Shared keys, text and pooled ones, need no gathering where results can be merged.
     image, shared = _split(key, tiles, start)
     merged = has_lse_kernel(query) and len(shared) > 0
     needs_lse = return_lse or merged
@@ -113,11 +114,11 @@ def _tiled_backward(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes each step once more, so that no more than a step's scores are held."""
+    """Recompute each step, so that only one step's scores are in memory."""
     image, shared = _split(key, tiles, start)
     rows = [query[:, :, image].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
     gradients = [_new_gradient(x, summed) for x, summed in ((query, False), (key, True), (value, True))]
-    rooms = [gradients[0][:, :, image], *gradients[1:]]
+    sums = [gradients[0][:, :, image], *gradients[1:]]
     output_gradient = output_gradient[:, image]
     if return_lse:
         lse_gradient = lse_gradient[:, :, image, None].transpose(1, 2)
@@ -134,8 +135,8 @@ def _tiled_backward(
             scale,
             _gather_bias(key_bias, keys),
         )
-        for room, part, index in zip(rooms, inner, places, strict=True):
-            _add(room.transpose(1, 2), part, index, 0 if index is queries else len(shared))
+        for total, part, index in zip(sums, inner, places, strict=True):
+            _add(total.transpose(1, 2), part, index, 0 if index is queries else len(shared))
     query_gradient, key_gradient, value_gradient = gradients
     return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype)
 
@@ -161,20 +162,20 @@ _tiled_backward.register_autograd(refuse_second_backward("tiled"))
 
 
 def _new_results(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """Room for the output, `[batch, tokens, heads, head_dim]`, and for the log-sum-exp if it is wanted."""
+    """Return empty tensors for the output, `[batch, tokens, heads, head_dim]`, and for the log-sum-exp."""
     output = query.new_empty(query.transpose(1, 2).shape)
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     return output, query.new_empty(query.shape[:3] if return_lse else (0,), dtype=lse_dtype)
 
 
 def _new_gradient(x: Tensor, summed: bool) -> Tensor:
-    """Zeros in memory as `_new_results`; where many terms are summed, at least in float32."""
+    """Return zeros in the memory layout of `_new_results`, in at least float32 if many terms are summed."""
     dtype = torch.promote_types(x.dtype, torch.float32) if summed else x.dtype
     return x.new_zeros(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
 def _split(key: Tensor, tiles: list[Tensor], start: int) -> tuple[slice, Tensor]:
-    """The places of the image tokens among the queries, and those of all keys that are no image tokens."""
+    """Return the positions of the image queries, and of the keys that are not image tokens."""
     found = Tiles(*tiles)
     places = torch.arange(key.shape[2], device=key.device)
     shared = torch.cat([places[:start], places[start + int(found.image_keys) :]])
@@ -184,7 +185,7 @@ def _split(key: Tensor, tiles: list[Tensor], start: int) -> tuple[slice, Tensor]
 def _steps(
     tiles: list[Tensor], shared: Tensor, start: int, query: Tensor, holds_scores: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Places of the queries `[tiles, q]` and of their keys `[tiles, k]`, the shared ones first, and the rule."""
+    """Yield positions of queries `[tiles, q]` and of their keys `[tiles, k]`, shared keys first, and the mask."""
     batch, heads, _, head_dim = query.shape
     most = GATHERED_ELEMENTS_ON_CPU if query.device.type == "cpu" else GATHERED_ELEMENTS
     for group in Tiles(*tiles).groups():
@@ -197,26 +198,26 @@ def _steps(
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """`[batch, tokens, heads, d]` at `[tiles, n]` as `[batch * tiles, heads, n, d]`."""
+    """Gather `[batch, tokens, heads, d]` at `[tiles, n]` into `[batch * tiles, heads, n, d]`."""
     picked = x.index_select(1, index.flatten()).unflatten(1, index.shape)
     return picked.flatten(0, 1).transpose(1, 2)
 
 
 def _gather_bias(key_bias: Tensor | None, index: Tensor) -> Tensor | None:
-    """`[batch, keys]` at `[tiles, n]` as `[batch * tiles, 1, 1, n]`."""
+    """Gather `[batch, keys]` at `[tiles, n]` into `[batch * tiles, 1, 1, n]`."""
     if key_bias is None:
         return None
     return key_bias.index_select(1, index.flatten()).unflatten(1, index.shape).flatten(0, 1)[:, None, None]
 
 
 def _scatter(x: Tensor, index: Tensor) -> Tensor:
-    """`[batch * tiles, heads, n, d]` as `[batch, tiles * n, heads, d]`, the reverse of `_gather`."""
+    """Reshape `[batch * tiles, heads, n, d]` to `[batch, tiles * n, heads, d]`, the inverse of `_gather`."""
     return x.transpose(1, 2).unflatten(0, (-1, len(index))).flatten(1, 2)
 
 
 def _add(gradient: Tensor, part: Tensor, index: Tensor, shared: int) -> None:
-    """Adds `part`, gathered at `index`, of whose places the first ones are the same for all tiles."""
-    # One sum for those, for an addition to the same place by every tile would be slow and, on a GPU, rounded again.
+    """Add `part` to the gradient at `index`; the first `shared` positions are the same for all tiles."""
+    # Sum over the tiles first: separate additions to the same position are slow and, on a GPU, round each time.
     own = _scatter(part[:, :, shared:], index).to(gradient.dtype)
     gradient.index_add_(1, index[:, shared:].flatten(), own)
     if shared:

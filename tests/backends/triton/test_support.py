@@ -41,7 +41,7 @@ def machine(monkeypatch):
         (GPU, {"chip": Chip(7, 5)}, "was compiled for sm_80, .* and this GPU is sm_75"),
         (GPU, {"chip": Chip(gcnArchName="gfx1100:xnack-"), "hip": "7.0"}, "this GPU is gfx1100"),
         (CPU, {}, "on a CPU; set TRITON_INTERPRET=1 before Python starts"),
-        (torch.device("mps"), {}, "not tried on devices of type 'mps'"),
+        (torch.device("mps"), {}, "not tested on devices of type 'mps'"),
     ],
 )
 def test_reasons(machine, device, arguments, reason):

@@ -1,4 +1,4 @@
-"""Compile the kernels without a GPU, and read what they take from the machine code."""
+"""Compile the kernels without a GPU, and read their use of resources from the machine code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from clear_attn.backends.triton.configurations import Configuration
 from clear_attn.backends.triton.operator import constants, load_kernels
 
-# Bytes of shared memory that a program may take.
+# Bytes of shared memory per program, by architecture.
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -28,7 +28,7 @@ SHARED_LIMIT = {
     "gfx950": 160 * 1024,
 }
 
-# Matrix instructions, by the start of their name. One that is not found is an error, not a loop of nothing.
+# Prefixes of the names of matrix instructions.
 _MATRIX = ("HGMMA", "UTCHMMA", "HMMA", "v_mfma")
 _ASYNC_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP", "global_load_lds", "buffer_load_lds")
 
@@ -44,26 +44,26 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Loop(NamedTuple):
-    """One pass of a loop that has matrix products: what a warp issues, by the name of each instruction in order."""
+    """One iteration of a loop with matrix products: the names of a warp's instructions, in order."""
 
     instructions: list[str]
 
     @property
     def async_copies(self) -> int:
-        """How many copies from global to shared memory it issues that nothing waits for at once."""
+        """The number of asynchronous copies from global to shared memory."""
         return sum(name.startswith(_ASYNC_COPIES) for name in self.instructions)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel takes.
+    """The resources of a compiled kernel.
 
     Attributes:
-        registers: of a thread.
-        spilled_bytes: of a thread, to local memory.
-        shared_bytes: of a program.
-        matrix_instruction: the name, or None.
-        loops: those with matrix products, in the order of the source.
+        registers: the registers per thread.
+        spilled_bytes: the bytes per thread that are spilled to local memory.
+        shared_bytes: the shared memory per program.
+        matrix_instruction: the name of its matrix instruction, or None.
+        loops: the loops with matrix products, in the order of the source.
         atomics: the number of atomic instructions.
     """
 
@@ -99,7 +99,7 @@ def compile_kernel(
         argument: "constexpr" if argument in fixed else _TYPES.get(argument, "i32").format(dtype=_DTYPES[dtype])
         for argument in kernel.arg_names
     }
-    # As at run time: pointers and strides are multiples of 16, without which copies of 16 bytes are not possible.
+    # As at run time, pointers and strides are multiples of 16, which 16-byte copies need.
     aligned = [
         number
         for number, (argument, type_) in enumerate(types.items())
@@ -145,7 +145,7 @@ def _read_nvidia(found: Any) -> Compiled:
     ]
     jumps = [(place, target) for place, name, target in instructions if name.startswith("BRA") and target is not None]
     listing = [(place, name) for place, name, _ in instructions]
-    # The stack is what is spilled: the kernels have no arrays of their own.
+    # The kernels have no local arrays, so the stack holds only spilled registers.
     return _summary(numbers["REG"], numbers["STACK"], found.metadata.shared, listing, jumps, ("ATOM.", "ATOMG", "RED."))
 
 
@@ -186,9 +186,10 @@ def _summary(
 
 
 def _innermost_loops(listing: list[tuple[int, str]], jumps: list[tuple[int, int]], matrix: str) -> Iterator[Loop]:
-    """Yield the loops with matrix products and no other such loop inside, in their order, from backward jumps.
+    """Yield the innermost loops with matrix products, found by backward jumps, in their order.
 
-    Code that waits is put behind the loops and jumps back into them: what overlaps a shorter loop is none.
+    Compilers place waiting code after the loops, and it jumps back into them. Such a jump overlaps a shorter loop and
+    is skipped.
     """
     taken: list[tuple[int, int, list[str]]] = []
     for first, last in sorted(

@@ -1,7 +1,7 @@
-"""The block sizes, warps and stages of each kernel on each architecture: what was compiled ahead of time and chosen.
+"""The block sizes, warps and stages of each kernel on each architecture, chosen by compiling ahead of time.
 
-`clear-attn bench --level compile` compiles them, and tests hold the result to limits. Nothing here was measured on a
-GPU.
+`clear-attn bench --level compile` compiles them, and tests hold the result to limits. No configuration was measured on
+a GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ KERNELS = ("forward", "query_gradient", "key_gradients", "shared_key_gradients")
 
 
 class Configuration(NamedTuple):
-    """How a kernel is compiled.
+    """The compile-time settings of a kernel.
 
     Attributes:
-        rows: of a program, 128 or 64.
-        columns: keys, or queries for the gradients of keys, of one step of a loop: 64, 32 or 16.
-        warps, stages: as Triton's `num_warps` and `num_stages`.
+        rows: the rows of a program, 128 or 64.
+        columns: the keys, or for the gradients of keys the queries, of one step of a loop: 64, 32 or 16.
+        warps, stages: Triton's `num_warps` and `num_stages`.
     """
 
     rows: int
@@ -96,10 +96,10 @@ CHOSEN: dict[str, Table] = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
-# What the interpreter runs, on no architecture.
+# The architecture with the configurations that the interpreter runs.
 INTERPRETED = "sm_90"
 
-# Others that were tried, to be measured beside the chosen ones.
+# Other configurations to measure against the chosen ones.
 CANDIDATES: dict[str, tuple[Configuration, ...]] = {
     "forward": (Configuration(128, 64, 8, 2), Configuration(64, 64, 4, 3), Configuration(128, 32, 8, 3)),
     "query_gradient": (Configuration(128, 32, 8, 2), Configuration(64, 64, 4, 2)),
@@ -122,7 +122,7 @@ def forward_configuration(candidate: Configuration) -> Iterator[None]:
 
 
 def configuration(architecture: str, kernel: str, head_dim: int) -> Configuration:
-    """Return the configuration of a kernel for a head_dim, by the smallest entry that is not below it."""
+    """Return the configuration of a kernel for a head_dim: the smallest entry that is not below it."""
     if kernel == "forward" and (candidate := _forward.get()):
         return candidate
     table = CHOSEN[architecture][kernel]

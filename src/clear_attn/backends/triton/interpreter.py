@@ -1,6 +1,6 @@
-"""Triton's interpreter, which runs the kernels on a CPU in NumPy, with two faults of it mended.
+"""Fix two bugs of Triton's interpreter, which runs the kernels on a CPU with NumPy.
 
-Triton chooses it when it is first imported with `TRITON_INTERPRET=1` in the environment.
+Triton uses the interpreter if the environment has `TRITON_INTERPRET=1` when triton is first imported.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ VARIABLE = "TRITON_INTERPRET"
 
 
 def is_requested() -> bool:
-    """Whether the environment asks for the interpreter."""
+    """Return whether the environment asks for the interpreter."""
     return os.environ.get(VARIABLE) == "1"
 
 
 @functools.cache
 def mend() -> None:
-    """Mend what is wrong in Triton 3.6 and 3.9: a no-op where it is right."""
+    """Fix the bugs, which are in Triton 3.6 and 3.9; without them this changes no result."""
     import numpy as np
     from triton.runtime import interpreter
 
     tl = interpreter.tl
 
     def widen(handle: Any) -> Any:
-        # NumPy has no bfloat16: it is held as uint16, and a product would multiply the bit patterns as integers.
+        # NumPy has no bfloat16. Triton stores it as uint16, and a product would multiply the bit patterns as integers.
         if handle.dtype.scalar == tl.bfloat16:
             return (handle.data.astype(np.uint32) << 16).view(np.float32)
         return handle.data.astype(np.float32)

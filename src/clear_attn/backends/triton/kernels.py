@@ -1,10 +1,10 @@
-"""The Triton kernels. Import this module only where they are compiled or called: it imports triton.
+"""The Triton kernels. Import this module only to compile or call them, because it imports triton.
 
-All kernels read `KeyLists`. A program has one tile of rows and one head; it loops over the blocks and then over the
-single keys of the tile's lists, the latter with a bit for each pair. Pairs are tested behind the matrix product in the
-source: before it, the compiler packs the results of the test.
+All kernels read `KeyLists`. A program computes one tile of rows for one head. It loops over the blocks and then over
+the single keys of the tile's lists, which have a bit per pair. The source tests the bits after the matrix product,
+because the compiler would pack the results of an earlier test.
 
-Scores are in units of log 2, as exp2 takes them: `scale` includes 1 / ln 2.
+Scores are in units of log 2 for exp2: `scale` includes 1 / ln 2.
 """
 
 import triton
@@ -17,7 +17,7 @@ TILE_FIELDS = tl.constexpr(7)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# The maximum of no scores: finite, so that no difference of two is NaN.
+# The maximum before any score. It is finite, so that a difference of two maxima is not NaN.
 LEAST = tl.constexpr(-1.0e30)
 
 
@@ -42,13 +42,13 @@ def _store_rows(pointer, rows, stride, valid, values, HEAD_DIM: tl.constexpr, BL
 
 @triton.jit
 def _block(blocks, number, N: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """Return the positions `[N]` of a block, or of a half or quarter of it."""
+    """Return the positions `[N]` of the keys in a block, or in a half or quarter of it."""
     return tl.load(blocks + number // BLOCK_PARTS) + number % BLOCK_PARTS * N + tl.arange(0, N)
 
 
 @triton.jit
 def _attended(bits, first, number, rows, M: tl.constexpr, N: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """Return which pairs `[M, N]` of a step attend."""
+    """Return whether each pair `[M, N]` of a step attends."""
     quarter = tl.arange(0, 4)
     step = (first + number // BLOCK_PARTS) * (TILE_ROWS * 4)
     word = tl.load(bits + step + rows[:, None] * 4 + quarter[None, :]).to(tl.int32)
@@ -185,7 +185,7 @@ def _query_gradient_step(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what one block of keys gives to the gradient of the queries."""
+    """Add the contribution of one block of keys to the gradient of the queries."""
     scores = tl.dot(queries, tl.trans(key_block), input_precision=PRECISION) * scale
     if HAS_BIAS:
         scores += (tl.load(bias + columns) * LOG2_E)[None, :]
@@ -345,7 +345,7 @@ def _key_gradient_step(
     CUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what one block of queries gives to the gradients of keys and values; keys are rows, queries columns."""
+    """Add the contribution of one block of queries to the gradients of keys and values, with keys as rows."""
     scores = tl.dot(keys, tl.trans(query_block), input_precision=PRECISION) * scale + bias_row[:, None]
     if SINGLE_KEYS:
         scores = tl.where(_attended(bits, first_bits, number, bit_rows, M, N, BLOCK_PARTS), scores, float("-inf"))
@@ -531,7 +531,7 @@ def shared_key_gradients(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the sums over one span of image queries for one block of the keys that all of them attend to.
+    """Write the gradients of one block of shared keys and values, summed over one span of image queries.
 
     Both results are float32 `[spans, batch, key heads, shared keys, head_dim]`.
     """

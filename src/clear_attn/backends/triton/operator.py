@@ -1,4 +1,4 @@
-"""The fused kernels behind one operator of torch, so that eager, compiled and checkpointed models take them alike."""
+"""The fused kernels as a custom operator, for eager, compiled and checkpointed models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from clear_attn.core.key_lists import BLOCK_KEYS, TILE_ROWS, KeyLists, SharedKey
 from clear_attn.core.region import expand_to_sequence
 
 LOG2_E = 1.4426950408889634
-# Gradients of the keys that all queries attend to: programs to aim at, and queries that one of them adds up at least.
+# For the gradients of shared keys: the intended number of programs, and the fewest queries that one of them sums.
 SHARED_PROGRAMS, LEAST_SPAN = 1024, 1024
 
 
 class Region(Protocol):
-    """What is read of a plan."""
+    """The part of a plan that this backend reads."""
 
     @property
     def key_lists(self) -> KeyLists: ...
@@ -40,11 +40,11 @@ class Region(Protocol):
 
 
 class Sizes(NamedTuple):
-    """Where the image tokens are.
+    """The positions of the image tokens.
 
     Attributes:
-        first_query, queries: the position of the first image query, and their number.
-        before, image, after: the number of keys before those of the image, of the image, and after them.
+        first_query, queries: the position of the first image query, and the number of image queries.
+        before, image, after: the number of shared keys before the image keys, of image keys, of shared keys after.
     """
 
     first_query: int
@@ -55,13 +55,13 @@ class Sizes(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What all kernels of a call read.
+    """The arguments that all kernels of a call share.
 
     Attributes:
-        query, key, value: `[batch, heads, tokens, head_dim]`, any strides but dense channels.
-        key_bias: float32 `[batch, keys]`, added to the scaled scores, or None.
+        query, key, value: `[batch, heads, tokens, head_dim]`, with any strides but contiguous channels.
+        key_bias: the bias on the scaled scores, float32 `[batch, keys]`, or None.
         shift: the query at row r is row r + shift of the output, its gradient and the log-sum-exp.
-        scale: factor of the scores, above 0.
+        scale: the factor of the scores, above 0.
     """
 
     query: Tensor
@@ -83,7 +83,7 @@ class Call(NamedTuple):
 
     @property
     def bias_arguments(self) -> tuple[Tensor, int]:
-        """The bias or, for none, a tensor that is not read, and the stride of its batch."""
+        """The bias and its batch stride; without a bias, a placeholder that is not read."""
         return (self.query, 0) if self.key_bias is None else (self.key_bias, self.key_bias.stride(0))
 
 
@@ -96,7 +96,7 @@ def attend(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `clear_attn.backends`. Linear in the image tokens in time and in memory."""
+    """See `clear_attn.backends`. Time and memory are linear in the image tokens."""
     validate_derivatives("triton", query, key, value)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
@@ -104,14 +104,14 @@ def attend(
     key_lists = list(region.key_lists)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     query_lists = list(region.query_lists) if needs_grad else []
-    if scale <= 0:  # the kernels multiply the largest score, which must stay the largest
+    if scale <= 0:  # the kernels scale the maximum of the scores, so the factor must be positive
         query, scale = query * scale, 1.0
     image = slice(sizes.first_query, sizes.first_query + sizes.queries)
     tokens = query.shape[2]
     if not query_lists:  # written where it belongs, without a copy
         output, lse = _attend(query, key, value, key_bias, key_lists, query_lists, list(sizes), tokens, 0, scale)
         return output.transpose(1, 2), lse if return_lse else None
-    # The caller writes to the other rows, which must not be saved for the backward pass.
+    # The caller writes text rows into the output, so they must not be saved for the backward pass.
     arguments = key_lists, query_lists, list(sizes), sizes.queries, -sizes.first_query, scale
     output, lse = _attend(query, key, value, key_bias, *arguments)
     whole = expand_to_sequence(output.transpose(1, 2), tokens, image)
@@ -216,7 +216,7 @@ def _new_results(query: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _new_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for gradients, in memory `[batch, tokens, heads, head_dim]`; zeros for queries, of which some have none."""
+    """Return tensors for the gradients, stored as `[batch, tokens, heads, head_dim]`; zeros for text queries."""
     of_query = query.new_zeros(query.transpose(1, 2).shape).transpose(1, 2)
     of_key, of_value = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (key, value))
     return of_query, of_key, of_value
@@ -227,11 +227,11 @@ def _with_dense_channels(x: Tensor) -> Tensor:
 
 
 class Upstream(NamedTuple):
-    """What the backward kernels read: the output's gradient `[batch, heads, rows, head_dim]`, and per row two numbers.
+    """The inputs of the backward kernels.
 
     Attributes:
-        gradient: of the output.
-        lse, delta: float32 `[batch, heads, rows]`, contiguous; delta is the product of output and gradient.
+        gradient: the gradient of the output, `[batch, heads, rows, head_dim]`.
+        lse, delta: float32 `[batch, heads, rows]`, contiguous; delta is the dot product of output and gradient.
     """
 
     gradient: Tensor
@@ -260,7 +260,7 @@ def launch_query_gradient(call: Call, lists: KeyLists, upstream: Upstream, gradi
 def launch_key_gradients(
     call: Call, lists: KeyLists, upstream: Upstream, key_gradient: Tensor, value_gradient: Tensor
 ) -> None:
-    """Write the gradients of the image keys and values, two tensors of the same strides."""
+    """Write the gradients of the image keys and values, two tensors with the same strides."""
     bias, bias_batch = call.bias_arguments
     tensors = call.query, call.key, call.value, bias, *upstream, key_gradient, value_gradient, *lists
     strides = _strides(call.query, call.key, call.value, upstream.gradient, key_gradient)
@@ -269,9 +269,9 @@ def launch_key_gradients(
 
 
 def shared_key_gradients(call: Call, sizes: Sizes, upstream: Upstream) -> tuple[Tensor, Tensor]:
-    """Return float32 `[batch, heads, shared keys, head_dim]`, of keys and values to which all image queries attend.
+    """Return the gradients of shared keys and values, float32 `[batch, heads, shared keys, head_dim]`.
 
-    Queries are added up in spans, then the spans' sums, always in the same order.
+    Queries are summed in spans, then the spans, always in the same order.
     """
     shared = sizes.before + sizes.after
     batch, heads, _, head_dim = call.key.shape
@@ -318,7 +318,7 @@ def constants(kernel_configuration: Configuration, head_dim: int, has_bias: bool
 
 
 def _launch(name: str, call: Call, tiles_and_heads: tuple[int, int], *arguments: Any) -> None:
-    """Run a kernel, with as many programs for a tile as its configuration has parts of one."""
+    """Run a kernel, with one program per part of a tile."""
     device, head_dim = call.query.device, call.query.shape[-1]
     found = architecture(device)
     chosen = configuration(found, name, head_dim)

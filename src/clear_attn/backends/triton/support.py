@@ -1,4 +1,4 @@
-"""Where the fused kernels run, and why not elsewhere."""
+"""Check where the fused kernels can run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from clear_attn.backends.triton import interpreter
 from clear_attn.backends.triton.configurations import CHOSEN, INTERPRETED
 
-# The oldest Triton that was tried: the one that torch 2.11 brings.
+# The oldest Triton that is tested, which torch 2.11 requires.
 OLDEST_TRITON = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM = 256
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
-    """Return why the kernels cannot serve a call here, or None where they can."""
+    """Return why the kernels cannot run a call, or None if they can."""
     if reason := unsupported_device(device):
         return reason
     if torch.is_autocast_enabled(device.type):
@@ -35,7 +35,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unsupported_device(device: torch.device) -> str | None:
-    """Return why the kernels cannot run on a device of this machine, or None where they can."""
+    """Return why the kernels cannot run on a device of this machine, or None if they can."""
     return _unsupported_device(device)
 
 
@@ -47,7 +47,7 @@ def _unsupported_device(device: torch.device) -> str | None:
         wanted = f"set {interpreter.VARIABLE}=1 before Python starts to run the kernels in Triton's interpreter"
         return None if interpreter.is_requested() else f"the tensors are on a CPU; {wanted}"
     if device.type != "cuda":
-        return f"it is not tried on devices of type {device.type!r}"
+        return f"it is not tested on devices of type {device.type!r}"
     if interpreter.is_requested():
         return f"{interpreter.VARIABLE}=1 asks for the interpreter, which is for tensors on a CPU; unset it"
     found = architecture(device)
@@ -55,7 +55,7 @@ def _unsupported_device(device: torch.device) -> str | None:
 
 
 def unsupported_triton() -> str | None:
-    """Return why the installed Triton cannot be used, or None where it can."""
+    """Return why the installed Triton cannot be used, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return (
             f"Triton is not installed (there is none for {sys.platform})"
@@ -78,11 +78,11 @@ def triton_version() -> tuple[int, ...]:
             continue
         if found:
             return int(found[1]), int(found[2])
-    return OLDEST_TRITON  # under a name that we do not know
+    return OLDEST_TRITON  # installed under an unknown name
 
 
 def architecture(device: torch.device) -> str:
-    """Return the name of a device's architecture, as sm_90 or gfx942; of a CPU, the one that is interpreted."""
+    """Return a device's architecture, such as sm_90 or gfx942; for a CPU, the one that is interpreted."""
     if device.type == "cpu":
         return INTERPRETED
     if not torch.cuda.is_available():
