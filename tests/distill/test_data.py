@@ -72,7 +72,7 @@ class TestFolder:
                 r"one text as its prompt, got \['a'\]",
             ),
             (lambda folder: (folder / "1.json").write_text('{"prompt": "\\ud800"}'), "1.json has a prompt that is no"),
-            (lambda folder: (folder / "1.txt").write_text("caption", encoding="utf-16"), "1.txt is no text in UTF-8"),
+            (lambda folder: (folder / "1.txt").write_text("caption", encoding="utf-16"), "1.txt is not text in UTF-8"),
             (lambda folder: (folder / "metadata.jsonl").write_text("{}\n"), "line 1 of .* has no 'file_name'"),
         ],
     )
@@ -103,7 +103,7 @@ class TestFolder:
         assert from_folder(tmp_path)[0].prompt == "a red circle"
 
     def test_no_folder(self, tmp_path):
-        with pytest.raises(NotADirectoryError, match="is no directory"):
+        with pytest.raises(NotADirectoryError, match="is not a directory"):
             from_folder(tmp_path / "nowhere")
 
 

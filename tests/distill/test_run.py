@@ -261,7 +261,7 @@ class TestRefusals:
                 "no attention method is named 'Lit', only Agent",
             ),
             ({"method": "LiT(2)"}, r"method='LiT\(2\)' is not a name with settings in parentheses"),
-            ({"attention_layers": ["blocks.7"]}, "attention_layers has 'blocks.7', which is no attention layer"),
+            ({"attention_layers": ["blocks.7"]}, "attention_layers has 'blocks.7', which is not an attention layer"),
             ({"lr_scheduler": "step"}, "lr_scheduler must be one of linear, cosine, .*, got 'step'"),
             ({"prediction_weight": -1.0}, "prediction_weight must be at least 0, got -1"),
             (
@@ -288,7 +288,7 @@ class TestRefusals:
 
     def test_a_teacher_that_was_saved_linearized(self, settings, tmp_path):
         clear.linearize(demo.pipeline(), 3, weights=None).save_pretrained(tmp_path / "saved")
-        with pytest.raises(ValueError, match="was saved while it was linearized, and the teacher is dense"):
+        with pytest.raises(ValueError, match="was saved while it was linearized, but the teacher must be dense"):
             train(change(settings, pretrained_model_name_or_path=str(tmp_path / "saved")))
 
     def test_a_file_in_the_folders_place(self, settings):

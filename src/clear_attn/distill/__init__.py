@@ -9,7 +9,7 @@ __all__ = ["Settings", "config_file", "train"]
 
 
 def config_file(name: str) -> Path:
-    """Return a file for `accelerate launch --config_file`: "zero2" (DeepSpeed) or "fsdp2".
+    """Return the path of a file for `accelerate launch --config_file`: "zero2" (DeepSpeed) or "fsdp2".
 
     Raises:
         ValueError: there is no such file.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written completely or not at all, the oldest deleted, read without pickles."""
+"""Checkpoints of a run: write them atomically, delete the oldest, and read them without pickle."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Reserve a training folder for one run, and delete what a killed run left unfinished there.
+    """Reserve a training folder for one run, and delete unfinished files of a killed run.
 
-    The operating system releases the lock when its process ends, however it ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
-        FileExistsError: another run has the folder.
+        FileExistsError: another run uses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -44,12 +44,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """Return a nested value as JSON, with tensors moved into a dict and replaced by their names in it."""
+    """Convert a nested value for JSON: move its tensors into a dict, and replace them by their names."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):
-        # A list, since JSON would turn numbers that are keys, as in an optimizer's state, into text.
+        # A list of pairs, because JSON would turn integer keys, as in an optimizer's state, into text.
         return {"items": [[key, pack(each, tensors, f"{name}.{key}")] for key, each in value.items()]}
     if isinstance(value, (list, tuple)):
         return [pack(each, tensors, f"{name}.{number}") for number, each in enumerate(value)]
@@ -69,24 +69,24 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 @contextlib.contextmanager
 def writing(folder: Path, step: int, limit: int | None) -> Iterator[Path]:
-    """Yield a directory that becomes a step's checkpoint at the end; then delete all but the last `limit`.
+    """Yield a directory that becomes a step's checkpoint on exit; then delete all but the last `limit` checkpoints.
 
-    An error deletes what was written, and the earlier checkpoints stay.
+    An error deletes the directory and keeps the earlier checkpoints.
     """
     with atomic_directory(folder / f"{PREFIX}{step}") as written:
         yield written
     for old in all_of(folder)[: -limit if limit else 0]:
-        # Renamed first: an interrupt must not leave half a checkpoint under its name.
+        # Rename it first, so that an interrupt leaves no incomplete checkpoint under this name.
         shutil.rmtree(old.replace(unfinished_directory(old)))
 
 
 def unfinished(folder: Path, step: int) -> Path:
-    """Return where a step's checkpoint is written, until it is complete."""
+    """Return the directory in which a step's checkpoint is written until it is complete."""
     return unfinished_directory(folder / f"{PREFIX}{step}")
 
 
 def write(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
-    """Write one part of a checkpoint: a file of tensors, and one of everything else."""
+    """Write one part of a checkpoint: a file with its tensors, and a JSON file with the other values."""
     tensors: dict[str, Tensor] = {}
     packed = pack(state, tensors)
     save_file(tensors, checkpoint / f"{name}.safetensors")
@@ -97,7 +97,7 @@ def read(checkpoint: Path, name: str) -> dict[str, Any]:
     """Return one part of a checkpoint.
 
     Raises:
-        ValueError: it is not complete.
+        ValueError: the checkpoint is not complete.
     """
     with _reading(checkpoint):
         packed = read_json(checkpoint / f"{name}.json")
@@ -108,7 +108,7 @@ def read(checkpoint: Path, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
-    """Turn errors into one that names the checkpoint before this one."""
+    """Convert read errors to a ValueError that names the previous checkpoint as the remedy."""
     try:
         yield
     except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
@@ -125,11 +125,11 @@ def all_of(folder: Path) -> list[Path]:
 
 
 def find(folder: Path, wanted: str | None) -> Path | None:
-    """Return the checkpoint to continue from, or None to begin.
+    """Return the checkpoint to resume from, or None for a new run.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        FileExistsError: the folder has another run's result or checkpoints, or later ones than that.
+        FileNotFoundError: the checkpoint does not exist.
+        FileExistsError: the folder has another run's result or checkpoints, or checkpoints later than the wanted one.
     """
     present = all_of(folder)
     if wanted == "latest" and present:
@@ -138,11 +138,11 @@ def find(folder: Path, wanted: str | None) -> Path | None:
         found = Path(str(wanted)) if Path(str(wanted)).is_dir() else folder / str(wanted)
         if not found.is_dir():
             raise FileNotFoundError(f"there is no checkpoint {wanted!r}, neither here nor in {folder}")
-        # A later one would be taken for the latest, and new ones for old.
+        # A later checkpoint would count as the latest, and new checkpoints as the oldest.
         if present and present[-1].resolve() != found.resolve():
             raise FileExistsError(
-                f"{folder} has {present[-1].name} as well as the {found} to continue from; delete those not to "
-                "continue from, or give another output_dir"
+                f"{folder} has {present[-1].name} as well as the {found} to continue from; delete the checkpoints "
+                "after it, or give another output_dir"
             )
         return found
     existing = [*present[-1:], *(folder / name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists())]
@@ -153,12 +153,12 @@ def find(folder: Path, wanted: str | None) -> Path | None:
 
 
 def write_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings that a run must share to continue this one."""
+    """Write the settings that must be the same when this run is resumed."""
     (checkpoint / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def check_settings(checkpoint: Path, ours: Mapping[str, Any]) -> None:
-    """Raise ValueError if a checkpoint was made with other settings than the run that is to continue it."""
+    """Raise ValueError if a checkpoint was made with other settings than the run that resumes it."""
     with _reading(checkpoint):
         theirs = dict(read_json(checkpoint / SETTINGS))
     other = [name for name, value in ours.items() if theirs.get(name) != value]

@@ -1,4 +1,4 @@
-"""The optimizers of a run, what they hold in memory, and the settings of DeepSpeed and FSDP2."""
+"""The optimizers of a run, their memory, and the settings of DeepSpeed and FSDP2."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from clear_attn.distill.settings import Settings
 
 # Prodigy estimates its rate from every 11th value, which saves most of the memory of two of its four states.
 SLICE = 11
-# Values that an optimizer keeps for each parameter; in float32, but for adamw8bit.
+# The optimizer states per parameter, in float32 values; adamw8bit's states have 8 bits.
 STATES = {"adamw": 2.0, "prodigy": 2 + 2 / SLICE, "adamw8bit": 0.5}
 
 
 def check_optimizer(settings: Settings, accelerator: Accelerator) -> None:
-    """Check early whether the optimizer can be made and works with accelerate's configuration.
+    """Check early that the optimizer can be made and works with accelerate's configuration.
 
     Raises:
-        ValueError: the optimizer does not work with FSDP; accelerate is configured with other
-            gradient_accumulation_steps; float16 with DeepSpeed.
-        ImportError: its library is not installed.
+        ValueError: the optimizer does not work with FSDP, accelerate is configured with other
+            gradient_accumulation_steps, or float16 is used with DeepSpeed.
+        ImportError: the optimizer's library is not installed.
     """
     make_optimizer(settings, [nn.Parameter(torch.zeros(1))], accelerator.distributed_type)
     configured, asked = accelerator.gradient_accumulation_steps, settings.gradient_accumulation_steps
@@ -43,8 +43,8 @@ def make_optimizer(
     """Return the optimizer of the settings.
 
     Raises:
-        ValueError: it does not work with FSDP.
-        ImportError: its library is not installed.
+        ValueError: the optimizer does not work with FSDP.
+        ImportError: the optimizer's library is not installed.
     """
     rate, decay = settings.rate, settings.adam_weight_decay
     if settings.optimizer == "adamw":
@@ -55,7 +55,7 @@ def make_optimizer(
         if settings.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
-            # With a sharded state and without this flag, each process would adapt its own rate.
+            # Without this flag, each process with a sharded state would adapt its own rate.
             sharded = distributed == DistributedType.DEEPSPEED
             return Prodigy(parameters, lr=rate, weight_decay=decay, slice_p=SLICE, fsdp_in_use=sharded)
         from bitsandbytes.optim import AdamW8bit
@@ -66,16 +66,16 @@ def make_optimizer(
 
 
 def rate_of(optimizer: Any) -> float:
-    """Return the current learning rate, of Prodigy the one that it has found."""
+    """Return the current learning rate; for Prodigy, the rate that it has adapted."""
     group = optimizer.param_groups[0]
     return float(group["lr"] * group.get("d", 1.0))
 
 
 def prepare_plugins(accelerator: Accelerator, settings: Settings) -> None:
-    """Make DeepSpeed and FSDP2 compute as one process does.
+    """Configure DeepSpeed and FSDP2 so that they compute the same as one process.
 
-    The student stays in float32 and autocast rounds copies. Their own bfloat16 would also round the student, gradients
-    between processes, and positions in the model's inputs.
+    The student stays in float32, and autocast casts copies. Their own bfloat16 modes would also round the student, the
+    gradients between processes, and the positions in the model's inputs.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -84,10 +84,10 @@ def prepare_plugins(accelerator: Accelerator, settings: Settings) -> None:
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     config = accelerator.state.deepspeed_plugin.deepspeed_config
-    # accelerate would read it from a data loader.
+    # There is no data loader from which accelerate could read it.
     config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
     config["gradient_clipping"] = settings.max_grad_norm
-    # Without it DeepSpeed turns autocast off. No modules are listed, since their gradients would be rounded.
+    # Without it DeepSpeed turns autocast off. The list of modules is empty, because their gradients would be rounded.
     autocast = accelerator.mixed_precision == "bf16"  # accelerate reads it from the same config
     config["torch_autocast"] = {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     config["bf16"] = {"enabled": False}
@@ -97,9 +97,9 @@ def counted(trunk: int, student: int, optimizer: str) -> dict[str, float]:
     """Return the bytes of each part of a training step, without activations.
 
     Args:
-        trunk: number of parameters of the transformer, in bfloat16.
-        student: number of trained parameters, in float32.
-        optimizer: its name.
+        trunk: the number of parameters of the transformer, in bfloat16.
+        student: the number of trained parameters, in float32.
+        optimizer: the name of the optimizer.
     """
     return {
         "trunk, bfloat16": 2 * trunk,

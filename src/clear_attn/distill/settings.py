@@ -11,7 +11,7 @@ from clear_attn.distill.data import buckets
 from clear_attn.methods import Method, parse
 from clear_attn.patching.resolve import resolve_method
 
-# Their learning rates by default.
+# The default learning rate of each optimizer.
 OPTIMIZERS = {"prodigy": 1.0, "adamw": 1e-4, "adamw8bit": 1e-4}
 STUDENTS = ("full", "lora")
 SCHEMES = ("none", "logit_normal", "mode")
@@ -27,7 +27,7 @@ ABOVE_0 = (
     "checkpoints_total_limit",
 )
 AT_LEAST_0 = (*WEIGHTS, "lr_warmup_steps", "adam_weight_decay", "guidance_scale")
-# A run that continues another may have other values of these.
+# Settings that may differ when a run is resumed.
 RESUMABLE = (
     *("output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to"),
     *("logging_dir", "validation_prompts", "validation_steps", "max_train_steps"),
@@ -35,66 +35,66 @@ RESUMABLE = (
 
 
 def option(default: Any, help: str) -> Any:
-    """Return a field with its help on the command line."""
+    """Return a dataclass field with its help for the command line."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class Settings:
-    """Settings of a training run. None stands for a default that is worked out."""
+    """Settings of a training run. None means a default that depends on the model or on other settings."""
 
     pretrained_model_name_or_path: str = option("", "The model to linearize: a Hub id or a folder.")
-    output_dir: str = option("", "Folder of the result and the checkpoints.")
+    output_dir: str = option("", "The folder of the result and the checkpoints.")
     train_data_dir: str | None = option(None, "A folder of images with captions.")
-    dataset_name: str | None = option(None, "Or a dataset that the datasets library reads.")
-    image_column: str = option("image", "Its column of images.")
-    caption_column: str = option("text", "Its column of captions.")
-    generate: int | None = option(None, "Or let the model generate this many images, into train_data_dir.")
-    prompts: str | None = option(None, "A file of prompts for generate, one per line, taken in turn.")
-    num_inference_steps: int | None = option(None, "Of generated images; by default the pipeline's.")
-    latents_dir: str | None = option(None, "Where latents and embeddings are cached; by default in output_dir.")
-    revision: str | None = option(None, "Of the model on the Hub.")
-    window: int | None = option(None, "Radius of CLEAR's window in tokens, by default 16.")
-    down_factor: int | None = option(None, "Side of CLEAR's pooled cells in tokens, by default 1: none.")
-    # In Python also a `Method`.
+    dataset_name: str | None = option(None, "A dataset of the datasets library, in place of train_data_dir.")
+    image_column: str = option("image", "The dataset's column of images.")
+    caption_column: str = option("text", "The dataset's column of captions.")
+    generate: int | None = option(None, "The number of images that the model generates into train_data_dir.")
+    prompts: str | None = option(None, "A file of prompts for generate, one per line, used in turn.")
+    num_inference_steps: int | None = option(None, "The steps of generated images; by default the pipeline's.")
+    latents_dir: str | None = option(None, "The folder that caches latents and embeddings; by default in output_dir.")
+    revision: str | None = option(None, "The revision of the model on the Hub.")
+    window: int | None = option(None, "The radius of CLEAR's window in tokens, by default 16.")
+    down_factor: int | None = option(None, "The side of CLEAR's pooled cells in tokens, by default 1 for no pooling.")
+    # A `Method` in Python.
     method: str | None = option(None, "A method of clear_attn.methods, such as Swin(side=8); by default CLEAR.")
     student: str = option(
         "full", f"How projections are trained: one of {', '.join(STUDENTS)}, lora for low-rank updates."
     )
-    rank: int = option(64, "Of the low-rank updates, with student=lora.")
-    resolution: int = option(1024, "Side in pixels of a square image; other shapes have its area.")
-    max_sequence_length: int | None = option(None, "Text tokens; by default the pipeline's.")
-    train_batch_size: int = option(1, "Images in a batch on each device.")
-    gradient_accumulation_steps: int = option(1, "Batches per step.")
-    max_train_steps: int = option(10_000, "Steps of the optimizer.")
+    rank: int = option(64, "The rank of the low-rank updates, with student=lora.")
+    resolution: int = option(1024, "The side in pixels of a square image; other shapes have the same area.")
+    max_sequence_length: int | None = option(None, "The number of text tokens; by default the pipeline's.")
+    train_batch_size: int = option(1, "The number of images in a batch on each device.")
+    gradient_accumulation_steps: int = option(1, "The number of batches per step.")
+    max_train_steps: int = option(10_000, "The number of optimizer steps.")
     optimizer: str = option("prodigy", f"One of {', '.join(OPTIMIZERS)}.")
-    learning_rate: float | None = option(None, "By default 1 for prodigy, which finds its own, and 1e-4 for others.")
-    lr_scheduler: str = option("constant", "One of diffusers' schedulers.")
-    lr_warmup_steps: int = option(0, "Steps over which the rate rises.")
+    learning_rate: float | None = option(None, "By default 1 for prodigy, which adapts it, and 1e-4 for the others.")
+    lr_scheduler: str = option("constant", "A learning rate scheduler of diffusers.")
+    lr_warmup_steps: int = option(0, "The number of warmup steps.")
     adam_weight_decay: float = option(1e-4, "Weight decay.")
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    guidance_scale: float = option(3.5, "Input of a model that embeds its guidance scale.")
+    max_grad_norm: float = option(1.0, "The norm that gradients are clipped to.")
+    guidance_scale: float = option(3.5, "The guidance scale for a model that embeds it.")
     weighting_scheme: str = option("none", f"How timesteps are sampled: one of {', '.join(SCHEMES)}; none is uniform.")
     flow_matching_weight: float = option(1.0, "Weight of the flow matching loss.")
     prediction_weight: float = option(0.5, "Weight of the difference from the teacher's prediction.")
     attention_weight: float = option(0.5, "Weight of the difference from the teacher's attention.")
     attention_layers: list[str] | None = option(None, "Layers whose attention is compared; by default the paper's.")
-    gradient_checkpointing: bool = option(True, "Compute activations again in the backward pass, to save memory.")
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass, to save memory.")
     mixed_precision: str | None = option(
         None, "no, bf16 or fp16; by default as accelerate is configured, else bf16 on a GPU."
     )
-    use_ema: bool = option(False, "Keep a moving average of the weights, on the CPU, and make it the result.")
-    ema_decay: float = option(0.999, "Of the moving average.")
+    use_ema: bool = option(False, "Keep a moving average of the weights on the CPU, and save it as the result.")
+    ema_decay: float = option(0.999, "The decay of the moving average.")
     validation_prompts: list[str] | None = option(
         None, "Teacher and student generate images of these every validation_steps."
     )
-    validation_steps: int = option(500, "Steps between validations.")
-    seed: int = option(0, "Seed of everything random.")
-    checkpointing_steps: int = option(500, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = option(2, "How many checkpoints are kept.")
-    resume_from_checkpoint: str | None = option(None, 'A checkpoint\'s folder, or "latest".')
+    validation_steps: int = option(500, "The number of steps between validations.")
+    seed: int = option(0, "The seed of the run.")
+    checkpointing_steps: int = option(500, "The number of steps between checkpoints.")
+    checkpoints_total_limit: int | None = option(2, "The number of checkpoints to keep.")
+    resume_from_checkpoint: str | None = option(None, 'The folder of a checkpoint, or "latest".')
     report_to: str = option("tensorboard", "A tracker of accelerate, such as wandb; all; or none.")
-    logging_dir: str = option("logs", "In output_dir.")
+    logging_dir: str = option("logs", "The folder of logs in output_dir.")
 
     def __post_init__(self) -> None:
         if isinstance(self.method, Method):
@@ -111,18 +111,18 @@ class Settings:
         return OPTIMIZERS[self.optimizer] if self.learning_rate is None else self.learning_rate
 
     def shared(self) -> dict[str, Any]:
-        """Return what must be the same in a run that continues this one."""
-        # The rate of other schedulers depends on the number of steps.
+        """Return the settings that must be the same when this run is resumed."""
+        # With other schedulers, the learning rate depends on the number of steps.
         free = set(RESUMABLE) - (set() if self.lr_scheduler in ENDLESS else {"max_train_steps"})
         attention = {"window", "down_factor", "method"}  # several values of these mean the same method
         others = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in free | attention}
         return {**others, "attention": self.attention.as_arguments()}
 
     def check(self) -> None:
-        """Raise ValueError for a value out of range, or values that exclude each other."""
+        """Raise ValueError if a value is out of range or contradicts another."""
         for name in ("pretrained_model_name_or_path", "output_dir"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is missing")
+                raise ValueError(f"{name} is missing; give it")
         if (self.generate is None) != (self.prompts is None):
             raise ValueError("generate and prompts go together: the number of images, and a file of prompts")
         if self.generate is not None and self.dataset_name is not None:

@@ -1,7 +1,7 @@
-"""Parameters and optimizer state of a run that is sharded over processes.
+"""Access parameters and optimizer state of a run that is sharded over processes.
 
-On one device and under DDP every process has all of it. ZeRO-2 shards the optimizer's state and a copy of the
-parameters in float32; FSDP2 the parameters too.
+On one device and under DDP, every process has all values. ZeRO-2 shards the optimizer state and a float32 copy of the
+parameters. FSDP2 shards the parameters, too.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from clear_attn.utils._torch import map_tensors
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Return whether each process has only its part of the optimizer's state."""
+    """Return whether each process has only its shard of the optimizer state."""
     return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """Return a parameter's whole value; under FSDP2 all processes must call it."""
+    """Return a parameter's unsharded value; under FSDP2 all processes must call it."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()
 def assign(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copy a whole value into a parameter; under FSDP2 the first process's, of which each keeps its part."""
+    """Copy an unsharded value into a parameter; FSDP2 takes the first process's value and shards it."""
     value = value.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -37,7 +37,7 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Return this process's part, as plain tensors."""
+    """Return this process's shard of the optimizer state, as plain tensors."""
     inner, masters = _zero(optimizer)
     state = map_tensors(lambda x: x.to_local() if isinstance(x, DTensor) else x, inner.state_dict())
     return {"optimizer": state, "masters": [master.detach() for master in masters]}
@@ -45,7 +45,7 @@ def optimizer_state(optimizer: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Undo `optimizer_state`, in a run with the same number of processes."""
+    """Load the result of `optimizer_state` in a run with the same number of processes."""
     inner, masters = _zero(optimizer)
     for master, value in zip(masters, state["masters"], strict=True):
         master.copy_(value)
@@ -76,7 +76,7 @@ def _like(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _zero(optimizer: Any) -> tuple[Any, list[Tensor]]:
-    """Return the optimizer that computes, and under ZeRO-2 the parts of the parameters that it computes on."""
+    """Return the inner optimizer, and under ZeRO-2 its float32 shards of the parameters."""
     inner = optimizer.optimizer  # of accelerate's wrapper
     masters = getattr(inner, "single_partition_of_fp32_groups", None)
     return (inner, []) if masters is None else (inner.optimizer, masters)

@@ -1,4 +1,4 @@
-"""The losses of one step: the teacher's prediction without gradients, then the student's of the same noisy latents."""
+"""The losses of one step: run the teacher without gradients, then the student, on the same noisy latents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clear_attn.models import TrainingAdapter
 
 
 class Batch(NamedTuple):
-    """Clean latents `[batch, channels, height, width]`, and the text as a `TrainingAdapter` encodes it."""
+    """Clean latents `[batch, channels, height, width]`, and the text that a `TrainingAdapter` encoded."""
 
     latents: Tensor
     text: Mapping[str, Tensor]
@@ -51,14 +51,14 @@ def distillation_losses(
     """Return the losses of a linearized transformer's student.
 
     Args:
-        transformer: with a student; may be wrapped, as by DDP.
+        transformer: a transformer with a student; may be wrapped, for example by DDP.
         training: the transformer's training adapter.
-        batch: of training data.
-        noise: in the latents' shape.
-        sigma: `[batch]` in 0..1, the share of noise.
-        weights: of the losses.
-        matched: the layers whose attention is compared.
-        guidance: embedded guidance scale; None for a model without it.
+        batch: a batch of training data.
+        noise: the noise, in the latents' shape.
+        sigma: the share of noise, `[batch]` in 0..1.
+        weights: the weights of the losses.
+        matched: the layers with attention outputs to compare.
+        guidance: the embedded guidance scale; None for a model without it.
     """
     noisy = losses.interpolate(batch.latents, noise, sigma)
 

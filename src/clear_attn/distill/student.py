@@ -1,7 +1,7 @@
-"""One model, two roles: the teacher as it was, and a student that has its own projections in its processors.
+"""One model in two roles: the teacher with the original projections, and a student with its own in the processors.
 
-Nothing is swapped: a keyword of the call says whose projections are used. So wrappers that hold parameters by view
-(DDP, ZeRO, FSDP), and recomputation under gradient checkpointing, always meet the same modules.
+No module is swapped: a keyword of the call selects the projections. Wrappers that hold views of parameters (DDP, ZeRO,
+FSDP), and recomputation under gradient checkpointing, therefore always use the same modules.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["STUDENT", "TEACHER", "Outputs", "add_student", "keywords", "student_
 
 
 class Outputs:
-    """Attention outputs of a call by layer, before any projection.
+    """Record attention outputs of a call by layer, before any projection.
 
-    Not a dict: DDP and FSDP copy dicts among a call's keywords, and what a layer put into the copy would be lost.
+    This is not a dict, because DDP and FSDP copy dicts in a call's keywords, and outputs in the copy would be lost.
 
     Args:
-        layers: those to keep.
+        layers: the layers to record.
     """
 
     def __init__(self, layers: Iterable[str] = ()) -> None:
@@ -39,23 +39,23 @@ class Outputs:
         self.by_layer: dict[str, Tensor] = {}
 
     def record(self, layer: str, output: Tensor) -> None:
-        """Keep an output by name: a recomputation runs a layer again."""
+        """Record an output. A recomputation of the layer overwrites it."""
         if layer in self.layers:
             self.by_layer[layer] = output
 
 
 class LowRank(nn.Module):
-    """A projection with a low-rank update, zero at first: x W^T + b + x (B A)^T.
+    """A projection with a low-rank update that starts at zero: x W^T + b + x (B A)^T.
 
     Args:
-        base: the projection, an `nn.Linear`; not a part of this module.
-        rank: number of rows of A and columns of B.
-        rng: for A, on the CPU; B is zeros.
+        base: the projection, an `nn.Linear`, which does not become a submodule.
+        rank: the number of rows of A and columns of B.
+        rng: a generator on the CPU for A; B starts as zeros.
     """
 
     def __init__(self, base: Any, rank: int, rng: torch.Generator) -> None:
         super().__init__()
-        self._base = (base,)  # in a tuple, since a module that is an attribute becomes a submodule
+        self._base = (base,)  # a tuple, so that it does not become a submodule
         device = base.weight.device
         down = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5**0.5, generator=rng)
         self.down = nn.Parameter(down.to(device))
@@ -73,7 +73,7 @@ class LowRank(nn.Module):
 
 
 class LayerView:
-    """An attention layer with other projections, by their names, and without a fused one."""
+    """An attention layer with some projections replaced, and without a fused projection."""
 
     fused_projections = False
 
@@ -88,10 +88,10 @@ class LayerView:
 
 
 class DistillProcessor(ClearAttnProcessor):
-    """Attention of one layer: with the layer's own projections for the teacher, else with the student's.
+    """Compute the attention of one layer with the original projections for the teacher, else with the student's.
 
     Args:
-        local: the linearized layer's processor, copied in float32.
+        local: the linearized layer's processor, which is copied in float32.
         student: the student's projections, by name in the layer.
     """
 
@@ -103,7 +103,7 @@ class DistillProcessor(ClearAttnProcessor):
         self._student_names = tuple(student)
 
     def run(self, attn: Any, inputs: Inputs, context: Any) -> Any:
-        """Project, attend, project out, as the context's role says."""
+        """Return the layer's output in the context's role: project, attend, project out."""
         context = self.validate_call(inputs, context)
         view = LayerView(attn, {} if context.role == TEACHER else self.projections)
         query, key, value, rest = self.adapter.project(view, inputs)
@@ -120,24 +120,24 @@ class DistillProcessor(ClearAttnProcessor):
 
 @functools.cache
 def _with_signature_of(processor: type[ClearAttnProcessor]) -> type[DistillProcessor]:
-    """Return a `DistillProcessor` that is called as the layers of a model call this class."""
+    """Return a `DistillProcessor` class with the signature of another processor class."""
     return type(f"Distill{processor.__name__}", (DistillProcessor, processor), {})
 
 
 def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Parameter]:
-    """Give a linearized pipeline or transformer a student with the teacher's values, and freeze all else.
+    """Add a student with the teacher's values to a linearized pipeline or transformer, and freeze all other parameters.
 
     Args:
-        pipe: linearized, with its own weights.
-        rank: of low-rank updates of the projections to train; None trains the projections themselves.
-        seed: of the low-rank updates' first values.
+        pipe: a linearized pipeline or transformer with its own weights.
+        rank: the rank of low-rank updates to train; None trains the projections themselves.
+        seed: the seed of the low-rank updates.
 
     Returns:
         The parameters to train, in float32.
 
     Raises:
         RuntimeError: the pipeline is not linearized, or has an IP-Adapter.
-        ValueError: a rank below 1.
+        ValueError: the rank is below 1.
     """
     target = find_target(pipe)
     transformer, layers = target.transformer, target.layers
@@ -148,7 +148,7 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
     names = target.adapter.ip_adapter_processors
     adapted = next((layer for layer, attn in layers.items() if is_instance(attn.processor, names)), None)
     if adapted:
-        raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distil")
+        raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distill")
     transformer.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
     for layer, attn in layers.items():
@@ -162,7 +162,7 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
 
 
 def processors(transformer: Any) -> dict[str, DistillProcessor]:
-    """Return the processors with a student, by layer."""
+    """Return the processors that have a student, by layer."""
     return {
         processor.layer.name: processor
         for processor in transformer.modules()
@@ -180,7 +180,7 @@ def student_parameters(transformer: Any) -> dict[str, nn.Parameter]:
 
 
 def student_values(transformer: Any) -> dict[str, Tensor]:
-    """Return the student's whole values, by name in a checkpoint of distilled weights."""
+    """Return the student's unsharded values, by their names in a checkpoint of distilled weights."""
     own = own_parameters({layer: processor.local for layer, processor in processors(transformer).items()})
     values = {name: whole(parameter.detach()) for name, parameter in own.items()}
     for layer, processor in processors(transformer).items():
@@ -191,5 +191,5 @@ def student_values(transformer: Any) -> dict[str, Tensor]:
 
 
 def keywords(role: str, outputs: Outputs | None = None) -> dict[str, Any]:
-    """Return the attention keywords of a call of the transformer."""
+    """Return the attention keywords for a call of the transformer in a role."""
     return {ROLE: role, RECORDER: None if outputs is None else outputs.record}

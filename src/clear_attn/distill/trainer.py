@@ -32,11 +32,11 @@ from clear_attn.patching.linearization import linearize
 from clear_attn.patching.target import find_target
 from clear_attn.utils._torch import map_tensors
 
-RUN = "run"  # the part of a checkpoint that is the same for all processes
+RUN = "run"  # the part of a checkpoint that all processes share
 
 
 def shared(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """Return what must be the same in a run that continues this one."""
+    """Return the settings and the configuration that must be the same when this run is resumed."""
     return {
         **settings.shared(),
         "mixed_precision": accelerator.mixed_precision,
@@ -51,7 +51,7 @@ def _warn_if_dense(adapter: ModelAdapter, transformer: Any, data: Cache, method:
     if method.covers((height, width)):
         warnings.warn(
             f"{method.as_arguments()} covers the largest image, {height} x {width} tokens: attention is dense, "
-            "and there is nothing to distil; give a smaller window or a higher resolution",
+            "and there is nothing to distill; give a smaller window or a higher resolution",
             stacklevel=3,
         )
 
@@ -65,7 +65,7 @@ def _check_finite(value: float | Tensor, what: str) -> None:
 
 
 class Run:
-    """The state of a training run: the model with its student, the optimizer, and the number of steps done."""
+    """The state of a training run: the model with its student, the optimizer, and the number of finished steps."""
 
     def __init__(self, settings: Settings, accelerator: Accelerator, pipe: Any, data: Cache) -> None:
         self.settings, self.accelerator, self.data, self.step = settings, accelerator, data, 0
@@ -84,7 +84,7 @@ class Run:
         self.shift = 1.0 if scheduler.use_dynamic_shifting else scheduler.shift
         self.matched = _matched_layers(settings, self.training, list(target.layers))
         optimizer = make_optimizer(settings, parameters, accelerator.distributed_type)
-        # Not prepared by accelerate, whose own would step once for each process.
+        # Not prepared by accelerate, because its scheduler would step once for each process.
         self.schedule = get_scheduler(
             settings.lr_scheduler,
             optimizer,
@@ -94,7 +94,7 @@ class Run:
         self.dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
         prepare_plugins(accelerator, settings)
         self.transformer, self.optimizer = accelerator.prepare(transformer, optimizer)
-        # The moving average, in the main process only.
+        # Only the main process keeps the moving average.
         self.average: dict[str, Tensor] = {}
         if settings.use_ema:
             values = self._whole_values()
@@ -111,11 +111,11 @@ class Run:
         return student_parameters(self.bare)
 
     def _whole_values(self) -> dict[str, Tensor]:
-        """Return copies on the CPU; all processes must call it."""
+        """Return copies of the trained values on the CPU; all processes must call it."""
         return {name: whole(parameter.detach()).cpu().clone() for name, parameter in self.trained().items()}
 
     def steps(self) -> Iterator[dict[str, float]]:
-        """Train up to the last step. Yield each step's losses and learning rate."""
+        """Train to the last step, and yield each step's losses and learning rate."""
         while self.step < self.settings.max_train_steps:
             losses = self._one_step()
             self.step += 1
@@ -127,12 +127,12 @@ class Run:
             with self.accelerator.accumulate(self.transformer):
                 with self.autocast():
                     losses = self._losses(batch, rng)
-                # Over all processes, so that all of them stop at a loss that is not finite.
+                # Average over all processes, so that all of them stop at a loss that is not finite.
                 values = self.accelerator.reduce(torch.stack(losses).detach().float(), "mean").tolist()
                 for name, value in zip(sums, values, strict=True):
                     sums[name] += value / self.settings.gradient_accumulation_steps
                 _check_finite(sums["total"], f"the loss of step {self.step + 1} ({sums}) is")
-                self.accelerator.backward(losses.total)  # divides by the number of batches in a step
+                self.accelerator.backward(losses.total)  # accelerate divides by the number of batches in a step
                 if self.accelerator.sync_gradients:
                     self._clip()
                 self.optimizer.step()
@@ -143,12 +143,12 @@ class Run:
 
     def _clip(self) -> None:
         norm = self.accelerator.clip_grad_norm_(self.trained().values(), self.settings.max_grad_norm)
-        # A scaler leaves out a step that overflows, and goes on; DeepSpeed clips itself.
+        # A gradient scaler skips a step that overflows. DeepSpeed clips by itself and returns no norm.
         if self.accelerator.scaler is None and norm is not None:
             _check_finite(whole(norm), f"the norm of the gradient of step {self.step + 1} is")
 
     def autocast(self) -> torch.autocast:
-        """Return the context of mixed precision; accelerate's own would round the student under DeepSpeed."""
+        """Return the autocast context; accelerate's own would round the student under DeepSpeed."""
         device = self.accelerator.device.type
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -164,7 +164,7 @@ class Run:
     def _batches(self) -> Iterator[tuple[Batch, torch.Generator]]:
         """Yield this process's batches of a step, each with its random generator.
 
-        Both depend on the batch's number in the run alone, not on how many batches or processes share a step.
+        Both depend only on the batch's number in the run, not on the number of batches or processes in a step.
         """
         parts, processes = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
         device, dtype = self.accelerator.device, self.bare.dtype
@@ -214,7 +214,7 @@ class Run:
             accelerator.wait_for_everyone()
 
     def restore(self, saved: Path) -> None:
-        """Return to a checkpoint made with the same settings."""
+        """Load a checkpoint that was made with the same settings."""
         state = checkpoint.read(saved, RUN)
         optimizer = checkpoint.read(saved, self._optimizer_part())
         for name, parameter in self.trained().items():
@@ -232,18 +232,18 @@ class Run:
     def result(self) -> dict[str, Tensor]:
         """Return the distilled weights in the model's own dtype; all processes must call it."""
         with self.averaged():
-            # Copied, since the student's values come back into these parameters.
+            # Copy, because `averaged` restores the student's values in these parameters.
             values = student_values(self.bare).items()
             return {name: value.to("cpu", self.bare.dtype, copy=True) for name, value in values}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the moving average, if there is one, into the parameters for a block; all processes must call it."""
+        """Use the moving average, if there is one, in a `with` block; all processes must call it."""
         if not self.settings.use_ema:
             yield
             return
         present = self._whole_values()
-        self._assign({**present, **self.average})  # under FSDP2 the first process's values, which has the average
+        self._assign({**present, **self.average})  # FSDP2 takes the values of the first process, which has the average
         try:
             yield
         finally:
@@ -258,5 +258,8 @@ def _matched_layers(settings: Settings, training: TrainingAdapter, layers: list[
     matched = training.matched_layers(layers) if settings.attention_layers is None else settings.attention_layers
     unknown = sorted(set(matched) - set(layers))
     if unknown:
-        raise ValueError(f"attention_layers has {unknown[0]!r}, which is no attention layer of this model")
+        raise ValueError(
+            f"attention_layers has {unknown[0]!r}, which is not an attention layer of this model; it has {layers[0]} "
+            f"to {layers[-1]}"
+        )
     return matched

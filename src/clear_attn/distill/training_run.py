@@ -1,4 +1,4 @@
-"""A whole run: from a model's name and images to distilled weights."""
+"""A whole training run, from a model's name and images to distilled weights."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from clear_attn.distill.validation import Validation
 from clear_attn.patching.saving import save_values
 from clear_attn.utils.atomic import check_folder
 
-# Types of settings that every tracker takes.
+# Types of settings that every tracker supports.
 LOGGABLE = (bool, int, float, str)
 
 
 def train(settings: Settings) -> Path:
-    """Distil a model, and save the result as `clear_attn.save_pretrained` does.
+    """Distill a model, and save the result in the format of `clear_attn.save_pretrained`.
 
     Args:
-        settings (`Settings`): of the run.
+        settings (`Settings`): the settings of the run.
 
     Returns:
         The folder of the result, `settings.output_dir`.
 
     Raises:
-        ValueError: settings out of range; images without captions; a cache or a checkpoint of something else, or one
-            that is not complete.
-        TypeError: a model that cannot be linearized or distilled.
-        FileExistsError: the folder has another run, or later checkpoints than the one to continue from.
-        FileNotFoundError: there is no such checkpoint, or no such file of prompts.
+        ValueError: a setting is out of range, an image has no caption, or a cache or checkpoint is incomplete or was
+            made with other settings.
+        TypeError: the model cannot be linearized or distilled.
+        FileExistsError: the folder has another run, or later checkpoints than the one to resume from.
+        FileNotFoundError: the checkpoint or the file of prompts does not exist.
         NotADirectoryError: a folder is a file.
         ImportError: a setting needs a library that is not installed.
         FloatingPointError: a loss, gradient or weight is not finite; nothing was overwritten.
@@ -62,7 +62,7 @@ def _train(settings: Settings, folder: Path, accelerator: Accelerator) -> None:
     resumed = checkpoint.find(folder, settings.resume_from_checkpoint)
     if resumed:
         checkpoint.check_settings(resumed, shared(settings, accelerator))
-        checkpoint.read(resumed, RUN)  # before anything takes time
+        checkpoint.read(resumed, RUN)  # find an incomplete checkpoint before the slow steps
     images = prepare.examples(settings)
     pipe = prepare.load(settings, accelerator)
     data = prepare.data(settings, accelerator, pipe, images)
@@ -96,14 +96,14 @@ def _run_steps(run: Run, settings: Settings, accelerator: Accelerator, validatio
 
 
 def _precision(settings: Settings) -> str | None:
-    """Return what the settings ask for, else bf16 on a GPU, or None if accelerate is configured."""
+    """Return the mixed precision of the settings, else None if accelerate is configured, else bf16 on a GPU."""
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     default = "bf16" if torch.cuda.is_available() and not configured else None
     return settings.mixed_precision or default
 
 
 def _tracker(name: str) -> str | None:
-    """Return the tracker to report to; accelerate silently leaves out one that is not installed."""
+    """Return the tracker to report to, and check it: accelerate skips one that is not installed without a warning."""
     if name in ("none", "all") or name in [tracker.value for tracker in get_available_trackers()]:
         return None if name == "none" else name
     known = sorted(LOGGER_TYPE_TO_CLASS)

@@ -1,4 +1,4 @@
-"""Images by teacher and student of the same prompts and seeds, while training goes on."""
+"""Compare images of teacher and student, with the same prompts and seeds, during training."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FOLDER = "validation"
 
 
 class Validation:
-    """Generates images of the validation prompts with the transformer that is being trained.
+    """Generate images of the validation prompts with the transformer in training.
 
-    The prompts are encoded at once, so that the text encoders can be freed.
+    The prompts are encoded on construction, so that the text encoders can be freed.
 
     Args:
-        settings: of the run.
-        accelerator: of the run.
-        pipe: with its text encoders, before it is prepared for training.
+        settings: the settings of the run.
+        accelerator: the accelerator of the run.
+        pipe: the pipeline with its text encoders, before it is prepared for training.
     """
 
     def __init__(self, settings: Settings, accelerator: Accelerator, pipe: Any) -> None:
@@ -45,7 +45,7 @@ class Validation:
         self.rows: dict[str, list[Image.Image]] = {}
 
     def draw(self, step: int) -> None:
-        """Write one sheet to the output directory and the trackers; under FSDP2 all processes must call it."""
+        """Write a sheet of images to the output directory and the trackers; under FSDP2 all processes must call it."""
         if not self.prompts:
             return
         if not self.rows:
@@ -69,7 +69,7 @@ class Validation:
         self.pipe.set_progress_bar_config(disable=True)
         images = []
         for number, text in enumerate(self.texts):
-            # A seed of its own: a training image of the same number has other noise.
+            # The seed differs from that of the training image with the same number.
             seed = hash_of("validation", self.generation.seed, number)
             text = {name: tensor.to(device) for name, tensor in text.items()}
             images += self.generation.run(self.pipe, [seed], text, **arguments)

@@ -1,4 +1,4 @@
-"""Image sizes of about one area, so that images of any shape are trained on with little cropped."""
+"""Image sizes with about the same area, so that images of any shape need little cropping."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 
 from PIL import Image, ImageOps
 
-# Sides are multiples of a token's 16 px, and of a sixteenth of the resolution where that is more.
+# Sides are multiples of a token's 16 px, or of a sixteenth of the resolution if that is larger.
 LEAST_STEP, STEPS = 16, 16
 LARGEST_RATIO = 2.25
 
 
 def sizes(resolution: int) -> list[tuple[int, int]]:
-    """Return heights and widths in pixels, of an area of at most resolution^2, from about 2:1 to 1:2.
+    """Return (height, width) pairs in pixels with an area of at most resolution^2, from about 2:1 to 1:2.
 
     Raises:
         ValueError: the resolution is not a multiple of 16, or too small.
@@ -29,7 +29,7 @@ def sizes(resolution: int) -> list[tuple[int, int]]:
 
 
 def fit(image: Image.Image, resolution: int) -> Image.Image:
-    """Return an image at the size of the nearest shape, scaled to cover it and cropped at the center."""
+    """Scale an image to cover the size with the nearest aspect ratio, and crop its center to that size."""
     shape = math.log(image.height / image.width)
     height, width = min(
         sizes(resolution), key=lambda size: (abs(math.log(size[0] / size[1]) - shape), -size[0] * size[1])

@@ -1,4 +1,4 @@
-"""Latents and text embeddings, computed once: safetensors shards, and an index that says what they were made of."""
+"""Cache latents and text embeddings in safetensors shards, with an index of their origin."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MOST_BROKEN = 0.05  # as a share of all
 
 
 class Origin(NamedTuple):
-    """What a cache was made of, so that one of another model or other images is refused."""
+    """The model and images of a cache, with which a cache of other ones is refused."""
 
     model: str
     revision: str | None
@@ -49,7 +49,7 @@ class Origin(NamedTuple):
     def of(
         cls, model: str, revision: str | None, resolution: int, text_tokens: int, examples: Iterable[Example]
     ) -> Origin:
-        """Return an origin with a digest of the names and captions of all examples."""
+        """Return the origin, with a digest of the names and captions of all examples."""
         return cls(model, revision, resolution, text_tokens, _digest([(each.name, each.prompt) for each in examples]))
 
 
@@ -58,10 +58,10 @@ def _digest(values: list[Any]) -> str:
 
 
 def begin(folder: Path, origin: Origin, count: int) -> None:
-    """Create the folder, with the index that says what it is made of.
+    """Create the folder and its index.
 
     Raises:
-        ValueError: the folder's cache was made of something else.
+        ValueError: the folder has a cache with another origin.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).is_file():
@@ -80,7 +80,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def missing(folder: Path, examples: Sequence[Example]) -> list[int]:
-    """Return the numbers of the shards that do not exist, or have images that changed since.
+    """Return the numbers of the shards that do not exist, or with images that have changed.
 
     Raises:
         ValueError: a shard is not complete.
@@ -128,15 +128,15 @@ def build(
     origin: Origin,
     shards: Iterable[int],
 ) -> None:
-    """Encode shards. Each is written completely or not at all, so an interrupted run continues where it was.
+    """Encode shards. Each is written atomically, so that an interrupted run can continue.
 
     Args:
         pipe: a pipeline with its autoencoder and text encoders.
-        training: its transformer's training adapter.
-        examples: all of them, always in the same order.
-        folder: prepared by `begin`.
-        origin: what the cache is made of.
-        shards: which to encode.
+        training: the training adapter of its transformer.
+        examples: all examples, always in the same order.
+        folder: a folder that `begin` prepared.
+        origin: the origin of the cache.
+        shards: the numbers of the shards to encode.
 
     Raises:
         ValueError: too many images are broken.
@@ -171,10 +171,10 @@ def _check_broken(broken: Sequence[str], count: int, folder: Path) -> None:
 
 @torch.no_grad()
 def _encode(pipe: Any, training: TrainingAdapter, example: Example, origin: Origin) -> dict[str, Tensor] | None:
-    """Return the latents' mean and standard deviation, and the text; None if the image is broken."""
+    """Return the latents' mean and standard deviation and the text, or None if the image is broken."""
     try:
         image = example.open()
-    except Exception:  # PIL raises many, with no common base
+    except Exception:  # PIL's errors have no common base class
         return None
     pixels = VaeImageProcessor().preprocess(fit(image, origin.resolution)).to(pipe.vae.device, pipe.vae.dtype)
     mean, std = training.encode_image(pipe, pixels)
@@ -183,10 +183,10 @@ def _encode(pipe: Any, training: TrainingAdapter, example: Example, origin: Orig
 
 
 class Cache:
-    """What `build` has written.
+    """Read the cache that `build` wrote.
 
     Attributes:
-        sizes: (height, width) of the latents of each example.
+        sizes: the (height, width) of each example's latents.
 
     Raises:
         ValueError: too many images were broken; a shard is not complete.
@@ -211,7 +211,7 @@ class Cache:
         return len(self._places)
 
     def read(self, examples: Sequence[int], rng: torch.Generator) -> Batch:
-        """Return examples of one size, with latents sampled from their distributions; texts padded with zeros."""
+        """Return examples of one size, with latents sampled from their distributions and texts padded with zeros."""
         read = [self._read(example) for example in examples]
         stacked = {name: pad_sequence([each[name] for each in read], batch_first=True) for name in read[0]}
         mean, std = stacked.pop("mean"), stacked.pop("std")
@@ -227,9 +227,9 @@ class Cache:
 
 
 def batches(sizes: Sequence[tuple[int, int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the examples of each batch of an epoch, each of one size, in an order given by seed and epoch.
+    """Return the examples of each batch of an epoch, in an order given by seed and epoch.
 
-    A size with fewer examples left than a batch gives a smaller one.
+    All examples of a batch have one size. The last batch of a size may be smaller.
     """
     rng = torch.Generator().manual_seed(hash_of(seed, epoch))
     by_size: dict[tuple[int, int], list[int]] = {}

@@ -1,4 +1,4 @@
-"""Images with captions: from a folder of files or tar shards, or from what the `datasets` library reads."""
+"""Images with captions, from a folder of files or tar shards, or from the `datasets` library."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Example(NamedTuple):
     """An image and its caption.
 
     Attributes:
-        name: for messages.
+        name: the name of the image in messages.
         prompt: the caption.
-        open: reads the image, the right way up; raises if it is broken.
-        fingerprint: differs when the image does: the file's size, or its dataset's fingerprint.
+        open: reads the image and applies its orientation; raises if it is broken.
+        fingerprint: returns a value that changes with the image: the file's size, or the dataset's fingerprint.
     """
 
     name: str
@@ -39,7 +39,7 @@ class _File(NamedTuple):
 
 
 def on_disk(path: Path, prompt: str) -> Example:
-    """Return an example of an image file, which need not exist yet."""
+    """Return the example of an image file, which may not exist yet."""
     return _example(path.name, prompt, _on_disk(path))
 
 
@@ -52,23 +52,23 @@ def _example(name: str, prompt: str, file: _File) -> Example:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return an image in RGB, turned as its EXIF orientation says."""
+    """Return an image in RGB, rotated by its EXIF orientation."""
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def from_folder(folder: Path) -> list[Example]:
-    """Return the images in a folder, its subfolders and their tar shards (as webdataset packs them), by name.
+    """Return the images in a folder, its subfolders and their webdataset tar shards, sorted by name.
 
-    Captions are in `metadata.jsonl` (`file_name`, and `prompt` or `text`), or in a `.json` file with `prompt` or a
-    `.txt` file with the image's name.
+    Captions are in `metadata.jsonl` (`file_name`, and `prompt` or `text`), or next to the image in a `.json` file
+    (`prompt`) or a `.txt` file with its name.
 
     Raises:
-        NotADirectoryError: there is no such folder.
-        ValueError: there are no images; an image has no caption; a caption or a shard cannot be read.
+        NotADirectoryError: the folder does not exist.
+        ValueError: there are no images, an image has no caption, or a caption or a shard cannot be read.
     """
     if not folder.is_dir():
         raise NotADirectoryError(
-            f"train_data_dir={str(folder)!r} is no directory; give a folder of images and captions"
+            f"train_data_dir={str(folder)!r} is not a directory; give a folder of images and captions"
         )
     files = dict(_files(folder))
     images = [name for name in files if PurePosixPath(name).suffix.lower() in ENDINGS]
@@ -76,17 +76,17 @@ def from_folder(folder: Path) -> list[Example]:
         raise ValueError(f"train_data_dir={str(folder)!r} has no images ({', '.join(ENDINGS)})")
     listed = read_metadata(folder / METADATA) if METADATA in files else {}
     prompts = {name: listed.get(name) or _caption_file(name, files) for name in images}
-    bare = [name for name, prompt in prompts.items() if not (prompt and prompt.strip())]
-    if bare:
+    uncaptioned = [name for name, prompt in prompts.items() if not (prompt and prompt.strip())]
+    if uncaptioned:
         raise ValueError(
-            f"{len(bare)} of {len(images)} images in {folder} have no caption, {bare[0]} first; write a "
+            f"{len(uncaptioned)} of {len(images)} images in {folder} have no caption, {uncaptioned[0]} first; write a "
             f"{METADATA} with file_name and prompt, or a .txt or .json file with each image's name"
         )
     return [_example(name, prompt, files[name]) for name, prompt in prompts.items() if prompt]
 
 
 def _files(folder: Path) -> Iterator[tuple[str, _File]]:
-    """Yield the files of a folder by name, a shard's as if it were a folder."""
+    """Yield the files of a folder by name, and a shard's files as if it were a folder."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.suffix.lower() == SHARD:
@@ -119,7 +119,7 @@ def _members(shard: Path) -> Iterator[tuple[str, _File]]:
 
 
 def read_metadata(metadata: Path) -> dict[str, str]:
-    """Return the captions in a `metadata.jsonl`, by file name; empty lines are left out.
+    """Return the captions in a `metadata.jsonl` by file name, without empty lines.
 
     Raises:
         ValueError: a line has no file name or caption.
@@ -143,13 +143,13 @@ def _caption_file(image: str, files: Mapping[str, _File]) -> str | None:
 
 
 def _caption(value: Any, where: str) -> str:
-    """Return a caption that tokenizers take."""
+    """Check that a caption is text that tokenizers can encode, and return it."""
     if not isinstance(value, str):
         raise ValueError(f"{where} must have one text as its prompt, got {shorten(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has a prompt that is no Unicode text ({error}); write it again") from None
+        raise ValueError(f"{where} has a prompt that is not Unicode text ({error}); write it again") from None
     return value
 
 
@@ -157,18 +157,18 @@ def _text(read: Callable[[], bytes], name: str) -> str:
     try:
         return read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no text in UTF-8 ({error}); save it as UTF-8") from None
+        raise ValueError(f"{name} is not text in UTF-8 ({error}); save it as UTF-8") from None
 
 
 def from_dataset(rows: Any, image_column: str, caption_column: str) -> list[Example]:
     """Return the rows of a dataset of the `datasets` library.
 
     Raises:
-        ValueError: there are no rows or no such columns; the one has no images; a row has no caption in the other.
+        ValueError: there are no rows, a column is missing, the image column has no images, or a row has no caption.
     """
     for option, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in rows.column_names:
-            raise ValueError(f"{option}={column!r} is not among the dataset's columns {rows.column_names}")
+            raise ValueError(f"{option}={column!r} is not among the dataset's columns; give one of {rows.column_names}")
     if not len(rows):
         raise ValueError("the dataset has no rows")
     if not isinstance(rows[0][image_column], Image.Image):
@@ -185,7 +185,7 @@ def from_dataset(rows: Any, image_column: str, caption_column: str) -> list[Exam
 
 
 def check_same_origin(theirs: Mapping[str, Any], ours: NamedTuple, what: str) -> None:
-    """Raise ValueError if a folder's content was made for other settings; `what` begins the message."""
+    """Raise ValueError, with a message that starts with `what`, if a folder was made with other settings."""
     for name, value in ours._asdict().items():
         if theirs.get(name) != value:
             raise ValueError(

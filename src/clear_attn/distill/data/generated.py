@@ -1,4 +1,4 @@
-"""The teacher's own images as training data, which serve better than photographs (arXiv 2412.16112, section 3.3)."""
+"""Generate the teacher's images as training data, which work better than photos (arXiv 2412.16112, section 3.3)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ INDEX = "generated.json"
 
 
 class Generation(NamedTuple):
-    """How images are generated. All images of a folder agree in it.
+    """The settings of generated images, the same for all images of a folder.
 
     Attributes:
         model, revision: the teacher.
-        resolution: side in pixels.
+        resolution: the side of the images in pixels.
         text_tokens: the length that prompts are padded to.
-        steps: of denoising, None for the pipeline's default.
-        guidance: embedded guidance scale; None for other models, with the pipeline's default.
-        seed: the seeds of images follow from it.
+        steps: the number of denoising steps, or None for the pipeline's default.
+        guidance: the embedded guidance scale, or None for the pipeline's default in other models.
+        seed: the seed from which the images' seeds are computed.
     """
 
     model: str
@@ -43,7 +43,7 @@ class Generation(NamedTuple):
     seed: int
 
     def run(self, pipe: Any, seeds: Sequence[int], text: dict[str, Tensor], **arguments: Any) -> list[Image.Image]:
-        """Return an image per seed, of text that is encoded as the pipeline's keywords."""
+        """Return an image per seed, given text encoded as keywords of the pipeline."""
         return generate_with_seeds(
             pipe,
             seeds,
@@ -58,7 +58,7 @@ class Generation(NamedTuple):
 
 
 def examples(folder: Path, prompts: Sequence[str], count: int) -> list[Example]:
-    """Return the images that will be in the folder: of the prompts in turn, until there are enough."""
+    """Return the examples that will be in the folder: `count` images, with the prompts in turn."""
     numbered = enumerate(itertools.islice(itertools.cycle(prompts), count))
     return [on_disk(folder / f"{number:06}.png", prompt) for number, prompt in numbered]
 
@@ -69,10 +69,10 @@ def missing(folder: Path, wanted: Sequence[Example]) -> list[int]:
 
 
 def begin(folder: Path, wanted: Sequence[Example], generation: Generation) -> None:
-    """Create the folder with its captions, so that it can be trained on like any other.
+    """Create the folder with its captions, in the format that `from_folder` reads.
 
     Raises:
-        ValueError: the folder's images were generated in another way, of other prompts, or not here.
+        ValueError: the folder's images have other settings or prompts, or were not generated here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / INDEX
@@ -87,7 +87,7 @@ def begin(folder: Path, wanted: Sequence[Example], generation: Generation) -> No
                 f"{folder / each.name} was generated for {captions[each.name]!r}, and the prompts now say "
                 f"{each.prompt!r}; give another folder, or the prompts as they were"
             )
-    captions |= {each.name: each.prompt for each in wanted}  # those of an earlier, longer run stay
+    captions |= {each.name: each.prompt for each in wanted}  # keep the captions of an earlier, longer run
     lines = [json.dumps({"file_name": name, "prompt": prompt}) + "\n" for name, prompt in captions.items()]
     atomic_text(index, json.dumps(generation._asdict(), indent=1) + "\n")
     atomic_text(folder / METADATA, "".join(lines))
@@ -103,17 +103,17 @@ def generate(
     batch_size: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> None:
-    """Generate images, each with its own seed, so that an interrupted run never generates one twice.
+    """Generate images, each with its own seed, so that an interrupted run can continue.
 
     Args:
         pipe: the teacher, on its device.
-        training: its transformer's training adapter.
-        folder: prepared by `begin`.
-        wanted: all images.
-        numbers: which of them to generate.
-        generation: how.
-        batch_size: images at a time.
-        progress: wraps the starts of batches, as tqdm does.
+        training: the training adapter of its transformer.
+        folder: a folder that `begin` prepared.
+        wanted: the examples of all images.
+        numbers: the numbers of the images to generate.
+        generation: the settings.
+        batch_size: the number of images per call of the pipeline.
+        progress: a wrapper of the loop over batches, such as tqdm.
     """
     for start in progress(range(0, len(numbers), batch_size)):
         batch = numbers[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""What happens before training: load the model, generate the teacher's images, cache latents and embeddings."""
+"""Prepare training: load the model, generate the teacher's images, cache latents and embeddings."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from clear_attn.patching.target import find_transformer
 from clear_attn.utils.prompts import read_prompts
 from clear_attn.weights.metadata import metadata_of
 
-# Of mixed precision, by accelerate's name.
+# The dtypes of mixed precision, by accelerate's names.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def examples(settings: Settings) -> list[Example]:
-    """Return the images to train on; those that the teacher generates may not exist yet.
+    """Return the images to train on. Images that the teacher generates may not exist yet.
 
     Raises:
-        As `from_folder`, `from_dataset` and `read_prompts`; ImportError without the datasets library.
+        ImportError: the datasets library is not installed.
+        Other errors: see `from_folder`, `from_dataset` and `read_prompts`.
     """
     if settings.generate:
         prompts = read_prompts(Path(str(settings.prompts)))
@@ -49,11 +50,11 @@ def examples(settings: Settings) -> list[Example]:
 
 
 def load(settings: Settings, accelerator: Accelerator) -> Any:
-    """Return the pipeline, on the CPU, in the dtype of mixed precision.
+    """Return the pipeline on the CPU, in the dtype of mixed precision.
 
     Raises:
-        TypeError: the pipeline is not supported, or does not generate images from text alone.
-        ValueError: it was saved while it was linearized, and the teacher is dense.
+        TypeError: the pipeline is not supported, or needs more than text.
+        ValueError: the model was saved while it was linearized, but the teacher must be dense.
     """
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     name = settings.pretrained_model_name_or_path
@@ -61,11 +62,11 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
     transformer, _ = find_transformer(pipe)
     supported = training_adapter_for(transformer).pipelines
     if not is_instance(pipe, supported):
-        raise TypeError(
-            f"{name} is a {type(pipe).__name__}; give the model of a text-to-image one: {', '.join(supported)}"
-        )
+        raise TypeError(f"{name} is a {type(pipe).__name__}; give a text-to-image pipeline: {', '.join(supported)}")
     if metadata_of(transformer):
-        raise ValueError(f"{name} was saved while it was linearized, and the teacher is dense; give the original model")
+        raise ValueError(
+            f"{name} was saved while it was linearized, but the teacher must be dense; give the original model"
+        )
     return pipe
 
 
@@ -76,7 +77,7 @@ def text_tokens(settings: Settings, pipe: Any) -> int:
 
 
 def generation_of(settings: Settings, pipe: Any) -> Generation:
-    """Return how the run generates images, for the training set and for validation."""
+    """Return the settings of generated images, for the training set and for validation."""
     return Generation(
         settings.pretrained_model_name_or_path,
         settings.revision,
@@ -94,7 +95,7 @@ def guidance_of(settings: Settings, transformer: Any) -> float | None:
 
 
 def data(settings: Settings, accelerator: Accelerator, pipe: Any, images: list[Example]) -> Cache:
-    """Generate and encode what is missing, each process its part."""
+    """Generate missing images and encode missing shards, split over the processes."""
     transformer, _ = find_transformer(pipe)
     training = training_adapter_for(transformer)
     if settings.generate:
@@ -124,12 +125,12 @@ def data(settings: Settings, accelerator: Accelerator, pipe: Any, images: list[E
 def _parts(
     accelerator: Accelerator, begin: Callable[[], None], missing: Callable[[], list[int]], modules: list[nn.Module]
 ) -> Iterator[list[int]]:
-    """Yield this process's part of what is missing, if any, with modules on its device until it is done."""
+    """Yield this process's part of the missing items, if it has any, and meanwhile move modules to its device."""
     if accelerator.is_main_process:
         begin()
     accelerator.wait_for_everyone()
     everything = missing()
-    accelerator.wait_for_everyone()  # all have looked before anyone adds something
+    accelerator.wait_for_everyone()  # every process lists the missing items before one of them adds any
     if todo := everything[accelerator.process_index :: accelerator.num_processes]:
         for module in modules:
             module.to(accelerator.device)
@@ -140,7 +141,7 @@ def _parts(
 
 
 def drop_text_encoders(pipe: Any) -> None:
-    """Free the text encoders: neither a step nor a save needs them."""
+    """Free the text encoders, which neither training nor saving needs."""
     for name in [name for name in pipe.components if name.startswith("text_encoder")]:
         setattr(pipe, name, None)
 

@@ -1,4 +1,4 @@
-"""Seeds that depend only on their purpose, not on what ran before."""
+"""Seeds that depend only on their purpose, not on earlier steps of the run."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import hashlib
 
 
 def hash_of(*parts: int | str) -> int:
-    """Return a seed of several parts, such as the run's seed and a step: the same after an interruption."""
+    """Return a seed computed from several parts, such as the run's seed and a step."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
