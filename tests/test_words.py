@@ -27,7 +27,21 @@ BANNED = {
     r"(is|are) told": "gets, knows",
     r"whereupon|wherein|thereof|therein": "a short sentence",
 }
-PACKAGES = ("cascade", "demo", "parallel", "patching", "profiling", "tools", "utils", "weights")
+PACKAGES = (
+    "backends",
+    "cascade",
+    "core",
+    "demo",
+    "distill",
+    "methods",
+    "models",
+    "parallel",
+    "patching",
+    "profiling",
+    "tools",
+    "utils",
+    "weights",
+)
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 EXAMPLES = [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.ipynb")]

@@ -41,7 +41,7 @@ def _private(owner: Any, name: str) -> Any:
 
 
 def diffusers_version() -> tuple[int, int]:
-    """The first two numbers of the version that is installed (diffusers 0.36 to 0.42)."""
+    """Return the major and minor version of the installed diffusers (diffusers 0.36 to 0.42)."""
     major, minor = diffusers.__version__.split(".")[:2]
     return int(major), int(minor)
 
@@ -56,23 +56,23 @@ def load_pretrained(loader: Any, name: str | os.PathLike[str], *, dtype: torch.d
 
 
 def active_attention_backend() -> AttentionBackendName:
-    """The attention backend of layers that were given none of their own (diffusers 0.36 to 0.42)."""
+    """Return the attention backend of layers without their own (diffusers 0.36 to 0.42)."""
     return _AttentionBackendRegistry.get_active_backend()[0]
 
 
 def attention_backend_of(processor: Any) -> AttentionBackendName | None:
-    """What `set_attention_backend` gave an attention processor, or None (diffusers 0.36 to 0.42)."""
+    """Return the backend that `set_attention_backend` set on a processor, or None (diffusers 0.36 to 0.42)."""
     backend: AttentionBackendName | None = getattr(processor, "_attention_backend", None)
     return backend
 
 
 def parallel_config_of(processor: Any) -> Any:
-    """The settings of context parallelism of an attention processor, or None (diffusers 0.36 to 0.42)."""
+    """Return the context-parallel settings of an attention processor, or None (diffusers 0.36 to 0.42)."""
     return getattr(processor, "_parallel_config", None)
 
 
 def hooks_in(module: Any) -> Iterator[Any]:
-    """The hooks that diffusers has put on a module and on all inside it (diffusers 0.36 to 0.42)."""
+    """Yield the hooks that diffusers has put on a module and its submodules (diffusers 0.36 to 0.42)."""
     for inner in module.modules():
         yield from getattr(getattr(inner, "_diffusers_hook", None), "hooks", {}).values()
 
@@ -84,7 +84,7 @@ def remove_hook(module: Any, name: str) -> None:
 
 
 def innermost_forward(module: Any) -> Any:
-    """The `forward` of a module inside all hooks that diffusers has put on it (diffusers 0.36 to 0.42)."""
+    """Return the `forward` of a module inside all of its diffusers hooks (diffusers 0.36 to 0.42)."""
     references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
     return (references[0].original_forward or references[0].forward) if references else module.forward
 
@@ -98,22 +98,22 @@ def set_innermost_forward(module: Any, forward: Any) -> None:
 
 
 def is_hooked(module: Any) -> bool:
-    """Whether diffusers has put hooks on a module itself, around its `forward` (diffusers 0.36 to 0.42)."""
+    """Return whether diffusers has put hooks around the `forward` of a module itself (diffusers 0.36 to 0.42)."""
     return bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
 
 
 def is_first_block_cache(hook: Any) -> bool:
-    """Whether a hook is that of `apply_first_block_cache` which decides on skipping a step (diffusers 0.36 to 0.42)."""
+    """Return whether a hook of `apply_first_block_cache` decides on skipping a step (diffusers 0.36 to 0.42)."""
     return isinstance(hook, FBCHeadBlockHook)
 
 
 def skips_attention(hook: Any) -> bool:
-    """Whether a hook skips attention, or its scores, inside a layer (diffusers 0.36 to 0.42)."""
+    """Return whether a hook skips attention, or its scores, inside a layer (diffusers 0.36 to 0.42)."""
     return type(hook) is AttentionProcessorSkipHook
 
 
 def smooths_queries(hook: Any) -> bool:
-    """Whether a hook is that of smoothed energy guidance (diffusers 0.36 to 0.42)."""
+    """Return whether a hook belongs to smoothed energy guidance (diffusers 0.36 to 0.42)."""
     return type(hook) is SmoothedEnergyGuidanceHook
 
 
@@ -130,17 +130,17 @@ def replace_config(model: Any, values: Mapping[str, Any]) -> None:
 
 
 def name_or_path_of(config: Mapping[str, Any]) -> str:
-    """The Hub id or folder that a model or pipeline was loaded from, "" if it has none (diffusers 0.36 to 0.42)."""
+    """Return the Hub id or folder that a model or pipeline was loaded from, or "" (diffusers 0.36 to 0.42)."""
     return str(config.get("_name_or_path") or "")
 
 
 def execution_device_of(pipe: Any) -> torch.device:
-    """The device that a pipeline computes on; under offload, `pipe.device` is another (diffusers 0.36 to 0.42)."""
+    """Return the device that a pipeline computes on, not `pipe.device` under offload (diffusers 0.36 to 0.42)."""
     return torch.device(_private(pipe, "_execution_device"))
 
 
 def progress_bar_config_of(pipe: Any) -> dict[str, Any]:
-    """What `set_progress_bar_config` was given; empty where that was not called (diffusers 0.36 to 0.42)."""
+    """Return the settings of `set_progress_bar_config`, empty if it was not called (diffusers 0.36 to 0.42)."""
     config: dict[str, Any] = getattr(pipe, "_progress_bar_config", {})
     return config
 
@@ -151,7 +151,7 @@ def reset_interrupt(pipe: Any) -> None:
 
 
 def checkpointing_function(model: Any) -> Any:
-    """The function by which a model checkpoints its blocks, None where that is not enabled (diffusers 0.36 to 0.42)."""
+    """Return the function with which a model checkpoints its blocks, None if disabled (diffusers 0.36 to 0.42)."""
     return getattr(model, "_gradient_checkpointing_func", None) if model.gradient_checkpointing else None
 
 
