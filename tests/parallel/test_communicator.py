@@ -46,4 +46,5 @@ def test_all_kinds_of_communication(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "store")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    assert sorted(ran.stdout.splitlines()) == ["rank 0 is done", "rank 1 is done"]
+    # In any order, and on one line if both write at once.
+    assert all(f"rank {rank} is done" in ran.stdout for rank in range(2))
