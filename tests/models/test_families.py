@@ -190,7 +190,8 @@ def test_compiled_transformer(family, transformer):
 
 
 @hardware.needs_compiler
-@pytest.mark.parametrize("family", [FLUX, pytest.param(SD3, marks=pytest.mark.slow)], ids=["flux", "sd3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [FLUX, SD3], ids=["flux", "sd3"])
 def test_twenty_sizes_stay_within_bounds(family, transformer, monkeypatch):
     """Caches stay bounded, FlexAttention is compiled a handful of times, and nothing takes a dense path."""
     for module in (attention, dense, tiled):

@@ -19,7 +19,7 @@ def transformer():
 
 @hardware.needs_compiler
 @pytest.mark.parametrize(
-    "backend", ["flex", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tiled", "reference"))]
+    "backend", ["tiled", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flex", "reference"))]
 )
 def test_regional_compilation(backend):
     """Of more blocks than torch would compile one by one."""
@@ -48,7 +48,7 @@ def graphs_of(transformer, calls):
 
 
 @hardware.needs_compiler
-@pytest.mark.parametrize("backend", ["flex", pytest.param("tiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["tiled", pytest.param("flex", marks=pytest.mark.slow)])
 def test_compiled_blocks_settle(backend):
     """Ten sizes and three text lengths take the compilations of the plain model, and FlexAttention's own two."""
     transformer = families.FLUX.transformer()

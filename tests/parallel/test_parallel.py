@@ -127,16 +127,13 @@ def _run(*command):
 
 
 CHECKS = {
+    2: ["equal", "bytes_are_counted", "differing_calls", "differing_weights", "weights_are_read_once", "refusals"],
+}
+SLOW_CHECKS = {
     1: ["equal"],
     2: [
-        "equal",
         "equal_in_all_families",
         *(["equal_with_flex"] if "flex" in hardware.BACKENDS else []),
-        "bytes_are_counted",
-        "differing_calls",
-        "differing_weights",
-        "weights_are_read_once",
-        "refusals",
         "compiled",
         "pipelines",
         "all_kinds_of_pipelines",
@@ -148,30 +145,66 @@ CHECKS = {
     4: ["equal", "data_and_rows", "memory_is_shared"],
 }
 # Each in processes of its own, which it leaves broken.
-STOPPED = ["a_rank_dies", "a_rank_hangs", "a_rank_never_calls"]
+STOPPED = ["a_rank_dies"]
+SLOW_STOPPED = ["a_rank_hangs", "a_rank_never_calls"]
+
+
+def _run_checks(checks, stopped):
+    """Run checks on ranks, in one start."""
+    jobs = [f"{ranks}:{','.join(names)}" for ranks, names in checks.items()]
+    return _run(sys.executable, "-m", "tests.helpers.rank_checks", *jobs, *(f"3:{check}" for check in stopped))
 
 
 @pytest.fixture(scope="module")
 def ran():
-    """All checks on ranks, in one start."""
-    jobs = [f"{ranks}:{','.join(checks)}" for ranks, checks in CHECKS.items()]
-    return _run(sys.executable, "-m", "tests.helpers.rank_checks", *jobs, *(f"3:{check}" for check in STOPPED))
+    return _run_checks(CHECKS, STOPPED)
 
 
-@pytest.mark.xdist_group("ranks")  # one start of the processes
-@pytest.mark.parametrize(("ranks", "check"), [(ranks, check) for ranks, checks in CHECKS.items() for check in checks])
+@pytest.fixture(scope="module")
+def ran_slow():
+    return _run_checks(SLOW_CHECKS, SLOW_STOPPED)
+
+
+def _each(checks):
+    return pytest.mark.parametrize(
+        ("ranks", "check"), [(ranks, check) for ranks, names in checks.items() for check in names]
+    )
+
+
+# One start of the processes serves a group, which one worker runs.
+in_one_start = pytest.mark.xdist_group("ranks")
+
+
+@in_one_start
+@_each(CHECKS)
 def test_on_ranks(ran, ranks, check):
     assert f"{check} on {ranks}: " in ran.stdout, ran.stderr[-6000:]
 
 
-@pytest.mark.xdist_group("ranks")
+@in_one_start
+@pytest.mark.slow
+@_each(SLOW_CHECKS)
+def test_more_on_ranks(ran_slow, ranks, check):
+    assert f"{check} on {ranks}: " in ran_slow.stdout, ran_slow.stderr[-6000:]
+
+
+@in_one_start
 @pytest.mark.parametrize("check", STOPPED)
-def test_a_rank_that_does_not_answer_is_named(ran, check):
+def test_a_rank_that_dies_is_named(ran, check):
     assert ran.stdout.count(f"{check}: rank 1 was named") == 2, ran.stderr[-6000:]
 
 
-def test_a_rank_that_comes_late_says_so(ran):
-    assert "a_rank_hangs: rank 1 came late" in ran.stdout, ran.stderr[-6000:]
+@in_one_start
+@pytest.mark.slow
+@pytest.mark.parametrize("check", SLOW_STOPPED)
+def test_a_rank_that_does_not_answer_is_named(ran_slow, check):
+    assert ran_slow.stdout.count(f"{check}: rank 1 was named") == 2, ran_slow.stderr[-6000:]
+
+
+@in_one_start
+@pytest.mark.slow
+def test_a_rank_that_comes_late_says_so(ran_slow):
+    assert "a_rank_hangs: rank 1 came late" in ran_slow.stdout, ran_slow.stderr[-6000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])

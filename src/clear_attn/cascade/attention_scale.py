@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -16,9 +16,7 @@ from clear_attn.models._diffusers import attention_backend_of, parallel_config_o
 from clear_attn.models.class_names import is_exactly
 from clear_attn.models.context.context import SCALE_MULTIPLIER
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
-from clear_attn.patching.target import entry_hook_of, find_transformer, processors_of
-
-PipelineOrTransformer = TypeVar("PipelineOrTransformer")
+from clear_attn.patching.target import PipelineOrTransformer, entry_hook_of, find_transformer, processors_of
 
 
 @contextlib.contextmanager

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
-from clear_attn.patching.target import find_transformer
-
-PipelineOrTransformer = TypeVar("PipelineOrTransformer")
+from clear_attn.patching.target import PipelineOrTransformer, find_transformer
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,9 +13,7 @@ from clear_attn.parallel.decode import decode_on_every_rank, decode_on_one_rank
 from clear_attn.parallel.launch import join
 from clear_attn.parallel.sharder import Sharder
 from clear_attn.patching.state import install_hooks
-from clear_attn.patching.target import entry_hook_of, find_transformer
-
-PipelineOrTransformer = TypeVar("PipelineOrTransformer")
+from clear_attn.patching.target import PipelineOrTransformer, entry_hook_of, find_transformer
 
 
 def parallelize(

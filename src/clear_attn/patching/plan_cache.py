@@ -45,8 +45,5 @@ class PlanCache:
             plans[method] = make(method, layout)
         return plans[method]
 
-    def __deepcopy__(self, memo: object) -> PlanCache:
-        return PlanCache()
-
     def __reduce__(self) -> tuple[type[PlanCache], tuple[()]]:
         return PlanCache, ()

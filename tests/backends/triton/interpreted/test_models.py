@@ -28,7 +28,14 @@ def output_of(family, backend, dtype, grid=(9, 11), **arguments):
         return transformer(**call_of(family, transformer, dtype, grid))[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+QUICK = "flux", "chroma"  # one for each carrier of the context
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(each, marks=() if name in QUICK else pytest.mark.slow) for name, each in FAMILIES.items()],
+    ids=FAMILIES,
+)
 def test_whole_models(family):
     grid = (6, 6) if family is families.DIT else (9, 11)
     expected = output_of(family, "reference", torch.float16, grid)
