@@ -77,7 +77,7 @@ def prediction_error(training_run):
     return error
 
 
-@pytest.mark.parametrize("student", ["full", "lora"])
+@pytest.mark.parametrize("student", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 @families.each_family(training=True)
 def test_a_student_learns_and_its_weights_load(family, student, tmp_path):
     # The projections of FLUX.2 single blocks hold their feed-forward network: a lower rate, and more steps.

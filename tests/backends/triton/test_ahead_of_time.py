@@ -76,6 +76,7 @@ def test_an_architecture_that_triton_does_not_know():
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_rows(self, tmp_path):
         file = tmp_path / "rows.json"
         options = ["--level", "compile", "--arch", "sm_90", "--head-dim", "16", "--json", str(file)]

@@ -19,7 +19,11 @@ def run(file, marks):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=pytest.mark.slow if file.stem == "test_bench" else ()) for file in FILES],
+    ids=lambda file: file.stem,
+)
 def test_in_a_process_of_its_own(file):
     run(file, "not slow")
 
