@@ -21,7 +21,7 @@ from clear_attn.utils._torch import outside_transforms
 from clear_attn.utils.validation import check_whole_number
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def grid_permutation(grid: Grid, device: torch.device) -> Tensor:
     """Return int64 `[tokens]`; indexing one image's tokens with it puts them from raster into tile order."""
     with torch.inference_mode(False), outside_transforms():
