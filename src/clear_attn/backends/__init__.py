@@ -1,6 +1,6 @@
 """The backends, which compute the attention of image queries on a plan.
 
-Each backend is one function:
+Each backend is one function, and an entry of `selection.BACKENDS`:
 
     attend(query, key, value, region, key_bias, scale, return_lse) -> (output, lse or None)
 

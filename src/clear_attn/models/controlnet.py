@@ -1,4 +1,7 @@
-"""ControlNets of FLUX.1 and SD3 in diffusers: like their models, but their layers get no attention keywords."""
+"""ControlNets of FLUX.1 and SD3 in diffusers: like their models, but their layers get no attention keywords.
+
+Here a ControlNet itself is linearized. Its residuals are permuted where a transformer gets them, in `adapter.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Linearize a pipeline in place: resolve the settings, validate everything, apply in one transaction."""
+"""Linearize a pipeline in place: resolve the settings, validate everything, apply in one transaction.
+
+After an error or an interrupt half-way, `Change.apply` puts the earlier state back.
+"""
 
 from __future__ import annotations
 
