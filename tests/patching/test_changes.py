@@ -8,6 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import clear_attn as clear
+from clear_attn.patching.context_managers import restored
 from tests.helpers.snapshots import assert_same, checkpoint_for, layers_of, snapshot, train
 
 
@@ -110,3 +111,15 @@ def test_pooled_weights_alone_are_something_to_save(transformer, tmp_path):
     clear.linearize(transformer, 3, 2, weights=None)
     next(iter(layers_of(transformer).values())).processor.spatial_weight.data.mul_(1.1)
     clear.save_pretrained(transformer, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("block", [restored, lambda model: clear.linearized(model, 4, weights=None)])
+def test_a_with_block_loses_nothing_and_warns_of_nothing(transformer, weights, block):
+    clear.linearize(transformer, weights=weights)
+    train(transformer)
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with block(transformer):
+            pass
+    assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from clear_attn.parallel.communicator import Communicator
 from clear_attn.parallel.decode import decode_on_every_rank, decode_on_one_rank
 from clear_attn.parallel.launch import join
-from clear_attn.parallel.sharder import Sharder
+from clear_attn.parallel.sharder import RankSharder
 from clear_attn.patching.state import install_hooks
 from clear_attn.patching.target import PipelineOrTransformer, entry_hook_of, find_transformer
 
@@ -90,9 +90,9 @@ def deparallelize(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
 
 
 @functools.cache
-def _sharder_over(group: dist.ProcessGroup) -> Sharder:
+def _sharder_over(group: dist.ProcessGroup) -> RankSharder:
     """Return the sharder of a group, made once: it opens connections that last as long as the group."""
-    return Sharder(Communicator(group))
+    return RankSharder(Communicator(group))
 
 
 def _group_of(mesh: object) -> dist.ProcessGroup:

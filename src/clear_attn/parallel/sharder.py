@@ -34,7 +34,7 @@ def _current() -> Shard | None:
     return None if reference is None else reference()
 
 
-class Sharder:
+class RankSharder:
     """Split calls over ranks, see `clear_attn.patching.hooks.Sharder`.
 
     Args:
@@ -47,7 +47,7 @@ class Sharder:
         self.gather = Gather(communicator)
         self.weights = WeightsDigest()
 
-    def __deepcopy__(self, memo: object) -> Sharder:
+    def __deepcopy__(self, memo: object) -> RankSharder:
         return self
 
     def shard(self, transformer: Any, call: dict[str, Any], layout: TokenLayout, settings: str) -> Shard:

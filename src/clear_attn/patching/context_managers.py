@@ -12,9 +12,9 @@ from torch import nn
 from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import Change, prepare
-from clear_attn.patching.restoration import restore
+from clear_attn.patching.restoration import restored_state
 from clear_attn.patching.state import apply, capture, check_writable, original_state
-from clear_attn.patching.target import PipelineOrTransformer, entry_hook_of, find_target, find_transformer
+from clear_attn.patching.target import PipelineOrTransformer, find_target
 from clear_attn.utils._torch import hook_tables
 from clear_attn.weights.parameters import check_in_memory
 
@@ -79,11 +79,14 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
     Errors are those of `restore`.
     """
     back = _restore_point(pipe)
-    transformer, _ = find_transformer(pipe)
-    tables = _hooks_in(transformer)
+    target = find_target(pipe)
+    tables = _hooks_in(target.transformer)
     before, dense = [dict(table) for table in tables], [dict[int, Any]() for _ in tables]
     try:
-        restore(pipe)
+        if target.hook:
+            original = restored_state(target)
+            check_writable(target, original)
+            apply(target, original)
         dense = [dict(table) for table in tables]
         yield pipe
     finally:
@@ -92,7 +95,7 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
             back()
         finally:
             # Our hooks would come after those of others. Hooks that others added or removed inside stay so.
-            for table, *states in zip(tables, before, dense, inside, strict=True) if entry_hook_of(transformer) else ():
+            for table, *states in zip(tables, before, dense, inside, strict=True) if target.hook else ():
                 _replace_hooks(table, *states)
 
 

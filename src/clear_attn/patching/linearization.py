@@ -143,7 +143,7 @@ def linearize(
         >>> clear.is_linearized(clear.restore(pipe))
         False
     """
-    prepare(
+    change = prepare(
         pipe,
         window,
         down_factor,
@@ -154,7 +154,9 @@ def linearize(
         token=token,
         backend=backend,
         keep_original=keep_original,
-    ).apply()
+    )
+    warn_if_changed(change.target, stacklevel=2)
+    change.apply()
     return pipe
 
 
@@ -189,9 +191,7 @@ def prepare(
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
-    change = _build_change(target, original, settings)
-    warn_if_changed(target, stacklevel=3)
-    return change
+    return _build_change(target, original, settings)
 
 
 def _validate_target(target: Target, original: State) -> None:

@@ -1,7 +1,7 @@
 import torch
 
 from clear_attn.backends.selection import BACKENDS
-from clear_attn.parallel.sharder import Sharder
+from clear_attn.parallel.sharder import RankSharder
 
 
 class Links:
@@ -17,6 +17,6 @@ class Links:
 
 
 def test_ranks_agree_on_a_backend():
-    assert Sharder(Links("triton", "triton")).agree_on_backend("triton") == "triton"
-    assert Sharder(Links("triton", "flex")).agree_on_backend("triton") == "tiled"
-    assert Sharder(Links("flex", "flex", "tiled")).agree_on_backend("flex") == "tiled"
+    assert RankSharder(Links("triton", "triton")).agree_on_backend("triton") == "triton"
+    assert RankSharder(Links("triton", "flex")).agree_on_backend("triton") == "tiled"
+    assert RankSharder(Links("flex", "flex", "tiled")).agree_on_backend("flex") == "tiled"
