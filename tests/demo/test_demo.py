@@ -171,6 +171,9 @@ class TestCommand:
         assert "in the package are for window=8, down_factor=1, so they are not shown" in result.output
         two = Image.open(output).size
         assert two[0] > 2 * demo.SIZE
+        for name in ("out.ico", "no/out.png"):
+            refused = self.run("demo", "--prompt", prompt, "--output", tmp_path / name)
+            assert (refused.exit_code, (tmp_path / name).exists()) == (2, False)
         refused = self.run("demo", "--prompt", prompt, "--output", output)
         assert (refused.exit_code, Image.open(output).size) == (2, two)
         result = self.run("demo", "--prompt", prompt, "--output", output, "--overwrite")

@@ -197,7 +197,7 @@ class TestTrackers:
         assert [event.step for event in logged.Images("validation")] == [2, 4]
 
     def test_draws_the_average_that_is_the_result(self, settings, monkeypatch):
-        def pictures(validation, role):
+        def draw(validation, role):
             if role == STUDENT:
                 shown.append(
                     {name: value.clone() for name, value in student_values(validation.pipe.transformer).items()}
@@ -205,7 +205,7 @@ class TestTrackers:
             return [Image.new("RGB", (64, 64))]
 
         shown = []
-        monkeypatch.setattr(Validation, "_images", pictures)
+        monkeypatch.setattr(Validation, "_images", draw)
         train(change(settings, use_ema=True, validation_prompts=["a red circle"]))
         for name, value in weights_of(settings).items():
             assert torch.equal(value, shown[-1][name]), name

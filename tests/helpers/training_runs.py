@@ -54,7 +54,7 @@ def weights_of(settings):
 
 
 def training_batch(transformer, grid, batch=2, seed=3):
-    """Random latents of a grid of tokens, and random texts, of which the last has two tokens of padding."""
+    """Random latents of a grid of tokens, and random texts; the last has two tokens of padding."""
     rng = torch.Generator().manual_seed(seed)
     config, packed = transformer.config, "SD3" not in type(transformer).__name__
     channels = config.in_channels // (4 if packed else 1)

@@ -323,18 +323,18 @@ class TestEvaluate:
         assert written["settings"]["method"]["settings"]["window"] == 2
         assert written["settings"]["weights"] is None
         assert written["versions"]["torch"] == importlib.metadata.version("torch")
-        pictures = written["images"]
-        assert [(each["prompt"], each["seed"]) for each in pictures] == [(PROMPTS[n], 7 + n) for n in range(3)]
+        images = written["images"]
+        assert [(each["prompt"], each["seed"]) for each in images] == [(PROMPTS[n], 7 + n) for n in range(3)]
         for name, plain in (("psnr", plain_psnr), ("ssim", plain_ssim)):
             expected = [plain(*pair) for pair in zip(drawn["teacher"] / 1.0, drawn["student"] / 1.0, strict=True)]
-            assert [each["student"][name] for each in pictures] == pytest.approx(expected, rel=1e-3)
+            assert [each["student"][name] for each in images] == pytest.approx(expected, rel=1e-3)
         clip = Clip(str(judges / "clip"), False)
         for row in ("teacher", "student"):
             expected = 100 * (clip.images(read_images(files[row])) * clip.texts(PROMPTS)).sum(1)
-            assert [each[row]["clip_t"] for each in pictures] == pytest.approx(expected.tolist(), rel=1e-4)
-        assert pictures[0]["teacher"].keys() == {"clip_t"}
+            assert [each[row]["clip_t"] for each in images] == pytest.approx(expected.tolist(), rel=1e-4)
+        assert images[0]["teacher"].keys() == {"clip_t"}
         for name in ("psnr", "ssim", "clip_i", "dino", "clip_t"):
-            assert written["metrics"][name]["student"] == pytest.approx(fmean(p["student"][name] for p in pictures))
+            assert written["metrics"][name]["student"] == pytest.approx(fmean(p["student"][name] for p in images))
         assert written["metrics"]["clip_t"]["teacher"] != written["metrics"]["clip_t"]["student"]
         assert "more images than the 2048 features" in written["metrics"]["fid"]["missing"]
         assert re.search("torchvision is not installed|weights are not here", written["metrics"]["lpips"]["missing"])

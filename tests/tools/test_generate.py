@@ -212,7 +212,7 @@ def test_refuses_an_output_that_cannot_be_saved(tmp_path):
     (tmp_path / "mine.png.json").write_text('{"mine": 1}')
     files = {
         "no/out.png": "no such directory",
-        "out.xyz": "names no image format",
+        "out.xyz": "does not end in .png",
         "out.ico": "does not end in .png",
         f"{'x' * 240}.png": "cannot be written",
         "mine.png": "is not a plan and would be overwritten",

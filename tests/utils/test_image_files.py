@@ -1,6 +1,8 @@
 """Image files that are tried before an image is drawn, and fallback files."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,20 @@ def test_refuses_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match=r"image\.png cannot be written \(.*No space left on device"):
         try_write(tmp_path / "image.png")
+
+
+def test_a_killed_trial_leaves_nothing_for_good(tmp_path):
+    script = """
+import os, signal, sys
+from pathlib import Path
+from clear_attn.utils import image_files
+image_files.atomic_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+image_files.try_write(Path(sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out.png")], check=False)
+    assert [left.name.startswith(".unfinished-") for left in tmp_path.iterdir()] == [True]
+    try_write(tmp_path / "out.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_image_that_cannot_be_written_goes_to_a_fallback_file(tmp_path, monkeypatch):

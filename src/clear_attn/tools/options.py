@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from PIL import Image
 
 if TYPE_CHECKING:
     import torch
@@ -61,14 +60,19 @@ def check_output(context: typer.Context, file: Path | None) -> Path | None:
 
 
 def check_image_output(context: typer.Context, file: Path) -> Path:
-    """Check that an image can be saved as this file.
+    """Check that an image can be saved as this file, by a trial write.
 
     Raises:
-        BadParameter: as `check_output`, or its ending names no image format.
+        BadParameter: as `check_output`; its format is unknown or loses pixels; nothing can be written there.
     """
+    from clear_attn.utils.image_files import try_write, validate_image_file
+
     check_output(context, file)
-    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
-        raise typer.BadParameter(f"{file} names no image format; let it end in .png")
+    try:
+        validate_image_file(file)
+        try_write(file)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
     return file
 
 

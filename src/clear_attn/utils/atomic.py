@@ -29,7 +29,8 @@ def delete_leftovers(folder: Path) -> None:
                 left.unlink(missing_ok=True)
 
 
-def _owned_prefix() -> str:
+def owned_prefix() -> str:
+    """Return a new prefix for an unfinished file or folder, by which `delete_leftovers` knows its process."""
     return f"{UNFINISHED}{_host()}.{os.getpid()}.{secrets.token_hex(4)}-"
 
 
@@ -46,7 +47,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     delete_leftovers(path.parent)
     # A name of its own, since two processes may write the same file.
-    unfinished = path.with_name(f"{_owned_prefix()}{path.name}")
+    unfinished = path.with_name(f"{owned_prefix()}{path.name}")
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode
@@ -104,7 +105,7 @@ def atomic_contents(folder: Path) -> Iterator[Path]:
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=_owned_prefix()) as unfinished:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=owned_prefix()) as unfinished:
             yield Path(unfinished)
             for item in Path(unfinished).iterdir():
                 item.replace(folder / item.name)

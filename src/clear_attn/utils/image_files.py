@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clear_attn.utils.atomic import atomic_file
+from clear_attn.utils.atomic import atomic_file, delete_leftovers, owned_prefix
 
 # Endings of the formats that keep every pixel of an RGB image, though not its exact values, and their longest sides.
 MAX_SIDES = {
@@ -50,7 +50,8 @@ def try_write(file: Path) -> None:
         OSError: nothing can be written there under that name, or it is a directory's.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".unfinished-") as folder:
+        delete_leftovers(file.parent)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=owned_prefix()) as folder:
             trial = Path(folder) / file.name
             with atomic_file(trial) as unfinished:
                 if file.suffix.lower() in MAX_SIDES:
