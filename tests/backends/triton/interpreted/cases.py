@@ -1,4 +1,7 @@
-"""Calls of the fused kernels, and the same attention by the dense rule of the tests, in float64."""
+"""Calls of the fused kernels, and the same attention by the dense rule of the tests, in float64.
+
+Under `TRITON_INTERPRET=1` they run on the CPU, otherwise on a GPU.
+"""
 
 from typing import NamedTuple
 
@@ -7,7 +10,13 @@ import torch
 from clear_attn import TokenLayout, clear_attention, methods
 from clear_attn.backends.attention import pool
 from clear_attn.backends.selection import BACKENDS
+from clear_attn.backends.triton import interpreter
 from tests.helpers import reference_attention
+
+DEVICE = torch.device("cpu" if interpreter.is_requested() else "cuda")
+# The most exact dtype. Kernels for float32 are only interpreted: a GPU has no room for their blocks.
+EXACT = torch.float32 if interpreter.is_requested() else torch.float16
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class Case(NamedTuple):
@@ -22,13 +31,13 @@ class Case(NamedTuple):
     heads: int = 1
     key_heads: int = 1
     head_dim: int = 16
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = EXACT
     bias: bool = False
     scale: float | None = None
 
     @property
     def layout(self):
-        return TokenLayout(self.grids, self.text, text_first=self.text_first)
+        return TokenLayout(self.grids, self.text, text_first=self.text_first, device=DEVICE)
 
     @property
     def plan(self):
@@ -39,7 +48,7 @@ def inputs(case):
     """Query, key, value and a direction, `[batch, heads, tokens, head_dim]`, text first and the image in raster order,
     as slices of one tensor like a fused projection's."""
     numbers = case.heads, case.key_heads, case.key_heads, case.heads
-    fused = torch.randn(case.batch, case.layout.tokens, sum(numbers), case.head_dim).to(case.dtype)
+    fused = torch.randn(case.batch, case.layout.tokens, sum(numbers), case.head_dim, device=DEVICE).to(case.dtype)
     return [part.transpose(1, 2) for part in fused.split(numbers, dim=2)]
 
 
@@ -56,7 +65,7 @@ def from_layout(x, case):
 
 def key_bias(case):
     """`[batch, keys]` for text first and raster order, with one key hidden if there is text."""
-    bias = torch.randn(case.batch, case.layout.tokens)
+    bias = torch.randn(case.batch, case.layout.tokens, device=DEVICE)
     if case.text > 1:
         bias[:, 0] = -torch.inf
     return bias
@@ -78,7 +87,7 @@ def ours(case, query, key, value, bias):
     query, key, value = (in_layout(x, case) for x in (query, key, value))
     pooled = None
     if case.down_factor > 1:
-        weight = torch.full((case.down_factor,) * 2, 1 / case.down_factor**2)
+        weight = torch.full((case.down_factor,) * 2, 1 / case.down_factor**2, device=DEVICE)
         pooled = [pool(x[:, :, plan.image], plan, weight) for x in (key, value)]
     if bias is not None:
         joint = in_layout(bias[:, None, :, None], case)[:, 0, :, 0]
@@ -102,19 +111,20 @@ def both(case, gradients=True):
     *tensors, direction = inputs(case)
     bias = key_bias(case) if case.bias else None
     results = []
-    for compute, dtype in ((ours, case.dtype), (expected, torch.float64)):
-        leaves = [x.detach().to(dtype).requires_grad_(gradients) for x in tensors]
-        output, lse = (x[:, :, case.text :] for x in compute(case, *leaves, bias))
+    for compute, device, dtype in ((ours, DEVICE, case.dtype), (expected, "cpu", torch.float64)):
+        leaves = [x.detach().to(device, dtype).requires_grad_(gradients) for x in tensors]
+        output, lse = (x[:, :, case.text :] for x in compute(case, *leaves, None if bias is None else bias.to(device)))
         result = [output, lse]
         if gradients:
-            loss = (output.double() * direction[:, :, case.text :]).sum() + lse.double().square().sum()
+            loss = (output.double() * direction[:, :, case.text :].to(device)).sum() + lse.double().square().sum()
             result += torch.autograd.grad(loss, leaves)
-        results.append([x.detach() for x in result])
+        results.append([x.detach().cpu() for x in result])
     return results
 
 
 def distance(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm())
 
 
 def distances(case, gradients=True):

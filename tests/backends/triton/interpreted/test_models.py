@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import clear_attn as clear
-from tests.backends.triton.interpreted.cases import distance
+from tests.backends.triton.interpreted.cases import DEVICE, distance
 from tests.helpers import dummy_models, families
 from tests.helpers.families import FAMILIES
 
@@ -11,15 +12,17 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def linearized(family, backend, dtype, **arguments):
-    transformer = family.transformer().to(dtype)
+    transformer = family.transformer().to(DEVICE, dtype)
     return clear.linearize(transformer, window=3, weights=None, backend=backend, **arguments)
 
 
+def placed(call, dtype):
+    """Return the arguments of a call on the device; those with floating-point numbers in a dtype."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(DEVICE, dtype if x.is_floating_point() else x.dtype), call)
+
+
 def call_of(family, transformer, dtype, grid=(9, 11), **arguments):
-    call = family.call(transformer, grid, **arguments)
-    return {
-        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in call.items()
-    }
+    return placed(family.call(transformer, grid, **arguments), dtype)
 
 
 def output_of(family, backend, dtype, grid=(9, 11), **arguments):
@@ -68,7 +71,7 @@ def test_two_segments():
     for backend in ("reference", "triton"):
         transformer = linearized(families.FLUX, backend, torch.float16)
         call = dummy_models.flux_call(transformer, (9, 11), (5, 6))
-        call = {k: x.half() if isinstance(x, torch.Tensor) and "ids" not in k else x for k, x in call.items()}
+        call = placed(call, torch.float16)
         with torch.no_grad():
             results.append(transformer(**call)[0])
     assert distance(results[1], results[0]) < TOLERANCE[torch.float16]

@@ -9,24 +9,24 @@ from clear_attn.backends.selection import BACKENDS
 from clear_attn.backends.triton import operator
 from clear_attn.core.coordinates import select_rows
 from clear_attn.core.region import AttentionRegion
-from tests.backends.triton.interpreted.cases import distance
+from tests.backends.triton.interpreted.cases import DEVICE, EXACT, TOLERANCE, distance
 
 SCALE = 0.25
 
 
 def plan_of(grid, text=7, window=4):
-    return methods.Clear(window).plan(TokenLayout([grid], text))
+    return methods.Clear(window).plan(TokenLayout([grid], text, device=DEVICE))
 
 
 def random_inputs(tokens, dtype=torch.float16, heads=1, head_dim=16):
-    return [torch.randn(1, heads, tokens, head_dim, dtype=dtype).requires_grad_() for _ in range(3)]
+    return [torch.randn(1, heads, tokens, head_dim, dtype=dtype, device=DEVICE).requires_grad_() for _ in range(3)]
 
 
 def test_opcheck():
     plan = plan_of((5, 9))
     lists = list(plan.key_lists)
     sizes = [7, 45, 7, 45, 0]
-    arguments = *random_inputs(52, torch.float32), None, lists, lists, sizes, 45, -7, SCALE
+    arguments = *random_inputs(52, EXACT), None, lists, lists, sizes, 45, -7, SCALE
     torch.library.opcheck(torch.ops.clear_attn.triton, arguments)
 
 
@@ -96,15 +96,15 @@ def test_a_region_of_local_queries_with_a_halo():
     queries = select_rows(layout.segments, [slice(8, 16), slice(4, 8)])
     keys = select_rows(layout.segments, [slice(3, 21), slice(1, 11)])
     tokens = len(queries.y)
-    region = AttentionRegion(queries, keys, 0, 70, tokens, slice(0, tokens), 5, torch.device("cpu"))
-    query = torch.randn(1, 1, tokens, 16).requires_grad_()
-    key, value = (torch.randn(1, 1, region.key_tokens, 16).requires_grad_() for _ in range(2))
-    results = []
-    for name in ("triton", "reference"):
-        output, lse = BACKENDS[name].attend(query, key, value, region, None, SCALE, True)
-        gradients = torch.autograd.grad(output.square().sum() + lse.sum(), (query, key, value))
-        results.append([output, lse, *gradients])
-    assert max(distance(a.detach(), b.detach()) for a, b in zip(*results, strict=True)) < 1e-5
+    region = AttentionRegion(queries, keys, 0, 70, tokens, slice(0, tokens), 5, DEVICE)
+    lengths, results = (tokens, region.key_tokens, region.key_tokens), []
+    qkv = [torch.randn(1, 1, length, 16, dtype=EXACT, device=DEVICE) for length in lengths]
+    for name, dtype in (("triton", EXACT), ("reference", torch.float64)):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in qkv]
+        output, lse = BACKENDS[name].attend(*leaves, region, None, SCALE, True)
+        loss = output.double().square().sum() + lse.double().sum()
+        results.append([output, lse, *torch.autograd.grad(loss, leaves)])
+    assert max(distance(a, b) for a, b in zip(*results, strict=True)) < TOLERANCE[EXACT]
 
 
 @pytest.mark.parametrize(
@@ -115,22 +115,26 @@ def test_partitions(method):
     plan = method.plan(layout)
     label = plan._label
     mask = torch.from_numpy(np.equal.outer(label, label))
-    qkv = random_inputs(layout.tokens, torch.float32)
+    qkv = random_inputs(layout.tokens, EXACT)
     output, _ = triton.attend(*qkv, plan, None, SCALE, False)
-    query, key, value = qkv
+    query, key, value = (x.double().cpu() for x in qkv)
     scores = query[:, :, plan.image] @ key.mT * SCALE
     allowed = torch.nn.functional.pad(mask, (66, 0), value=True)
     expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
     image = output[:, :, plan.image]
-    assert distance(image.detach(), expected.detach()) < 1e-5
-    gradients = [torch.autograd.grad(x.square().sum(), qkv) for x in (image, expected)]
-    assert max(distance(a, b) for a, b in zip(*gradients, strict=True)) < 1e-5
+    assert distance(image, expected) < TOLERANCE[EXACT]
+    gradients = [torch.autograd.grad(x.double().square().sum(), qkv) for x in (image, expected)]
+    assert max(distance(a, b) for a, b in zip(*gradients, strict=True)) < TOLERANCE[EXACT]
 
 
 def test_offsets_beyond_32_bits(tmp_path):
     grid, tokens, row = (4, 10), 40, 2**26
     plan = plan_of(grid, text=0)
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=tokens * row, dtype=torch.float16)
+    storage = (
+        torch.from_file(str(tmp_path / "sparse"), shared=True, size=tokens * row, dtype=torch.float16)
+        if DEVICE.type == "cpu"
+        else torch.empty(tokens * row, dtype=torch.float16, device=DEVICE)
+    )
     far = storage.view(1, 1, tokens, row)[..., :16]
     qkv = [x.detach() for x in random_inputs(tokens)]
     expected = clear_attention(*qkv, plan, backend="triton")
@@ -143,7 +147,7 @@ def test_offsets_beyond_32_bits(tmp_path):
 def test_autocast_computes_in_half_precision():
     plan = plan_of((5, 9), text=0)
     qkv = [x.detach() for x in random_inputs(45, torch.float32)]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         output = clear_attention(*qkv, plan, backend="triton")
     assert output.dtype == torch.bfloat16
     expected = clear_attention(*(x.bfloat16() for x in qkv), plan, backend="triton")
