@@ -1,4 +1,4 @@
-r"""What a training step holds in memory, counted and measured, and its seconds.
+r"""Count and measure the memory of a training step, and measure its time.
 
     python benchmarks/distill_memory.py --output benchmarks/results/distill-memory-cpu.json
     python benchmarks/distill_memory.py --heads 24 --layers 19 --single-layers 38 --pixels 1024 --text-tokens 512 \
@@ -70,7 +70,7 @@ def main(
     heads: Annotated[int, typer.Option(help="Of 128 channels each; FLUX.1 has 24.")] = 8,
     layers: Annotated[int, typer.Option(help="Blocks of two streams; FLUX.1 has 19.")] = 1,
     single_layers: Annotated[int, typer.Option(help="Blocks of one stream; FLUX.1 has 38.")] = 2,
-    pixels: Annotated[int, typer.Option(help="Side of the picture.")] = 64,
+    pixels: Annotated[int, typer.Option(help="Side of the image.")] = 64,
     text_tokens: int = 16,
     window: int = 2,
     down_factor: int = 1,

@@ -1,9 +1,8 @@
-"""What an 8192 x 8192 px picture asks of a CPU: its layout with block lists, and one small block over it.
+"""Measure an 8192 x 8192 px image on a CPU: its layout with block lists, and one small transformer block.
 
     python benchmarks/large_grid.py --output benchmarks/results/large_grid-cpu.json
 
-Each part runs in a process of its own, so that its peak memory is its own. Memory is what the process holds at the
-most beyond what it held when the imports were done.
+Each part runs in its own process, and its memory is the peak of that process beyond the memory after the imports.
 """
 
 import json

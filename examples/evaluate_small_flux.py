@@ -20,8 +20,7 @@ from clear_attn import demo
 from clear_attn.demo.scenes import Scene, held_out_scenes, read
 from clear_attn.models._diffusers import load_pretrained
 
-# By their names in result files.
-PARTS = {"colour": "color", "ground": "ground", "shape": "shape", "place": "place"}
+PARTS = ("color", "ground", "shape", "place")
 
 
 def draw(pipe: FluxPipeline, scenes: list[Scene], text_tokens: int, batch: int) -> list[np.ndarray]:
@@ -48,8 +47,8 @@ def count_right(scenes: list[Scene], images: list[np.ndarray]) -> dict[str, int]
         "captions": len(scenes),
         "right": sum(scene == shown for scene, shown in pairs),
         **{
-            name: sum(shown is not None and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs)
-            for name, part in PARTS.items()
+            part: sum(shown is not None and getattr(scene, part) == getattr(shown, part) for scene, shown in pairs)
+            for part in PARTS
         },
     }
 

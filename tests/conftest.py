@@ -2,7 +2,7 @@ import os
 
 # Nothing in the tests may reach the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Workers that each use all cores would starve each other.
+# One thread for each worker: more would compete for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,7 +27,7 @@ def seeded():
 
 @pytest.fixture
 def fresh_accelerate():
-    """What makes accelerate forget its first mixed precision, which it otherwise keeps for good; done at the end."""
+    """Return a function that resets accelerate, which keeps its first mixed precision; also called at the end."""
 
     def forget():
         AcceleratorState._reset_state(reset_partial_state=True)

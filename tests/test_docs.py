@@ -1,4 +1,4 @@
-"""What the documentation shows: docstrings' examples run, code on pages is code, links lead somewhere."""
+"""The documentation: examples in docstrings run, code on pages parses, links have targets."""
 
 import copy
 import doctest
@@ -41,7 +41,7 @@ def test_examples_in_docstrings(name):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_on_pages(page):
-    """It parses, and what it takes from `clear` is there."""
+    """It parses, and `clear` has the names that it uses."""
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         compile(block, str(page), "exec")
         for name in re.findall(r"\bclear\.(\w+)", block):
@@ -90,7 +90,7 @@ def test_the_reference_names_all_that_is_public():
     }.items(),
 )
 def test_the_table_of_models(title, transformer):
-    """It says of each model what its adapter does."""
+    """It has the features of each model's adapter."""
     rows = [
         line.split(" | ") for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.startswith("| ")
     ]

@@ -1,4 +1,4 @@
-"""The outputs of the published code, see golden/README.md."""
+"""Compare with outputs of the published code; see golden/README.md."""
 
 import contextlib
 import json

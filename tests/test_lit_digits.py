@@ -1,4 +1,4 @@
-"""The example of LiT on digits: its losses and measures against other formulas, and a run of few steps."""
+"""The example of LiT on digits: losses and metrics compared with other formulas, and a run of few steps."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def noisy_at(digits, timestep, count=2):
 
 
 def moments(schedule, output, noisy):
-    """Mean and spread of a step of diffusers' scheduler, in float64."""
+    """Return mean and standard deviation of a step of diffusers' scheduler, in float64."""
     found = []
     for noise in (0.0, 1.0):
         drawn = torch.full_like(noisy.images, noise)
@@ -53,21 +53,21 @@ def moments(schedule, output, noisy):
 
 
 @pytest.mark.parametrize("timestep", [1, 2, 400, 999])
-def test_the_bound_is_that_of_the_schedulers_steps(digits, timestep):
+def test_the_bound_is_the_divergence_of_the_schedulers_steps(digits, timestep):
     schedule, noisy = DDPMScheduler(variance_type="learned_range", clip_sample=False), noisy_at(digits, timestep)
     prediction = digits.Prediction(noisy.noise + 0.3 * torch.randn(2, 1, 8, 8), 0.3 * torch.randn(2, 1, 8, 8))
-    # Of the true noise and the smallest variance, it is the step back to the clean image.
+    # With the true noise and the smallest variance, it is the step to the clean image.
     true = Normal(*moments(schedule, torch.cat([noisy.noise, -torch.ones(2, 1, 8, 8)], dim=1), noisy))
     own = Normal(*moments(schedule, torch.cat(prediction, dim=1), noisy))
     expected = kl_divergence(true, own).mean() / torch.log(torch.tensor(2.0))
     torch.testing.assert_close(digits.bound(prediction, noisy, schedule).double(), expected, rtol=1e-3, atol=0)
 
 
-def test_the_last_step_shares_out_one_over_all_greys(digits):
+def test_the_probabilities_of_all_grays_sum_to_one(digits):
     noisy, share = noisy_at(digits, 0, count=1), 0.0
     prediction = digits.Prediction(noisy.noise + 2 * torch.randn(1, 1, 8, 8), torch.rand(1, 1, 8, 8))
-    for grey in range(17):
-        clean = torch.full((1, 1, 8, 8), grey * digits.GRAY_STEP - 1)
+    for gray in range(17):
+        clean = torch.full((1, 1, 8, 8), gray * digits.GRAY_STEP - 1)
         each = [
             digits.bound(
                 digits.Prediction(*(x[..., row : row + 1, :1] for x in prediction)),
@@ -80,7 +80,7 @@ def test_the_last_step_shares_out_one_over_all_greys(digits):
     torch.testing.assert_close(share, torch.ones(8), atol=1e-4, rtol=0)
 
 
-def test_the_bound_trains_the_variance_alone(digits):
+def test_the_bound_trains_only_the_variance(digits):
     noisy = noisy_at(digits, 300)
     prediction = digits.Prediction(*(torch.randn(2, 1, 8, 8, requires_grad=True) for _ in range(2)))
     digits.bound(prediction, noisy, digits.scheduler()).backward()
@@ -88,7 +88,7 @@ def test_the_bound_trains_the_variance_alone(digits):
     assert prediction.variance.grad.abs().min() > 0
 
 
-def test_students_inherit_what_they_should(lit_digits, digits):
+def test_what_students_inherit(lit_digits, digits):
     teacher = digits.new_model(0)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     for inherits, shares_attention, shares_others in (
@@ -115,17 +115,17 @@ def test_a_student_learns_from_the_teachers_noise_and_variance(lit_digits, digit
     torch.testing.assert_close(loss, expected)
 
 
-def test_what_is_drawn_and_how_it_is_judged(digits):
-    seen, held_out = digits.load()
-    assert (len(seen.labels), len(held_out.labels)) == (1437, 360)
-    assert (seen.images.min(), seen.images.max()) == (-1, 1)
-    judge = digits.train_judge(seen, epochs=2)
+def test_drawing_and_the_classifier(digits):
+    training, held_out = digits.load()
+    assert (len(training.labels), len(held_out.labels)) == (1437, 360)
+    assert (training.images.min(), training.images.max()) == (-1, 1)
+    judge = digits.train_judge(training, epochs=2)
     assert judge.accuracy(held_out) > 0.8
     shuffled = held_out._replace(labels=held_out.labels.roll(1))
     assert judge.accuracy(shuffled) < 0.3
     wrong = held_out._replace(images=-held_out.images)
     assert judge.distance(held_out, held_out) == pytest.approx(0, abs=1e-3)
-    assert judge.distance(held_out, seen) < 0.1 * judge.distance(held_out, wrong)
+    assert judge.distance(held_out, training) < 0.1 * judge.distance(held_out, wrong)
     model = digits.new_model(0)
     one, other = digits.draw(model, 20, 3, seed=1), digits.draw(model, 20, 3, seed=1)
     assert torch.equal(one.images, other.images)
@@ -146,7 +146,7 @@ def test_bits_sum_over_the_timesteps(digits):
     assert digits.bits(model, one, 1, seed=5) == pytest.approx(total, rel=1e-5)
 
 
-def test_a_run_is_kept_and_goes_on(lit_digits, digits, tmp_path, monkeypatch):
+def test_a_run_is_saved_and_continued(lit_digits, digits, tmp_path, monkeypatch):
     names = [lit_digits.LIT, "nothing inherited"]
     monkeypatch.setattr(lit_digits, "STUDENTS", {name: lit_digits.STUDENTS[name] for name in names})
     monkeypatch.setattr(digits, "BATCH", 4)
@@ -169,7 +169,7 @@ def test_a_run_is_kept_and_goes_on(lit_digits, digits, tmp_path, monkeypatch):
         ("nothing inherited", 2),
     ]
     assert sheet.exists()
-    # A run that was lost is made again, and comes out as it did.
+    # A missing run is repeated, with the same result.
     (folder / "LiT.json").unlink()
     lit_digits.main(output, folder, **few)
     assert json.loads(output.read_text()) == found

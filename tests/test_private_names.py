@@ -18,19 +18,19 @@ from clear_attn.utils import _torch
 from tests.helpers import dummy_models
 
 PACKAGE = Path(clear_attn.__file__).parent
-# The third one is of Triton's interpreter.
+# The third is for Triton's interpreter.
 HELPERS = {
     Path(_torch.__file__),
     Path(_diffusers.__file__),
     PACKAGE / "backends" / "triton" / "interpreter.py",
 }
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
-# Of named tuples; and of accelerate and datasets, on their own objects.
+# Names of named tuples, of accelerate and of datasets.
 ALLOWED = {"_asdict", "_fields", "_replace", "_hf_hook", "_fingerprint"}
-# diffusers looks for them on attention processors.
+# diffusers reads these from attention processors.
 DECLARED = {"_attention_backend", "_parallel_config"}
 DECLARE = {PACKAGE / "models" / "processors" / "processor.py", PACKAGE / "cascade" / "attention_scale.py"}
-# Of objects of torch and diffusers; a file of ours does not make one its own by having the same name.
+# Names on objects of torch and diffusers, private to them even if a file of this package defines the same name.
 FOREIGN = {
     "_attention_backend",
     "_buffers",
@@ -52,12 +52,12 @@ FOREIGN = {
     "_progress_bar_config",
     "_version",
 }
-# Public packages of diffusers, whose modules hold classes that are not exported.
+# Public packages of diffusers with private modules.
 CLOSED = ("diffusers.hooks.",)
 
 
 def named_in(tree):
-    """Line and name of each private name in a module that is not the module's or the package's own."""
+    """Yield line and name of each private name that neither the module nor the package defines."""
     own = own_names(tree) | OWN
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom | ast.Import):
@@ -86,7 +86,7 @@ def is_private_import(name):
 
 
 def own_names(tree):
-    """What a file of ours defines: functions and classes, variables, and attributes that it sets on `self`."""
+    """Return the names that a file defines: functions, classes, variables, and attributes of `self`."""
     names = set(ALLOWED)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -99,7 +99,7 @@ def own_names(tree):
 
 
 SOURCES = [file for file in sorted(PACKAGE.rglob("*.py")) if file not in HELPERS]
-# Of the whole package, for classes inherit from those of other files.
+# Of the whole package, because classes inherit from those of other files.
 OWN = set().union(*(own_names(ast.parse(file.read_text())) for file in SOURCES))
 
 
@@ -171,8 +171,8 @@ def test_the_dtype_has_the_name_that_diffusers_knows(monkeypatch, installed, key
     assert loaded == ("model", {keyword: torch.float16, "revision": "main"})
 
 
-class TestNamesThatAreGone:
-    """An error that says so, or a safe answer."""
+class TestMissingNames:
+    """A private name that is missing is an error, or has a safe default."""
 
     def test_errors(self):
         bare = types.SimpleNamespace()
@@ -188,7 +188,7 @@ class TestNamesThatAreGone:
             _diffusers.replace_config(bare, {})
         assert not vars(bare)
 
-    def test_safe_answers(self):
+    def test_safe_defaults(self):
         bare, module = types.SimpleNamespace(), nn.Linear(1, 1)
         assert _torch.version_of(bare) != _torch.version_of(bare)
         assert _torch.unwrap_compiled(module) is module
@@ -207,7 +207,7 @@ class TestNamesThatAreGone:
         torch.testing.assert_close(softmax_attention(query, key, value, None, 0.3, return_lse=True), expected)
 
 
-def test_versions_tell_of_writes():
+def test_versions_change_with_writes():
     tensor = torch.zeros(2)
     before = _torch.version_of(tensor)
     assert _torch.version_of(tensor) == before
@@ -215,7 +215,7 @@ def test_versions_tell_of_writes():
     assert _torch.version_of(tensor) != before
 
 
-def test_hooks_are_removed_with_their_marks():
+def test_hooks_are_removed_from_all_tables():
     module = nn.Linear(1, 1)
     stays, goes = (lambda *args: None for _ in range(2))
     for hook in (stays, goes):

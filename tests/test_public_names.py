@@ -11,7 +11,7 @@ import clear_attn
 
 
 def loaded_by(code):
-    """The modules that a new interpreter has loaded after the code."""
+    """Return the modules that the code loads in a new interpreter."""
     code = f"{code}\nimport sys\nprint(*sys.modules, sep='\\n')"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
@@ -41,14 +41,16 @@ def test_every_name_resolves(name):
 
 
 def test_names_for_type_checkers_are_the_public_ones():
-    """What is imported under TYPE_CHECKING comes from the module that the table names."""
+    """Imports under TYPE_CHECKING are from the modules in the table."""
     import ast
     import inspect
 
     tree = ast.parse(inspect.getsource(clear_attn))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
-    seen = {alias.name: node.module.removeprefix("clear_attn").lstrip(".") for node in imports for alias in node.names}
-    assert seen == {**clear_attn._MODULES, "methods": ""}
+    imported = {
+        alias.name: node.module.removeprefix("clear_attn").lstrip(".") for node in imports for alias in node.names
+    }
+    assert imported == {**clear_attn._MODULES, "methods": ""}
 
 
 def test_an_unknown_name():

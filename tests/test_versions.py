@@ -1,4 +1,4 @@
-"""The oldest versions that are declared are those that CI runs with, and loading works in each."""
+"""CI runs with the oldest declared versions, and loading works in all."""
 
 import tomllib
 from pathlib import Path
@@ -18,7 +18,7 @@ def requirements(lines):
     return [Requirement(line) for line in lines if not line.startswith(("#", "clear-attn"))]
 
 
-def test_the_floors_are_those_that_ci_runs_with():
+def test_ci_runs_with_the_oldest_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = requirements(project["dependencies"] + project["optional-dependencies"]["dev"])
     floors = {each.name: next(iter(each.specifier)).version for each in declared if len(each.specifier) == 1}
@@ -36,7 +36,7 @@ def test_a_pipeline_is_loaded_in_the_dtype_that_is_asked_for():
 
 
 def test_the_small_flux_has_the_weights_of_its_files():
-    """transformers 4 leaves those random whose names it does not know."""
+    """transformers 4 leaves weights random if it does not know their names."""
     pipe = demo.pipeline()
     for name in ("text_encoder", "text_encoder_2"):
         saved = load_file(demo.path() / name / "model.safetensors").values()

@@ -1,7 +1,4 @@
-"""The project's vocabulary: words that have a plainer or more usual one are not used.
-
-A package of the source joins `PACKAGES` once it has none of them.
-"""
+"""The project's vocabulary: words with a plainer or more usual synonym are not used."""
 
 import json
 import re
@@ -16,6 +13,8 @@ BANNED = {
     r"anew": "again",
     r"beside": "next to",
     r"behaviours?": "behavior",
+    r"colour\w*": "color",
+    r"grey\w*": "gray",
     r"in whose place": "in place of",
     r"in so far": "if",
     r"licen[c]es?": "license",
@@ -24,32 +23,22 @@ BANNED = {
     r"sees": "attends to, gets, reads",
     r"so many": "that many",
     r"stands?": "is",
+    r"stock": "original",
     r"(is|are) told": "gets, knows",
     r"whereupon|wherein|thereof|therein": "a short sentence",
 }
-PACKAGES = (
-    "backends",
-    "cascade",
-    "core",
-    "demo",
-    "distill",
-    "methods",
-    "models",
-    "parallel",
-    "patching",
-    "profiling",
-    "tools",
-    "utils",
-    "weights",
-)
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 EXAMPLES = [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.ipynb")]
-SOURCES = [file for package in PACKAGES for file in (ROOT / "src" / "clear_attn" / package).rglob("*.py")]
+SOURCES = [
+    *(ROOT / "src").rglob("*.py"),
+    *(ROOT / "benchmarks").glob("*.py"),
+    *(file for file in (ROOT / "tests").rglob("*.py") if file != Path(__file__)),
+]
 
 
 def written(file: Path) -> str:
-    """Return the text of a file to check: of a notebook the cells without outputs, of a page no names and errors."""
+    """Return the text of a file to check: for notebooks cells without outputs, for pages no names and errors."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".md":
         return re.sub(r"`[^`\n]+`", "", text.split("\n## Errors\n")[0])
@@ -59,7 +48,7 @@ def written(file: Path) -> str:
 
 
 def banned_words(text: str) -> list[str]:
-    """Return each banned word with the line that has it and what to write instead."""
+    """Return each banned word with its line and what to write instead."""
     return [
         f"line {number}: {found[0]!r}, write {instead!r}"
         for number, line in enumerate(text.splitlines(), 1)

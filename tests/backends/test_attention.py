@@ -19,7 +19,7 @@ from tests.helpers import hardware, reference_attention
 
 
 def attend(qkv, grids, text, config, weight, text_first=True, **kwargs):
-    """`clear_attention` on raster-ordered, text-first input and output."""
+    """Call `clear_attention` on inputs in raster order, text first; return its results in the same order."""
     layout = TokenLayout(grids, text, text_first=text_first)
     plan = config.plan(layout)
     tokens = torch.arange(text + plan.image_tokens)
@@ -51,7 +51,7 @@ def check(backend, grids, text, window, factor, batch, text_first):
     config = Clear(window, factor)
     tokens = text + sum(height * width for height, width in grids)
     qkv = torch.randn(3, batch, 2, tokens, 16).unbind()
-    weight = 2 * torch.rand(factor, factor) / factor**2  # about the plain mean
+    weight = 2 * torch.rand(factor, factor) / factor**2  # near the mean
     expected, expected_lse = reference_attention.attention(*qkv, grids, text, config, weight)
     output, lse = attend(qkv, grids, text, config, weight, text_first, backend=backend)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
@@ -79,7 +79,7 @@ def test_flex_is_the_rule(**case):
 
 @hardware.needs_compiler
 @pytest.mark.parametrize("grid", [(1, 1), (9, 11), (8, 16), (5, 26)])
-def test_flex_with_little_more_or_less_than_one_block(grid):
+def test_flex_around_the_size_of_one_block(grid):
     for _ in range(5):
         check("flex", [grid], 0, 3, 1, 1, True)
 
@@ -94,22 +94,22 @@ def test_gradients(backend, factor):
     results = attend(inputs[:3], grids, text, config, inputs[3], backend=backend)
     directions = [torch.randn_like(x) for x in results]
     used = inputs[: 4 if factor > 1 else 3]
-    for wanted in (1, 2):  # the output's gradients, and with those of the log-sum-exp
+    for wanted in (1, 2):  # gradients of the output, then of the log-sum-exp too
         both = (torch.autograd.grad(x[:wanted], used, directions[:wanted], True) for x in (results, expected))
         for ours, dense_one in zip(*both, strict=True):
             torch.testing.assert_close(ours, dense_one, atol=2e-5, rtol=1e-5)
 
 
-def test_operators_keep_their_promises():
-    """Of shapes, strides and gradients, under compilation."""
-    plan = Clear(4).plan(TokenLayout([(13, 20)], 0))  # without text, whose rows are another's to fill
+def test_operators_pass_opcheck():
+    """Check shapes, strides and gradients, under compilation."""
+    plan = Clear(4).plan(TokenLayout([(13, 20)], 0))  # without text: the operator leaves its rows to its caller
     for return_lse in (False, True):
         qkv = [torch.randn(1, 2, 260, 16, requires_grad=True) for _ in range(3)]
         torch.library.opcheck(tiled._tiled, (*qkv, list(plan.tiles), plan.image.start, None, 0.25, return_lse))
 
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
-def test_any_order_of_memory(backend):
+def test_any_memory_layout(backend):
     plan = Clear(3).plan(TokenLayout([(9, 11)], 5))
     qkv = torch.randn(3, 1, 2, 16, 104).transpose(-1, -2).unbind()
     expected = clear_attention(*(x.contiguous() for x in qkv), plan, backend="reference", return_lse=True)
@@ -132,7 +132,11 @@ def test_gradients_of_a_compiled_graph():
 def test_gradients_under_autocast(inside):
     plan = Clear(4).plan(TokenLayout([(13, 20)], 7))
     query, key, value = torch.randn(3, 1, 2, 267, 16).unbind()
-    qkv = [query.requires_grad_(), key.requires_grad_(), value.bfloat16().requires_grad_()]  # as norms leave them
+    qkv = [
+        query.requires_grad_(),
+        key.requires_grad_(),
+        value.bfloat16().requires_grad_(),
+    ]  # query and key in float32, as after norms
     with torch.autocast("cpu", torch.bfloat16):
         output = clear_attention(*qkv, plan, backend="tiled")
         _, lse = clear_attention(*qkv, plan, backend="tiled", return_lse=True)
@@ -204,7 +208,7 @@ def test_flex_inside_an_outer_compiled_graph():
     plan = Clear(6).plan(TokenLayout([(24, 24)], 16))
 
     def block(x, scale):
-        # Views with an offset, made inside the graph: what FlexAttention gets wrong there on a CPU by itself.
+        # Views with an offset, made inside the graph: FlexAttention alone computes these wrongly on a CPU.
         query, key, value = (x * scale).chunk(3, dim=-1)
         return clear_attention(query, key, value, plan, backend="flex") + 1
 
@@ -227,7 +231,7 @@ def check_double():
 
 
 def test_flex_as_a_part_of_an_outer_graph(monkeypatch):
-    """As on a GPU, where there is no custom operator between."""
+    """Check flex without its custom operator, as on a GPU."""
     monkeypatch.setitem(BACKENDS, "flex", BACKENDS["flex"]._replace(attend=flex.attend_directly))
     plan = Clear(6).plan(TokenLayout([(24, 24)], 16))
     plan.block_indices  # noqa: B018
@@ -261,7 +265,7 @@ def test_gradients_of_pooled_keys_alone():
 @pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("text_first", [True, False])
 def test_a_bias_per_key_and_fewer_key_heads(backend, factor, text_first):
-    """Against four dense lines: scores of grouped heads plus the bias, under the mask."""
+    """Compare with the rule: scores of grouped heads plus the bias, under the mask."""
     layout = TokenLayout([(9, 11)], 5, text_first=text_first)
     plan = Clear(3, factor).plan(layout)
     query, key, value = torch.randn(2, 4, 104, 16), torch.randn(2, 2, 104, 16), torch.randn(2, 2, 104, 16)
@@ -302,7 +306,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"key must be \[batch, heads, 18, head_dim\].*got \[1, 1, 17, 8\]"):
             clear_attention(self.qkv[0], self.qkv[1][:, :, 1:], self.qkv[2], self.plan)
 
-    def test_other_heads_than_the_query(self):
+    def test_a_head_dim_that_differs_from_the_query(self):
         with pytest.raises(ValueError, match=r"value must be .* shaped as the query.*got \[1, 1, 18, 4\]"):
             clear_attention(self.qkv[0], self.qkv[1], self.qkv[2][..., :4], self.plan)
 
@@ -333,12 +337,12 @@ class Chip(NamedTuple):
 
 
 class TestAuto:
-    def test_says_why(self):
+    def test_gives_the_reason(self):
         choice = select_backend(CPU, torch.float32, 64, needs_grad=True)
         assert choice.backend == "tiled"
         assert "no gradients on a CPU" in choice.reason
 
-    def test_takes_the_winner_of_what_was_measured(self):
+    def test_takes_the_fastest_measured_backend(self):
         choice = select_backend(CPU, torch.float32, 64, needs_grad=False)
         assert "benchmarks/results/auto-cpu-*.json" in choice.reason
         times = defaultdict(dict)
@@ -349,14 +353,14 @@ class TestAuto:
         assert len(times) == 24
         assert all(each[choice.backend] <= 1.1 * min(each.values()) for each in times.values())
 
-    def test_falls_to_tiled_on_what_it_does_not_know_and_says_so_once(self, caplog):
+    def test_falls_back_to_tiled_on_unknown_devices_and_warns_once(self, caplog):
         selection._warn_once.cache_clear()
         for _ in range(3):
             choice = select_backend(torch.device("mps"), torch.float16, 128, needs_grad=False)
         assert choice.backend == "tiled"
         assert ["mps" in record.message for record in caplog.records] == [True]
 
-    def test_is_silent_where_it_knows(self, caplog):
+    def test_known_devices_get_no_warning(self, caplog):
         select_backend(CPU, torch.float32, 64, needs_grad=False)
         assert not caplog.records
 

@@ -1,4 +1,4 @@
-"""Derivatives beyond a backward pass: the reference gives them, the others refuse and say so."""
+"""Derivatives beyond a backward pass: the reference has them, the others raise an error."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ REFUSAL = "supports a backward pass, but neither forward-mode derivatives nor tr
 
 @pytest.fixture(autouse=True)
 def math_kernel():
-    """Of torch's own kernels, the one that has all derivatives."""
+    """Use the kernel of torch that has all derivatives."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 

@@ -60,7 +60,7 @@ def test_the_log_sum_exp_of_half_precision_is_float32():
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_gradients_are_autograds(key_heads, with_bias, with_lse):
+def test_gradients_equal_autograd(key_heads, with_bias, with_lse):
     *qkv, mask, bias = random_inputs(key_heads)
     bias = bias if with_bias else None
     inputs = [x.requires_grad_() for x in qkv]
@@ -71,7 +71,7 @@ def test_gradients_are_autograds(key_heads, with_bias, with_lse):
     torch.testing.assert_close(found, torch.autograd.grad(loss, inputs))
 
 
-def test_two_sets_of_keys_merge_into_all_of_them():
+def test_results_of_two_sets_of_keys_merge():
     query, key, value, mask, _ = random_inputs()
     mask[:, 4] = True
     parts = [expected(query, key[:, :, s], value[:, :, s], mask[:, s]) for s in (slice(4), slice(4, None))]

@@ -22,7 +22,7 @@ GRID = (9, 12)
 
 
 def with_scale(transformer, call, scale):
-    """The stock model's output with another scale of all scores, `scale` times head_dim^-0.5."""
+    """Return the output of the original model with all scores scaled by `scale` * head_dim^-0.5."""
     text_first = isinstance(transformer, type(dummy_models.flux_transformer()))
     name, plain = (
         (FLUX_ATTENTION[0], dispatch_attention_fn) if text_first else (SD3_ATTENTION[0], F.scaled_dot_product_attention)
@@ -36,7 +36,7 @@ def with_scale(transformer, call, scale):
 
 
 class TestNtkScaling:
-    def test_is_the_rotary_embedding_of_a_larger_theta(self):
+    def test_equals_the_rotary_embedding_of_a_larger_theta(self):
         transformer = dummy_models.flux_transformer()
         ids = dummy_models.image_ids(GRID)
         with clear.ntk_scaling(transformer, 10):
@@ -49,7 +49,7 @@ class TestNtkScaling:
         ]
         assert torch.equal(cos, torch.cat(expected, dim=-1))
 
-    def test_leaves_all_as_it_was_also_after_an_error(self, pipe):
+    def test_restores_everything_also_after_an_error(self, pipe):
         before = snapshot(pipe.transformer), pipe.transformer.pos_embed.theta
         with clear.ntk_scaling(pipe, 10) as given:
             assert given is pipe
@@ -62,7 +62,7 @@ class TestNtkScaling:
         assert_same(pipe.transformer, before[0])
 
     @pytest.mark.parametrize("factor", [0, -1, math.inf, math.nan, "ten", True])
-    def test_refuses_what_is_no_factor(self, factor):
+    def test_refuses_invalid_factors(self, factor):
         with pytest.raises(ValueError, match="ntk_factor must be a finite number above 0"):
             clear.ntk_scaling(dummy_models.flux_transformer(), factor).__enter__()
 
@@ -105,7 +105,7 @@ class TestProportionalAttention:
         assert seen == pytest.approx([math.sqrt(math.log(10 * (108 + 7), 4608) / 16)] * family.layers)
 
     @pytest.mark.parametrize("window", [None, 4])
-    def test_leaves_all_as_it_was_also_after_an_error(self, family, transformer, window):
+    def test_restores_everything_also_after_an_error(self, family, transformer, window):
         if window:
             clear.linearize(transformer, window, weights=None)
         before = snapshot(transformer)
@@ -120,7 +120,7 @@ class TestProportionalAttention:
         with clear.proportional_attention(pipe):
             torch.testing.assert_close(run(pipe.transformer, call), expected, atol=1e-4, rtol=1e-4)
 
-    def test_the_caller_s_own_keywords_stay(self, transformer, family):
+    def test_the_callers_keywords_are_unchanged(self, transformer, family):
         call = {**family.call(transformer, GRID), "joint_attention_kwargs": {"scale": 1.0}}
         expected = with_scale(transformer, call, proportional_scale(115))
         with clear.proportional_attention(transformer):
@@ -134,16 +134,16 @@ class TestProportionalAttention:
 
         layer = next(iter(family_layers(transformer)))
         with clear.proportional_attention(transformer):
-            stock = layer.processor
+            original = layer.processor
             layer.set_processor(Foreign())
             with pytest.raises(RuntimeError, match="has a Foreign, whose scores proportional attention cannot scale"):
                 run(transformer, family.call(transformer, GRID))
-            layer.set_processor(stock)
+            layer.set_processor(original)
         layer.set_processor(Foreign())
         with pytest.raises(RuntimeError, match="has a Foreign"):
             clear.proportional_attention(transformer).__enter__()
 
-    def test_refuses_what_only_descends_from_a_stock_processor(self, transformer):
+    def test_refuses_subclasses_of_the_original_processors(self, transformer):
         layer = family_layers(transformer)[1]
         own = type("Own", (type(layer.processor),), {})()
         layer.set_processor(own)

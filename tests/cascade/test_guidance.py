@@ -23,7 +23,7 @@ def test_low_frequencies_are_the_means_of_cells(height, width, level):
     torch.testing.assert_close(low_frequencies(low, level), low)
 
 
-def test_full_weight_leads_the_low_frequencies_to_the_target():
+def test_full_weight_sets_the_low_frequencies_to_the_target():
     velocity, latents, target = torch.randn(3, 4, 8, 8)
     for sigma in (1.0, 0.3):
         flow = guided(velocity[None], latents[None], target[None], sigma, 1.0, 1)
@@ -62,12 +62,12 @@ def test_every_step_is_guided_by_its_own_weight(begin, packed):
         sample = expected
 
 
-def test_weights_fall_from_one_to_nothing():
+def test_weights_fall_from_one_to_zero():
     assert weight_at(0) == 1
     assert weight_at(0.5) == pytest.approx(0.5)
     assert weight_at(1) == 0
 
 
-def test_half_precision_stays():
+def test_keeps_half_precision():
     velocity, latents, target = torch.randn(3, 4, 8, 8).bfloat16()
     assert guided(velocity[None], latents[None], target[None], 0.5, 0.5, 1).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The cascade: what it draws, and what it leaves."""
+"""The cascade: its images, and the state of the pipeline afterwards."""
 
 import gc
 from dataclasses import replace
@@ -25,7 +25,7 @@ from tests.helpers.placement import by_group
 from tests.helpers.snapshots import assert_same, snapshot
 
 
-class TestPicture:
+class TestImages:
     @pytest.mark.parametrize(
         ("make", "from_image"),
         [
@@ -33,7 +33,7 @@ class TestPicture:
             (dummy_models.sd3_pipeline, StableDiffusion3Img2ImgPipeline),
         ],
     )
-    def test_is_what_diffusers_own_pipelines_draw_one_after_the_other(self, make, from_image):
+    def test_equals_the_pipelines_of_diffusers_in_sequence(self, make, from_image):
         pipe = make()
         stage = replace(STAGE, ntk_factor=1, proportional=False, shift=None, guidance=2.0)
         result = draw(pipe, base=replace(BASE, guidance=3.0), stages=stage)
@@ -72,7 +72,7 @@ class TestPicture:
         start = noise(64, 64)
         assert not same(draw(pipe, image=start).image, draw(pipe, image=start, stages=replace(STAGE, **changes)).image)
 
-    def test_base_is_dense_and_original_also_of_a_linearized_pipeline(self, pipe):
+    def test_the_base_image_of_a_linearized_pipeline_is_dense_too(self, pipe):
         expected = draw(pipe)
         clear.linearize(pipe, 4, weights=None)
         pipe.transformer.register_forward_pre_hook(lambda module, args: None)
@@ -83,7 +83,7 @@ class TestPicture:
         assert (result.plan.window, result.plan.weights) == (4, None)
         assert_as_it_was(pipe, before)
 
-    def test_stages_follow_each_other_and_repeat_alone(self, pipe):
+    def test_a_stage_alone_gives_the_same_image(self, pipe):
         stages = [replace(STAGE, height=96, width=96), STAGE]
         seen = []
         result = draw(pipe, stages=stages, callback_on_stage_end=lambda *stage: seen.append(stage))
@@ -101,7 +101,7 @@ class TestPicture:
         torch.manual_seed(3)
         assert draw(pipe, seed=None).plan.seed == first.plan.seed
 
-    def test_large_pictures_are_tiled_and_small_ones_not(self, pipe, monkeypatch):
+    def test_only_large_images_are_tiled(self, pipe, monkeypatch):
         tiled = []
         for name in ("_tiled_encode", "tiled_decode"):
             plain = getattr(pipe.vae, name)
@@ -167,7 +167,7 @@ class TestPicture:
         assert seen == [False, True]
 
 
-def test_refuses_a_base_image_whose_weights_were_given_up(pipe):
+def test_refuses_a_base_image_after_originals_were_discarded(pipe):
     clear.linearize(pipe, weights=demo.distilled(), keep_original=False)
     with pytest.raises(RuntimeError, match="the original weights of this pipeline were discarded"):
         draw(pipe, window=None, weights="auto")
@@ -182,8 +182,8 @@ def test_refuses_a_base_image_of_a_pipeline_without_its_original_weights(pipe, t
 
 
 @pytest.mark.parametrize("linearized", [False, True])
-def test_holds_the_attention_weights_no_more_often_than_needed(pipe, linearized, monkeypatch):
-    """The originals and the distilled weights; for the base image of a linearized pipeline, the originals twice."""
+def test_copies_of_the_attention_weights(pipe, linearized, monkeypatch):
+    """Two copies, originals and distilled; three for the base image of a linearized pipeline."""
     distilled = {"weights": demo.distilled(), "window": None}
     transformer, adapter = find_transformer(pipe)
     weights = [each for each in replaced_parameters(adapter.attention_layers(transformer)).values() if each.ndim == 2]
@@ -212,7 +212,7 @@ def test_holds_the_attention_weights_no_more_often_than_needed(pipe, linearized,
 
 
 class TestAfterwards:
-    def test_all_is_as_it_was(self, pipe):
+    def test_everything_is_restored(self, pipe):
         before = everything(pipe)
         draw(pipe, 160, 160)
         assert_as_it_was(pipe, before)
@@ -220,7 +220,7 @@ class TestAfterwards:
         draw(pipe)
         assert pipe.vae.use_tiling
 
-    def test_an_error_gives_what_was_finished(self, pipe):
+    def test_an_error_has_the_finished_images(self, pipe):
         before = everything(pipe)
 
         def fail(pipe, step, timestep, tensors):
@@ -236,7 +236,7 @@ class TestAfterwards:
         assert_as_it_was(pipe, before)
 
     @pytest.mark.parametrize("broken", ["base image", "stage", "decoder"])
-    def test_nan_stops_at_its_stage(self, pipe, broken, monkeypatch):
+    def test_nan_is_found_in_its_stage(self, pipe, broken, monkeypatch):
         before, steps, decode = everything(pipe), [], pipe.vae.decode
 
         def break_latents(runner, step, timestep, tensors):
@@ -263,17 +263,17 @@ class TestAfterwards:
         assert steps == {"base image": [0], "stage": [0, 1, 0], "decoder": []}[broken]
         assert_as_it_was(pipe, before)
 
-    def test_ctrl_c_gives_what_was_finished(self, pipe):
+    def test_ctrl_c_has_the_finished_images(self, pipe):
         before, calls = everything(pipe), []
 
-        def press(pipe, step, timestep, tensors):
+        def interrupt(pipe, step, timestep, tensors):
             calls.append(step)
             if len(calls) == 3:
                 raise KeyboardInterrupt
             return tensors
 
         with pytest.raises(clear.HighresInterrupted, match="interrupted after 1 of 2 images") as caught:
-            draw(pipe, callback_on_step_end=press)
+            draw(pipe, callback_on_step_end=interrupt)
         assert isinstance(caught.value, KeyboardInterrupt)
         assert [image.size for image in caught.value.result.images] == [(64, 64)]
         assert not caught.value.result.finished
@@ -306,8 +306,8 @@ class TestAfterwards:
         draw(pipe, callback_on_step_end=Look())
         assert seen == [{"latents", "prompt_embeds"}] * 4
 
-    # A dense pipeline: linearizing after the base image, and the way back. A linearized one: the originals for the base
-    # image, and the way back from them. An interrupted way back is tried again.
+    # A dense pipeline is linearized after the base image, then restored. A linearized one is restored for the base
+    # image, then linearized again. An interrupted restore is repeated.
     @pytest.mark.parametrize(
         ("linearized", "at", "finished"),
         [
@@ -341,16 +341,16 @@ class TestAfterwards:
         assert (None if result is None else len(result.images)) == finished
         assert_as_it_was(pipe, before)
 
-    def test_hooks_come_and_go_while_the_original_is_restored(self, pipe):
+    def test_hooks_are_added_and_removed_while_restored(self, pipe):
         clear.linearize(pipe, 4, weights=None)
         hooks = pipe.transformer._forward_pre_hooks
-        kept, taken_off = (pipe.transformer.register_forward_pre_hook(lambda module, args: None) for _ in range(2))
-        door = next(iter(hooks))
+        kept, removed = (pipe.transformer.register_forward_pre_hook(lambda module, args: None) for _ in range(2))
+        entry_hook = next(iter(hooks))
         with restored(pipe):
-            assert list(hooks) == [kept.id, taken_off.id]
-            taken_off.remove()
+            assert list(hooks) == [kept.id, removed.id]
+            removed.remove()
             new = pipe.transformer.register_forward_pre_hook(lambda module, args: None)
-        assert list(hooks) == [door, kept.id, new.id]
+        assert list(hooks) == [entry_hook, kept.id, new.id]
         assert clear.is_linearized(pipe)
 
     def test_progress(self, pipe, capfd):

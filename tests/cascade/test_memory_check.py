@@ -1,4 +1,4 @@
-"""Whether memory can suffice."""
+"""The check that the memory suffices, before drawing."""
 
 import re
 import warnings
@@ -15,7 +15,7 @@ from tests.helpers.large_images import STAGE, assert_as_it_was, draw, everything
 
 
 class TestMemory:
-    def test_refuses_what_cannot_fit_and_warns_of_what_may_not(self, pipe, monkeypatch):
+    def test_refuses_what_cannot_fit_and_warns_if_it_may_not(self, pipe, monkeypatch):
         counted = clear.cost(pipe, 128, 128, text_tokens=0).memory
         weights = counted.all_weights
         least = weights + max(counted.activations.least, counted.decode.least)
@@ -31,7 +31,7 @@ class TestMemory:
         monkeypatch.setattr(fits, "available_memory", lambda device: (weights + likely, likely - 1))
         with pytest.warns(UserWarning, match="128 x 128 px will likely need"):
             draw(pipe)
-        # The weights take their part of what a CPU has.
+        # On a CPU, weights and activations share the same memory.
         monkeypatch.setattr(fits, "available_memory", lambda device: (weights + likely - 1, weights + likely - 1))
         with pytest.warns(UserWarning, match="128 x 128 px will likely need"):
             draw(pipe)
@@ -40,7 +40,7 @@ class TestMemory:
             warnings.simplefilter("error")
             draw(pipe)
 
-    def test_names_what_would_fit(self, pipe):
+    def test_the_remedy_fits(self, pipe):
         device, work = torch.device("cuda"), {"transformer": Bytes(1000, 4000), "vae": Bytes(500, 2000)}
         transformer = weight_bytes(pipe.transformer)
         assert "smaller image" in fits._remedy(pipe, device, work, 999)
@@ -50,7 +50,7 @@ class TestMemory:
         accelerate.cpu_offload_with_hook(pipe.transformer, execution_device="cpu")
         assert "enable_group_offload" in fits._remedy(pipe, device, work, transformer + 1000)
 
-    def test_offloaded_models_count_at_their_turn(self, pipe):
+    def test_offloaded_models_count_one_at_a_time(self, pipe):
         gpu, work = torch.device("cuda"), {"transformer": Bytes(1000, 4000), "vae": Bytes(500, 10**9)}
         assert memory.peak_memory(pipe, gpu, work) == (1000, 10**9)
         assert memory.peak_memory(pipe, torch.device("cpu"), work).least == memory.pipeline_bytes(pipe) + 1000
@@ -72,10 +72,10 @@ class TestMemory:
         monkeypatch.setattr(fits, "available_memory", lambda device: (10 * weights, weights))
         fits.check_weights_fit(pipe, torch.device("cuda:0"))
 
-    def test_refuses_what_this_machine_cannot_hold(self, pipe):
+    def test_refuses_more_than_the_memory_of_this_machine(self, pipe):
         with pytest.raises(ValueError, match=r"524288 x 524288 px needs at least \d+\.\d GiB .* and cpu has \d+\.\d"):
             draw(pipe, 2**19, 2**19, stages=[STAGE])
 
-    def test_room_of_this_machine(self):
+    def test_available_memory(self):
         total, free = memory.available_memory(torch.device("cpu"))
         assert GIB / 4 < free <= total

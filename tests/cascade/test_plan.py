@@ -1,4 +1,4 @@
-"""Plans: what they say, what they are read from, and what is refused before anything is drawn."""
+"""Plans: what they record, how they are saved and read, and errors before anything is drawn."""
 
 import contextlib
 import itertools
@@ -29,7 +29,7 @@ DRAWN = '{"prompt": "a", "height": 8, "width": 8, "seed": 1, "base": null, "stag
 
 
 class TestPlan:
-    def test_makes_the_picture_again(self, pipe, tmp_path):
+    def test_draws_the_same_image_again(self, pipe, tmp_path):
         result = draw(pipe, stages=replace(STAGE, low_resolution_guidance=2))
         files = result.save(tmp_path / "out.png", stages=True)
         assert [file.name for file in files] == ["out-0-64x64.png", "out.png"]
@@ -39,7 +39,7 @@ class TestPlan:
         assert again.plan == result.plan
         assert same(again.image, Image.open(tmp_path / "out.png"))
 
-    def test_names_all_that_was_left_open(self, pipe):
+    def test_has_the_defaults_of_what_was_not_given(self, pipe):
         plan = draw(pipe, 256, 128, base=clear.Base(steps=1), stages=clear.Stage()).plan
         stage = clear.Stage(height=256, width=128, ntk_factor=10.0)
         assert plan.stages == (stage,)
@@ -51,7 +51,7 @@ class TestPlan:
         assert (plan.weights, plan.revision, plan.backend) == (None, None, "auto")
         assert set(plan.made_with) == {"clear_attn", "diffusers", "torch"}
 
-    def test_names_what_a_linearized_pipeline_has(self, pipe, monkeypatch):
+    def test_has_the_settings_of_a_linearized_pipeline(self, pipe, monkeypatch):
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="toy")
         assert describe(pipe)["adapters"] == ["toy"]
         clear.linearize(pipe, 4, weights=None, backend="reference")
@@ -62,7 +62,7 @@ class TestPlan:
         with pytest.raises(ValueError, match="backend='tiled' is not that of this linearized pipeline, 'reference'"):
             draw(pipe, window=None, weights="auto", backend="tiled")
 
-    def test_of_a_picture_does_not_tell_where_weights_lie(self, tmp_path):
+    def test_in_an_image_has_no_local_paths(self, tmp_path):
         plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, str(demo.distilled()))
         HighresResult([noise(8, 8), noise(64, 64)], plan).save(tmp_path / "out.png")
         assert clear.HighresPlan.load(tmp_path / "out.png.json") == plan
@@ -70,13 +70,13 @@ class TestPlan:
         on_hub = replace(plan, weights="owner/repo/file.safetensors")
         assert on_hub.without_paths() == on_hub
 
-    def test_of_a_picture_beyond_the_limit_of_pil(self, tmp_path, monkeypatch):
+    def test_in_an_image_beyond_the_limit_of_pil(self, tmp_path, monkeypatch):
         plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, None)
         HighresResult([noise(8, 8), noise(64, 64)], plan).save(tmp_path / "out.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         assert clear.HighresPlan.load(tmp_path / "out.png") == plan
 
-    def test_of_a_pipeline_saved_while_it_was_linearized_is_made_without_a_word(self, pipe, tmp_path, monkeypatch):
+    def test_for_a_pipeline_saved_while_linearized_gives_no_warning(self, pipe, tmp_path, monkeypatch):
         clear.linearize(pipe, 4, weights=None)
         pipe.save_pretrained(tmp_path)
         loaded = type(pipe).from_pretrained(tmp_path)
@@ -85,7 +85,7 @@ class TestPlan:
             warnings.simplefilter("error", UserWarning)
             assert draw(loaded, window=None, weights="auto").plan.window == 4
 
-    def test_other_kinds_of_picture_have_it_beside_them(self, pipe, tmp_path):
+    def test_for_other_image_formats_is_in_a_file_next_to_the_image(self, pipe, tmp_path):
         result = draw(pipe)
         result.save(tmp_path / "out.jpg")
         assert clear.HighresPlan.load(tmp_path / "out.jpg.json") == result.plan
@@ -107,8 +107,8 @@ class TestPlan:
             ("{}", "not a plan of a high-resolution image: it has no 'format'"),
             ("[", "not a plan"),
             ('{"format": 3}', "its format was written by clear_attn another version"),
-            (DRAWN % '"format": 1, "colour": "red"', "unexpected keyword argument 'colour'"),
-            (DRAWN % '"format": 2, "colour": "red"', "unexpected keyword argument 'colour'"),
+            (DRAWN % '"format": 1, "color": "red"', "unexpected keyword argument 'color'"),
+            (DRAWN % '"format": 2, "color": "red"', "unexpected keyword argument 'color'"),
             (DRAWN % '"format": 2, "options": []', r"it has options=\[\], which must be dict"),
             (DRAWN % '"format": 2, "options": {"seed": 3}', "options must not have 'seed'"),
             (DRAWN % '"format": 2, "options": {"token": "x"}', "options must not have 'token'"),
@@ -141,7 +141,7 @@ class TestSizes:
         assert base_size(size, 1024, 16) == first
         assert stage_sizes(first, size, 16) == stages
 
-    def test_no_size_is_refused_for_what_rounding_does(self, pipe):
+    def test_no_size_is_refused_because_of_rounding(self, pipe):
         pipe.vae_scale_factor, pipe.default_sample_size = 8, 128  # FLUX.1's
         every = list(itertools.product(range(1024, 8193, 64), repeat=2))
         for size in every:
@@ -169,7 +169,7 @@ class TestSizes:
         with contextlib.nullcontext() if same else pytest.raises(ValueError, match="has another aspect ratio"):
             validate_aspect_ratio(before, after, 16)
 
-    def test_rounds_as_diffusers_does_and_says_so(self, pipe):
+    def test_rounds_as_diffusers_does_and_warns(self, pipe):
         with pytest.warns(UserWarning, match="130 x 135 px is not a multiple of 8 px; drawing 128 x 128 px"):
             assert draw(pipe, 130, 135).image.size == (128, 128)
         with warnings.catch_warnings():
@@ -198,7 +198,7 @@ BAD = [
     ({"stages": [clear.Stage(120, 120), clear.Stage(96, 96)]}, ValueError, "96 x 96 px is smaller than the 120 x 120"),
     ({"strength": 0.3}, TypeError, "highres takes no strength; see strength of Stage"),
     ({"generator": None}, TypeError, "highres takes no generator; see seed"),
-    ({"colour": "red"}, TypeError, "unknown keyword 'colour'"),
+    ({"color": "red"}, TypeError, "unknown keyword 'color'"),
     ({"prompt_embeds": torch.ones(1)}, TypeError, "unknown keyword 'prompt_embeds'"),
     (
         {"joint_attention_kwargs": {"x": torch.ones(1)}},
@@ -265,7 +265,7 @@ def test_refuses_settings(settings, error, words):
         clear.Stage(**settings)
 
 
-def test_refuses_what_a_model_cannot_do(pipe):
+def test_refuses_what_a_model_does_not_support(pipe):
     with pytest.raises(ValueError, match="base and image are both given"):
         clear.highres(pipe, PROMPT, height=128, width=128, base=BASE, image=noise(64, 64))
     sd3 = dummy_models.sd3_pipeline()
@@ -302,7 +302,7 @@ def test_malformed_plans_name_the_file_and_the_key(tmp_path, key):
 class TestResult:
     plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(), clear.Stage()), 3, 4, 1, None)
 
-    def test_folder_that_is_gone_loses_no_image(self, tmp_path, monkeypatch):
+    def test_a_folder_that_is_gone_loses_no_image(self, tmp_path, monkeypatch):
         """The image goes to a fallback file, and the plan's failure is a warning."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         result = HighresResult([noise(8, 8)] + [noise(32, 32)] * len(self.plan.stages), self.plan)
@@ -311,7 +311,7 @@ class TestResult:
         assert len(warned) == 2
         assert same(Image.open(written), result.image)
 
-    def test_unfinished_is_saved_image_by_image(self, tmp_path):
+    def test_an_unfinished_result_is_saved_image_by_image(self, tmp_path):
         result = HighresResult([noise(8, 8), noise(32, 32)], self.plan)
         files = result.save(tmp_path / "out.png")
         assert [file.name for file in files] == ["out-0-8x8.png", "out-1-32x32.png"]

@@ -12,7 +12,7 @@ GRIDS = st.lists(st.tuples(st.integers(1, 37), st.integers(1, 37)), min_size=1, 
 
 
 @given(grids=GRIDS)
-def test_order_is_a_permutation_within_segments(grids):
+def test_tile_order_is_a_permutation_within_segments(grids):
     layout = TokenLayout(grids, 3)
     tokens = torch.arange(layout.image_tokens)
     assert torch.equal(tokens[layout.permutation][layout.inverse_permutation], tokens)
@@ -25,7 +25,7 @@ def test_order_is_a_permutation_within_segments(grids):
         start += height * width
 
 
-def test_order_is_nested_tiles():
+def test_tile_order_is_nested_tiles():
     layout = TokenLayout([(32, 48)], 0)
     y, x = Clear().plan(layout).query
     for cell in range(0, layout.image_tokens, 64):
@@ -74,7 +74,7 @@ def test_refuses(grids, text, error, words):
         TokenLayout(grids, text)
 
 
-def test_made_under_inference_mode_serves_training():
+def test_made_under_inference_mode_works_in_training():
     with torch.inference_mode():
         layout = TokenLayout([(9, 9)], 2)
         plan = Clear(3, 2).plan(layout)

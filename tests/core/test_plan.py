@@ -42,7 +42,7 @@ def test_keys_of_a_window_plan_are_text_image_and_cells(text_first, factor):
 
 
 def test_cells_and_their_weights():
-    """Of 3 x 4 tokens, with cells of 2 x 2: the lower ones are cut."""
+    """Cells of 2 x 2 on a grid of 3 x 4 tokens: the lower ones are cut by the border."""
     cells, weights = pooled_cells([(3, 4)], 2)
     assert cells.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 0, 0], [10, 11, 0, 0]]
     assert weights.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [2, 2, 0, 0], [2, 2, 0, 0]]

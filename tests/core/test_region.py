@@ -11,14 +11,14 @@ CPU = torch.device("cpu")
 
 
 def region_of(window=3, before=2, after=1):
-    """Rows 8 to 12 of 20 x 6 tokens as queries, rows 6 to 14 as keys."""
+    """Return a region with rows 8 to 12 of 20 x 6 tokens as queries, and rows 6 to 14 as keys."""
     segments = segments_of([(20, 6)])
     queries, keys = (select_rows(segments, [slice(*rows)]) for rows in ((8, 12), (6, 14)))
     region = AttentionRegion(queries, keys, before, after, 24 + before, slice(before, 24 + before), window, CPU)
     return region, queries, keys
 
 
-def test_the_window_decides_among_image_keys_and_all_queries_attend_to_others():
+def test_the_window_limits_image_keys_only():
     region, queries, keys = region_of()
     assert (region.image_tokens, region.key_tokens) == (24, 2 + 48 + 1)
     mask = window_mask(region.query, region.key, region.radius_sq)

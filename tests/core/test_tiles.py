@@ -54,7 +54,7 @@ def test_inner_tiles_are_one_group():
     assert len(groups) == 9
 
 
-def test_joined_groups_come_apart_again():
+def test_joined_groups_can_be_split_again():
     groups = [
         TileGroup(torch.arange(6).view(3, 2), torch.arange(12).view(3, 4), torch.eye(2, 4, dtype=torch.bool)),
         TileGroup(torch.tensor([[7]]), torch.tensor([[5, 6]]), torch.tensor([[True, False]])),

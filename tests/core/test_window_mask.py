@@ -7,7 +7,7 @@ from clear_attn.core.window_mask import BLOCK, Coordinates, block_indices, in_wi
 from clear_attn.methods import Clear
 
 
-def test_visible_is_strict():
+def test_the_radius_is_exclusive():
     origin, keys = (
         Coordinates(torch.zeros(1), torch.zeros(1)),
         Coordinates(torch.tensor([0.0, 3.0, 3.0]), torch.tensor([4.0, 4.0, 5.0])),
@@ -17,7 +17,7 @@ def test_visible_is_strict():
     assert in_window(origin, keys, torch.tensor(float("inf"))).all()
 
 
-def test_interior_queries_see_the_published_number_of_keys():
+def test_interior_queries_attend_to_the_published_number_of_keys():
     for window, expected in ((8, 193), (16, 793), (32, 3205)):
         plan = Clear(window).plan(TokenLayout([(80, 80)], 0))
         middle = Coordinates(torch.tensor([40.0]), torch.tensor([40.0]))
@@ -31,7 +31,7 @@ def test_interior_queries_see_the_published_number_of_keys():
     factor=st.integers(1, 5),
     text_first=st.booleans(),
 )
-def test_block_lists_neither_miss_nor_invent(grids, text, window, factor, text_first):
+def test_block_lists_have_every_block_with_a_pair(grids, text, window, factor, text_first):
     plan = Clear(window, factor).plan(TokenLayout(grids, text, text_first=text_first))
     mask = window_mask(plan.query, plan.key, plan.radius_sq)
     lists = block_indices(plan.query, plan.key, plan.radius_sq)

@@ -24,7 +24,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name):
-    """A script of the examples as a module."""
+    """Import a script of the examples as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -40,14 +40,14 @@ class TestScenes:
         assert held_out | training == set(all_scenes())
 
     @pytest.mark.parametrize("size", [64, 128, pytest.param(512, marks=pytest.mark.slow)])
-    def test_what_is_drawn_can_be_read(self, size):
+    def test_drawn_scenes_are_recognized(self, size):
         rng = np.random.default_rng(0)
         for scene in all_scenes()[:60]:
-            picture = draw(scene, size, shift=tuple(rng.uniform(-0.02, 0.02, 2)), half=rng.uniform(0.21, 0.25))
-            noisy = np.clip(picture + rng.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
+            image = draw(scene, size, shift=tuple(rng.uniform(-0.02, 0.02, 2)), half=rng.uniform(0.21, 0.25))
+            noisy = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
             assert read(noisy) == scene
 
-    def test_what_is_wrong_is_read_as_such(self):
+    def test_a_changed_part_is_recognized(self):
         scene = Scene("red", "circle", "blue", "in the middle")
         for part, other in (
             ("color", "green"),
@@ -58,7 +58,7 @@ class TestScenes:
             changed = Scene(**{**vars(scene), part: other})
             assert read(draw(changed)) == changed
 
-    def test_what_is_unclear_is_not_read(self):
+    def test_unclear_images_are_not_recognized(self):
         rng = np.random.default_rng(0)
         assert read(np.full((128, 128, 3), 200, dtype=np.uint8)) is None
         assert read(rng.integers(0, 255, (128, 128, 3)).astype(np.uint8)) is None
@@ -81,7 +81,7 @@ class TestSmallFlux:
         files = [file for file in demo.path().rglob("*") if file.is_file()]
         assert sum(file.stat().st_size for file in files) < 10 * 2**20
         assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt"}
-        # diffusers writes down the folder that a model was loaded from.
+        # diffusers writes the folder that a model was loaded from into its config.
         assert not any("_name_or_path" in file.read_text() for file in files if file.suffix == ".json")
 
     @pytest.mark.parametrize("count", [8, pytest.param(40, marks=pytest.mark.slow)])
@@ -123,7 +123,7 @@ class TestSmallFlux:
 class TestDistilled:
     @pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.slow)])
     def test_draws_what_the_dense_model_draws(self, pipe, count):
-        """With a window, and seeds, where the model's own weights do not."""
+        """Distilled weights give nearly the dense images, and the model's own weights do not."""
         evaluation = example("evaluate_small_flux")
         scenes = held_out_scenes()[:count]
 
@@ -181,14 +181,14 @@ class TestCommand:
         assert "window 8 (distilled)" in result.output
         assert Image.open(output).size[1] > two[1]
 
-    def test_demo_refuses_before_it_draws(self, tmp_path):
+    def test_demo_errors_come_before_drawing(self, tmp_path):
         result = self.run("demo", "--output", tmp_path / "no" / "where.png")
         assert result.exit_code == 2
         assert "no such directory" in result.output
         assert self.run("demo", "--window", 0).exit_code == 2
-        result = self.run("demo", "--output", tmp_path / "picture.xyz")
+        result = self.run("demo", "--output", tmp_path / "image.xyz")
         assert result.exit_code == 2
-        assert "picture.xyz" in re.sub(r"[\s│]", "", result.output)  # a long path is wrapped
+        assert "image.xyz" in re.sub(r"[\s│]", "", result.output)  # a long path is wrapped
 
     def test_cost(self):
         result = self.run("cost", "--height", 1024, "--width", 1024, "--window", 16, "--json")
@@ -217,7 +217,7 @@ class TestCommand:
 def test_notebooks_run(file, tmp_path):
     notebook = nbformat.read(file, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
-    pictures = [
+    images = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert pictures
+    assert images

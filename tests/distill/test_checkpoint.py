@@ -39,7 +39,7 @@ with checkpoint.locked(Path({str(tmp_path)!r})):
 
 
 @pytest.mark.parametrize("name", ["run.safetensors", "run.json"])
-def test_half_a_checkpoint(tmp_path, name):
+def test_a_truncated_checkpoint(tmp_path, name):
     for number in (1, 2):
         shutil.copytree(FORMAT_1, tmp_path / f"checkpoint-{number}")
     file = tmp_path / "checkpoint-2" / name

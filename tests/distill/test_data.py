@@ -1,4 +1,4 @@
-"""Pictures and captions, their sizes, and the cache of what they are encoded to."""
+"""Images and captions, their sizes, and the cache of latents and text embeddings."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from tests.helpers.training_runs import fill
 
 
 class TestFolder:
-    def test_captions_in_three_ways(self, tmp_path):
+    def test_three_ways_to_give_captions(self, tmp_path):
         fill(tmp_path, 3)
         (tmp_path / "0.txt").unlink()
         (tmp_path / "1.txt").unlink()
@@ -29,7 +29,7 @@ class TestFolder:
         assert [each.prompt for each in examples] == ["from json", "from metadata", (tmp_path / "2.txt").read_text()]
         assert examples[0].open().size == (64, 64)
 
-    def test_folders_within(self, tmp_path):
+    def test_subfolders(self, tmp_path):
         fill(tmp_path / "a", 1)
         fill(tmp_path / "b", 1)
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b/0.png", "prompt": "the second"}))
@@ -82,7 +82,7 @@ class TestFolder:
             from_folder(tmp_path)
 
     def test_a_caption_is_one_line_of_metadata(self, tmp_path):
-        """Other characters that Python takes for line ends stay in it, and empty lines are left out."""
+        """It keeps other characters that Python treats as line ends; empty lines are ignored."""
         fill(tmp_path, 2)
         captions = ["a\u2028b\u0085c", "d\fe"]
         rows = [
@@ -91,7 +91,7 @@ class TestFolder:
         (tmp_path / "metadata.jsonl").write_text("\n\n".join(rows) + "\n", encoding="utf-8")
         assert [example.prompt for example in from_folder(tmp_path)] == captions
 
-    def test_a_picture_lying_on_its_side(self, tmp_path):
+    def test_the_orientation_of_a_photo(self, tmp_path):
         fill(tmp_path, 1)
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6
@@ -137,7 +137,7 @@ class TestDataset:
         with pytest.raises(ValueError, match=message):
             from_dataset(self.Rows([self.rows[0], {**self.rows[1], **row}]), "image", "text")
 
-    def test_a_column_without_pictures(self):
+    def test_a_column_without_images(self):
         rows = self.Rows([{"image": "0.png", "text": "a red circle"}])
         with pytest.raises(ValueError, match="image_column='image' has a str, not an image"):
             from_dataset(rows, "image", "text")
@@ -157,7 +157,7 @@ class TestBuckets:
             assert (width, height) in found
 
     def test_little_is_cut(self):
-        """Of any shape from 2:1 to 1:2, at most a tenth."""
+        """At most a tenth, for any aspect ratio from 2:1 to 1:2."""
         for ratio in torch.linspace(0.5, 2.0, 61).tolist():
             image = Image.new("RGB", (1000, round(1000 * ratio)))
             fitted = buckets.fit(image, 1024)
@@ -212,7 +212,7 @@ class TestCache:
         expected = torch.tensor(list(Image.open(data / "2.png").getdata())).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
         assert (decoded[1] - expected).abs().mean() < 0.05
 
-    def test_half_a_shard_is_named(self, pipe, tmp_path):
+    def test_a_truncated_shard_is_named(self, pipe, tmp_path):
         made = self.build(pipe, fill(tmp_path / "data", 2), tmp_path / "cache")
         (shard,) = (tmp_path / "cache").glob("*.safetensors")
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
@@ -227,7 +227,7 @@ class TestCache:
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
 
-    def test_goes_on_where_it_was_stopped(self, pipe, tmp_path):
+    def test_continues_where_it_stopped(self, pipe, tmp_path):
         data = fill(tmp_path / "data", 5)
         whole = self.build(pipe, data, tmp_path / "whole")
 
@@ -253,7 +253,7 @@ class TestCache:
     @pytest.mark.parametrize(
         "change", [{"model": "large"}, {"resolution": 128}, {"text_tokens": 96}, {"revision": "v2"}]
     )
-    def test_of_something_else(self, pipe, tmp_path, change):
+    def test_of_other_settings(self, pipe, tmp_path, change):
         data = fill(tmp_path / "data", 2)
         self.build(pipe, data, tmp_path / "cache")
         before = (tmp_path / "cache" / cache.INDEX).read_text()
@@ -268,21 +268,21 @@ class TestCache:
         with pytest.raises(ValueError, match="was made for examples"):
             self.build(pipe, data, tmp_path / "cache")
 
-    def test_a_broken_picture_is_skipped_and_named(self, pipe, tmp_path, caplog):
+    def test_a_broken_image_is_skipped_and_named(self, pipe, tmp_path, caplog):
         data = fill(tmp_path / "data", 5)
         (data / "3.png").write_bytes((data / "3.png").read_bytes()[:50])
         made = self.build(pipe, data, tmp_path / "cache")
         assert len(made) == 4
         assert "skipped 3.png: it is a broken image (1 so far)" in caplog.text
 
-    def test_too_many_broken_pictures(self, pipe, tmp_path):
+    def test_too_many_broken_images(self, pipe, tmp_path):
         data = fill(tmp_path / "data", 5)
         for number in (1, 3):
-            (data / f"{number}.png").write_bytes(b"no picture")
+            (data / f"{number}.png").write_bytes(b"not an image")
         with pytest.raises(ValueError, match=r"2 of 5 images are broken, such as 1.png, 3.png; replace them"):
             self.build(pipe, data, tmp_path / "cache")
 
-    def test_a_full_disk_leaves_what_was_there(self, pipe, tmp_path, monkeypatch):
+    def test_a_full_disk_keeps_the_finished_shards(self, pipe, tmp_path, monkeypatch):
         data = fill(tmp_path / "data", 4)
 
         def write(tensors, path, **kwargs):
@@ -304,14 +304,14 @@ class TestCache:
 class TestBatches:
     sizes = ((8, 8),) * 7 + ((12, 4),) * 4
 
-    def test_every_example_once_and_sizes_apart(self):
+    def test_every_example_is_used_once_and_sizes_are_not_mixed(self):
         for epoch in range(3):
             order = batches(self.sizes, 3, seed=1, epoch=epoch)
             assert sorted(example for batch in order for example in batch) == list(range(11))
             assert all(len({self.sizes[example] for example in batch}) == 1 for batch in order)
             assert len(order) == 3 + 2
 
-    def test_seed_and_epoch_decide(self):
+    def test_the_order_depends_on_seed_and_epoch(self):
         orders = [batches(self.sizes, 3, seed, epoch) for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))]
         assert orders[0] == orders[1]
         assert orders[0] != orders[2] != orders[3] != orders[0]

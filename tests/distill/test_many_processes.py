@@ -1,4 +1,4 @@
-"""Distillation on several processes: the same steps, however they are spread."""
+"""Distillation on several processes gives the same steps as on one."""
 
 import dataclasses
 import importlib.util
@@ -32,8 +32,8 @@ def settings(tmp_path, data):
     return change(small_settings(tmp_path, data), train_batch_size=1, max_train_steps=3)
 
 
-def on_many(kind, settings):
-    """Trains on two processes."""
+def train_on_two(kind, settings):
+    """Train on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     environment = {"zero2": {"ACCELERATE_USE_DEEPSPEED": "true"}, "fsdp2": {"FSDP_VERSION": "2"}}
     run = subprocess.run(
@@ -55,15 +55,15 @@ needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
-def test_two_processes_are_one_with_two_batches_to_a_step(kind, settings, tmp_path):
-    """Also where the run on two is stopped and goes on, and each process has saved its own part."""
+def test_two_processes_equal_one_with_two_batches_a_step(kind, settings, tmp_path):
+    """Also if the run is stopped and continued, with a part saved by each process."""
     spread = change(settings, output_dir=str(tmp_path / kind), resume_from_checkpoint="latest")
-    on_many(kind, change(spread, max_train_steps=2))
-    on_many(kind, spread)
+    train_on_two(kind, change(spread, max_train_steps=2))
+    train_on_two(kind, spread)
     train(change(settings, gradient_accumulation_steps=PROCESSES))
     ours, theirs = student_of(settings), student_of(spread)
     for name, value in ours.items():
-        # Over the tensor, not per element: where a gradient is near zero, Adam makes a step of a rounding error.
+        # Over the tensor, not per element: if a gradient is near zero, Adam turns a rounding error into a step.
         assert (theirs[name] - value).square().mean().sqrt() < 2e-6, name
     parts = {path.name for path in (Path(spread.output_dir) / "checkpoint-3").glob("optimizer-*.json")}
     assert len(parts) == (1 if kind == "ddp" else PROCESSES)

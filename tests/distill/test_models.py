@@ -20,7 +20,7 @@ GRID, WINDOW = (8, 8), 2
 
 
 def random_transformer(family):
-    """Many models start their gates and modulations at zero, and then have nothing to learn."""
+    """Return a transformer of random weights; many models start with gates of zero, and could learn nothing."""
     transformer = family.transformer()
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def random_transformer(family):
 
 
 class Data:
-    """Always the same random latents and texts, in place of a `Cache`; noise differs in each step."""
+    """A replacement of `Cache` with the same random latents and texts in each step; the noise differs."""
 
     def __init__(self, transformer):
         self.transformer, self.sizes = transformer, [(2 * GRID[0], 2 * GRID[1])] * 8
@@ -68,7 +68,7 @@ def start(family, settings):
 
 
 def prediction_error(training_run):
-    """Return the mean of the student's error for other noise than it is trained with."""
+    """Return the student's mean error for noise that is not in its training."""
     training_run.bare.eval()
     batch, noises = training_batch(training_run.bare, GRID), [torch.Generator().manual_seed(seed) for seed in range(4)]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What docs/distilling.md counts of training's memory."""
+"""The memory of training, as docs/distilling.md counts it."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_flux_dev():
 
 
 @pytest.mark.parametrize("optimizer", ["prodigy", "adamw"])
-def test_an_optimizers_states(optimizer):
+def test_the_states_of_an_optimizer(optimizer):
     transformer = clear.linearize(families.FLUX.transformer(), 3, weights=None)
     parameters = add_student(transformer)
     stepper = make_optimizer(Settings(optimizer=optimizer, learning_rate=1e-4), parameters, DistributedType.NO)

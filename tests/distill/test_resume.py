@@ -1,4 +1,4 @@
-"""A distillation that is stopped, by whatever, and one that goes on."""
+"""Distillations that are stopped by errors, kills and interrupts, and those that continue."""
 
 import dataclasses
 import json
@@ -73,13 +73,13 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
 
 
 def test_a_checkpoint_of_format_1():
-    """Of a LoRA student with pooled weights, after one step of AdamW."""
+    """A LoRA student with pooled weights, after one step of AdamW."""
     folder = Path(__file__).parents[1] / "data" / "format_1" / "checkpoint-1"
     state = checkpoint.read(folder, run_module.RUN)
     assert list(state) == ["step", "student", "average", "schedule"]
     assert (state["step"], state["average"], state["schedule"]["last_epoch"]) == (1, {}, 1)
     optimizer = checkpoint.read(folder, "optimizer-0")["optimizer"]
-    # An optimizer tells its parameters apart by whole numbers.
+    # An optimizer numbers its parameters.
     assert list(optimizer["state"]) == list(range(len(state["student"])))
     for moments, parameter in zip(optimizer["state"].values(), state["student"].values(), strict=True):
         assert moments["step"] == 1
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_format_1():
         checkpoint.check_settings(folder, {**settings, "student": "other"})
 
 
-def test_old_checkpoints_go(settings):
+def test_old_checkpoints_are_deleted(settings):
     settings = change(settings, checkpointing_steps=1, checkpoints_total_limit=2)
     train(settings)
     names = [path.name for path in checkpoint.all_of(Path(settings.output_dir))]
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(settings, monkeypatch):
-    """Also in the last step, whose loss was finite."""
+    """Also in the last step, after a finite loss."""
 
     def backward(accelerator, loss, real=run_module.Accelerator.backward):
         real(accelerator, loss)
@@ -143,7 +143,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings, monkeypatch):
 
 
 def test_a_run_that_is_killed_while_it_saves(settings, tmp_path):
-    """What is half is never taken for a checkpoint."""
+    """An incomplete folder is never used as a checkpoint."""
     script = """
         import json, os, signal, sys
         from pathlib import Path
@@ -195,8 +195,8 @@ class TestRefusals:
 
     def test_other_settings_on_resuming(self, settings):
         train(settings)
-        said = "made with attention='window=2, down_factor=2', not attention='window=3, down_factor=2'"
-        with pytest.raises(ValueError, match=said):
+        words = "made with attention='window=2, down_factor=2', not attention='window=3, down_factor=2'"
+        with pytest.raises(ValueError, match=words):
             train(change(settings, window=3, resume_from_checkpoint="latest"))
 
     def test_no_such_checkpoint(self, settings):
@@ -210,7 +210,7 @@ class TestRefusals:
             ({"max_train_steps": 8}, "was made with max_train_steps=4, not max_train_steps=8"),
         ],
     )
-    def test_what_a_resumed_run_would_do_otherwise(self, settings, changes, message, fresh_accelerate):
+    def test_settings_that_a_resumed_run_cannot_change(self, settings, changes, message, fresh_accelerate):
         settings = change(settings, lr_scheduler="cosine")
         train(settings)
         fresh_accelerate()

@@ -66,8 +66,8 @@ def test_another_method(settings, student):
     clear.restore(pipe)
 
 
-def test_training_brings_the_student_nearer(settings):
-    """To the teacher's prediction of noise that it has not seen, than the training-free model is."""
+def test_training_reduces_the_error(settings):
+    """The student's prediction is nearer to the teacher's than that of the training-free model, for new noise."""
     settings = change(settings, max_train_steps=50, checkpointing_steps=50, flow_matching_weight=1e-9)
     train(settings)
     rng = torch.Generator().manual_seed(11)
@@ -83,8 +83,8 @@ def test_training_brings_the_student_nearer(settings):
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_a_steps_parts_are_averaged(settings, monkeypatch):
-    """The gradients of a step in two parts are the mean of those of its batches."""
+def test_gradients_of_accumulated_batches_are_averaged(settings, monkeypatch):
+    """The gradient of a step with two batches is the mean of their gradients."""
     gradients = []
 
     def clip(accelerator, parameters, norm):
@@ -99,7 +99,7 @@ def test_a_steps_parts_are_averaged(settings, monkeypatch):
 
 
 def test_mixed_precision(settings, fresh_accelerate):
-    """The student in float32, the trunk in bfloat16; the result in the trunk's dtype."""
+    """The student is in float32, the trunk in bfloat16, the result in the dtype of the trunk."""
     settings = change(settings, mixed_precision="bf16", max_train_steps=2, validation_prompts=["a"], use_ema=True)
     train(change(settings, num_inference_steps=1))
     state = checkpoint.read(Path(settings.output_dir) / "checkpoint-2", run_module.RUN)
@@ -116,7 +116,7 @@ class TestGenerated:
         drawn = {"generate": 3, "prompts": str(prompts), "train_data_dir": folder, "num_inference_steps": 2}
         return change(settings, max_train_steps=1, train_batch_size=1, **drawn)
 
-    def test_the_teacher_draws_what_is_missing(self, settings, tmp_path, monkeypatch):
+    def test_the_teacher_draws_missing_images(self, settings, tmp_path, monkeypatch):
         saved = []
 
         def save(image, file, *args, save=Image.Image.save, **options):
@@ -137,16 +137,16 @@ class TestGenerated:
         examples = from_folder(drawn)
         circle, cross = "a red circle on a blue ground, in the middle", "a white cross on a red ground"
         assert [each.prompt for each in examples] == [circle, cross, circle]
-        pictures = [each.open().tobytes() for each in examples]
-        assert pictures[0] != pictures[2]  # one prompt, two seeds
+        images = [each.open().tobytes() for each in examples]
+        assert images[0] != images[2]  # one prompt, two seeds
 
-    def test_of_another_way(self, settings):
+    def test_with_other_settings(self, settings):
         train(settings)
         other = change(settings, num_inference_steps=3, output_dir=settings.output_dir + "2")
         with pytest.raises(ValueError, match="were generated for steps 2, not 3; give another folder"):
             train(other)
 
-    def test_of_other_prompts(self, settings):
+    def test_with_other_prompts(self, settings):
         train(settings)
         prompts, before = Path(settings.prompts), from_folder(Path(settings.train_data_dir))
         prompts.write_text("a new one\n" + prompts.read_text())
@@ -162,7 +162,7 @@ class TestGenerated:
             train(change(other, latents_dir=None))
         assert len(from_folder(Path(settings.train_data_dir))) == 4
 
-    def test_a_folder_of_other_things(self, settings):
+    def test_a_folder_with_other_files(self, settings):
         folder = Path(settings.train_data_dir)
         folder.mkdir()
         (folder / "holiday.png").write_bytes(b"mine")
@@ -185,7 +185,7 @@ class TestGenerated:
 
 
 class TestTrackers:
-    def test_losses_and_pictures(self, settings):
+    def test_losses_and_images(self, settings):
         prompt = "a red circle on a blue ground, in the middle"
         shown = {"validation_prompts": [prompt, prompt], "validation_steps": 2, "num_inference_steps": 2}
         train(change(settings, report_to="tensorboard", **shown))
@@ -196,7 +196,7 @@ class TestTrackers:
         assert logged.Scalars("learning_rate")[0].value == pytest.approx(1e-3)
         assert [event.step for event in logged.Images("validation")] == [2, 4]
 
-    def test_draws_the_average_that_is_the_result(self, settings, monkeypatch):
+    def test_draws_with_the_average_that_is_saved(self, settings, monkeypatch):
         def draw(validation, role):
             if role == STUDENT:
                 shown.append(
@@ -217,7 +217,7 @@ class TestTrackers:
         for name, value in weights_of(settings).items():
             assert torch.equal(value, weights_of(other)[name]), name
 
-    def test_the_teachers_row_is_the_pipelines_own(self, settings):
+    def test_the_teachers_row_is_drawn_by_the_pipeline(self, settings):
         prompt = "a red circle on a blue ground, in the middle"
         shown = {"validation_prompts": [prompt], "num_inference_steps": 2, "max_train_steps": 1}
         train(change(settings, **shown))
@@ -281,7 +281,7 @@ class TestRefusals:
         with checkpoint.locked(Path(settings.output_dir)), pytest.raises(FileExistsError, match="another run is using"):
             train(settings)
 
-    def test_accelerate_was_told_otherwise(self, settings, monkeypatch, fresh_accelerate):
+    def test_accelerate_is_configured_differently(self, settings, monkeypatch, fresh_accelerate):
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
         with pytest.raises(ValueError, match="configured with 3 gradient_accumulation_steps, and the run with 2"):
             train(change(settings, gradient_accumulation_steps=2))
@@ -291,7 +291,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="was saved while it was linearized, but the teacher must be dense"):
             train(change(settings, pretrained_model_name_or_path=str(tmp_path / "saved")))
 
-    def test_a_file_in_the_folders_place(self, settings):
+    def test_a_file_instead_of_a_folder(self, settings):
         Path(settings.output_dir).write_text("mine")
         with pytest.raises(NotADirectoryError, match="is a file; give a directory"):
             train(settings)
@@ -321,7 +321,7 @@ def test_the_command(settings, tmp_path):
     assert again.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_checkpoint_holds_any_optimizers_state():
+def test_a_checkpoint_can_hold_the_state_of_any_optimizer():
     state = {
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3)}, 1: {}},
         "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "amsgrad": False, "foreach": None, "params": [0, 1]}],
@@ -336,7 +336,7 @@ def test_a_checkpoint_holds_any_optimizers_state():
         checkpoint.pack({"a": {1}}, {})
 
 
-def test_a_method_may_be_given_as_it_is(settings):
+def test_a_method_is_given_as_an_object_or_as_text(settings):
     given = {"window": None, "down_factor": None}
     one, other = (change(settings, method=each, **given) for each in (clear.methods.Swin(4), "Swin(side=4)"))
     assert one.attention == other.attention == clear.methods.Swin(4)

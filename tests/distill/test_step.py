@@ -1,4 +1,4 @@
-"""One step of distillation: who computes what, and its gradients."""
+"""One step of distillation: teacher and student, losses and gradients."""
 
 import copy
 import functools
@@ -46,7 +46,7 @@ def with_student(family, factor=1, backend="auto", **options):
 
 
 def perturb(parameters):
-    """Other values than those at the start, the same each time."""
+    """Change parameters by the same random values each time."""
     rng = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in parameters:
@@ -75,7 +75,7 @@ def step(transformer, weights=PAPER, matched=None, wrap=lambda module: module):
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_the_teacher_is_the_model_as_it_was(family, factor):
+def test_the_teacher_is_the_original_model(family, factor):
     call = family.call(family.transformer(), (9, 13))
     transformer, parameters = with_student(family, factor)
     perturb(parameters)
@@ -115,15 +115,15 @@ def test_only_the_student_is_trained(family):
     step(transformer).total.backward()
     optimizer.step()
     changed = {name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])}
-    # What the last layer's text stream would be is thrown away in SD3, but projections act on image tokens alone.
+    # SD3 discards the text of the last layer, but projections act only on image tokens.
     assert changed == student_parameters(transformer).keys()
     trained = {
         name.replace(".processor.student.", ".").replace(".local.", ".").replace("to_out_0", "to_out.0")
         for name in changed
     }
-    stock = family.transformer()
+    original = family.transformer()
     assert trained == {
-        *replaced_parameters({layer: stock.get_submodule(layer) for layer in layers}),
+        *replaced_parameters({layer: original.get_submodule(layer) for layer in layers}),
         *(layer + POOLED for layer in layers),
     }
 
@@ -176,8 +176,8 @@ def test_the_losses_of_a_step(family):
     torch.testing.assert_close(found.total, 2 * found.flow_matching + 3 * found.prediction + 5 * found.attention)
 
 
-def test_wrappers_that_copy_what_a_call_is_given():
-    """As DDP does to move tensors, and FSDP2 to cast them."""
+def test_wrappers_that_copy_the_arguments_of_a_call():
+    """DDP copies them to move tensors, FSDP2 to cast them."""
 
     class Copies(torch.nn.Module):
         def __init__(self, module, copied):
@@ -200,13 +200,13 @@ def test_wrappers_that_copy_what_a_call_is_given():
             torch.testing.assert_close(ours, theirs)
 
 
-def test_the_attention_that_is_compared_is_the_models_own():
-    """Of a layer of one stream, what the layer gives; in raster order, whatever the door does."""
+def test_the_recorded_attention_is_that_of_the_model():
+    """For a single-stream layer, the output of the layer, in tile order."""
     transformer, _ = with_student(families.FLUX)
     call = families.FLUX.call(transformer, (9, 13))
-    stock, seen = families.FLUX.transformer(), []
-    stock.single_transformer_blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append(output))
-    run(stock, call)
+    original, seen = families.FLUX.transformer(), []
+    original.single_transformer_blocks[1].attn.register_forward_hook(lambda module, args, output: seen.append(output))
+    run(original, call)
     layer = "single_transformer_blocks.1.attn"
     outputs = Outputs([layer])
     run(transformer, as_role(TEACHER, call, outputs))
@@ -215,14 +215,14 @@ def test_the_attention_that_is_compared_is_the_models_own():
     torch.testing.assert_close(outputs.by_layer[layer], expected, atol=1e-5, rtol=0)
 
 
-def test_packing_is_diffusers_own():
+def test_packing_equals_diffusers():
     latents = torch.randn(2, 4, 6, 10)
     expected = FluxPipeline._pack_latents(latents, *latents.shape)
     assert torch.equal(training_adapter_for(families.FLUX.transformer()).pack(latents), expected)
 
 
 def test_which_layers_are_compared():
-    """Of FLUX's 57, the ten that the reference takes; of SD3.5's, every fourth."""
+    """For FLUX the ten of 57 that the reference uses, for SD3.5 every fourth."""
     layers = [f"transformer_blocks.{i}.attn" for i in range(19)]
     layers += [f"single_transformer_blocks.{i}.attn" for i in range(38)]
     chosen = training_adapter_for(families.FLUX.transformer()).matched_layers(layers)
@@ -231,7 +231,7 @@ def test_which_layers_are_compared():
     assert training_adapter_for(families.SD3.transformer()).matched_layers(layers) == layers[::4]
 
 
-def test_a_deep_copy_is_a_student_of_its_own():
+def test_a_deep_copy_is_an_independent_student():
     transformer, _ = with_student(families.FLUX)
     call = families.FLUX.call(transformer, (5, 8))
     before = run(transformer, as_role(STUDENT, call))
@@ -249,7 +249,7 @@ def test_refusals():
         add_student(transformer, rank=0)
 
 
-def test_interpolation_ends_at_the_picture_and_at_the_noise():
+def test_interpolation_from_the_image_to_the_noise():
     clean, noise = torch.randn(2, 3, 4, 6, 6).unbind()
     mixed = losses.interpolate(clean, noise, torch.tensor([0.0, 1.0, 0.25]))
     assert torch.equal(mixed[0], clean[0])

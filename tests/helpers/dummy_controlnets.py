@@ -6,8 +6,8 @@ from diffusers import FluxControlNetModel, SD3ControlNetModel
 from tests.helpers import dummy_models
 
 
-def wake(controlnet):
-    """Random values for what is zero until it is trained."""
+def fill_zeros(controlnet):
+    """Fill parameters that start at zero with random values."""
     torch.manual_seed(3)
     for parameter in controlnet.parameters():
         if not parameter.any():
@@ -16,8 +16,8 @@ def wake(controlnet):
 
 
 def flux_controlnet(**changes):
-    return wake(FluxControlNetModel(**{**dummy_models.FLUX_CONFIG, **changes}))
+    return fill_zeros(FluxControlNetModel(**{**dummy_models.FLUX_CONFIG, **changes}))
 
 
 def sd3_controlnet(**changes):
-    return wake(SD3ControlNetModel(**{**dummy_models.SD3_CONFIG, **changes}))
+    return fill_zeros(SD3ControlNetModel(**{**dummy_models.SD3_CONFIG, **changes}))

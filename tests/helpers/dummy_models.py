@@ -80,26 +80,26 @@ DIT_CONFIG = {
 
 
 def flux_transformer(guidance=False, **changes):
-    """A random FLUX of two double and two single blocks, 2 heads of 16."""
+    """Return a random FLUX of two double and two single blocks, 2 heads of 16."""
     torch.manual_seed(1)
     return FluxTransformer2DModel(**{**FLUX_CONFIG, "guidance_embeds": guidance, **changes}).eval()
 
 
 @functools.cache
 def small_flux():
-    """The small FLUX in the box, not to be changed."""
+    """Return the small FLUX of the package. Do not change it."""
     pipe = demo.pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def flux_pipeline():
-    """A copy, for tests change it."""
+    """Return a copy, which a test may change."""
     return copy.deepcopy(small_flux())
 
 
 def image_ids(*grids):
-    """`img_ids` of one image and, as in Kontext, of its reference images."""
+    """Return `img_ids` of one image and, as in Kontext, of its reference images."""
     parts = []
     for number, (height, width) in enumerate(grids):
         yx = torch.cartesian_prod(torch.arange(height), torch.arange(width))
@@ -113,7 +113,7 @@ def _random(seed):
 
 
 def flux_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
-    """Keywords of a forward call with random values."""
+    """Return random arguments of a forward call."""
     random = _random(seed)
     config, tokens = transformer.config, sum(height * width for height, width in grids)
     inner = config.num_attention_heads * config.attention_head_dim
@@ -133,16 +133,16 @@ def flux_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
 
 
 def flux2_transformer(guidance=False, **changes):
-    """A random FLUX.2 of two double and two single blocks, 2 heads of 16."""
+    """Return a random FLUX.2 of two double and two single blocks, 2 heads of 16."""
     torch.manual_seed(1)
-    # Before diffusers 0.37, all have it.
+    # Before diffusers 0.37 it was not optional.
     optional = "guidance_embeds" in inspect.signature(Flux2Transformer2DModel.__init__).parameters
     choice = {"guidance_embeds": guidance} if optional else {}
     return Flux2Transformer2DModel(**{**FLUX2_CONFIG, **choice, **changes}).eval()
 
 
 def flux2_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
-    """Keywords of a forward call with random values; whole numbers for ids, as the pipelines give them."""
+    """Return random arguments of a forward call; ids are integers, as in the pipelines."""
     random, config = _random(seed), transformer.config
     ids = torch.nn.functional.pad(image_ids(*grids), (0, 1)).long()
     ids[:, 0] *= 10
@@ -157,13 +157,13 @@ def flux2_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False):
 
 
 def qwen_transformer(**changes):
-    """A random Qwen-Image of three blocks, 2 heads of 16."""
+    """Return a random Qwen-Image of three blocks, 2 heads of 16."""
     torch.manual_seed(1)
     return QwenImageTransformer2DModel(**{**QWEN_CONFIG, **changes}).eval()
 
 
 def qwen_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, padded=(), dtype=torch.bool):
-    """Keywords of a forward call with random values; `padded` tells how much of each text is padding."""
+    """Return random arguments of a forward call; `padded` is the number of padding tokens of each text."""
     random, config = _random(seed), transformer.config
     tokens = sum(height * width for height, width in grids)
     call = {
@@ -182,23 +182,23 @@ def qwen_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, pa
 
 
 def chroma_transformer(**changes):
-    """A random Chroma of two double and two single blocks, 2 heads of 16."""
+    """Return a random Chroma of two double and two single blocks, 2 heads of 16."""
     torch.manual_seed(1)
     return ChromaTransformer2DModel(**{**CHROMA_CONFIG, **changes}).eval()
 
 
 def chroma_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, padded=None, dtype=torch.float32):
-    """Keywords of a forward call with random values; `padded` tells how much of each text is padding, by default 2."""
+    """Return random arguments of a forward call; `padded` is the padding of each text, by default 2 tokens."""
     random, config = _random(seed), transformer.config
     tokens = sum(height * width for height, width in grids)
-    seen = torch.arange(text) < text - torch.tensor(padded or [min(2, text - 1)] * batch)[:, None]
+    attended = torch.arange(text) < text - torch.tensor(padded or [min(2, text - 1)] * batch)[:, None]
     call = {
         "hidden_states": random(batch, tokens, config.in_channels),
         "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
         "timestep": torch.full((batch,), 0.7),
         "img_ids": image_ids(*grids),
         "txt_ids": torch.zeros(text, 3),
-        "attention_mask": torch.cat([seen, seen.new_ones(batch, tokens)], dim=1).to(dtype),
+        "attention_mask": torch.cat([attended, attended.new_ones(batch, tokens)], dim=1).to(dtype),
     }
     if controlnet:
         inner = config.num_attention_heads * config.attention_head_dim
@@ -208,20 +208,20 @@ def chroma_call(transformer, *grids, text=7, batch=1, seed=0, controlnet=False, 
 
 
 def compile_blocks(transformer, **options):
-    """Compile blocks one by one, of models too for which diffusers names none."""
+    """Compile blocks one by one, even if diffusers names no repeated blocks for the model."""
     transformer._repeated_blocks = transformer._repeated_blocks or [type(transformer.transformer_blocks[0]).__name__]
     transformer.compile_repeated_blocks(fullgraph=True, **options)
 
 
 def sd3_transformer(dual=True, **changes):
-    """A random SD3.5 of three blocks, the first with dual attention, the last without a text output; or an SD3."""
+    """Return a random SD3.5 of three blocks, the first with dual attention, the last without a text output; or SD3."""
     without = {} if dual else {"dual_attention_layers": (), "qk_norm": None}
     torch.manual_seed(1)
     return SD3Transformer2DModel(**{**SD3_CONFIG, **without, **changes}).eval()
 
 
 def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
-    """Keywords of a forward call with random values."""
+    """Return random arguments of a forward call."""
     random, config = _random(seed), transformer.config
     height, width = grid
     inner = config.num_attention_heads * config.attention_head_dim
@@ -237,7 +237,7 @@ def sd3_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False):
 
 
 def dit_transformer(**changes):
-    """A random DiT of three blocks with learned variance, 2 heads of 16, that drops no labels in training."""
+    """Return a random DiT of three blocks with learned variance, 2 heads of 16, that drops no labels in training."""
     torch.manual_seed(1)
     transformer = DiTTransformer2DModel(**{**DIT_CONFIG, **changes}).eval()
     for block in transformer.transformer_blocks:
@@ -246,7 +246,7 @@ def dit_transformer(**changes):
 
 
 def dit_call(transformer, grid, text=0, batch=1, seed=0, controlnet=False):
-    """Keywords of a forward call with random values; the image is square, with the grid's first side."""
+    """Return random arguments of a forward call; the image is square, with the first side of the grid."""
     random, config = _random(seed), transformer.config
     side = config.patch_size * grid[0]
     return {
@@ -258,7 +258,7 @@ def dit_call(transformer, grid, text=0, batch=1, seed=0, controlnet=False):
 
 @functools.cache
 def small_sd3():
-    """A random SD3.5 for 32 x 32 tokens and less, with the small FLUX's tokenizers; not to be changed."""
+    """Return a random SD3.5 for up to 32 x 32 tokens, with the tokenizers of the small FLUX. Do not change it."""
     parts = small_flux().components
     torch.manual_seed(2)
     ids = {name: getattr(parts["tokenizer"], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -292,5 +292,5 @@ def small_sd3():
 
 
 def sd3_pipeline():
-    """A copy, for tests change it."""
+    """Return a copy, which a test may change."""
     return copy.deepcopy(small_sd3())

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the families that have no small model in the box, and embedded text for some."""
+"""Small random pipelines of FLUX.2, Qwen-Image and Chroma, and embedded text for the first two."""
 
 import diffusers
 import torch
@@ -12,13 +12,13 @@ def _quiet(pipe):
     return pipe
 
 
-def unasked():
-    """Return a text encoder that is not called: a pipeline reads the device from it."""
+def unused_text_encoder():
+    """Return a text encoder that is not called; the pipeline reads its device."""
     return dummy_models.small_sd3().text_encoder_3
 
 
 def flux2():
-    """A FLUX.2 whose tokens have a side of 4 pixels, to be called with `flux2_text`."""
+    """Return a FLUX.2 pipeline with tokens of 4 x 4 pixels. Call it with `flux2_text`."""
     torch.manual_seed(2)
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -30,19 +30,19 @@ def flux2():
         mid_block_add_attention=False,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    kind = diffusers.Flux2KleinPipeline  # which diffusers has from 0.37 on
-    return _quiet(kind(scheduler, vae.eval(), unasked(), None, dummy_models.flux2_transformer()))
+    kind = diffusers.Flux2KleinPipeline  # from diffusers 0.37
+    return _quiet(kind(scheduler, vae.eval(), unused_text_encoder(), None, dummy_models.flux2_transformer()))
 
 
 def flux2_text(negative=5):
-    """Keywords of a call that tell what to draw and, in so many tokens, what not, random."""
+    """Return random embeddings of a prompt and, with this number of tokens, of a negative prompt."""
     rng = torch.Generator().manual_seed(4)
     text, negative = torch.randn(2, 9, 12, generator=rng), torch.randn(2, negative, 12, generator=rng)
     return {"prompt_embeds": text, "negative_prompt_embeds": negative}
 
 
 def qwen(kind, **parts):
-    """A Qwen-Image pipeline of this class whose tokens have a side of 16 pixels, to be called with `qwen_text`."""
+    """Return a Qwen-Image pipeline of a class, with tokens of 16 x 16 pixels. Call it with `qwen_text`."""
     torch.manual_seed(2)
     vae = AutoencoderKLQwenImage(
         base_dim=4,
@@ -54,12 +54,12 @@ def qwen(kind, **parts):
         latents_std=[1.0] * 4,
     )
     scheduler, transformer = FlowMatchEulerDiscreteScheduler(shift=3.0), dummy_models.qwen_transformer()
-    others = {"text_encoder": unasked(), "tokenizer": None, **parts}
+    others = {"text_encoder": unused_text_encoder(), "tokenizer": None, **parts}
     return _quiet(kind(scheduler=scheduler, vae=vae.eval(), transformer=transformer, **others))
 
 
 def qwen_text(batch=1, padded=0):
-    """Keywords of a call that tell what to draw and what not, random; the last text has this much padding."""
+    """Return random embeddings of prompts and negative prompts; the last prompt has this number of padding tokens."""
     rng = torch.Generator().manual_seed(4)
     text, negative = torch.randn(batch, 9, 12, generator=rng), torch.randn(batch, 5, 12, generator=rng)
     mask = torch.ones(batch, 9, dtype=torch.long)
@@ -74,7 +74,7 @@ def qwen_text(batch=1, padded=0):
 
 
 def chroma(kind):
-    """A Chroma pipeline of this class around the small SD3.5's third text encoder, which pads and masks the text."""
+    """Return a Chroma pipeline of a class, with the third text encoder of the small SD3.5."""
     parts = dummy_models.small_sd3().components
     channels = 4 * parts["vae"].config.latent_channels
     return _quiet(

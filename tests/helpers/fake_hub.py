@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: what huggingface_hub asks for when it downloads a file."""
+"""A local server with the part of the Hugging Face Hub that huggingface_hub uses to download a file."""
 
 import contextlib
 import hashlib
@@ -23,10 +23,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         parts = self.path.strip("/").split("/", 4)
-        if len(parts) < 5:  # nothing but files
+        if len(parts) < 5:  # only files are served
             return self._answer(404)
         owner, name, _, revision, file = parts
-        self.server.asked.append((self.command, f"{owner}/{name}", revision, file, self.headers.get("Authorization")))
+        self.server.requests.append(
+            (self.command, f"{owner}/{name}", revision, file, self.headers.get("Authorization"))
+        )
         repo = self.server.repos.get(f"{owner}/{name}")
         secret = repo is not None and repo.get("token")
         if repo is None or (secret and self.headers.get("Authorization") != f"Bearer {secret}"):
@@ -45,9 +47,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(repos):
-    """Serves `{id: {"files": {name: bytes}, "token": str, "gated": bool}}`; yields the server with its `address`."""
+    """Serve `{id: {"files": {name: bytes}, "token": str, "gated": bool}}`; yield the server with its `address`."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.repos, server.asked = repos, []
+        server.repos, server.requests = repos, []
         server.address = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

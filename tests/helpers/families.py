@@ -1,6 +1,6 @@
 """The table of models that the tests run with: one entry for each transformer class.
 
-A test of what differs by model is decorated with `each_family`. The fixture `family` is two of them, for the rest.
+A test of what differs by model is decorated with `each_family`. Others use the fixture `family`, two of the models.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tests.helpers import dummy_models
 
 
 class Family(NamedTuple):
-    """How to make a small model, variants of it, and calls; and what the model supports.
+    """How to make a small model, its variants and calls, and what the model supports.
 
     Attributes:
         transformer: makes a small random one.
@@ -121,7 +121,7 @@ DIT = Family(
 )
 ALL = {"flux": FLUX, "sd3": SD3, "flux2": FLUX2, "qwen": QWEN, "chroma": CHROMA, "dit": DIT}
 FAMILIES = {name: family for name, family in ALL.items() if family.first_version <= diffusers_version()}
-# Text first and text last, references, latents in two dimensions: enough for what does not differ by model.
+# Text first and text last, reference images, two-dimensional latents: enough if the model makes no difference.
 USUAL = ("flux", "sd3")
 
 

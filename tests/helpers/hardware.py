@@ -1,4 +1,4 @@
-"""What this machine can run: compiling for the CPU takes a C++ compiler, and not every system has one."""
+"""What this machine can run: compiling for the CPU needs a C++ compiler."""
 
 import pytest
 import torch

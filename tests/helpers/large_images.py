@@ -1,4 +1,4 @@
-"""What the tests of high resolution share."""
+"""Calls of `highres` that several tests use."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ import clear_attn as clear
 from tests.helpers.snapshots import assert_same, snapshot
 
 PROMPT = "a red circle on a blue ground, at the top left"
-# Small and few, for it is not the pictures that are looked at.
+# Small images and few steps: these tests do not judge the images.
 BASE = clear.Base(height=64, width=64, steps=2)
 STAGE = clear.Stage(steps=4, strength=0.5)
 FAST = {"window": 4, "weights": None, "seed": 5, "base": BASE, "stages": STAGE, "max_sequence_length": 24}

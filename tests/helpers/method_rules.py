@@ -1,6 +1,6 @@
-"""Each method's rule written again: densely, for all pairs, in raster order, text first.
+"""The rule of each method, written densely: for all pairs, in raster order, text first.
 
-Each takes the query of the image, all keys and values, the grid, the processor, and a bias of the scores of text keys.
+Each gets the query of the image, all keys and values, the grid, the processor, and a bias of the scores of text keys.
 """
 
 import torch
@@ -9,43 +9,43 @@ import torch.nn.functional as F
 from clear_attn import methods
 
 
-def places(grid):
+def coordinates(grid):
     return torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, 2)
 
 
 def scores_of(query, key, bias):
-    """The scores of all keys; the bias, `[batch, 1, queries or 1, keys]`, is of the first ones, by default none."""
+    """Return the scores of all keys. The bias `[batch, 1, queries or 1, keys]` is added to the first keys."""
     scores = query @ key.mT / query.shape[-1] ** 0.5
     return scores if bias is None else scores + F.pad(bias, (0, key.shape[2] - bias.shape[-1]))
 
 
 def softmax(query, key, value, mask=True, bias=None):
-    """Of image queries to all keys, text first; the mask is of image tokens, or of what represents them."""
+    """Attend from image queries to all keys, text first. The mask is for image keys, or for keys in place of them."""
     scores = scores_of(query, key, bias)
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool)
     if mask is not True:
-        seen[:, -mask.shape[1] :] = mask
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+        allowed[:, -mask.shape[1] :] = mask
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
 
 
 def swin(method, number):
     def rule(query, key, value, grid, processor, bias=None):
         move = number % 2 * (method.side - method.side // 2)
-        window = (places(grid) + move) // method.side
+        window = (coordinates(grid) + move) // method.side
         return softmax(query, key, value, (window[:, None] == window).all(-1), bias)
 
     return rule
 
 
 def strided(query, key, value, grid, processor, bias=None):
-    phase = places(grid) % processor.method.stride
+    phase = coordinates(grid) % processor.method.stride
     return softmax(query, key, value, (phase[:, None] == phase).all(-1), bias)
 
 
 def cells(x, grid, kernel):
-    """Weighted sums over cells, by a matrix from image tokens to cells for each channel; cut cells are scaled."""
+    """Return weighted sums over cells, by a matrix from image tokens to cells per channel; cut cells are scaled."""
     factor = kernel.shape[-1]
-    y, x_, n = *places(grid).mT, -(-grid[1] // factor)
+    y, x_, n = *coordinates(grid).mT, -(-grid[1] // factor)
     member = F.one_hot(y // factor * n + x_ // factor).to(x.dtype)
     weight = member[:, :, None] * kernel[:, 0, y % factor, x_ % factor].mT[:, None] * factor**2
     return torch.einsum("bhtd,tchd->bhcd", x, (weight / member.sum(0)[:, None]).unflatten(2, (x.shape[1], -1)))
@@ -92,12 +92,12 @@ def lit(query, key, value, grid, processor, bias=None):
     output = output.unflatten(2, (own_heads, -1)).transpose(1, 2)
     if getattr(processor, "convolution", None) is None:
         return output
-    offset = (places(grid)[None] - places(grid)[:, None] + processor.method.kernel_size // 2).unbind(-1)
+    offset = (coordinates(grid)[None] - coordinates(grid)[:, None] + processor.method.kernel_size // 2).unbind(-1)
     kernel = F.pad(processor.convolution[:, 0], [max(grid)] * 4)[:, offset[0] + max(grid), offset[1] + max(grid)]
     return output + torch.einsum("hdqk,bhkd->bhqd", kernel.unflatten(0, (own_heads, -1)), image)
 
 
-# By method; each makes the rule of the layer of a number.
+# For each method class, a function that makes the rule of a layer from the method and the layer's number.
 RULES = {
     methods.Agent: lambda method, number: agent,
     methods.KVCompression: lambda method, number: compressed,

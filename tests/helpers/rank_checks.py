@@ -1,6 +1,7 @@
-"""Checks on several ranks: python -m tests.helpers.rank_checks RANKS:CHECK[,CHECK...] ... They share an import by fork.
+"""Checks on several ranks: python -m tests.helpers.rank_checks RANKS:CHECK[,CHECK...] ...
 
-Every check runs on every rank. What a rank raises ends the checks that run with it, and its traceback is printed.
+Ranks are forked, so that they share the imports. Every check runs on every rank. An error of a rank ends the checks of
+its job, and its traceback is printed.
 """
 
 import copy
@@ -41,7 +42,7 @@ def split(transformer, window=3, factor=1, mesh=None, backend="auto"):
 
 
 def check_equal(family, grids, window, factor, variant=None, backend="tiled", schedule=None, **options):
-    """The same numbers as a single process has."""
+    """Check that the ranks compute the same numbers as a single process."""
     transformer = family.transformer(**(variant or {}))
     call = family.call(transformer, *grids, **options)
     clear.linearize(transformer, window, factor, schedule=schedule, weights=None, backend="tiled")
@@ -56,11 +57,11 @@ def check_equal(family, grids, window, factor, variant=None, backend="tiled", sc
 
 
 def equal():
-    height = 8 * dist.get_world_size() - 3  # as many tile rows as ranks
-    check_equal(families.FLUX, [(height - 4, 11)], 3, 1, controlnet=True)  # of the last one, a single row of tokens
+    height = 8 * dist.get_world_size() - 3  # one tile row for each rank
+    check_equal(families.FLUX, [(height - 4, 11)], 3, 1, controlnet=True)  # the last tile row has one row of tokens
     check_equal(families.FLUX, [(height, 11)], 20, 1, batch=2)
     check_equal(families.FLUX, [(height + 9, 13)], 5, 4, controlnet=True, backend="reference")
-    check_equal(families.FLUX, [(height + 30, 5)], 9, 5)  # shares of many tile rows, and not of the same number
+    check_equal(families.FLUX, [(height + 30, 5)], 9, 5)  # shards of several tile rows, of different sizes
     check_equal(families.FLUX, [(height, 7), (13, 9)], 6, 3)
     check_equal(families.FLUX, [(height, 7), (2, 3)], 6, 1)
     check_equal(families.SD3, [(height + 4, 9)], 4, 4, batch=2, controlnet=True)
@@ -68,7 +69,7 @@ def equal():
 
 
 def equal_in_all_families():
-    """Also with a schedule."""
+    """Check all models, and a schedule."""
     height = 8 * dist.get_world_size() - 3
     layers = clear.Schedule(dense_layers=["transformer_blocks.1"], windows={"transformer_blocks.0": 9})
     check_equal(families.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
@@ -83,19 +84,19 @@ def equal_with_flex():
 
 
 def memory_is_shared():
-    """What a rank holds at most is its share and its halo of what one process holds: all keys would be too much."""
+    """The peak memory of a rank is its share of that of one process, plus the halo; all keys would be more."""
     transformer, ranks = dummy_models.flux_transformer(num_single_layers=1), dist.get_world_size()
     call = dummy_models.flux_call(transformer, (64 * ranks, 16))
     peaks = []
-    for verb in (functools.partial(clear.linearize, window=3, weights=None), clear.parallelize):
-        verb(transformer)
+    for operation in (functools.partial(clear.linearize, window=3, weights=None), clear.parallelize):
+        operation(transformer)
         run(transformer, call)
         peaks.append(measure.measure([measure.Subject("", lambda mark: run(transformer, call))], CPU, 1)[0].peak_bytes)
     assert peaks[1] < 1.45 * peaks[0] / ranks
 
 
 def bytes_are_counted():
-    """What is sent is what `count_volume` counts."""
+    """`count_volume` counts the bytes that are sent."""
     transformer, grid = dummy_models.flux_transformer(), (8 * dist.get_world_size() + 20, 13)
     call = dummy_models.flux_call(transformer, grid, batch=2)
     split(transformer, 9, 3)
@@ -129,15 +130,15 @@ def bytes_are_counted():
 
 
 def differing_calls():
-    """Every rank finds out, and the next call is fine."""
+    """Every rank raises an error, and the next call works."""
     transformer, rank = dummy_models.flux_transformer(), dist.get_rank()
     split(transformer)
     last = dist.get_world_size() - 1
     call = dummy_models.flux_call(transformer, (32, 8))
     expected = run(transformer, call)
 
-    def refuses(said, **changes):
-        with pytest.raises(ValueError, match=said):
+    def refuses(words, **changes):
+        with pytest.raises(ValueError, match=words):
             run(transformer, {**call, **(changes if rank == last else {})})
 
     refuses(f"hidden_states.* of rank {last} is not rank 0's", hidden_states=torch.randn(1, 256, 8))
@@ -154,7 +155,7 @@ def differing_calls():
 
 
 def differing_weights():
-    """Every rank finds out, when it is split or in the next call; offloading and moving raise no false alarm."""
+    """Every rank raises an error, in `parallelize` or in the next call; offloading and moving are no difference."""
     rank = dist.get_rank()
 
     def refused(name):
@@ -230,7 +231,7 @@ def refusals():
 
 
 def data_and_rows():
-    """Two pictures at a time, each on two ranks, while a mesh has both."""
+    """A mesh of two images at a time, each on two ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "rows"))
     transformer = dummy_models.sd3_transformer()
     call = dummy_models.sd3_call(transformer, (19, 6), seed=mesh["data"].get_local_rank())
@@ -238,7 +239,7 @@ def data_and_rows():
     expected = run(transformer, call)
     clear.parallelize(transformer, mesh["rows"])
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
-    first, second = mesh["rows"].mesh.tolist()  # of the whole job
+    first, second = mesh["rows"].mesh.tolist()  # ranks of the whole job
     with pytest.raises(ValueError, match=f"timestep.* of rank {second} is not rank {first}'s"):
         run(transformer, {**call, "timestep": torch.tensor([700.0 + mesh["rows"].get_local_rank()])})
 
@@ -254,7 +255,7 @@ def compiled():
 
 
 def pipelines():
-    """The seed gives the picture that one process draws; also with a LoRA, guidance in a batch, and in a cascade."""
+    """A seed gives the same image as on one process, with a LoRA, and with guidance in a batch."""
     for make, options in ((dummy_models.flux_pipeline, {}), (dummy_models.sd3_pipeline, {"guidance_scale": 3.0})):
         pipe = make()
         lora = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
@@ -272,7 +273,7 @@ def pipelines():
 
 
 def all_kinds_of_pipelines():
-    """Those of the compatibility matrix, with their adapters, references and residuals."""
+    """Check the pipelines of the compatibility matrix, with adapters, references and residuals."""
     for kind, row in ROWS.items():
         pipe = row.pipeline()
         clear.linearize(pipe, 4, 2, weights=None)
@@ -288,7 +289,7 @@ def _draw(pipe, **options):
 
 
 def decoding():
-    """Also by a video's autoencoder; all are told of a rank that comes to it in another step, and of a failure."""
+    """Check decoding by a video autoencoder. All ranks raise an error if one is in another step, or fails."""
     pipe, rank = dummy_pipelines.qwen(QwenImagePipeline), dist.get_rank()
     call = {**dummy_pipelines.qwen_text(), "height": 144, "width": 160, "output_type": "pt"}
     clear.linearize(pipe, 3, weights=None)
@@ -301,10 +302,10 @@ def decoding():
     torch.testing.assert_close(draw(1), one, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="rank 0's decoding of the latents, rank 1's grids"):
         draw(1 + rank)
-    full, told = torch.OutOfMemoryError("full"), "rank 0 failed to compute what it sends to all"
+    full, words = torch.OutOfMemoryError("full"), "rank 0 failed to compute what it sends to all"
     with (
         mock.patch.object(pipe.vae.decoder.conv_in, "forward", side_effect=full),
-        pytest.raises(RuntimeError, match=told if rank else "^full"),
+        pytest.raises(RuntimeError, match=words if rank else "^full"),
     ):
         draw(1)
     assert torch.equal(draw(1), draw(1))
@@ -324,7 +325,7 @@ def cascade():
 
 
 def too_many_ranks_for_a_stage():
-    """Said before anything is drawn."""
+    """The error comes before anything is drawn."""
     pipe, finished = clear.parallelize(clear.linearize(dummy_models.flux_pipeline(), 3, weights=None)), []
     with pytest.raises(ValueError, match="the stage of 64 x 96 px: 2 ranks are too many for an image of 8 x 12"):
         clear.highres(
@@ -340,7 +341,7 @@ def too_many_ranks_for_a_stage():
 
 
 def _stopped_in_a_layer(name, stop):
-    """Rank 1 stops in the middle of a step; the others say so in time."""
+    """Stop rank 1 in the middle of a step; the others name it before long."""
     transformer = dummy_models.flux_transformer()
     split(transformer)
     call = dummy_models.flux_call(transformer, (24, 8))
@@ -367,7 +368,7 @@ def a_rank_hangs():
 
 
 def a_rank_never_calls():
-    """Of three ranks, one does not call `parallelize`."""
+    """One of three ranks does not call `parallelize`."""
     if dist.get_rank() == 1:
         time.sleep(TIMEOUT + 3)
         return
@@ -402,7 +403,7 @@ CHECKS = {
 }
 
 
-def be_rank(rank, ranks, store, names):
+def run_rank(rank, ranks, store, names):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -418,7 +419,7 @@ def be_rank(rank, ranks, store, names):
         if rank == 0:
             print(f"{name} on {ranks}: {time.perf_counter() - start:.1f} s", flush=True)
     if "a_rank" in names[0]:
-        os._exit(0)  # the group cannot be put away
+        os._exit(0)  # the group cannot be destroyed
     dist.barrier()
     dist.destroy_process_group()
 
@@ -428,11 +429,11 @@ if __name__ == "__main__":
         count, names = job.split(":")
         with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            # As under torchrun without --standalone, the store of ranks that stop is on rank 0.
+            # For checks of ranks that stop, the store is on rank 0, as under torchrun without --standalone.
             store = f"tcp://127.0.0.1:{free.getsockname()[1]}" if "a_rank" in names else f"file://{folder}/store"
             free.close()
             arguments = int(count), store, names.split(",")
             try:
-                torch.multiprocessing.start_processes(be_rank, arguments, nprocs=int(count), start_method="fork")
+                torch.multiprocessing.start_processes(run_rank, arguments, nprocs=int(count), start_method="fork")
             except torch.multiprocessing.ProcessRaisedException as error:
                 print(f"{job}: {error}", file=sys.stderr, flush=True)

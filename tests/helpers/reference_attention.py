@@ -1,10 +1,10 @@
-"""CLEAR's attention written again, densely and in raster order, to compare with."""
+"""CLEAR's attention written densely in raster order, for comparison."""
 
 import torch
 
 
 def coordinates(grids):
-    """Positions of all image tokens in raster order, `[tokens, 2]`, later grids scaled to the first."""
+    """Return positions of all image tokens in raster order, `[tokens, 2]`, later grids scaled to the first."""
     (first_height, first_width), parts = grids[0], []
     for height, width in grids:
         y = (torch.arange(height) + 0.5) * first_height / height - 0.5
@@ -14,13 +14,13 @@ def coordinates(grids):
 
 
 def window_mask(grids, window):
-    """The rule for image tokens."""
-    places = coordinates(grids)
-    return (places[:, None] - places).square().sum(dim=-1) < window**2
+    """Return which image keys each image query attends to, bool `[tokens, tokens]`."""
+    positions = coordinates(grids)
+    return (positions[:, None] - positions).square().sum(dim=-1) < window**2
 
 
 def pool(x, grids, factor, weight):
-    """`[..., tokens, d]` to `[..., cells, d]`, one cell at a time."""
+    """Pool `[..., tokens, d]` to `[..., cells, d]`, one cell at a time."""
     cells, start = [], 0
     for height, width in grids:
         image = x[..., start : start + height * width, :].unflatten(-2, (height, width))
@@ -35,18 +35,17 @@ def pool(x, grids, factor, weight):
 
 
 def attention(query, key, value, grids, text, config, weight=None, scale=None, bias=None):
-    """Output and log-sum-exp; text first, image in raster order.
+    """Return output and log-sum-exp; text first, image in raster order.
 
-    The bias is what a model gives torch's attention as a mask, of numbers or of what is seen. Pooled keys have that of
-    image keys.
+    The bias is a mask as for torch's attention: bool, or added to the scores. Pooled keys have the bias of image keys.
     """
     mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
     mask[text:, text:] = window_mask(grids, config.window)
     if config.down_factor > 1:
         pooled = (pool(x[..., text:, :], grids, config.down_factor, weight) for x in (key, value))
         key, value = (torch.cat(parts, dim=-2) for parts in zip((key, value), pooled, strict=True))
-        sees_pooled = (torch.arange(query.shape[-2]) >= text)[:, None].expand(-1, key.shape[-2] - mask.shape[1])
-        mask = torch.cat([mask, sees_pooled], dim=1)
+        attends_to_pooled = (torch.arange(query.shape[-2]) >= text)[:, None].expand(-1, key.shape[-2] - mask.shape[1])
+        mask = torch.cat([mask, attends_to_pooled], dim=1)
     scores = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
     if bias is not None:
         bias = torch.where(bias, 0.0, -torch.inf) if bias.dtype == torch.bool else bias

@@ -1,4 +1,4 @@
-"""The stock model in raster order, with the rule as a mask in the attention of each layer, to compare with."""
+"""The original model in raster order, with the rule as a mask in the attention of each layer, for comparison."""
 
 import copy
 import inspect
@@ -14,13 +14,13 @@ from clear_attn.models import adapter_for
 from tests.helpers import dummy_models, reference_attention
 from tests.helpers.method_rules import RULES, softmax
 
-# What stock processors attend with, and whether heads come before tokens there.
+# The attention function of the original processors, and whether heads come before tokens in its inputs.
 FLUX_ATTENTION = "diffusers.models.transformers.transformer_flux.dispatch_attention_fn", False
 SD3_ATTENTION = "diffusers.models.attention_processor.F.scaled_dot_product_attention", True
 
 
 def attention_of(processor):
-    """Return the name of what a stock processor attends with, and whether heads come before tokens there."""
+    """Return the name of a processor's attention function, and whether heads come before tokens in its inputs."""
     module = inspect.getmodule(type(processor))
     if hasattr(module, "dispatch_attention_fn"):
         return f"{module.__name__}.dispatch_attention_fn", False
@@ -28,14 +28,14 @@ def attention_of(processor):
 
 
 class RasterProcessor(torch.nn.Module):
-    def __init__(self, stock, grids, config, weight, text_first):
+    def __init__(self, original, grids, config, weight, text_first):
         super().__init__()
-        self.stock, self.rule, self.text_first = stock, (grids, config, weight), text_first
-        self.called, self.heads_first = attention_of(stock)
-        self.__call__ = stock.__call__  # never called: layers read from its signature what they may pass on
+        self.original, self.rule, self.text_first = original, (grids, config, weight), text_first
+        self.called, self.heads_first = attention_of(original)
+        self.__call__ = original.__call__  # never called: layers read the accepted arguments from its signature
 
     def attend(self, query, key, value, attn_mask=None, **kwargs):
-        if key.shape != query.shape:  # an IP-Adapter's few tokens
+        if key.shape != query.shape:  # the few tokens of an IP-Adapter
             return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
         grids, *rule = self.rule
         qkv = query, key, value
@@ -51,11 +51,11 @@ class RasterProcessor(torch.nn.Module):
 
     def __call__(self, *args, **kwargs):
         with mock.patch(self.called, self.attend):
-            return self.stock(*args, **kwargs)
+            return self.original(*args, **kwargs)
 
 
 def put_in_raster_order(transformer, grids, config, weight=None):
-    """Make a stock model's layers compute the rule densely in raster order, pooling with plain means or a weight."""
+    """Make the layers of a model compute the rule densely in raster order, pooling with a weight, by default means."""
     if weight is None:
         weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
     adapter = adapter_for(transformer)
@@ -64,16 +64,16 @@ def put_in_raster_order(transformer, grids, config, weight=None):
 
 
 def in_raster_order(transformer, grids, config):
-    """Return a copy whose layers do."""
-    plain = copy.deepcopy(transformer)
-    put_in_raster_order(plain, grids, config)
-    return plain
+    """Return a copy with `put_in_raster_order`."""
+    reference = copy.deepcopy(transformer)
+    put_in_raster_order(reference, grids, config)
+    return reference
 
 
 def biases(mask, text):
     """Return the biases that a mask, text first, adds to scores: of text queries, and of image queries to text keys.
 
-    The second one as keywords of a rule, less the bias of image keys, for a constant does not change a softmax.
+    The second is given as keywords of a rule, minus the bias of image keys: a constant does not change a softmax.
     """
     if mask is None:
         return None, {}
@@ -83,10 +83,10 @@ def biases(mask, text):
 
 
 class RuledProcessor(RasterProcessor):
-    """The stock processor, with the rule of a method instead of softmax attention."""
+    """An original processor with the rule of a method instead of softmax attention."""
 
     def attend(self, query, key, value, attn_mask=None, **kwargs):
-        if key.shape != query.shape:  # an IP-Adapter's few tokens
+        if key.shape != query.shape:  # the few tokens of an IP-Adapter
             return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
         grid, rule, own = self.rule
         qkv = (query, key, value) if self.heads_first else [x.transpose(1, 2) for x in (query, key, value)]
@@ -96,7 +96,7 @@ class RuledProcessor(RasterProcessor):
         of_text, of_image = biases(attn_mask, text)
         output = torch.cat(
             [
-                softmax(query[:, :, :text], key, value, bias=of_text).nan_to_num(),  # padding that attends to nothing
+                softmax(query[:, :, :text], key, value, bias=of_text).nan_to_num(),  # padding queries have no keys
                 rule(query[:, :, text:], key, value, grid, own, **of_image),
             ],
             2,
@@ -106,7 +106,7 @@ class RuledProcessor(RasterProcessor):
 
 
 def put_rule(transformer, grid, linearized, rule_of=None):
-    """Make the layers of a stock model compute the method of a linearized one densely, in raster order."""
+    """Make the layers of an original model compute the method of a linearized one densely, in raster order."""
     adapter, numbers = adapter_for(transformer), {True: itertools.count(), False: itertools.count()}
     for name, layer in adapter.attention_layers(transformer).items():
         number = next(numbers[adapter.has_text(transformer, name)])
@@ -117,36 +117,36 @@ def put_rule(transformer, grid, linearized, rule_of=None):
 
 
 def run(model, call):
-    """A transformer's output, or all of a ControlNet's in one tensor."""
+    """Return the output of a transformer, or all outputs of a ControlNet in one tensor."""
     with torch.no_grad():
         parts = tree_leaves(model(**call, return_dict=False))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def check_pipeline(pipe, grids, draw):
-    """Check that a window that covers the image gives the stock pipeline's result, and a smaller one the rule's.
+    """Check that a window that covers the image gives the original pipeline's result, and a smaller one the rule's.
 
-    Afterwards, the stock pipeline's again, bit for bit.
+    Restoring gives the original pipeline's result again, bit for bit.
     """
-    stock, transformer = draw(), pipe.transformer
-    scale = stock.abs().max().item()
+    original, transformer = draw(), pipe.transformer
+    scale = original.abs().max().item()
     pipe.transformer = in_raster_order(transformer, grids, clear.methods.Clear(3, 2))
     expected = draw()
     pipe.transformer = transformer
     clear.linearize(pipe, 40, weights=None)
-    torch.testing.assert_close(draw(), stock, atol=1e-5 * scale, rtol=0)
+    torch.testing.assert_close(draw(), original, atol=1e-5 * scale, rtol=0)
     clear.linearize(pipe, 3, 2, weights=None)
     local = draw()
     torch.testing.assert_close(local, expected, atol=1e-5 * scale, rtol=0)
-    assert (local - stock).abs().max() > 1e-3 * scale
+    assert (local - original).abs().max() > 1e-3 * scale
     clear.restore(pipe)
-    assert torch.equal(draw(), stock)
+    assert torch.equal(draw(), original)
 
 
 def check_compiled_blocks(transformer, call):
     """Check that blocks compiled one by one, each in one graph, give the same output."""
     clear.linearize(transformer, 4, 2, weights=None)
     expected = run(transformer, call)
-    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+    torch.compiler.reset()  # compilations are counted per line of code, over all tests
     dummy_models.compile_blocks(transformer, backend="aot_eager")
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)

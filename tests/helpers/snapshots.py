@@ -1,4 +1,4 @@
-"""All that linearizing may change of a transformer, to compare bit for bit, and random weights to change it with."""
+"""The state of a transformer, for comparison bit for bit, and random weights for it."""
 
 import torch
 
@@ -11,13 +11,16 @@ def layers_of(transformer):
 
 
 def snapshot(transformer):
-    """Everything that linearizing could change, to compare bit for bit."""
+    """Return everything that linearizing could change."""
     return {
         "state": {name: value.clone() for name, value in transformer.state_dict().items()},
         "parameters": {name: id(parameter) for name, parameter in transformer.named_parameters()},
         "processors": {name: id(attn.processor) for name, attn in layers_of(transformer).items()},
         "hooks": [list(hooks) for x in transformer.modules() for hooks in (x._forward_pre_hooks, x._forward_hooks)],
-        "marks": [transformer._forward_pre_hooks_with_kwargs.copy(), transformer._forward_hooks_with_kwargs.copy()],
+        "hooks_with_kwargs": [
+            transformer._forward_pre_hooks_with_kwargs.copy(),
+            transformer._forward_hooks_with_kwargs.copy(),
+        ],
         "modules": [name for name, _ in transformer.named_modules()],
         "config": dict(transformer.config),
     }

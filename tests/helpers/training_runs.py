@@ -1,4 +1,4 @@
-"""A small run of distillation: its pictures, its settings, its result."""
+"""A small run of distillation: images, settings, result."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from clear_attn.weights.sources import WEIGHTS_FILE
 
 
 def fill(folder, count=5, sizes=((64, 64),)):
-    """Images of scenes, each with a caption in a text file."""
+    """Write images of scenes, each with a caption in a text file."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in zip(range(count), training_scenes(), strict=False):
         height, width = sizes[number % len(sizes)]
@@ -25,7 +25,7 @@ def fill(folder, count=5, sizes=((64, 64),)):
 
 
 def small_settings(folder, data):
-    """Four steps of the small FLUX, a checkpoint after two."""
+    """Return settings for four steps of the small FLUX, with a checkpoint after two."""
     return Settings(
         pretrained_model_name_or_path=str(demo.path()),
         train_data_dir=str(data),
@@ -54,7 +54,7 @@ def weights_of(settings):
 
 
 def training_batch(transformer, grid, batch=2, seed=3):
-    """Random latents of a grid of tokens, and random texts; the last has two tokens of padding."""
+    """Return random latents of a grid of tokens, and random texts; the last has two tokens of padding."""
     rng = torch.Generator().manual_seed(seed)
     config, packed = transformer.config, "SD3" not in type(transformer).__name__
     channels = config.in_channels // (4 if packed else 1)

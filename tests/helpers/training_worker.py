@@ -1,4 +1,4 @@
-"""One process of a distillation on several, for tests on a CPU, where accelerate knows neither ZeRO-2 nor FSDP2.
+"""One process of a distillation on several, for tests on a CPU, where accelerate supports neither ZeRO-2 nor FSDP2.
 
 torchrun --nproc_per_node 2 -m tests.helpers.training_worker KIND SETTINGS_AS_JSON
 """
@@ -16,8 +16,8 @@ from clear_attn.distill import Settings, train
 from clear_attn.distill import training_run as training
 
 
-def tell(**state):
-    """What accelerate reads from the launcher's environment on GPUs alone."""
+def set_state(**state):
+    """Set what accelerate reads from the launcher's environment only on GPUs."""
     for each in (PartialState, AcceleratorState):
         each._shared_state |= state
 
@@ -28,7 +28,7 @@ def ddp(**options):
 
 def zero2(**options):
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2), **options)
-    tell(num_processes=dist.get_world_size(), process_index=dist.get_rank())
+    set_state(num_processes=dist.get_world_size(), process_index=dist.get_rank())
     torch.Tensor.cuda = lambda tensor: tensor  # Prodigy sums its estimate over processes on CUDA
     return accelerator
 
@@ -38,7 +38,7 @@ def fsdp2(**options):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
     )
-    tell(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    set_state(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     return accelerator
 
 

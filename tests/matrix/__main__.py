@@ -1,4 +1,4 @@
-"""Runs the matrix, and writes docs/compatibility.md from it: `python -m tests.matrix`, with --family a table of it."""
+"""Run the matrix and write docs/compatibility.md: `python -m tests.matrix`; with --family, only one table."""
 
 import argparse
 import sys
@@ -10,19 +10,19 @@ TESTS = Path(__file__).parent / "test_matrix.py"
 
 
 class Run:
-    """A plugin that picks a family's tests, or all, and collects what the page is written from.
+    """A pytest plugin that selects the tests of a family, or all, and collects the results for the page.
 
     Attributes:
-        ran: the families.
-        met: errors, by the words that were expected.
-        skipped: tests.
+        ran: families of the tests.
+        errors: messages, by the pattern that they match.
+        skipped: ids of skipped tests.
     """
 
     def __init__(self, family):
-        self.family, self.ran, self.met, self.skipped = family, set(), {}, []
+        self.family, self.ran, self.errors, self.skipped = family, set(), {}, []
 
     def pytest_collection_modifyitems(self, items):
-        from tests.matrix.rows import ROWS  # not before pytest has read conftest.py, which keeps all offline
+        from tests.matrix.rows import ROWS  # after pytest has read conftest.py, which turns the Hub off
 
         families = {item: ROWS[item.callspec.params["row"]].family for item in items if hasattr(item, "callspec")}
         items[:] = [item for item, family in families.items() if self.family in (None, family)]
@@ -30,7 +30,7 @@ class Run:
 
     def pytest_runtest_logreport(self, report):
         for words, error in report.user_properties if report.when == "call" else ():
-            self.met.setdefault(words, error)
+            self.errors.setdefault(words, error)
         if report.skipped:
             self.skipped.append(report.nodeid)
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     from tests.matrix.page import PAGE, page
 
     if code == 0 and not run.skipped:
-        PAGE.write_text(page(run.ran, run.met, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(page(run.ran, run.errors, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(f"{PAGE.name} was not written; failed: exit code {int(code)}, skipped: {run.skipped or 'none'}")
     sys.exit(code or bool(run.skipped))

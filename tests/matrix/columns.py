@@ -1,4 +1,4 @@
-"""The columns of the matrix: what is done to a pipeline, and what is expected of it."""
+"""The columns of the matrix: operations on a pipeline, and the expected result."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ BEFORE, AFTER = "before", "after"
 
 
 class Refusal(NamedTuple):
-    """An error and what it says to do instead, done to the pipeline that was refused, linearized or not."""
+    """An expected error, and an operation that does what the error says, on the refused pipeline."""
 
     words: str
-    way_out: Operation
+    remedy: Operation
 
 
 class Column(NamedTuple):
-    """Something that is done to a pipeline.
+    """An operation on a pipeline.
 
     Attributes:
-        do: changes a pipeline in place, or returns the one to go on with.
-        same: what has the same effect on a dense pipeline's numbers; by default the same.
-        changes: whether numbers become others by it.
+        do: changes a pipeline in place, or returns another one.
+        same: an operation with the same effect on the numbers of a dense pipeline; by default `do`.
+        changes: whether it changes numbers.
         orders: whether it is done before linearizing, after it, or both.
-        trained: whether distilled weights are put in, or the model keeps its own.
+        trained: whether distilled weights are loaded, or the model keeps its own.
         call: keywords of the pipeline's call.
-        refusals: by family and order.
-        not_in_diffusers: families and rows for which diffusers itself does not offer it, and its error's words.
-        tolerance: relative to the largest latent; what changes numbers must change them by twice as much.
-        marks: of pytest.
+        refusals: expected errors, by family and order.
+        not_in_diffusers: families and rows that diffusers itself does not support, and a pattern of its error.
+        tolerance: relative to the largest latent; changed numbers must differ by twice as much.
+        marks: pytest marks.
     """
 
     do: Operation
@@ -75,7 +75,7 @@ class Column(NamedTuple):
     marks: tuple[Any, ...] = ()
 
     def missing(self, name: str) -> str | None:
-        """The words of diffusers' own error where it does not offer this for the row of this name."""
+        """Return the pattern of diffusers' own error if it does not support this for a row, else None."""
         return self.not_in_diffusers.get(name) or self.not_in_diffusers.get(ROWS[name].family)
 
 
@@ -90,7 +90,7 @@ def quantized(quantize: Operation) -> Refusal:
     return Refusal("as in a quantized model, .* linearize it, then quantize it", load_again_before(quantize))
 
 
-# These pipelines do not tell the cache which of their calls is which.
+# These pipelines do not set a cache context for their calls.
 CACHELESS = "image-to-image", "inpaint", "Fill", "Control", "ControlNet", "two ControlNets", "Kontext"
 NO_CACHE = {
     "SD3": "has no attribute 'enable_cache'",
@@ -98,7 +98,7 @@ NO_CACHE = {
     "Chroma": "No cache context is set",
 }
 NO_FIRST_BLOCK_CACHE = {**NO_CACHE, "FLUX.2": "unsupported operand type", "Chroma": "Block'> not registered"}
-# It keeps nothing apart for the two texts of guidance, which Qwen-Image does not pad to one length.
+# It mixes the two calls of guidance, and Qwen-Image does not pad their texts to one length.
 NO_BROADCAST = {"SD3": NO_CACHE["SD3"], "Qwen-Image": "must match the size of tensor"}
 STEPS = {"num_inference_steps": 5, "strength": None}
 

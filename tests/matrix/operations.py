@@ -1,4 +1,4 @@
-"""What may be done to a pipeline, before or after it is linearized."""
+"""Operations on a pipeline, before or after it is linearized."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.matrix.rows import Row
 
 
 class Cell(NamedTuple):
-    """One test: a row, where it may write, and how its pipeline is linearized."""
+    """One test: a row, a folder for files, and a function that linearizes the pipeline."""
 
     row: Row
     folder: Path
@@ -86,7 +86,7 @@ def fuse_projections(pipe: Any, cell: Cell) -> None:
     pipe.transformer.fuse_qkv_projections()
 
 
-# Where weights wait, and in what
+# Offloading and dtypes
 
 
 def offload_whole(pipe: Any, cell: Cell) -> None:
@@ -118,11 +118,11 @@ def cast_layerwise(pipe: Any, cell: Cell) -> None:
 
 
 def to_bfloat16(pipe: Any, cell: Cell) -> Any:
-    """Of a copy, for the rows share all but the transformer."""
+    """Cast a copy: rows share all parts but the transformer."""
     return copy.deepcopy(pipe).to(torch.bfloat16)
 
 
-# Compilation: traced whole, without making code of it, which other tests do.
+# Compilation: traced without generating machine code, which other tests do
 
 
 def compile_blocks(pipe: Any, cell: Cell) -> None:
@@ -147,13 +147,13 @@ def attention_broadcast(pipe: Any, cell: Cell) -> None:
         PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2,
             spatial_attention_timestep_skip_range=(-1, 1001),
-            current_timestep_callback=lambda: 500,  # not all pipelines tell theirs
+            current_timestep_callback=lambda: 500,  # not all pipelines have a current timestep
         )
     )
 
 
 def cache_dit(pipe: Any, cell: Cell) -> None:
-    """The cache that diffusers' documentation recommends, of a package of its own."""
+    """Enable the cache of the package cache-dit, which the documentation of diffusers recommends."""
     package = pytest.importorskip("cache_dit")
     config = package.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=10.0)
     package.enable_cache(pipe, cache_config=config)
@@ -174,7 +174,7 @@ def int8(pipe: Any, cell: Cell) -> None:
 
 
 def nf4(pipe: Any, cell: Cell) -> None:
-    """bitsandbytes' layers, put in by hand: diffusers does it on GPUs alone."""
+    """Install layers of bitsandbytes by hand: diffusers does it only on GPUs."""
     bnb = pytest.importorskip("bitsandbytes")
     for name, module in list(pipe.transformer.named_modules()):
         if type(module) is nn.Linear and "blocks" in name:
@@ -187,12 +187,14 @@ def nf4(pipe: Any, cell: Cell) -> None:
 
 
 def gguf_file(pipe: Any, cell: Cell) -> None:
-    """The transformer saved to a file of 8-bit blocks and loaded from there."""
+    """Save the transformer to a GGUF file of 8-bit blocks and load it."""
     gguf = pytest.importorskip("gguf")
     transformer = pipe.transformer
     writer = gguf.GGUFWriter(cell.folder / "model.gguf", "flux")
     values = transformer.state_dict()
-    for name in type(transformer).from_config(transformer.config).state_dict():  # an adapter is in another file
+    for name in (
+        type(transformer).from_config(transformer.config).state_dict()
+    ):  # without adapters, which are in other files
         value = values[name]
         kind = gguf.GGMLQuantizationType.Q8_0 if "blocks" in name and value.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(value.float().numpy(), kind), raw_dtype=kind)
@@ -205,11 +207,11 @@ def gguf_file(pipe: Any, cell: Cell) -> None:
         quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
         torch_dtype=torch.float32,
     )
-    cell.row.dress(pipe)
+    cell.row.set_up(pipe)
 
 
 def load_again_before(quantize: Operation) -> Operation:
-    """Loads the pipeline once more, linearizes and then quantizes it."""
+    """Return an operation that loads the pipeline again, linearizes and then quantizes it."""
 
     def start_over(pipe: Any, cell: Cell) -> Any:
         pipe = cell.row.pipeline()
@@ -228,7 +230,7 @@ def save_and_load(pipe: Any, cell: Cell) -> Any:
     pipe.save_pretrained(cell.folder / "whole")
     absent = {name: None for name, part in pipe.components.items() if part is None}
     loaded = type(pipe).from_pretrained(cell.folder / "whole", **absent)
-    cell.row.dress(loaded)
+    cell.row.set_up(loaded)
     if linearized:
         with pytest.warns(UserWarning, match=r"saved while it was linearized .* call clear_attn\.linearize"):
             assert not clear.is_linearized(loaded)
@@ -243,5 +245,5 @@ def deep_copy(pipe: Any, cell: Cell) -> Any:
 
 
 def share(pipe: Any, cell: Cell) -> Any:
-    """A second pipeline over the same transformer."""
+    """Return a second pipeline with the same transformer."""
     return type(pipe)(**pipe.components)

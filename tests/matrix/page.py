@@ -1,4 +1,4 @@
-"""The page of docs that tells what was tested, from the rows and columns and the errors that the tests met."""
+"""Write docs/compatibility.md from the rows, the columns and the errors of the tests."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ parallelism, and SD3's IP-Adapter.
 """
 
 
-def said(name: str, column: Column, notes: Mapping[str, int]) -> str:
-    """The text of one cell, with the number of the error's note where one order is refused."""
+def cell_text(name: str, column: Column, notes: Mapping[str, int]) -> str:
+    """Return the text of a cell, with the number of the error's note if one order is refused."""
     if column.missing(name):
         return "none"
     family = ROWS[name].family
@@ -47,19 +47,19 @@ def said(name: str, column: Column, notes: Mapping[str, int]) -> str:
 
 
 def notes() -> dict[str, int]:
-    """The refusals' words, numbered in the order of the table."""
+    """Return the patterns of the refusals, numbered in the order of the table."""
     words = dict.fromkeys(refusal.words for column in COLUMNS.values() for refusal in column.refusals.values())
     return {each: number for number, each in enumerate(words, 1)}
 
 
 def tables() -> dict[str, str]:
-    """By family."""
+    """Return the table of each family."""
     numbers, parts = notes(), {}
     for family, rows in itertools.groupby(ROWS.items(), lambda item: item[1].family):
         kinds = dict(rows)
         lines = [["", *(name.removeprefix(f"{family.removesuffix('.1')} ") for name in kinds)]]
         lines.append(["---"] * len(lines[0]))
-        lines += [[name, *(said(row, column, numbers) for row in kinds)] for name, column in COLUMNS.items()]
+        lines += [[name, *(cell_text(row, column, numbers) for row in kinds)] for name, column in COLUMNS.items()]
         parts[family] = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     return parts
 
@@ -69,15 +69,15 @@ def sections(texts: Mapping[str, str]) -> str:
 
 
 def page(ran: Container[str], errors: Mapping[str, str], before: str) -> str:
-    """The whole page.
+    """Return the whole page.
 
-    The tables of families that ran and the errors that were met, for each refusal's words, are new. The others are
-    those of the page before, and what it has not is left out.
+    Tables of families that ran and errors that were raised are new. The others are taken from the previous page, if it
+    has them.
     """
     recorded = dict(part.split("\n\n", 1) for part in before.split("\n## ")[1:])
     texts = {family: table if family in ran else recorded.get(family) for family, table in tables().items()}
     lines = recorded.get("Errors", "").splitlines()
     known = [line.partition(" ")[2] for line in lines]
-    met = {words: errors.get(words) or next((x for x in known if re.search(words, x)), None) for words in notes()}
-    texts["Errors"] = "".join(f"{number}. {met[words]}\n" for words, number in notes().items() if met[words])
+    messages = {words: errors.get(words) or next((x for x in known if re.search(words, x)), None) for words in notes()}
+    texts["Errors"] = "".join(f"{number}. {messages[words]}\n" for words, number in notes().items() if messages[words])
     return f"{HEAD}\n{sections({title: text for title, text in texts.items() if text})}"

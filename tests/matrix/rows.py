@@ -1,4 +1,4 @@
-"""The pipelines of the matrix: how each is built, tiny and offline, and called."""
+"""The pipelines of the matrix: how each is built, small and offline, and called."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from torch import Tensor
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from tests.helpers import dummy_models, dummy_pipelines
-from tests.helpers.dummy_controlnets import sd3_controlnet, wake
+from tests.helpers.dummy_controlnets import fill_zeros, sd3_controlnet
 
 HEIGHT, WIDTH, TOKEN = 72, 96, 8  # pixels; the small autoencoder's tokens have a side of 8
 GRID = HEIGHT // TOKEN, WIDTH // TOKEN
-REFERENCE = 56, 64  # of a reference picture, joined on
+REFERENCE = 56, 64  # pixels of a reference image
 FLUX2_REFERENCE = 64, 80
-EDITED = 96, 128  # of Qwen-Image's, which rounds to 32
+EDITED = 96, 128  # pixels of the reference image of Qwen-Image, which rounds to 32
 IP_TOKENS, IP_DIM = 4, 20
 
 
-# Of the small FLUX; all pipelines share them.
+# Parts of the small FLUX that all pipelines share.
 FLUX_PARTS = "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"
 
 
@@ -37,32 +37,32 @@ class Row(NamedTuple):
     """A kind of pipeline.
 
     Attributes:
-        family: of its transformer, a table of the page.
-        build: makes the pipeline, random and always the same.
-        call: makes the keywords of its call, beyond the usual ones.
-        grids: of the image tokens that its transformer is given.
-        dress: puts on what diffusers neither saves with the pipeline nor loads.
-        keywords: the name by which its call takes keywords for the layers.
-        meanwhile: what holds while it draws.
+        family: the family of its transformer; each has a table on the page.
+        build: makes the pipeline, with the same random weights each time.
+        call: makes the arguments of its call, in addition to the usual ones.
+        grids: grids of the image tokens that its transformer gets.
+        set_up: adds what diffusers neither saves nor loads with the pipeline.
+        keywords: the argument of its call for attention keywords.
+        around: makes a context manager around its call.
     """
 
     family: str
     build: Callable[[], Any]
     call: Callable[[Any], dict[str, Any]]
     grids: tuple[tuple[int, int], ...] = (GRID,)
-    dress: Callable[[Any], None] = lambda pipe: None
+    set_up: Callable[[Any], None] = lambda pipe: None
     keywords: str = "joint_attention_kwargs"
-    meanwhile: Callable[[], AbstractContextManager[Any]] = nullcontext
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def pipeline(self) -> Any:
         pipe = self.build()
-        self.dress(pipe)
+        self.set_up(pipe)
         return pipe
 
     def draw(self, pipe: Any, attention_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Tensor:
-        """The latents of a picture."""
+        """Return the latents of an image."""
         pipe.set_progress_bar_config(disable=True)
-        torch.manual_seed(0)  # not every pipeline asks the generator for all that is random
+        torch.manual_seed(0)  # some pipelines do not use the generator everywhere
         usual = {
             "prompt": "a red circle",
             "height": HEIGHT,
@@ -73,13 +73,13 @@ class Row(NamedTuple):
             "output_type": "latent",
         }
         kwargs = {self.keywords: attention_kwargs, **kwargs}
-        call = {**usual, **self.call(pipe), **copy.deepcopy(kwargs)}  # pipelines write into what they are given
-        with self.meanwhile():
+        call = {**usual, **self.call(pipe), **copy.deepcopy(kwargs)}  # pipelines write into their arguments
+        with self.around():
             return pipe(**{name: value for name, value in call.items() if value is not None}).images.float()
 
 
 @functools.cache
-def picture(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Image.Image:
+def random_image(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Image.Image:
     noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray((noise * 255).byte().numpy())
 
@@ -89,7 +89,7 @@ def _values(seed: int, *shape: int) -> Tensor:
 
 
 def flux(name: str, *, channels: int = 16, **parts: Any) -> Any:
-    """A FLUX pipeline of the class of this name with a random transformer, the rest from the small FLUX."""
+    """Return a FLUX pipeline of a class, with a random transformer and the other parts of the small FLUX."""
     others = {part: dummy_models.small_flux().components[part] for part in FLUX_PARTS}
     sizes = {"joint_attention_dim": 128, "pooled_projection_dim": 64}
     transformer = dummy_models.flux_transformer(guidance=True, in_channels=channels, out_channels=16, **sizes)
@@ -99,11 +99,13 @@ def flux(name: str, *, channels: int = 16, **parts: Any) -> Any:
 def flux_controlnet() -> FluxControlNetModel:
     torch.manual_seed(5)
     sizes = {"joint_attention_dim": 128, "pooled_projection_dim": 64, "in_channels": 16, "guidance_embeds": True}
-    return wake(FluxControlNetModel(**{**dummy_models.FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1, **sizes}))
+    return fill_zeros(
+        FluxControlNetModel(**{**dummy_models.FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1, **sizes})
+    )
 
 
 def sd3(name: str, *, dual: bool = False, **parts: Any) -> Any:
-    """An SD3 pipeline, or with dual attention an SD3.5."""
+    """Return an SD3 pipeline, or with dual attention an SD3.5 pipeline."""
     sizes = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "num_layers": 4}
     components = {
         **dummy_models.small_sd3().components,
@@ -143,7 +145,7 @@ def load_ip_adapter(pipe: Any) -> None:
 
 @functools.cache
 def _redux_prior() -> Any:
-    """Makes the text's tokens and behind them a picture's, for any FLUX."""
+    """Return a pipeline that makes embeddings of a text, followed by those of an image."""
     parts = dummy_models.small_flux().components
     torch.manual_seed(4)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -157,7 +159,7 @@ def _redux_prior() -> Any:
 
 
 def _redux_call(pipe: Any) -> dict[str, Any]:
-    made = _redux_prior()(picture(), prompt="a red circle")
+    made = _redux_prior()(random_image(), prompt="a red circle")
     embeddings = made.prompt_embeds[:, -24:], made.pooled_prompt_embeds
     first, pooled = (x.to(pipe.transformer.dtype) for x in embeddings)
     return {"prompt": None, "prompt_embeds": first, "pooled_prompt_embeds": pooled}
@@ -175,23 +177,23 @@ def _mask() -> Image.Image:
 
 
 def controlled(pipe: Any) -> dict[str, Any]:
-    return {"control_image": picture(), "controlnet_conditioning_scale": 0.8}
+    return {"control_image": random_image(), "controlnet_conditioning_scale": 0.8}
 
 
 def _embedded(pipe: Any, text: dict[str, Any], token: int, **others: Any) -> dict[str, Any]:
-    """Keywords for a pipeline without a text encoder, whose tokens have another side than the small autoencoder's."""
+    """Return arguments for a pipeline without a text encoder, with tokens of `token` pixels a side."""
     dtype = pipe.transformer.dtype
     text = {name: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for name, x in text.items()}
     return {"prompt": None, "height": GRID[0] * token, "width": GRID[1] * token, **text, **others}
 
 
 def _flux2_call(pipe: Any, **others: Any) -> dict[str, Any]:
-    text = dummy_pipelines.flux2_text(negative=9)  # as long as the other, for its own encoder pads both
+    text = dummy_pipelines.flux2_text(negative=9)  # as long as the prompt: the pipeline's encoder pads both
     return _embedded(pipe, text, 4, guidance_scale=3.0, **others)
 
 
 def _small_references() -> AbstractContextManager[Any]:
-    """For diffusers makes a reference picture's area 1024 x 1024, whatever it was."""
+    """Make diffusers resize reference images to the area of `EDITED` instead of 1024 x 1024."""
     return mock.patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", math.prod(EDITED))
 
 
@@ -204,20 +206,20 @@ ROWS = {
         "FLUX.1", lambda: flux("FluxPipeline"), lambda _: {"negative_prompt": "blue ground", "true_cfg_scale": 3.0}
     ),
     "FLUX image-to-image": Row(
-        "FLUX.1", lambda: flux("FluxImg2ImgPipeline"), lambda _: {"image": picture(), "strength": 0.9}
+        "FLUX.1", lambda: flux("FluxImg2ImgPipeline"), lambda _: {"image": random_image(), "strength": 0.9}
     ),
     "FLUX inpaint": Row(
         "FLUX.1",
         lambda: flux("FluxInpaintPipeline"),
-        lambda _: {"image": picture(), "mask_image": _mask(), "strength": 0.9},
+        lambda _: {"image": random_image(), "mask_image": _mask(), "strength": 0.9},
     ),
     "FLUX Fill": Row(
         "FLUX.1",
-        lambda: flux("FluxFillPipeline", channels=96),  # latents, the masked picture's, and 64 of the mask
-        lambda _: {"image": picture(), "mask_image": _mask()},
+        lambda: flux("FluxFillPipeline", channels=96),  # latents, those of the masked image, and 64 of the mask
+        lambda _: {"image": random_image(), "mask_image": _mask()},
     ),
     "FLUX Control": Row(
-        "FLUX.1", lambda: flux("FluxControlPipeline", channels=32), lambda _: {"control_image": picture()}
+        "FLUX.1", lambda: flux("FluxControlPipeline", channels=32), lambda _: {"control_image": random_image()}
     ),
     "FLUX ControlNet": Row("FLUX.1", lambda: flux("FluxControlNetPipeline", controlnet=flux_controlnet()), controlled),
     "FLUX two ControlNets": Row(
@@ -226,7 +228,7 @@ ROWS = {
             "FluxControlNetPipeline", controlnet=FluxMultiControlNetModel([flux_controlnet(), flux_controlnet()])
         ),
         lambda _: {
-            "control_image": [picture(), picture(seed=1)],
+            "control_image": [random_image(), random_image(seed=1)],
             "control_mode": [None, None],
             "controlnet_conditioning_scale": [0.8, 0.5],
         },
@@ -234,35 +236,35 @@ ROWS = {
     "FLUX Kontext": Row(
         "FLUX.1",
         lambda: flux("FluxKontextPipeline"),
-        lambda _: {"image": picture(*REFERENCE), "max_area": HEIGHT * WIDTH, "_auto_resize": False},
+        lambda _: {"image": random_image(*REFERENCE), "max_area": HEIGHT * WIDTH, "_auto_resize": False},
         (GRID, (REFERENCE[0] // TOKEN, REFERENCE[1] // TOKEN)),
     ),
     "FLUX Redux": Row("FLUX.1", lambda: flux("FluxPipeline"), _redux_call),
-    "FLUX IP-Adapter": Row("FLUX.1", lambda: flux("FluxPipeline"), ip_call, dress=load_ip_adapter),
-    "SD3 text-to-image": Row("SD3", lambda: sd3("StableDiffusion3Pipeline"), lambda _: GUIDED, dress=shorten_prompts),
+    "FLUX IP-Adapter": Row("FLUX.1", lambda: flux("FluxPipeline"), ip_call, set_up=load_ip_adapter),
+    "SD3 text-to-image": Row("SD3", lambda: sd3("StableDiffusion3Pipeline"), lambda _: GUIDED, set_up=shorten_prompts),
     "SD3 image-to-image": Row(
         "SD3",
         lambda: sd3("StableDiffusion3Img2ImgPipeline"),
-        lambda _: {**GUIDED, "image": picture(), "strength": 0.9},
-        dress=shorten_prompts,
+        lambda _: {**GUIDED, "image": random_image(), "strength": 0.9},
+        set_up=shorten_prompts,
     ),
     "SD3 ControlNet": Row(
         "SD3",
         lambda: sd3("StableDiffusion3ControlNetPipeline", controlnet=sd3_control()),
-        lambda _: {**GUIDED, "control_image": picture(), "controlnet_conditioning_scale": 0.8},
-        dress=shorten_prompts,
+        lambda _: {**GUIDED, "control_image": random_image(), "controlnet_conditioning_scale": 0.8},
+        set_up=shorten_prompts,
     ),
     "SD3.5, skipped layers": Row(
         "SD3",
         lambda: sd3("StableDiffusion3Pipeline", dual=True),
         lambda _: {**GUIDED, **SKIPPING},
-        dress=shorten_prompts,
+        set_up=shorten_prompts,
     ),
     "FLUX.2 text-to-image": Row("FLUX.2", dummy_pipelines.flux2, _flux2_call, keywords="attention_kwargs"),
     "FLUX.2 a reference image": Row(
         "FLUX.2",
         dummy_pipelines.flux2,
-        lambda pipe: _flux2_call(pipe, image=[picture(*FLUX2_REFERENCE)]),
+        lambda pipe: _flux2_call(pipe, image=[random_image(*FLUX2_REFERENCE)]),
         (GRID, (FLUX2_REFERENCE[0] // 4, FLUX2_REFERENCE[1] // 4)),
         keywords="attention_kwargs",
     ),
@@ -275,10 +277,10 @@ ROWS = {
     "Qwen-Image Edit": Row(
         "Qwen-Image",
         lambda: dummy_pipelines.qwen(diffusers.QwenImageEditPlusPipeline, processor=None),
-        lambda pipe: _embedded(pipe, dummy_pipelines.qwen_text(), 16, image=[picture(*EDITED)]),
+        lambda pipe: _embedded(pipe, dummy_pipelines.qwen_text(), 16, image=[random_image(*EDITED)]),
         (GRID, (EDITED[0] // 16, EDITED[1] // 16)),
         keywords="attention_kwargs",
-        meanwhile=_small_references,
+        around=_small_references,
     ),
     "Chroma text-to-image": Row(
         "Chroma",

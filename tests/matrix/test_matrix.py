@@ -1,4 +1,4 @@
-"""Kinds of pipelines x what is done to them: numbers of the dense rule, or an error whose advice leads to them."""
+"""Each pipeline with each operation: the numbers of the dense rule, or an error whose remedy leads to them."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ from tests.matrix.rows import ROWS
 WINDOW, FACTOR = 3, 2
 EVERY_COLUMN = "FLUX text-to-image", "SD3 text-to-image"
 EVERY_ROW = ("nothing else",)
-ONE_ORDER = "`compile_repeated_blocks`", "`torch.compile`"  # of them, for they take long
+ONE_ORDER = "`compile_repeated_blocks`", "`torch.compile`"  # only one order by default, because they take long
 
 
 def cells():
@@ -36,7 +36,7 @@ def pooled_weight():
 
 
 def distilled(transformer):
-    """Random weights, the same pooled one in all layers."""
+    """Return random weights, with the same pooled weight in all layers."""
     values = checkpoint_for(transformer)
     shape = (1, 1, 1, FACTOR, 1, FACTOR, 1)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
@@ -44,7 +44,7 @@ def distilled(transformer):
 
 
 def assert_untouched(transformer, before):
-    """As `assert_same`, but for values on the meta device and packed ones, which torch does not compare."""
+    """Do as `assert_same`, without values on the meta device and packed values, which torch cannot compare."""
     after = snapshot(transformer)
     for values in (after["state"], before["state"]):
         for name in [name for name, value in values.items() if type(value) is not torch.Tensor or value.is_meta]:
@@ -54,14 +54,14 @@ def assert_untouched(transformer, before):
     assert {**after, "state": None} == {**before, "state": None}
 
 
-def drawn_plainly(cell, column, done, call):
-    """What the dense rule draws, after ``done`` was done to the pipeline."""
+def draw_reference(cell, column, operation, call):
+    """Draw with the dense rule, after an operation on the pipeline."""
     pipe = cell.row.pipeline()
     transformer = pipe.transformer
     if column.trained:
         layers = {name.removesuffix(".processor"): None for name in transformer.attn_processors}
         copy_values(distilled(transformer)[0], {name: transformer.get_submodule(name) for name in layers})
-    pipe = done(pipe, cell) or pipe
+    pipe = operation(pipe, cell) or pipe
     weight = pooled_weight() if column.trained else None
     put_in_raster_order(pipe.transformer, cell.row.grids, clear.methods.Clear(WINDOW, FACTOR), weight)
     return cell.row.draw(pipe, **call)
@@ -80,19 +80,19 @@ def test_cell(row, column, order, tmp_path, record_property):
             save_file({**values, **pooled}, weights)
         return clear.linearize(pipe, WINDOW, FACTOR, weights=weights)
 
-    (tmp_path / "plain").mkdir()
-    cell, plain_cell = Cell(row, tmp_path, linearize), Cell(row, tmp_path / "plain", linearize)
+    (tmp_path / "reference").mkdir()
+    cell, reference_cell = Cell(row, tmp_path, linearize), Cell(row, tmp_path / "reference", linearize)
     if missing:
         pipe = row.pipeline()
         with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError), match=missing):  # noqa: PT012
             column.do(pipe, cell)
             row.draw(pipe, **column.call)
         return
-    expected = drawn_plainly(plain_cell, column, column.same or column.do, column.call)
+    expected = draw_reference(reference_cell, column, column.same or column.do, column.call)
     scale = expected.abs().max().item()
     if column.changes:
         call = {**column.call, "attention_kwargs": None}
-        without = drawn_plainly(plain_cell, column, nothing, call)
+        without = draw_reference(reference_cell, column, nothing, call)
         assert (without - expected).abs().max() > 2 * column.tolerance * scale
     pipe, refusal = row.pipeline(), column.refusals.get((row.family, order))
     operations = [column.do, lambda pipe, cell: cell.linearize(pipe)]
@@ -106,7 +106,7 @@ def test_cell(row, column, order, tmp_path, record_property):
         if order == BEFORE:
             assert_untouched(pipe.transformer, before)
         record_property(refusal.words, str(error.value))
-        second = refusal.way_out
+        second = refusal.remedy
     pipe = second(pipe, cell) or pipe
     drawn = row.draw(pipe, **column.call)
     torch.testing.assert_close(drawn, expected, atol=column.tolerance * scale, rtol=0)
@@ -127,7 +127,7 @@ def test_restored_each_pipeline_draws_as_before(row):
     assert torch.equal(ROWS[row].draw(pipe), dense(row))
 
 
-def test_the_page_tells_of_these_cells():
+def test_the_page_has_these_cells():
     text = PAGE.read_text(encoding="utf-8")
     assert sections(tables()) in text, "write it again: python -m tests.matrix"
     for words, number in notes().items():

@@ -1,4 +1,4 @@
-"""What is most likely to bite together: adapters with each other, offloading and ControlNets; graphs and sizes."""
+"""Features that are likely to conflict: adapters, offloading and ControlNets together; compiled graphs and sizes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.matrix.rows import GRID, ROWS, controlled, flux, flux_controlnet, loa
 CONFIG = clear.methods.Clear(3, 2)
 
 
-def plainly(pipe, grids=(GRID,), config=CONFIG):
+def with_rule(pipe, grids=(GRID,), config=CONFIG):
     put_in_raster_order(pipe.transformer, grids, config)
     return pipe
 
@@ -39,7 +39,7 @@ def test_loras_under_offloading(name, offload, tmp_path):
     cell = Cell(row, tmp_path, linearize)
     pipe = row.pipeline()
     operations.two_loras(pipe, cell)
-    expected = row.draw(plainly(pipe))
+    expected = row.draw(with_rule(pipe))
     pipe = row.pipeline()
     operations.one_lora(pipe, cell)
     linearize(pipe)
@@ -61,16 +61,16 @@ def test_distilled_weights_for_a_gguf_file(tmp_path):
     assert {**after, "state": None} == {**before, "state": None}
 
 
-def test_what_was_quantized_since_is_not_overwritten(tmp_path):
+def test_weights_quantized_after_linearizing_are_not_overwritten(tmp_path):
     row = ROWS["FLUX text-to-image"]
     pipe = row.pipeline()
     save_file(checkpoint_for(pipe.transformer), tmp_path / "weights.safetensors")
     clear.linearize(pipe, 3, weights=tmp_path / "weights.safetensors")
     operations.int8(pipe, Cell(row, tmp_path, linearize))
     expected = row.draw(pipe)
-    for verb in (clear.restore, linearize, lambda pipe: clear.save_pretrained(pipe, tmp_path / "saved")):
+    for operation in (clear.restore, linearize, lambda pipe: clear.save_pretrained(pipe, tmp_path / "saved")):
         with pytest.raises(RuntimeError, match=r"as in a quantized model, .* load the model again in bfloat16"):
-            verb(pipe)
+            operation(pipe)
         assert torch.equal(row.draw(pipe), expected)
     assert not (tmp_path / "saved").exists()
 
@@ -87,7 +87,7 @@ class TestIPAdapter:
         def draw(pipe):
             return self.row.draw(pipe, **controlled(pipe))
 
-        expected = draw(plainly(build()))
+        expected = draw(with_rule(build()))
         pipe = linearize(build())
         assert_close(draw(pipe), expected)
         pipe.set_ip_adapter_scale(0.0)
@@ -103,9 +103,9 @@ class TestIPAdapter:
         assert torch.equal(self.row.draw(pipe), expected)
 
     def test_loaded_and_unloaded_after_linearizing(self):
-        plain = ROWS["FLUX text-to-image"]
-        expected = self.row.draw(plainly(self.row.pipeline()))
-        pipe = linearize(plain.pipeline())
+        text_to_image = ROWS["FLUX text-to-image"]
+        expected = self.row.draw(with_rule(self.row.pipeline()))
+        pipe = linearize(text_to_image.pipeline())
         load_ip_adapter(pipe)
         with pytest.raises(RuntimeError, match=r"by a FluxIPAdapterAttnProcessor .* clear_attn\.linearize\(\) again"):
             self.row.draw(pipe)
@@ -113,11 +113,11 @@ class TestIPAdapter:
         assert_close(self.row.draw(pipe), expected)
         pipe.unload_ip_adapter()
         with pytest.raises(RuntimeError, match=r"by a FluxAttnProcessor .* clear_attn\.linearize\(\) again"):
-            plain.draw(pipe)
+            text_to_image.draw(pipe)
         linearize(pipe)
-        assert_close(plain.draw(pipe), plain.draw(plainly(plain.pipeline())))
+        assert_close(text_to_image.draw(pipe), text_to_image.draw(with_rule(text_to_image.pipeline())))
         clear.restore(pipe)
-        assert torch.equal(plain.draw(pipe), plain.draw(plain.pipeline()))
+        assert torch.equal(text_to_image.draw(pipe), text_to_image.draw(text_to_image.pipeline()))
 
     def test_its_own_weights_keep_their_dtype(self):
         pipe = self.row.pipeline()
@@ -151,16 +151,16 @@ class TestIPAdapter:
 
 @hardware.needs_compiler
 def test_compiled_at_changing_sizes():
-    """The second round of sizes compiles nothing. For FLUX see `test_compiled_blocks_settle`."""
+    """The second round of sizes compiles nothing. For FLUX see `test_compiled_blocks_are_not_recompiled`."""
     transformer = families.SD3.transformer(num_layers=2)
     grids = [(9, 12), (5, 15), (12, 9)]
     calls = [families.SD3.call(transformer, grid) for grid in grids]
-    plain = [in_raster_order(transformer, [grid], CONFIG) for grid in grids]
+    reference = [in_raster_order(transformer, [grid], CONFIG) for grid in grids]
     torch.compiler.reset()
     compiled, model = [], torch.compile(linearize(transformer), backend="eager")
     for _ in range(2):
         before = counters["stats"]["unique_graphs"]
-        for call, dense in zip(calls, plain, strict=True):
+        for call, dense in zip(calls, reference, strict=True):
             assert_close(run(model, call), run(dense, call))
         compiled.append(counters["stats"]["unique_graphs"] - before)
     assert compiled[0] > 0

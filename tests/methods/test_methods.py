@@ -1,4 +1,4 @@
-"""Each method against its rule written again, densely, for all pairs and in raster order."""
+"""Each method compared with its rule, written densely for all pairs in raster order."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ each_case = pytest.mark.parametrize(("method", "number"), CASES, ids=[f"{m}-{n}"
 
 
 def make(method, number=0, dtype=torch.float64):
-    """A processor with random parameters."""
+    """Return a processor with random parameters."""
     processor = ClearAttnProcessor(None, method, methods.Layer("layer", number, True, 2, 8))
     for parameter in processor.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -48,14 +48,14 @@ def make(method, number=0, dtype=torch.float64):
 
 
 def run(processor, qkv, plan, bias=None):
-    """Attention of all queries, as a context computes it."""
+    """Attend from all queries, as a context does."""
     method = processor.method.for_layer(processor.layer.number)
     options = methods.Options(qkv[0].shape[-1] ** -0.5, "auto", dense, methods.ScoreBias.on_plan(plan, bias))
     return method.attend(*qkv, plan, list(processor.parameters()), options)
 
 
 def attend(processor, qkv, grid, text, text_first, bias=None):
-    """The image queries' rows of raster-ordered, text-first query, key and value."""
+    """Return attention of the image queries, for query, key and value in raster order, text first."""
     layout = TokenLayout([grid], text, text_first=text_first)
     plan = processor.method.for_layer(processor.layer.number).plan(layout)
     tokens = torch.arange(text + layout.image_tokens)
@@ -72,7 +72,7 @@ def random_qkv(grid, text, dtype=torch.float64):
 @each_case
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(("text", "text_first"), [(0, True), (7, True), (7, False)])
-def test_is_the_rule_with_gradients(method, number, grid, text, text_first):
+def test_equals_the_rule_with_gradients(method, number, grid, text, text_first):
     processor, qkv = make(method, number), random_qkv(grid, text)
     output = attend(processor, qkv, grid, text, text_first)
     expected = RULES[type(method)](method, number)(qkv[0][:, :, text:], *qkv[1:], grid, processor)
@@ -88,10 +88,10 @@ def test_is_the_rule_with_gradients(method, number, grid, text, text_first):
 
 
 @each_case
-def test_in_parts_as_at_once(method, number, monkeypatch):
+def test_in_chunks(method, number, monkeypatch):
     monkeypatch.setattr(groups, "QUERIES_AT_A_TIME", 4)
     monkeypatch.setattr(sigmoid_of, "MAX_SCORES", 2000)
-    test_is_the_rule_with_gradients(method, number, (13, 9), 7, True)
+    test_equals_the_rule_with_gradients(method, number, (13, 9), 7, True)
 
 
 @each_case
@@ -118,7 +118,7 @@ def test_compiled(method):
 
 @each_case
 @pytest.mark.parametrize("text_first", [True, False])
-def test_hidden_text_keys_are_as_if_they_were_not_there(method, number, text_first):
+def test_hidden_text_keys_have_no_effect(method, number, text_first):
     processor, (query, key, value) = make(method, number), random_qkv((5, 7), 7)
     bias = torch.zeros(2, 7, dtype=torch.float64)
     bias[:, 5:] = -1000.0
@@ -139,9 +139,9 @@ def test_hidden_text_keys_are_as_if_they_were_not_there(method, number, text_fir
 
 @each_case
 @pytest.mark.parametrize("text_first", [True, False])
-def test_a_bias_of_text_keys_is_the_rules(method, number, text_first):
+def test_a_bias_of_text_keys_equals_the_rule(method, number, text_first):
     if not method.supports_bias:
-        pytest.skip("it says so, see above")
+        pytest.skip("the method refuses a bias, which the test above checks")
     processor, qkv = make(method, number), random_qkv((5, 7), 7)
     bias = torch.randn(2, 7, dtype=torch.float64)
     output = attend(processor, qkv, (5, 7), 7, text_first, bias)
@@ -166,26 +166,26 @@ def text_queries(text, image, inner):
 
 
 def layer_gflops(method):
-    """At 1024 x 1024 pixels with 512 text tokens, as in table 2 of CLEAR's paper."""
+    """Return the GFLOPs of a layer at 1024 x 1024 pixels with 512 text tokens, as in table 2 of CLEAR's paper."""
     return (sum(method.flops((64, 64), 512, 24, 128).values()) + text_queries(512, 4096, 3072)) / 1e9
 
 
-# The paper prints 67.7 for three of them, of which 67.65 are pairs; compressing takes the rest.
+# The paper has 67.7 for three of them: 67.65 are attention, the rest is compression.
 TABLE = {
     methods.KVCompression(): 67.70,
     methods.Agent(): 80.54,
     methods.Strided(): 67.65,
-    methods.Swin(): 67.65,  # of the layers whose windows do not move
+    methods.Swin(): 67.65,  # in layers without shifted windows
     methods.Sigmoid(): 260.92,
 }
 
 
 @pytest.mark.parametrize(("method", "gflops"), TABLE.items(), ids=str)
-def test_work_of_the_table(method, gflops):
+def test_flops_of_the_papers_table(method, gflops):
     assert layer_gflops(method) == pytest.approx(gflops, abs=0.01)
 
 
-def test_work_of_linear_attention_is_the_tables_with_one_head_and_linear_text_queries():
+def test_flops_of_linear_attention_in_the_papers_table():
     linear = methods.LiT(heads=1, kernel_size=0).flops((64, 64), 512, 24, 128)
     assert sum(linear.values()) + 2 * 512 * 3072**2 == 4 * 4608 * 3072**2 == pytest.approx(174.0e9, abs=0.06e9)
 
@@ -193,14 +193,14 @@ def test_work_of_linear_attention_is_the_tables_with_one_head_and_linear_text_qu
 @pytest.mark.parametrize("grid", [*GRIDS, (33, 40), (32, 32)], ids=str)
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("method", [methods.Swin(4), methods.Swin(5), methods.Strided(3), methods.Strided(50)], ids=str)
-def test_work_counts_pairs(method, number, grid):
-    seen = RULES[type(method)](method, number)
+def test_flops_count_pairs(method, number, grid):
+    rule = RULES[type(method)](method, number)
     key = torch.eye(grid[0] * grid[1], dtype=torch.float64)[None, None]
     processor = types.SimpleNamespace(method=method)
-    weights = seen(torch.zeros_like(key), torch.zeros_like(key), key, grid, processor)
-    work = method.for_layer(number).flops(grid, 3, 2, 8)
-    assert sum(flops for name, flops in work.items() if "text" not in name) == 4 * 16 * int((weights > 0).sum())
-    assert work["image queries, text keys"] == 4 * 16 * 3 * grid[0] * grid[1]
+    weights = rule(torch.zeros_like(key), torch.zeros_like(key), key, grid, processor)
+    counted = method.for_layer(number).flops(grid, 3, 2, 8)
+    assert sum(flops for name, flops in counted.items() if "text" not in name) == 4 * 16 * int((weights > 0).sum())
+    assert counted["image queries, text keys"] == 4 * 16 * 3 * grid[0] * grid[1]
 
 
 FIELDS = [

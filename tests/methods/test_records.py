@@ -56,7 +56,7 @@ def test_records_that_cannot_be_read(record, words):
 
 
 @pytest.mark.parametrize("text", ["Swin(8)", "Swin(side=", "Swin(**{})", "1 + 1", "", "Swin(side=open('x'))"])
-def test_texts_that_are_no_method(text):
+def test_invalid_texts_of_methods(text):
     with pytest.raises(ValueError, match=r"is not a name with settings in parentheses; write it as 'Swin\(side=8\)'"):
         parse(text)
 

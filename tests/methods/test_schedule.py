@@ -1,4 +1,4 @@
-"""Dense steps, dense layers and windows of their own: against the rule, and through a pipeline's life."""
+"""Dense steps, dense layers and windows per layer: compared with the rule, saved, copied and restored."""
 
 import copy
 import json
@@ -15,23 +15,23 @@ from tests.helpers.reference_model import in_raster_order, run
 from tests.helpers.snapshots import assert_same, snapshot, train
 
 GRID = (11, 20)
-# Of both families: the first block, and one inside the next.
+# In both families: a dense first block, and a wider window in the other blocks.
 LAYERS = Schedule(dense_layers=("transformer_blocks.0",), windows={"transformer_blocks": 6})
 
 
-def plain_model(transformer, grid, window, factor, schedule):
-    """The rule in raster order, each layer by its own window."""
-    plain = in_raster_order(transformer, [grid], clear.methods.Clear(window, factor))
-    for name in plain.attn_processors:
+def reference_of(transformer, grid, window, factor, schedule):
+    """Return a model that computes the rule densely in raster order, with the window of each layer."""
+    reference = in_raster_order(transformer, [grid], clear.methods.Clear(window, factor))
+    for name in reference.attn_processors:
         layer = name.removesuffix(".processor")
-        grids, config, weight = plain.get_submodule(layer).processor.rule
+        grids, config, weight = reference.get_submodule(layer).processor.rule
         named = schedule.names(layer)
         if named in schedule.dense_layers:
             config = clear.methods.Clear(sum(grid))
         elif named:
             config = clear.methods.Clear(schedule.windows[named], config.down_factor)
-        plain.get_submodule(layer).processor.rule = grids, config, weight
-    return plain
+        reference.get_submodule(layer).processor.rule = grids, config, weight
+    return reference
 
 
 def at(family, call, sigma):
@@ -41,9 +41,9 @@ def at(family, call, sigma):
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
 @pytest.mark.parametrize("factor", [1, 3])
-def test_layers_follow_the_rule_of_their_own_window(family, transformer, factor, backend):
+def test_each_layer_equals_the_rule_of_its_window(family, transformer, factor, backend):
     call = family.call(transformer, GRID, batch=2)
-    expected = run(plain_model(transformer, GRID, 3, factor, LAYERS), call)
+    expected = run(reference_of(transformer, GRID, 3, factor, LAYERS), call)
     uniform = run(in_raster_order(transformer, [GRID], clear.methods.Clear(3, factor)), call)
     assert not torch.allclose(expected, uniform, atol=1e-3)
     clear.linearize(transformer, 3, factor, weights=None, schedule=LAYERS, backend=backend)
@@ -51,11 +51,11 @@ def test_layers_follow_the_rule_of_their_own_window(family, transformer, factor,
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_noisy_calls_are_the_stock_model(family, transformer, factor):
+def test_calls_above_the_sigma_equal_the_original_model(family, transformer, factor):
     call = family.call(transformer, GRID, batch=2)
-    stock = copy.deepcopy(transformer)
+    original = copy.deepcopy(transformer)
     clear.linearize(transformer, 3, factor, weights=None)
-    local = {noise: run(transformer, at(family, call, noise)) for noise in (0.2, 0.8)}
+    local = {sigma: run(transformer, at(family, call, sigma)) for sigma in (0.2, 0.8)}
     clear.linearize(
         transformer,
         3,
@@ -63,14 +63,14 @@ def test_noisy_calls_are_the_stock_model(family, transformer, factor):
         weights=None,
         schedule=Schedule(dense_above_sigma=0.8, windows={"transformer_blocks": 3}),
     )
-    for noise in (1.0, 0.81):
-        one = at(family, call, noise)
-        torch.testing.assert_close(run(transformer, one), run(stock, one), atol=1e-5, rtol=0)
-    for noise, expected in local.items():
-        assert torch.equal(run(transformer, at(family, call, noise)), expected)
+    for sigma in (1.0, 0.81):
+        one = at(family, call, sigma)
+        torch.testing.assert_close(run(transformer, one), run(original, one), atol=1e-5, rtol=0)
+    for sigma, expected in local.items():
+        assert torch.equal(run(transformer, at(family, call, sigma)), expected)
 
 
-def test_pictures_of_one_call_on_both_sides_are_refused(family, transformer):
+def test_a_batch_with_sigmas_on_both_sides_is_refused(family, transformer):
     call = family.call(transformer, GRID, batch=2)
     call["timestep"] = torch.tensor([0.9, 0.1]) * family.timestep_of_sigma_1
     clear.linearize(transformer, 3, weights=None, schedule=Schedule(dense_above_sigma=0.5))
@@ -80,12 +80,12 @@ def test_pictures_of_one_call_on_both_sides_are_refused(family, transformer):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradients_under_checkpointing_with_two_steps_in_flight(family, transformer, use_reentrant):
-    """The dense call is recomputed after the local one was run, and each sees its own layouts."""
+    """The dense call is recomputed after the local one has run, and each uses its own layouts."""
     schedule = Schedule(dense_above_sigma=0.5, dense_layers=LAYERS.dense_layers, windows=LAYERS.windows)
-    calls = [at(family, family.call(transformer, GRID, seed=seed), noise) for seed, noise in ((0, 0.9), (1, 0.2))]
+    calls = [at(family, family.call(transformer, GRID, seed=seed), sigma) for seed, sigma in ((0, 0.9), (1, 0.2))]
     for call in calls:
         call["hidden_states"].requires_grad_()
-    plain = [copy.deepcopy(transformer), plain_model(transformer, GRID, 3, 2, schedule)]
+    reference = [copy.deepcopy(transformer), reference_of(transformer, GRID, 3, 2, schedule)]
 
     def gradients(models):
         for tensor in (call["hidden_states"] for call in calls):
@@ -93,14 +93,14 @@ def test_gradients_under_checkpointing_with_two_steps_in_flight(family, transfor
         sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True)).backward()
         return [call["hidden_states"].grad for call in calls]
 
-    expected = gradients(plain)
+    expected = gradients(reference)
     clear.linearize(transformer, 3, 2, weights=None, schedule=schedule)
     transformer.enable_gradient_checkpointing(
         lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant)
     )
     transformer.train()
-    for ours, plain_one in zip(gradients([transformer, transformer]), expected, strict=True):
-        torch.testing.assert_close(ours, plain_one, atol=1e-6, rtol=1e-5)
+    for ours, expected_one in zip(gradients([transformer, transformer]), expected, strict=True):
+        torch.testing.assert_close(ours, expected_one, atol=1e-6, rtol=1e-5)
 
 
 def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
@@ -108,12 +108,12 @@ def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
     transformer = families.FLUX.transformer()
     schedule = Schedule(dense_above_sigma=0.65, windows={"single_transformer_blocks": 6})
     call = families.FLUX.call(transformer, GRID)
-    steps = [{**at(families.FLUX, call, noise)} for noise in (0.651, 0.65001, 0.649, 0.648, 0.1)]
-    stock, local = copy.deepcopy(transformer), plain_model(transformer, GRID, 8, 1, schedule)
+    steps = [{**at(families.FLUX, call, sigma)} for sigma in (0.651, 0.65001, 0.649, 0.648, 0.1)]
+    original, local = copy.deepcopy(transformer), reference_of(transformer, GRID, 8, 1, schedule)
     clear.linearize(transformer, 8, weights=None, schedule=schedule)
 
     def cached(*models):
-        """Each step by the model for its noise; all share the first one's cache."""
+        """Run each step with the model for its sigma; all share the cache of the first model."""
         model = models[0]
         model.enable_cache(FirstBlockCacheConfig(threshold=0.4))
         computed, outputs = [], []
@@ -127,18 +127,18 @@ def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
                 outputs.append(run(model, step))
         return computed, outputs
 
-    expected_computed, expected = cached(stock, local)
+    expected_computed, expected = cached(original, local)
     computed, outputs = cached(transformer)
     assert computed == expected_computed
-    assert computed == [0, 4]  # so the first local steps add what a dense one left
+    assert computed == [0, 4]  # so the first local steps add a residual of a dense step
     torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=0)
 
 
 @hardware.needs_compiler
-def test_compiled_blocks_settle():
-    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+def test_compiled_blocks_are_not_recompiled():
+    torch.compiler.reset()  # compilations are counted per line of code, over all tests
     transformer = families.FLUX.transformer(num_layers=5, num_single_layers=5)
-    calls = [at(families.FLUX, families.FLUX.call(transformer, GRID), noise) for noise in (0.9, 0.2, 0.8, 0.1)]
+    calls = [at(families.FLUX, families.FLUX.call(transformer, GRID), sigma) for sigma in (0.9, 0.2, 0.8, 0.1)]
     schedule = Schedule(
         0.5, ("transformer_blocks.1",), {"single_transformer_blocks.1": 5, "single_transformer_blocks.3": 5}
     )
@@ -154,7 +154,7 @@ def test_compiled_blocks_settle():
     assert graphs["unique_graphs"] == before
 
 
-def test_is_undone_and_copied(family, transformer):
+def test_is_restored_and_copied(family, transformer):
     call = family.call(transformer, GRID)
     before = snapshot(transformer)
     with clear.linearized(transformer, 3, weights=None, schedule=LAYERS):
@@ -166,7 +166,7 @@ def test_is_undone_and_copied(family, transformer):
     assert_same(transformer, before)
 
 
-def test_travels_with_the_weights(family, transformer, tmp_path):
+def test_is_saved_with_the_weights(family, transformer, tmp_path):
     schedule = Schedule(0.6, LAYERS.dense_layers, LAYERS.windows)
     call = at(family, family.call(transformer, GRID), 0.3)
     clear.linearize(transformer, 3, weights=None, schedule=schedule)
@@ -180,7 +180,7 @@ def test_travels_with_the_weights(family, transformer, tmp_path):
     assert Schedule(**record["schedule"]) == schedule
     clear.linearize(fresh, weights=tmp_path / "clear", schedule=Schedule())
     assert not torch.allclose(run(fresh, call), expected, atol=1e-4)
-    # Saved whole by diffusers, and back.
+    # Saved and loaded by diffusers.
     transformer.save_pretrained(tmp_path / "whole")
     whole = type(transformer).from_pretrained(tmp_path / "whole").eval()
     clear.linearize(whole)
@@ -209,7 +209,7 @@ def test_cost_counts_it(family, transformer):
     json.dumps(scheduled.to_dict())
 
 
-def test_a_cascade_carries_it(pipe):
+def test_in_a_cascade(pipe):
     pipe.set_progress_bar_config(disable=True)
     schedule = Schedule(0.5, ("single_transformer_blocks.0",), {"transformer_blocks": 3})
     stages = clear.Stage(steps=4, strength=0.5, proportional=False)
@@ -254,7 +254,7 @@ class TestRefusals:
             Schedule(**arguments)
 
     @pytest.mark.parametrize("name", ["transformer_blocks.99", "transformer_block", "norm_out", ""])
-    def test_layers_beyond_the_model(self, transformer, name):
+    def test_unknown_layers(self, transformer, name):
         before = snapshot(transformer)
         for schedule in (Schedule(dense_layers=(name,)), Schedule(windows={name: 3})):
             with pytest.raises(ValueError, match=f"names '{name}', and this .* it has transformer_blocks.0.attn to"):
@@ -263,12 +263,12 @@ class TestRefusals:
                 clear.cost(transformer, 64, 64, schedule=schedule)
         assert_same(transformer, before)
 
-    def test_another_kind(self, transformer):
+    def test_another_type(self, transformer):
         with pytest.raises(TypeError, match=r"schedule must be a clear_attn\.Schedule, got 5 of type int"):
             clear.linearize(transformer, 3, weights=None, schedule=5)
 
 
-def test_the_longest_name_counts():
+def test_the_longest_name_wins():
     schedule = Schedule(dense_layers=("blocks.1",), windows={"blocks": 8, "blocks.1.attn2": 4})
     names = ["blocks.0.attn", "blocks.1.attn", "blocks.1.attn2", "blocks.10.attn", "other.1"]
     method = clear.methods.Clear(16)

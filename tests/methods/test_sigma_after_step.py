@@ -1,4 +1,4 @@
-"""Between which steps of a run a share of noise lies."""
+"""The sigma between two steps of a run."""
 
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -13,15 +13,15 @@ def scheduler_of(**options):
     return scheduler
 
 
-def test_lies_between_two_steps():
+def test_is_between_two_steps():
     scheduler = scheduler_of()
     for steps in (1, 4, 9):
-        noise = sigma_after_step(scheduler, steps)
-        assert (scheduler.timesteps / 1000 > noise).sum() == steps
-        assert (scheduler.timesteps.bfloat16() / 1000 > noise).sum() == steps
+        sigma = sigma_after_step(scheduler, steps)
+        assert (scheduler.timesteps / 1000 > sigma).sum() == steps
+        assert (scheduler.timesteps.bfloat16() / 1000 > sigma).sum() == steps
 
 
-def test_counts_the_steps_that_are_run():
+def test_counts_from_the_first_step_of_the_run():
     scheduler = scheduler_of()
     scheduler.set_begin_index(4)
     assert (scheduler.timesteps[4:] / 1000 > sigma_after_step(scheduler, 2)).sum() == 2
@@ -37,7 +37,7 @@ def test_steps_of_two_calls():
 
 
 def test_in_a_pipeline(pipe):
-    """As many steps are dense as were asked for."""
+    """The given number of steps is dense."""
     draw = {"height": 64, "width": 64, "num_inference_steps": 5, "max_sequence_length": 24, "output_type": "latent"}
     pipe("a red circle", **draw)
     clear.linearize(pipe, 2, weights=None, schedule=Schedule(sigma_after_step(pipe.scheduler, 2)))

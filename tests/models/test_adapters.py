@@ -75,7 +75,7 @@ def test_a_training_call_has_the_attention_keywords_where_the_adapter_reads_them
     assert call[adapter.keywords] == {"role": "student"}
 
 
-def test_a_subclass_counts_and_a_namesake_does_not():
+def test_subclasses_match_and_classes_of_the_same_name_do_not():
     names = ("FluxTransformer2DModel",)
     ours, namesake = Subclass.__new__(Subclass), type("FluxTransformer2DModel", (), {})()
     assert is_instance(ours, names)

@@ -1,4 +1,4 @@
-"""What is particular to Chroma: a mask for the padding of the text."""
+"""What is special to Chroma: a mask for the padding of the text."""
 
 import diffusers
 import pytest
@@ -27,7 +27,7 @@ def test_each_text_has_its_own_padding(backend, transformer):
     torch.testing.assert_close(run(transformer, {**call, "attention_mask": None}), without, atol=1e-5, rtol=0)
 
 
-def test_a_mask_of_booleans_takes_padding_away(transformer):
+def test_a_boolean_mask_removes_padding(transformer):
     call = dummy_models.chroma_call(transformer, (6, 5), text=9, padded=[4], dtype=torch.bool)
     clear.linearize(transformer, 3, weights=None)
     shorter = {**call, "encoder_hidden_states": call["encoder_hidden_states"][:, :5], "txt_ids": torch.zeros(5, 3)}
@@ -39,9 +39,9 @@ def test_a_mask_in_half_precision():
     transformer = dummy_models.chroma_transformer().bfloat16()
     call = dummy_models.chroma_call(transformer, (6, 5), text=30, padded=[20])
     call = {name: x if "ids" in name else x.bfloat16() for name, x in call.items()}
-    stock = run(transformer, call)
+    original = run(transformer, call)
     clear.linearize(transformer, 20, weights=None)
-    torch.testing.assert_close(run(transformer, call), stock, atol=3e-2, rtol=0)
+    torch.testing.assert_close(run(transformer, call), original, atol=3e-2, rtol=0)
 
 
 def test_masks_that_do_not_fit(transformer):
@@ -59,7 +59,7 @@ def test_pipelines_with_guidance(name):
     pipe = dummy_pipelines.chroma(kind)
     side = 2 * pipe.vae_scale_factor
     image = Image.effect_mandelbrot((9 * side, 7 * side), (-2, -1, 1, 1), 50).convert("RGB")
-    # ChromaInpaintPipeline of diffusers 0.42.1 reads it, and the model does not know it.
+    # ChromaInpaintPipeline of diffusers 0.42.1 reads this entry, which the model's config does not have.
     pipe.transformer.register_to_config(guidance_embeds=False)
     further = {
         "ChromaPipeline": {},
@@ -84,7 +84,7 @@ def test_pipelines_with_guidance(name):
     check_pipeline(pipe, [(7, 9)], draw)
 
 
-def test_what_it_is_refused_for(transformer):
+def test_unsupported_features(transformer):
     with pytest.raises(TypeError, match="highres does not support a ChromaPipeline"):
         clear.highres(dummy_pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
     refused = pytest.raises(RuntimeError, match=r"a FluxAttnProcessor, whose scores .* cannot scale while")
@@ -92,7 +92,7 @@ def test_what_it_is_refused_for(transformer):
         pass
 
 
-def test_a_layer_outside_a_call_says_so(transformer):
+def test_a_layer_outside_a_call(transformer):
     clear.linearize(transformer, 3, weights=None)
     with pytest.raises(RuntimeError, match="called outside a call of its linearized transformer"):
         transformer.transformer_blocks[0].attn(torch.randn(1, 4, 32), torch.randn(1, 2, 32))

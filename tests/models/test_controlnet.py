@@ -1,4 +1,4 @@
-"""Linearized ControlNets: their residuals are those of the rule."""
+"""The residuals of linearized ControlNets are those of the rule."""
 
 import copy
 
@@ -13,7 +13,7 @@ import clear_attn as clear
 from clear_attn.methods.clear import window_pairs
 from clear_attn.models.context.context_checkpoint import ContextCheckpoint
 from tests.helpers import dummy_models, families, hardware
-from tests.helpers.dummy_controlnets import flux_controlnet, sd3_controlnet, wake
+from tests.helpers.dummy_controlnets import fill_zeros, flux_controlnet, sd3_controlnet
 from tests.helpers.reference_model import in_raster_order, run
 from tests.helpers.snapshots import assert_same, snapshot
 
@@ -23,7 +23,7 @@ def flux_call(controlnet, grid, text, batch):
     rng = torch.Generator().manual_seed(5)
     if controlnet.input_hint_block is None:
         call["controlnet_cond"] = torch.randn(call["hidden_states"].shape, generator=rng)
-    else:  # an image, which the ControlNet itself makes eight times smaller and packs
+    else:  # an image, which the ControlNet itself downsamples by 8 and packs
         call["controlnet_cond"] = torch.randn(batch, 3, 16 * grid[0], 16 * grid[1], generator=rng)
     if controlnet.union:
         call["controlnet_mode"] = torch.ones(batch, 1, dtype=torch.long)
@@ -67,16 +67,16 @@ def test_equals_the_rule_in_raster_order(kind, grid, text, window, factor, batch
     call = make_call(controlnet, grid, text, batch)
     expected = run(in_raster_order(controlnet, [grid], clear.methods.Clear(window, factor)), call)
     before = snapshot(controlnet)
-    stock = run(controlnet, call)
+    original = run(controlnet, call)
     clear.linearize(controlnet, window, factor, weights=None, backend=backend)
     torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
     clear.restore(controlnet)
     assert_same(controlnet, before)
-    assert torch.equal(run(controlnet, call), stock)
+    assert torch.equal(run(controlnet, call), original)
 
 
 def test_gradients_with_checkpointing_and_two_sizes_in_flight():
-    """Each recomputation finds its own call's context."""
+    """Each recomputation uses the context of its own call."""
     controlnet = flux_controlnet()
     calls = [flux_call(controlnet, (5, 4), 7, 1), flux_call(controlnet, (3, 8), 5, 1)]
     clear.linearize(controlnet, 3, 2, weights=None)
@@ -104,7 +104,7 @@ def test_only_training_free():
 
 def test_in_a_pipeline_with_its_transformer(pipe):
     heads = {"num_attention_heads": 4, "attention_head_dim": 32}
-    controlnet = wake(
+    controlnet = fill_zeros(
         FluxControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_single_layers=1, **heads)
     )
     pipe = FluxControlNetPipeline(**pipe.components, controlnet=controlnet)
@@ -124,7 +124,7 @@ def test_in_a_pipeline_with_its_transformer(pipe):
             output_type="latent",
         ).images
 
-    stock = draw()
+    original = draw()
     clear.linearize(pipe, 3, weights=None)
     with_dense = draw()
     assert "ControlNet 1, dense" in str(clear.cost(pipe, 72, 96))
@@ -133,14 +133,14 @@ def test_in_a_pipeline_with_its_transformer(pipe):
     assert not torch.allclose(draw(), with_dense, atol=1e-4)
     clear.linearize(pipe, 20, weights=None)
     clear.linearize(pipe.controlnet, 20, weights=None)
-    torch.testing.assert_close(draw(), stock, atol=1e-4, rtol=0)
+    torch.testing.assert_close(draw(), original, atol=1e-4, rtol=0)
     clear.restore(pipe.controlnet)
     clear.restore(pipe)
-    assert torch.equal(draw(), stock)
+    assert torch.equal(draw(), original)
 
 
-def test_an_embedder_that_is_replaced_is_found_out():
-    """As a pipeline does to a ControlNet of SD3.5 that has none of its own."""
+def test_a_replaced_embedder_is_found():
+    """A pipeline replaces it if a ControlNet of SD3.5 has none."""
     controlnet = sd3_controlnet(use_pos_embed=False, joint_attention_dim=None, dual_attention_layers=())
     call = sd3_call(controlnet, (11, 20), 7, 1)
     clear.linearize(controlnet, 4, weights=None)
@@ -165,7 +165,7 @@ def test_several_are_linearized_one_by_one():
         clear.linearize(several, weights=None)
 
 
-def test_made_from_a_linearized_transformer_it_carries_no_mark():
+def test_made_from_a_linearized_transformer_it_is_not_linearized():
     transformer = clear.linearize(families.FLUX.transformer(), 4, weights=None)
     heads = {"num_attention_heads": 2, "attention_head_dim": 16}
     controlnet = FluxControlNetModel.from_transformer(transformer, num_layers=1, num_single_layers=1, **heads)

@@ -1,4 +1,4 @@
-"""What is particular to DiT: class labels instead of text, square images, a variance."""
+"""What is special to DiT: class labels instead of text, square images, a variance."""
 
 import copy
 import math
@@ -27,13 +27,13 @@ def test_a_learned_variance_is_part_of_the_output(variant):
     assert output.shape == (1, transformer.config.out_channels, side, side)
 
 
-def test_the_older_processor_comes_back(transformer):
+def test_the_older_processor_is_restored(transformer):
     for block in transformer.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())
     call, before = dummy_models.dit_call(transformer, (6, 6)), snapshot(transformer)
-    stock = run(transformer, call)
+    original = run(transformer, call)
     clear.linearize(transformer, 9, weights=None)
-    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(transformer, call), original, atol=1e-5, rtol=0)
     clear.restore(transformer)
     assert_same(transformer, before)
 
@@ -54,7 +54,7 @@ def small_pipeline(transformer):
 
 
 def test_a_pipeline():
-    pipe = small_pipeline(dummy_models.dit_transformer(num_embeds_ada_norm=1000))  # it takes class 1000 for none
+    pipe = small_pipeline(dummy_models.dit_transformer(num_embeds_ada_norm=1000))  # class 1000 is no class
 
     def draw():
         output = pipe(
@@ -69,7 +69,7 @@ def test_a_pipeline():
     check_pipeline(pipe, [(8, 8)], draw)
 
 
-def test_pictures_that_are_not_square(transformer):
+def test_images_that_are_not_square(transformer):
     clear.linearize(transformer, 3, weights=None)
     call = dummy_models.dit_call(transformer, (4, 4))
     with pytest.raises(ValueError, match=r"must be square, got \[1, 4, 8, 4\]"):
@@ -78,20 +78,20 @@ def test_pictures_that_are_not_square(transformer):
         run(transformer, {**call, "hidden_states": call["hidden_states"][..., :7, :7]})
 
 
-def test_a_schedule_by_layer_and_none_by_noise(transformer):
+def test_a_schedule_by_layer_but_not_by_sigma(transformer):
     before = snapshot(transformer)
     with pytest.raises(ValueError, match=r"dense_above_sigma=0\.9 is a share of noise, which a call of a DiT"):
         clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_above_sigma=0.9))
     assert_same(transformer, before)
     call = dummy_models.dit_call(transformer, (8, 8))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     local = run(clear.linearize(transformer, 3, weights=None), call)
     clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_layers=["transformer_blocks"]))
-    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
-    assert (local - stock).abs().max() > 1e-3
+    torch.testing.assert_close(run(transformer, call), original, atol=1e-5, rtol=0)
+    assert (local - original).abs().max() > 1e-3
 
 
-def test_what_it_is_refused_for(transformer):
+def test_unsupported_features(transformer):
     with pytest.raises(ValueError, match="weights"):
         clear.linearize(transformer)
     with pytest.raises(TypeError, match="a DiTTransformer2DModel cannot be split over ranks"):
@@ -102,17 +102,17 @@ def test_what_it_is_refused_for(transformer):
 
 def test_proportional_attention(transformer):
     call = dummy_models.dit_call(transformer, (6, 6))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     with clear.proportional_attention(transformer):
-        sharpened = run(transformer, call)
-        assert (sharpened - stock).abs().max() > 1e-4
+        scaled = run(transformer, call)
+        assert (scaled - original).abs().max() > 1e-4
     clear.linearize(transformer, 9, weights=None)
     with clear.proportional_attention(transformer):
-        torch.testing.assert_close(run(transformer, call), sharpened, atol=1e-5, rtol=0)
+        torch.testing.assert_close(run(transformer, call), scaled, atol=1e-5, rtol=0)
 
 
 class LinearProcessor:
-    """LiT's attention in raster order: two heads, and the convolution."""
+    """A processor with LiT's attention in raster order: two heads and the convolution."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -128,14 +128,14 @@ class LinearProcessor:
         return attn.to_out[0](output + convolved.flatten(2).transpose(1, 2))
 
 
-def test_lit_comes_back_from_a_folder(transformer, tmp_path):
-    call, stock = dummy_models.dit_call(transformer, (11, 11), batch=2), copy.deepcopy(transformer)
+def test_lit_is_saved_and_loaded(transformer, tmp_path):
+    call, original = dummy_models.dit_call(transformer, (11, 11), batch=2), copy.deepcopy(transformer)
     before = run(transformer, call)
     clear.linearize(transformer, method=clear.methods.LiT(), weights=None)
-    for block, plain in zip(transformer.transformer_blocks, stock.transformer_blocks, strict=True):
+    for block, plain in zip(transformer.transformer_blocks, original.transformer_blocks, strict=True):
         torch.nn.init.normal_(block.attn1.processor.convolution, std=0.3)
         plain.attn1.set_processor(LinearProcessor(block.attn1.processor.convolution.detach()))
-    expected = run(stock, call)
+    expected = run(original, call)
     torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
     assert (expected - before).abs().max() > 1e-2
     clear.save_pretrained(transformer, tmp_path)
@@ -148,10 +148,10 @@ def test_lit_comes_back_from_a_folder(transformer, tmp_path):
 def test_cost(transformer):
     counted = clear.cost(transformer, 128, 128, window=3)
     assert counted.dense_step_flops == 4 * 32 * 3 * 64**2
-    seen = [
+    visible = [
         sum(y * y + x * x < 9 for y in range(-a, 8 - a) for x in range(-b, 8 - b)) for a in range(8) for b in range(8)
     ]
-    assert counted.step_flops == 4 * 32 * 3 * sum(seen)
+    assert counted.step_flops == 4 * 32 * 3 * sum(visible)
     clear.linearize(transformer, method=clear.methods.LiT(), weights=None)
     width = 32 // 2
     expected = 3 * 2 * 64 * 32 * (width + width + 5**2)

@@ -1,4 +1,4 @@
-"""Each model through its hooks: everything that goes with the image tokens, at every size, in every kind of call."""
+"""Each model, called through its hooks: all inputs with image tokens, all sizes, all kinds of calls."""
 
 import copy
 import gc
@@ -58,7 +58,7 @@ def test_fused_projections(family, transformer):
 
 
 @each_family()
-def test_a_window_that_covers_the_grid_is_the_stock_model(family, transformer):
+def test_a_window_that_covers_the_grid_equals_the_original_model(family, transformer):
     call = family.call(transformer, (13, 17), batch=2)
     expected = run(transformer, call)
     clear.linearize(transformer, 25, weights=None)
@@ -76,7 +76,7 @@ def test_positional_arguments_and_dataclass_output(family, transformer):
 
 
 @each_family()
-def test_the_callers_keywords_are_left_alone(family, transformer):
+def test_the_callers_keywords_are_unchanged(family, transformer):
     call = family.call(transformer, (6, 5), controlnet=True)
     call[keywords_of(transformer)] = {}
     before = copy.deepcopy(call)
@@ -101,7 +101,7 @@ def test_portrait_and_landscape_in_turn(family, transformer):
 
 @each_family()
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
-def test_two_threads_see_their_own_layouts(family, transformer, backend):
+def test_threads_use_their_own_layouts(family, transformer, backend):
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     calls = [family.call(transformer, family.grid(*grid)) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
     expected = [run(transformer, call) for call in calls]
@@ -125,7 +125,7 @@ def test_two_threads_see_their_own_layouts(family, transformer, backend):
 @each_family()
 def test_a_deep_copy_is_independent(family, transformer):
     call = family.call(transformer, (9, 9))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     clear.linearize(transformer, 3, 2, weights=None)
     expected = run(transformer, call)
     twin = copy.deepcopy(transformer)
@@ -135,7 +135,7 @@ def test_a_deep_copy_is_independent(family, transformer):
     assert torch.equal(run(transformer, call), expected)
     clear.restore(twin)
     assert clear.is_linearized(transformer)
-    torch.testing.assert_close(run(twin, call), stock)
+    torch.testing.assert_close(run(twin, call), original)
     assert torch.equal(run(transformer, call), expected)
 
 
@@ -147,11 +147,11 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
     calls = [family.call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
     for call in calls:
         call["hidden_states"].requires_grad_()
-    plain = [in_raster_order(transformer, [grid], clear.methods.Clear(3, factor)) for grid in sizes]
+    reference = [in_raster_order(transformer, [grid], clear.methods.Clear(3, factor)) for grid in sizes]
     names = [name for name, _ in transformer.named_parameters()]
 
     def gradients(models):
-        """Of both inputs, and of all parameters; some of Qwen-Image's last block do not contribute to the image."""
+        """Return gradients of both inputs and all parameters; zero for unused ones of Qwen-Image's last block."""
         inputs = [call["hidden_states"] for call in calls]
         loss = sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True))
         for tensor in (*inputs, *(x for model in models for x in model.parameters())):
@@ -163,19 +163,19 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
             sum(torch.zeros_like(x) if x.grad is None else x.grad for x in parts) for parts in of_each
         ]
 
-    expected = gradients(plain)
+    expected = gradients(reference)
     clear.linearize(transformer, 3, factor, weights=None)
     transformer.enable_gradient_checkpointing(
         lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant)
     )
     transformer.train()
-    for ours, plain_one in zip(gradients([transformer, transformer]), expected, strict=True):
-        torch.testing.assert_close(ours, plain_one, atol=1e-6, rtol=1e-5)
+    for ours, expected_one in zip(gradients([transformer, transformer]), expected, strict=True):
+        torch.testing.assert_close(ours, expected_one, atol=1e-6, rtol=1e-5)
 
 
 @each_family()
 def test_compiled_blocks(family, transformer):
-    """With references and padding, where the model has them."""
+    """With references and padding, if the model has them."""
     grids = [(13, 7), (4, 6)][: family.most_grids]
     options = {"padded": (3,)} if family.padding else {}
     check_compiled_blocks(transformer, family.call(transformer, *grids, **options))
@@ -192,8 +192,8 @@ def test_compiled_transformer(family, transformer):
 @hardware.needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [FLUX, SD3], ids=["flux", "sd3"])
-def test_twenty_sizes_stay_within_bounds(family, transformer, monkeypatch):
-    """Caches stay bounded, FlexAttention is compiled a handful of times, and nothing takes a dense path."""
+def test_caches_and_compilations_are_bounded(family, transformer, monkeypatch):
+    """Caches are bounded, FlexAttention is compiled a few times, and no path is dense."""
     for module in (attention, dense, tiled):
         monkeypatch.setattr(module, "softmax_attention", None)
     clear.linearize(transformer, 4, weights=None, backend="flex")
@@ -248,11 +248,11 @@ def forget_plans(transformer):
 
 class TestHooks:
     def test_names_a_layer_whose_processor_was_replaced(self, family, transformer):
-        stock = transformer.transformer_blocks[1].attn.processor
+        original = transformer.transformer_blocks[1].attn.processor
         clear.linearize(transformer, 3, weights=None)
-        transformer.transformer_blocks[1].attn.set_processor(stock)
+        transformer.transformer_blocks[1].attn.set_processor(original)
         with pytest.raises(
-            RuntimeError, match=rf"transformer_blocks\.1\.attn was replaced by a {type(stock).__name__}"
+            RuntimeError, match=rf"transformer_blocks\.1\.attn was replaced by a {type(original).__name__}"
         ):
             run(transformer, family.call(transformer, (4, 4)))
 
@@ -272,7 +272,7 @@ class TestHooks:
             run(transformer, call)
 
     @each_family()
-    def test_a_layer_without_a_context_says_so(self, family, transformer):
+    def test_a_layer_without_a_context(self, family, transformer):
         clear.linearize(transformer, 3, weights=None)
         name, layer = next(iter(adapter_for(transformer).attention_layers(transformer).items()))
         text = [torch.randn(1, 2, 32)] if family.text_tokens else []

@@ -1,4 +1,4 @@
-"""What is particular to FLUX: positions in `img_ids`, reference images, diffusers' attention backends."""
+"""What is special to FLUX: positions in `img_ids`, reference images, diffusers' attention backends."""
 
 import itertools
 
@@ -22,22 +22,22 @@ def transformer():
     "backend", ["tiled", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flex", "reference"))]
 )
 def test_regional_compilation(backend):
-    """Of more blocks than torch would compile one by one."""
-    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+    """With more blocks than torch would compile one by one."""
+    torch.compiler.reset()  # compilations are counted per line of code, over all tests
     transformer = families.FLUX.transformer(num_layers=torch._dynamo.config.recompile_limit + 1)
     calls = [families.FLUX.call(transformer, grid, text=text) for grid, text in (((13, 7), 7), ((18, 20), 11))]
-    plain = [
+    reference = [
         in_raster_order(transformer, [grid], clear.methods.Clear(4)) for grid, text in (((13, 7), 7), ((18, 20), 11))
     ]
     clear.linearize(transformer, 4, weights=None, backend=backend)
     transformer.compile_repeated_blocks(fullgraph=True)
-    for call, model in zip(calls, plain, strict=True):
+    for call, model in zip(calls, reference, strict=True):
         torch.testing.assert_close(run(transformer, call), run(model, call), atol=1e-5, rtol=0)
 
 
 def graphs_of(transformer, calls):
-    """How many graphs two rounds of calls to compiled blocks take, round by round, and the results."""
-    torch.compiler.reset()  # compilations are counted for each line of code, over all tests
+    """Return the number of compiled graphs in each of two rounds of calls, and the results."""
+    torch.compiler.reset()  # compilations are counted per line of code, over all tests
     # Only the tracing matters here; other tests compile to machine code.
     transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     counts, results = [counters["stats"]["unique_graphs"]], []
@@ -49,29 +49,29 @@ def graphs_of(transformer, calls):
 
 @hardware.needs_compiler
 @pytest.mark.parametrize("backend", ["tiled", pytest.param("flex", marks=pytest.mark.slow)])
-def test_compiled_blocks_settle(backend):
-    """Ten sizes and three text lengths take the compilations of the plain model, and FlexAttention's own two."""
+def test_compiled_blocks_are_not_recompiled(backend):
+    """Ten sizes and three text lengths take as many compilations as the original model, and two of FlexAttention."""
     transformer = families.FLUX.transformer()
     calls = [families.FLUX.call(transformer, (9 + 3 * i, 15 + 4 * i), text=(5, 12, 40)[i % 3]) for i in range(10)]
-    of_plain_model, _ = graphs_of(families.FLUX.transformer(), calls)
+    of_dense_model, _ = graphs_of(families.FLUX.transformer(), calls)
     clear.linearize(transformer, 4, weights=None, backend=backend)
     expected = [run(transformer, call) for call in calls]
     graphs, results = graphs_of(transformer, calls)
-    assert graphs[0] <= of_plain_model[0] + 2
+    assert graphs[0] <= of_dense_model[0] + 2
     assert graphs[1] == 0
     for each in results:
         torch.testing.assert_close(each, expected, atol=1e-5, rtol=0)
 
 
 class TestIds:
-    def test_coarse_ids_are_counted_again(self):
+    def test_rounded_ids_are_reconstructed(self):
         ids = dummy_models.image_ids((2, 600))
         assert ids.bfloat16().float()[:, 2].unique().numel() < 600
         positions = flux._parse_ids(ids.bfloat16())
         assert positions.grids == ((2, 600),)
         assert torch.equal(positions.exact, ids)
 
-    def test_positions_of_another_kind_are_left_alone(self):
+    def test_other_positions_are_not_reconstructed(self):
         assert flux._parse_ids((dummy_models.image_ids((4, 6)) * 1.5).bfloat16()).exact is None
         assert flux._parse_ids(dummy_models.image_ids((4, 6))).exact is None
 
@@ -102,7 +102,7 @@ class TestIds:
             (torch.zeros(5, 2), r"got \[5, 2\]"),
         ],
     )
-    def test_refuses_what_is_no_grid(self, ids, words):
+    def test_refuses_ids_without_a_grid(self, ids, words):
         with pytest.raises(ValueError, match=words):
             flux._read_ids(ids)
 
@@ -119,7 +119,7 @@ class TestIds:
 
 
 @pytest.mark.parametrize("name", ["native", "_native_math", "flex"])
-def test_the_users_attention_backend_serves_text_queries(transformer, name, monkeypatch):
+def test_text_queries_use_the_attention_backend_of_the_model(transformer, name, monkeypatch):
     from clear_attn.models.context import dense_attention
 
     clear.linearize(transformer, 4, weights=None)
@@ -133,7 +133,7 @@ def test_the_users_attention_backend_serves_text_queries(transformer, name, monk
     )
     transformer.set_attention_backend(name)
     torch.testing.assert_close(run(transformer, families.FLUX.call(transformer, (9, 9))), expected, atol=1e-5, rtol=0)
-    # diffusers calls FlexAttention uncompiled: never that.
+    # not FlexAttention, which diffusers calls uncompiled
     assert {str(backend.value) for backend in used} == {name if name != "flex" else "native"}
     transformer.set_attention_backend("native")
 

@@ -1,4 +1,4 @@
-"""What is particular to FLUX.2: ids of four axes, layers with one projection for everything."""
+"""What is special to FLUX.2: ids of four axes, layers with one projection for everything."""
 
 import pytest
 import torch
@@ -58,25 +58,25 @@ def test_kept_keys_of_references_are_refused():
         run(transformer, {**call, "kv_cache_mode": "extract", "num_ref_tokens": 4})
 
 
-def test_distilled_weights_hold_what_single_blocks_project(trained, transformer):
+def test_distilled_weights_have_the_projections_of_single_blocks(trained, transformer):
     assert isinstance(trained.single_transformer_blocks[0].attn.processor, ParallelProcessor)
     before = snapshot(transformer)["state"]
     changed = {name for name, x in trained.state_dict().items() if name in before and not torch.equal(x, before[name])}
     assert {f"single_transformer_blocks.1.attn.{name}.weight" for name in ("to_qkv_mlp_proj", "to_out")} <= changed
 
 
-def test_what_it_is_refused_for(pipe):
+def test_unsupported_features(pipe):
     with pytest.raises(TypeError, match="highres does not support a Flux2KleinPipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="this is a Flux2Transformer2DModel; give weights=None"):
         clear.linearize(pipe, 8)
 
 
-def test_theta_is_scaled_and_scores_are_sharpened(transformer):
+def test_ntk_scaling_and_proportional_attention(transformer):
     call = dummy_models.flux2_call(transformer, (9, 12))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     with clear.ntk_scaling(transformer, 10):
-        assert (run(transformer, call) - stock).abs().max() > 1e-4
+        assert (run(transformer, call) - original).abs().max() > 1e-4
     refused = pytest.raises(RuntimeError, match=r"has a Flux2AttnProcessor|has a Flux2ParallelSelfAttnProcessor")
     with refused, clear.proportional_attention(transformer):
         pass

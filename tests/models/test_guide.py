@@ -1,4 +1,4 @@
-"""The model of docs/adding-a-model.md: its code as it is in the guide, through the tests of every model."""
+"""The model of docs/adding-a-model.md: the code of the guide, in the tests of every model."""
 
 import re
 from pathlib import Path

@@ -33,11 +33,11 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
 def perturb(transformer):
-    """With other parameters in its processors than those at the start."""
+    """Change the parameters of the processors by random values, and return the transformer."""
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for processor in own_processors(transformer):
-            for parameter in processor.parameters(recurse=False):  # not an IP-Adapter's
+            for parameter in processor.parameters(recurse=False):  # without those of an IP-Adapter
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
     return transformer
 
@@ -50,21 +50,21 @@ def own_processors(transformer):
 @each_method
 @pytest.mark.parametrize("batch", [1, 2])
 def test_equals_the_rule_in_raster_order(family, method, batch):
-    stock, grid = family.transformer(), family.grid(*GRID)
-    call = family.call_without_mask(stock, grid, batch=batch, controlnet=True)
-    ours = perturb(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
-    expected = run(put_rule(copy.deepcopy(stock), grid, ours), call)
+    original, grid = family.transformer(), family.grid(*GRID)
+    call = family.call_without_mask(original, grid, batch=batch, controlnet=True)
+    ours = perturb(clear.linearize(copy.deepcopy(original), method=method, weights=None))
+    expected = run(put_rule(copy.deepcopy(original), grid, ours), call)
     torch.testing.assert_close(run(ours, call), expected, atol=1e-5, rtol=0)
-    assert (expected - run(stock, call)).abs().max() > 1e-3
+    assert (expected - run(original, call)).abs().max() > 1e-3
 
 
 @each_family()
 @pytest.mark.parametrize("method", [methods.Swin(40), methods.Strided(1)], ids=repr)
-def test_one_that_leaves_nothing_out_is_the_stock_model(family, transformer, method):
+def test_a_method_that_leaves_nothing_out_equals_the_original_model(family, transformer, method):
     call = family.call(transformer, GRID)
-    stock = run(transformer, call)
+    original = run(transformer, call)
     clear.linearize(transformer, method=method, weights=None)
-    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(transformer, call), original, atol=1e-5, rtol=0)
 
 
 @each_family()
@@ -96,16 +96,16 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
 @each_method
 def test_restore_is_bit_for_bit(family, transformer, method):
     call = family.call_without_mask(transformer, GRID)
-    before, stock = snapshot(transformer), run(transformer, call)
+    before, original = snapshot(transformer), run(transformer, call)
     clear.linearize(transformer, method=method, weights=None)
     assert clear.is_linearized(transformer)
     clear.linearize(transformer, 4, weights=None)
     clear.linearize(transformer, method=method, weights=None)
     clear.restore(transformer)
     assert_same(transformer, before)
-    assert torch.equal(run(transformer, call), stock)
+    assert torch.equal(run(transformer, call), original)
     with clear.linearized(transformer, method=method, weights=None):
-        assert not torch.equal(run(transformer, call), stock)
+        assert not torch.equal(run(transformer, call), original)
     assert_same(transformer, before)
 
 
@@ -181,7 +181,7 @@ class TestSavedWhole:
 
         return save_whole
 
-    def test_is_put_back_to_work(self, pipe, save_whole):
+    def test_can_be_linearized_again(self, pipe, save_whole):
         back = save_whole(methods.Swin(4))
         with pytest.warns(UserWarning, match=r"method=Swin\(side=4\)"):
             assert not clear.is_linearized(back)
@@ -218,7 +218,7 @@ class TestSavedWhole:
         ),
     ],
 )
-def test_what_does_not_go_together(transformer, given, error, message):
+def test_arguments_that_do_not_go_together(transformer, given, error, message):
     before = snapshot(transformer)
     with pytest.raises(error, match=message):
         clear.linearize(transformer, **{"weights": None, **given})
@@ -232,16 +232,16 @@ MASKS = {"added": torch.float32, "boolean": torch.bool}
 @each_method
 @pytest.mark.parametrize("dtype", MASKS.values(), ids=MASKS)
 def test_padded_text(family, method, dtype):
-    """Equals the rule with the stock model's own mask, or the method refuses padded text."""
-    stock = family.transformer()
-    call = family.call(stock, GRID, batch=2, padded=(1, 3), dtype=dtype)
-    ours = perturb(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
+    """Equals the rule with the original model's own mask, or the method refuses padded text."""
+    original = family.transformer()
+    call = family.call(original, GRID, batch=2, padded=(1, 3), dtype=dtype)
+    ours = perturb(clear.linearize(copy.deepcopy(original), method=method, weights=None))
     if not method.supports_bias:
         with pytest.raises(RuntimeError, match="LiT does not support padded text"):
             run(ours, call)
         return
     output = run(ours, call)
-    expected = run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    expected = run(put_rule(copy.deepcopy(original), GRID, ours), call)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
     mask = next(name for name, x in call.items() if "mask" in name and x is not None)
     assert (run(ours, {**call, mask: None}) - output).abs().max() > 1e-4
@@ -249,21 +249,21 @@ def test_padded_text(family, method, dtype):
 
 @each_method
 def test_with_an_ip_adapter(method):
-    stock = dummy_models.flux_transformer()
-    for block in stock.transformer_blocks:
+    original = dummy_models.flux_transformer()
+    for block in original.transformer_blocks:
         block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 6, num_tokens=(3,), scale=0.7))
-    call = dummy_models.flux_call(stock, GRID, batch=2)
-    without = run(stock, {**call, "joint_attention_kwargs": {"ip_hidden_states": [torch.zeros(2, 3, 6)]}})
+    call = dummy_models.flux_call(original, GRID, batch=2)
+    without = run(original, {**call, "joint_attention_kwargs": {"ip_hidden_states": [torch.zeros(2, 3, 6)]}})
     call["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(2, 3, 6)]}
-    before = run(stock, call)
-    ours = perturb(clear.linearize(copy.deepcopy(stock), method=method, weights=None))
-    expected = run(put_rule(copy.deepcopy(stock), GRID, ours), call)
+    before = run(original, call)
+    ours = perturb(clear.linearize(copy.deepcopy(original), method=method, weights=None))
+    expected = run(put_rule(copy.deepcopy(original), GRID, ours), call)
     torch.testing.assert_close(run(ours, call), expected, atol=1e-5, rtol=0)
     assert (before - without).abs().max() > 1e-3
     assert torch.equal(run(clear.restore(ours), call), before)
 
 
-def test_reference_pictures():
+def test_reference_images():
     transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(), weights=None)
     with pytest.raises(ValueError, match="attends in one image, and this call has 2"):
         transformer(**dummy_models.flux_call(transformer, (5, 7), (5, 7)))
@@ -277,13 +277,13 @@ def test_highres(pipe):
 
 def test_dense_layers_and_steps(family, transformer):
     call = family.call(transformer, GRID)
-    stock = run(transformer, call)
+    original = run(transformer, call)
     layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
     for schedule in (clear.Schedule(dense_layers=layers), clear.Schedule(dense_above_sigma=0)):
         clear.linearize(transformer, method=methods.LiT(), weights=None, schedule=schedule)
-        torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+        torch.testing.assert_close(run(transformer, call), original, atol=1e-5, rtol=0)
     clear.linearize(transformer, method=methods.LiT(), weights=None, schedule=clear.Schedule(dense_layers=layers[:-1]))
-    assert (run(transformer, call) - stock).abs().max() > 1e-3
+    assert (run(transformer, call) - original).abs().max() > 1e-3
 
 
 @each_method
@@ -301,7 +301,7 @@ def test_in_half_precision(family, method):
 @each_family(training=True)
 @each_method
 def test_student(family, method, tmp_path):
-    """What is trained of a method is what is saved, and draws as it did."""
+    """The trained parameters of a method are saved, and give the same output when loaded."""
     transformer = clear.linearize(family.transformer(), method=method, weights=None)
     parameters = add_student(transformer)
     rng = torch.Generator().manual_seed(5)
@@ -319,7 +319,7 @@ def test_student(family, method, tmp_path):
     torch.testing.assert_close(run(loaded, call), output.detach(), atol=1e-5, rtol=0)
 
 
-# CLEAR's table 2: FLUX.1-dev at 1024 px; linear attention there is one head as wide as the layer, text queries too.
+# CLEAR's table 2, FLUX.1-dev at 1024 px.
 @pytest.mark.parametrize(
     ("method", "gflops"),
     [
@@ -327,11 +327,11 @@ def test_student(family, method, tmp_path):
         (methods.KVCompression(), 67.7),
         (methods.Agent(), 80.5),
         (methods.Strided(), 67.7),
-        (methods.Swin(), 66.16),  # 67.7 there: windows that do not move
+        (methods.Swin(), 66.16),  # 67.7 in the paper, without shifted windows
     ],
     ids=repr,
 )
-def test_cost_is_that_of_the_paper(method, gflops):
+def test_cost_equals_the_paper(method, gflops):
     with torch.device("meta"):
         transformer = dummy_models.FluxTransformer2DModel()
     cost = clear.cost(transformer, 1024, 1024, method=method)
@@ -352,15 +352,15 @@ def test_cost_of_a_linearized_model(transformer):
 
 
 def test_cost_is_the_sum_over_the_layers():
-    """In SD3.5 windows move in every second layer with text, and in every second one without."""
+    """In SD3.5, windows are shifted in every second layer with text, and in every second layer without."""
     transformer, grid, text = dummy_models.sd3_transformer(), (5, 9), 7
     method = methods.Swin(4)
     clear.linearize(
         transformer, method=method, weights=None, schedule=clear.Schedule(dense_layers=["transformer_blocks.2"])
     )
     cost = clear.cost(transformer, 80, 144, text_tokens=text)
-    moved = {"transformer_blocks.0.attn": 0, "transformer_blocks.0.attn2": 0, "transformer_blocks.1.attn": 1}
-    for layer, kind in moved.items():
+    numbers = {"transformer_blocks.0.attn": 0, "transformer_blocks.0.attn2": 0, "transformer_blocks.1.attn": 1}
+    for layer, kind in numbers.items():
         assert transformer.get_submodule(layer).processor.layer.number == kind
     tokens = grid[0] * grid[1]
     alone = sum(method.flops(grid, 0, 2, 16).values())
@@ -392,7 +392,7 @@ def test_cost_names_what_is_quadratic():
         assert ("square of the tokens" in text) == (not isinstance(method, (methods.LiT, methods.Swin)))
 
 
-def test_lists_are_made_once_for_a_size(monkeypatch):
+def test_a_plan_is_made_once_for_a_size(monkeypatch):
     made = []
     plan = methods.Strided.plan
     monkeypatch.setattr(methods.Strided, "plan", lambda self, layout: made.append(layout) or plan(self, layout))
@@ -439,7 +439,7 @@ def test_many_gpus():
 
 
 class TestOwn:
-    """A method of the user's."""
+    """A method that a user defines."""
 
     @staticmethod
     def define(frozen=True, **fields):

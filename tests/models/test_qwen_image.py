@@ -1,4 +1,4 @@
-"""What is particular to Qwen-Image: padded text, grids from `img_shapes`."""
+"""What is special to Qwen-Image: padded text, grids from `img_shapes`."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 
 import clear_attn as clear
 from tests.helpers import dummy_models, dummy_pipelines, families, hardware
-from tests.helpers.dummy_controlnets import wake
+from tests.helpers.dummy_controlnets import fill_zeros
 from tests.helpers.reference_model import check_pipeline, in_raster_order, run
 from tests.helpers.snapshots import assert_same, snapshot
 
@@ -25,8 +25,8 @@ def family():
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
 @pytest.mark.parametrize("changes", [{}, {"use_layer3d_rope": True}], ids=["references", "layers"])
-def test_padded_text_is_not_seen(changes, backend):
-    """Each text of a batch as if it were drawn alone, without its padding."""
+def test_padded_text_has_no_effect(changes, backend):
+    """Each text of a batch gives the output of a call with that text alone, without padding."""
     transformer, grids = dummy_models.qwen_transformer(**changes), [(13, 7), (9, 9)]
     call = dummy_models.qwen_call(transformer, *grids, text=9, batch=3, padded=(0, 3, 8))
     expected = run(in_raster_order(transformer, grids, clear.methods.Clear(4, 2)), call)
@@ -44,12 +44,12 @@ def test_padding_of_any_pattern_and_its_gradients(transformer):
     call = dummy_models.qwen_call(transformer, (5, 8), text=4, batch=2, padded=(1, 1))
     call["encoder_hidden_states_mask"] = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]])
     call["encoder_hidden_states"].requires_grad_()
-    plain = in_raster_order(transformer, [(5, 8)], clear.methods.Clear(3))
+    reference = in_raster_order(transformer, [(5, 8)], clear.methods.Clear(3))
 
     def gradient(model):
         return torch.autograd.grad(model(**call).sample.square().mean(), call["encoder_hidden_states"])[0]
 
-    expected = gradient(plain)
+    expected = gradient(reference)
     clear.linearize(transformer, 3, weights=None)
     ours = gradient(transformer)
     torch.testing.assert_close(ours, expected, atol=1e-7, rtol=1e-5)
@@ -60,11 +60,11 @@ def test_padding_in_half_precision():
     transformer = dummy_models.qwen_transformer().bfloat16()
     call = dummy_models.qwen_call(transformer, (5, 8), text=9, batch=2, padded=(0, 6))
     call = {name: x.bfloat16() if getattr(x, "is_floating_point", bool)() else x for name, x in call.items()}
-    stock = run(transformer, call)
+    original = run(transformer, call)
     clear.linearize(transformer, 20, weights=None)
-    torch.testing.assert_close(run(transformer, call), stock, atol=3e-2, rtol=0)
+    torch.testing.assert_close(run(transformer, call), original, atol=3e-2, rtol=0)
     shorter = {**call, "encoder_hidden_states": call["encoder_hidden_states"].clone()}
-    shorter["encoder_hidden_states"][1, 3:] = 50  # what padding holds is nobody's business
+    shorter["encoder_hidden_states"][1, 3:] = 50  # values of padding must not matter
     assert torch.equal(run(transformer, shorter), run(transformer, call))
 
 
@@ -91,7 +91,7 @@ def settings_of(**text):
     return {**dummy_pipelines.qwen_text(**text), **size, "num_inference_steps": 2, "output_type": "latent"}
 
 
-def a_picture(height, width):
+def an_image(height, width):
     return Image.effect_mandelbrot((width, height), (-2, -1, 1, 1), 50).convert("RGB")
 
 
@@ -103,36 +103,36 @@ def test_pipeline_with_guidance_and_padded_text():
 
 def test_image_to_image():
     pipe, call = dummy_pipelines.qwen(QwenImageImg2ImgPipeline), settings_of()
-    call |= {"image": a_picture(208, 112), "strength": 1.0}
+    call |= {"image": an_image(208, 112), "strength": 1.0}
     check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
 
 
-def test_edit_with_a_reference_picture(monkeypatch):
+def test_edit_with_a_reference_image(monkeypatch):
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit
 
     monkeypatch.setattr(edit, "VAE_IMAGE_SIZE", 8 * 16 * 8 * 16)
     pipe, call = dummy_pipelines.qwen(QwenImageEditPlusPipeline, processor=None), settings_of()
-    call["image"] = [a_picture(128, 128)]
+    call["image"] = [an_image(128, 128)]
     check_pipeline(pipe, [(13, 7), (8, 8)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
 
 
 class TestControlNet:
     def build(self):
         torch.manual_seed(5)
-        return wake(QwenImageControlNetModel(**{**dummy_models.QWEN_CONFIG, "num_layers": 2}))
+        return fill_zeros(QwenImageControlNetModel(**{**dummy_models.QWEN_CONFIG, "num_layers": 2}))
 
     def test_equals_the_rule_in_raster_order(self):
         controlnet = self.build()
         call = dummy_models.qwen_call(controlnet, (13, 7), batch=2, padded=(0, 3))
         call["controlnet_cond"] = call["hidden_states"].flip(1)
-        stock = run(controlnet, call)
+        original = run(controlnet, call)
         before = snapshot(controlnet)
         expected = run(in_raster_order(controlnet, [(13, 7)], clear.methods.Clear(4, 2)), call)
         clear.linearize(controlnet, 4, 2, weights=None)
         torch.testing.assert_close(run(controlnet, call), expected, atol=1e-5, rtol=0)
         clear.restore(controlnet)
         assert_same(controlnet, before)
-        assert torch.equal(run(controlnet, call), stock)
+        assert torch.equal(run(controlnet, call), original)
 
     def test_gradients_under_checkpointing(self):
         controlnet = self.build()
@@ -149,12 +149,12 @@ class TestControlNet:
 
     def test_pipeline(self):
         pipe, call = dummy_pipelines.qwen(QwenImageControlNetPipeline, controlnet=self.build()), settings_of()
-        call |= {"control_image": a_picture(208, 112), "controlnet_conditioning_scale": 1.0}
+        call |= {"control_image": an_image(208, 112), "controlnet_conditioning_scale": 1.0}
         check_pipeline(pipe, [(13, 7)], lambda: pipe(**call, generator=torch.Generator().manual_seed(0)).images)
         assert "ControlNet 1, dense" in str(clear.cost(pipe, 208, 112, window=3))
 
 
-def test_what_it_is_refused_for(transformer):
+def test_unsupported_features(transformer):
     pipe = dummy_pipelines.qwen(QwenImagePipeline)
     with pytest.raises(TypeError, match="highres does not support a QwenImagePipeline"):
         clear.highres(pipe, "a red circle", height=64, width=64)

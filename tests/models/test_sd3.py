@@ -1,4 +1,4 @@
-"""What is particular to SD3: images as input, dual attention, batched guidance, skipped layers."""
+"""What is special to SD3: images as input, dual attention, batched guidance, skipped layers."""
 
 import pytest
 import torch
@@ -37,15 +37,15 @@ def test_positions_are_hooked_once_and_freed(transformer):
 
 
 def test_fused_projections_are_normed(transformer):
-    """diffusers' own processor for fused projections leaves SD3.5's norms out, and fails in dual attention."""
+    """diffusers' own processor for fused projections skips the norms of SD3.5, and fails in dual attention."""
     call = families.SD3.call(transformer, (11, 20))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     transformer.fuse_qkv_projections()
     clear.linearize(transformer, 30, weights=None)
-    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(transformer, call), original, atol=1e-5, rtol=0)
 
 
-def test_sides_that_are_no_whole_tokens(transformer):
+def test_sides_that_are_not_whole_tokens(transformer):
     clear.linearize(transformer, 3, weights=None)
     call = families.SD3.call(transformer, (11, 20))
     call["hidden_states"] = call["hidden_states"][..., :-1]
@@ -53,7 +53,7 @@ def test_sides_that_are_no_whole_tokens(transformer):
         run(transformer, call)
 
 
-def test_the_order_of_a_grid_is_its_layouts():
+def test_the_permutation_of_a_grid_is_that_of_its_layout():
     layout = clear.TokenLayout([(19, 34)], 5, text_first=False)
     assert torch.equal(layout.permutation, grid_permutation((19, 34), torch.device("cpu")))
 
@@ -67,20 +67,20 @@ def test_cost_counts_layers_without_text(transformer):
     assert counted.step_flops == counted.flops(3 * (pairs + text * (2 * grid + text)) + pairs)
 
 
-def test_a_lora_after_fused_projections_were_given_up(transformer):
-    """diffusers leaves the layers' flag and the fused matrices behind."""
+def test_a_lora_after_unfusing_projections(transformer):
+    """After unfusing, diffusers leaves a flag on the layers, and the fused matrices."""
     call = families.SD3.call(transformer, (11, 20))
     transformer.fuse_qkv_projections()
     transformer.unfuse_qkv_projections()
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     clear.linearize(transformer, 30, weights=None)
-    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(transformer, call), original, atol=1e-5, rtol=0)
 
 
-def test_fusing_between_does_not_keep_our_processors(transformer):
+def test_unfusing_after_restore_keeps_the_original_processors(transformer):
     call = families.SD3.call(transformer, (11, 20))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     clear.linearize(transformer, 4, weights=None)
     transformer.fuse_qkv_projections()
     with pytest.raises(RuntimeError, match="replaced by a FusedJointAttnProcessor2_0"):
@@ -88,10 +88,10 @@ def test_fusing_between_does_not_keep_our_processors(transformer):
     clear.linearize(transformer, 4, weights=None)
     clear.restore(transformer)
     transformer.unfuse_qkv_projections()
-    assert torch.equal(run(transformer, call), stock)
+    assert torch.equal(run(transformer, call), original)
 
 
-def test_pooled_weights_are_no_float8(transformer):
+def test_pooled_weights_are_not_cast_to_float8(transformer):
     transformer = families.SD3.transformer(dual=False)
     transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     clear.linearize(transformer, 4, 3, weights=None)

@@ -1,4 +1,4 @@
-"""What goes between ranks, on two processes."""
+"""Communication between ranks, on two processes."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import datetime, sys
 import torch, torch.distributed as dist
 from clear_attn.parallel.communicator import Communicator
 
-def be_rank(rank, store):
+def run_rank(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
                             timeout=datetime.timedelta(seconds=60))
     communicator = Communicator(dist.group.WORLD)
@@ -37,7 +37,7 @@ def be_rank(rank, store):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(be_rank, (sys.argv[1],), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(run_rank, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 

@@ -1,4 +1,4 @@
-"""The check that all ranks were given the same call, without processes."""
+"""The check that all ranks got the same call, in threads."""
 
 import threading
 
@@ -9,7 +9,7 @@ from clear_attn.parallel.consistency import FEW, TOLERANCE, check_same
 
 
 class Ranks:
-    """Ranks in threads, which meet in `compare` as a process group would."""
+    """Ranks in threads, which exchange values in `compare` as a process group would."""
 
     def __init__(self, count):
         self.barrier, self.values = threading.Barrier(count, timeout=60), [None] * count
@@ -17,7 +17,7 @@ class Ranks:
     def rank(self, rank):
         ranks = self
 
-        class Links:
+        class Communicator:
             names = tuple(range(10, 10 + len(ranks.values)))
 
             def compare(self, own):
@@ -27,7 +27,7 @@ class Ranks:
                 ranks.barrier.wait()
                 return gathered
 
-        return Links()
+        return Communicator()
 
 
 def check(calls, settings=None):
@@ -63,7 +63,7 @@ def test_rounding_of_another_device_passes():
     assert check([call, {**call, "hidden_states": close}]) == [None, None]
 
 
-def test_values_that_are_no_numbers_pass_where_they_are_equal():
+def test_equal_nan_values_pass():
     call = call_of(timestep=torch.tensor([torch.nan]))
     assert check([call, call]) == [None, None]
 
@@ -77,7 +77,7 @@ def test_values_that_are_no_numbers_pass_where_they_are_equal():
         ({"hidden_states": torch.randn(2, 41, 8)}, "rank 11's ['hidden_states'] is [2, 41, 8]"),
     ],
 )
-def test_all_ranks_hear_of_a_difference(change, words):
+def test_all_ranks_raise_the_same_error(change, words):
     assert call_of()["hidden_states"].numel() > FEW
     errors = check([call_of(), call_of(**change), call_of()])
     assert all(words in error for error in errors), errors

@@ -1,4 +1,4 @@
-"""Objects that a compiled graph passes on by number."""
+"""Objects that a compiled graph refers to by number."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Parts of an image, without processes; and, on several, that they give what one gives."""
+"""Shards of an image without processes; on several processes, the results of one."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ from tests.helpers import dummy_models, hardware, reference_attention
 
 @st.composite
 def cases(draw):
-    """A layout, a method and a number of ranks."""
+    """Return a layout, a method and a number of ranks."""
     ranks = draw(st.integers(1, 5), "ranks")
     height = draw(st.integers(TILE_ROW * (ranks - 1) + 1, TILE_ROW * (ranks + 2)), "height")
     others = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=1), "other grids")
@@ -38,7 +38,7 @@ def plan_of(shard, method):
 
 
 @given(cases())
-def test_shards_hold_all_tokens_once_and_attend_to_what_they_may(case):
+def test_shards_hold_all_tokens_once_and_attend_in_the_window(case):
     layout, method, ranks = case
     shards = [Shard(layout, rank, ranks) for rank in range(ranks)]
     plans = [plan_of(shard, method) for shard in shards]
@@ -81,7 +81,7 @@ def test_parts_of_pooled_cells_add_up(case):
     torch.testing.assert_close(total, expected, atol=1e-6, rtol=0)
 
 
-def test_shares_are_level():
+def test_shards_have_similar_sizes():
     layout = TokenLayout([(8 * 11 - 1, 3)], 0)
     rows = [len(tokens_of(layout, rank, 4)) // 3 for rank in range(4)]
     assert rows == [16, 24, 24, 23]
@@ -113,7 +113,7 @@ def test_too_many_ranks():
         Shard(TokenLayout([(24, 9)], 2), 0, 4)
 
 
-def test_outside_of_torchrun(pipe):
+def test_without_torchrun(pipe):
     clear.linearize(pipe, 4, weights=None)
     with pytest.raises(RuntimeError, match="start the script with torchrun"):
         clear.parallelize(pipe)
@@ -144,13 +144,13 @@ SLOW_CHECKS = {
     3: ["equal", "bytes_are_counted", "differing_calls"],
     4: ["equal", "data_and_rows", "memory_is_shared"],
 }
-# Each in processes of its own, which it leaves broken.
+# Each has its own processes, which it breaks.
 STOPPED = ["a_rank_dies"]
 SLOW_STOPPED = ["a_rank_hangs", "a_rank_never_calls"]
 
 
 def _run_checks(checks, stopped):
-    """Run checks on ranks, in one start."""
+    """Run checks on ranks, with one start of the processes."""
     jobs = [f"{ranks}:{','.join(names)}" for ranks, names in checks.items()]
     return _run(sys.executable, "-m", "tests.helpers.rank_checks", *jobs, *(f"3:{check}" for check in stopped))
 
@@ -171,7 +171,7 @@ def _each(checks):
     )
 
 
-# One start of the processes serves a group, which one worker runs.
+# A group shares one start of the processes, so one worker runs it.
 in_one_start = pytest.mark.xdist_group("ranks")
 
 
@@ -209,7 +209,7 @@ def test_a_rank_that_comes_late_says_so(ran_slow):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])
 def test_a_digest_changes_with_every_value(dtype):
-    """Also with the signs of two values, and with the order of spans."""
+    """Also with two signs, and with the order of spans."""
     tensor = (torch.randn(2 * weights_digest.SPAN * 8 // dtype.itemsize + 3) * 50).to(dtype)
     digest = digest_of(tensor)
     assert digest == digest_of(tensor.clone()) == digest_of(torch.cat([tensor[:1], tensor])[1:])

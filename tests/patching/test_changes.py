@@ -1,4 +1,4 @@
-"""What others changed while a pipeline was linearized is not lost without a word."""
+"""Changes of a linearized pipeline by others are not lost without a warning."""
 
 import warnings
 
@@ -18,7 +18,7 @@ def weights(transformer, tmp_path):
     return tmp_path / "weights.safetensors"
 
 
-def bake_lora(transformer):
+def fuse_and_unload_lora(transformer):
     """Fuse a LoRA and unload it."""
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "ff.net.2"], init_lora_weights=False))
     transformer.fuse_lora()
@@ -31,7 +31,7 @@ def load_other_values(transformer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_lora_fused_and_unfused_is_no_change(transformer, weights, dtype):
+def test_fusing_and_unfusing_a_lora_is_not_a_change(transformer, weights, dtype):
     clear.linearize(transformer.to(dtype), weights=weights)
     transformer.add_adapter(LoraConfig(r=2, lora_alpha=0.1, target_modules=["to_q"], init_lora_weights=False))
     transformer.fuse_lora()
@@ -42,34 +42,34 @@ def test_a_lora_fused_and_unfused_is_no_change(transformer, weights, dtype):
         clear.restore(transformer)
 
 
-CHANGES = {"LoRA baked in": bake_lora, "state dict loaded": load_other_values, "trained": train}
+CHANGES = {"LoRA fused and unloaded": fuse_and_unload_lora, "state dict loaded": load_other_values, "trained": train}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("verb", [clear.restore, lambda model: clear.linearize(model, weights=None)])
-def test_changed_values_that_would_be_lost_are_named(transformer, weights, change, verb):
+@pytest.mark.parametrize("operation", [clear.restore, lambda model: clear.linearize(model, weights=None)])
+def test_changed_values_that_would_be_lost_are_named(transformer, weights, change, operation):
     clear.linearize(transformer, weights=weights)
     change(transformer)
     with pytest.warns(UserWarning, match=r"attention parameters \(.*to_q.*changed since clear_attn.linearize"):
-        verb(transformer)
+        operation(transformer)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_moving_is_no_change(transformer, weights, dtype):
+def test_moving_is_not_a_change(transformer, weights, dtype):
     before = snapshot(transformer)
     clear.linearize(transformer, weights=weights)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clear.linearize(transformer.to(dtype), weights=weights)
         clear.restore(transformer)
-    # Originals come back unrounded; what was not replaced was rounded by the user's moves.
+    # Originals are restored unrounded; parameters that were not replaced were rounded by the user's casts.
     after, replaced = snapshot(transformer.float()), checkpoint_for(transformer)
     for name, value in before["state"].items():
         if name in replaced:
             assert torch.equal(after["state"][name], value.to(dtype).float()), name
 
 
-def test_originals_come_back_unrounded_after_a_move_there_and_back(transformer, weights):
+def test_originals_are_restored_unrounded_after_casts(transformer, weights):
     before = snapshot(transformer)["state"]
     clear.linearize(transformer, weights=weights)
     clear.restore(transformer.to(torch.bfloat16).float())
@@ -79,16 +79,16 @@ def test_originals_come_back_unrounded_after_a_move_there_and_back(transformer, 
     assert any(not torch.equal(after[name], before[name]) for name in others)
 
 
-def test_nothing_is_lost_of_a_model_with_its_own_weights(transformer):
+def test_no_warning_without_distilled_weights(transformer):
     clear.linearize(transformer, 3, weights=None)
-    bake_lora(transformer)
+    fuse_and_unload_lora(transformer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clear.restore(transformer)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_pooled_weights_are_trainable_where_the_layer_is(transformer, frozen):
+def test_pooled_weights_are_trainable_if_the_layer_is(transformer, frozen):
     transformer.requires_grad_(not frozen)
     clear.linearize(transformer, 3, 2, weights=None)
     own = [value for attn in layers_of(transformer).values() for value in attn.processor.parameters()]
@@ -96,7 +96,7 @@ def test_pooled_weights_are_trainable_where_the_layer_is(transformer, frozen):
     assert all(value.requires_grad is not frozen for value in own)
 
 
-def test_nothing_trained_is_nothing_to_save(transformer, tmp_path):
+def test_untrained_models_are_not_saved(transformer, tmp_path):
     clear.linearize(transformer, 3, 2, weights=None)
     before = snapshot(transformer)
     with pytest.raises(RuntimeError, match="nothing was trained since, so there is nothing to save"):
@@ -107,14 +107,14 @@ def test_nothing_trained_is_nothing_to_save(transformer, tmp_path):
     clear.save_pretrained(transformer, tmp_path / "saved")
 
 
-def test_pooled_weights_alone_are_something_to_save(transformer, tmp_path):
+def test_trained_pooled_weights_are_saved(transformer, tmp_path):
     clear.linearize(transformer, 3, 2, weights=None)
     next(iter(layers_of(transformer).values())).processor.spatial_weight.data.mul_(1.1)
     clear.save_pretrained(transformer, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("block", [restored, lambda model: clear.linearized(model, 4, weights=None)])
-def test_a_with_block_loses_nothing_and_warns_of_nothing(transformer, weights, block):
+def test_a_with_block_restores_changes_and_does_not_warn(transformer, weights, block):
     clear.linearize(transformer, weights=weights)
     train(transformer)
     before = {name: value.clone() for name, value in transformer.state_dict().items()}

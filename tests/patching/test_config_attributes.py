@@ -1,4 +1,4 @@
-"""Values that others set on a transformer's config as attributes, which are no entries of it."""
+"""Attributes that others set on the config of a transformer, which are not entries."""
 
 import clear_attn as clear
 from tests.helpers.families import each_family
@@ -6,7 +6,7 @@ from tests.helpers.families import each_family
 
 @each_family()
 def test_attributes_that_others_set(family):
-    """As diffusers does for FLUX's Control LoRAs, which widen the embedder of the image."""
+    """diffusers does so for Control LoRAs of FLUX, which widen the image embedder."""
     transformer = family.transformer()
     config = transformer.config
     before, entry = dict(config), config.in_channels

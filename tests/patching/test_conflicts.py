@@ -1,4 +1,4 @@
-"""Guidance that reaches into attention: refused by name, at once or when it comes later."""
+"""Guidance inside attention layers is refused, also if it is added later."""
 
 import pytest
 from diffusers import SmoothedEnergyGuidanceConfig, StableDiffusion3PAGPipeline
@@ -14,7 +14,7 @@ from tests.helpers import dummy_models, families
 from tests.helpers.reference_model import run
 from tests.helpers.snapshots import assert_same, snapshot
 
-# What diffusers' guiders put where. By hand, for diffusers 0.42 finds only some of these layers itself.
+# Hooks of diffusers' guiders, by submodule. Added by hand, because diffusers 0.42 finds only some of these layers.
 HOOKS = {
     "to_q": SmoothedEnergyGuidanceHook(),
     "": AttentionProcessorSkipHook(lambda module, *args, **kwargs: args, skip_attention_scores=True),
@@ -39,7 +39,7 @@ def test_hooks_inside_attention(family, transformer, where):
     assert run(later, call).isfinite().all()
 
 
-def test_smoothing_as_diffusers_puts_it_on():
+def test_smoothed_energy_guidance_of_diffusers():
     transformer = clear.linearize(families.SD3.transformer(), 3, weights=None)
     config = SmoothedEnergyGuidanceConfig(indices=[1], fqn="transformer_blocks")
     _apply_smoothed_energy_guidance_hook(transformer, config, blur_sigma=1.0)

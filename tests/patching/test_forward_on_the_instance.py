@@ -1,4 +1,4 @@
-"""A transformer whose instance has a `forward` of its own, as caches and hooks of other libraries put one there."""
+"""A transformer with `forward` set on the instance, as caches and hooks of other libraries do."""
 
 import functools
 import types
@@ -83,7 +83,7 @@ def test_positional_arguments(family):
 
 
 @each_family()
-def test_keywords_of_the_instances_forward_alone(family):
+def test_keywords_of_only_the_instances_forward(family):
     transformer = family.transformer()
     call = family.call(transformer, family.grid(7, 9))
     expected = run(clear.linearize(transformer, 3, weights=None), call)

@@ -23,7 +23,7 @@ def transformer():
 
 
 def enter(transformer, call):
-    """Return the entry hook's keywords and their context."""
+    """Call the entry hook; return its keywords and their context."""
     args, kwargs = entry_hook_of(transformer)(transformer, (), call)
     assert args == ()
     return kwargs, kwargs["joint_attention_kwargs"][CONTEXT]
@@ -110,7 +110,7 @@ def test_the_backend_is_selected_for_all_layers_at_once(transformer, needs_grad,
     assert asked == [("cpu", torch.float32, 16, needs_grad)]
 
 
-def test_a_copy_with_a_sharder_has_a_cache_of_its_own(transformer):
+def test_a_copy_with_a_sharder_has_its_own_cache(transformer):
     hook, sharder = entry_hook_of(transformer), object()
     other = hook.with_sharder(sharder)
     assert (other.sharder, hook.sharder) == (sharder, None)
@@ -118,7 +118,7 @@ def test_a_copy_with_a_sharder_has_a_cache_of_its_own(transformer):
     assert other.groups is hook.groups
 
 
-def test_an_inner_hook_that_is_gone_is_found_out():
+def test_a_missing_inner_hook_is_found():
     transformer = clear.linearize(dummy_models.sd3_transformer(), 3, weights=None)
     hook = entry_hook_of(transformer)
     assert isinstance(hook, EntryHook)
@@ -129,8 +129,8 @@ def test_an_inner_hook_that_is_gone_is_found_out():
 
 
 @each_family()
-def test_a_users_hook_on_a_block_sees_tile_order(family):
-    """The documentation says how to undo it."""
+def test_a_users_hook_on_a_block_gets_tile_order(family):
+    """The documentation explains how to undo the permutation."""
     transformer, seen = family.transformer(), []
     grid = family.grid(*GRID)
     call = family.call(transformer, grid)
@@ -140,10 +140,10 @@ def test_a_users_hook_on_a_block_sees_tile_order(family):
     run(transformer, call)
     run(clear.linearize(transformer, 3, weights=None), call)
     dense, local = seen
-    order = clear.TokenLayout([grid], 0)
+    layout = clear.TokenLayout([grid], 0)
     assert not torch.equal(local, dense)
-    torch.testing.assert_close(local[:, order.inverse_permutation], dense, atol=1e-6, rtol=0)
-    torch.testing.assert_close(local, dense[:, order.permutation], atol=1e-6, rtol=0)
+    torch.testing.assert_close(local[:, layout.inverse_permutation], dense, atol=1e-6, rtol=0)
+    torch.testing.assert_close(local, dense[:, layout.permutation], atol=1e-6, rtol=0)
 
 
 def test_a_call_that_lost_its_context_is_refused(transformer):

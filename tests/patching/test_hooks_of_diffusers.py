@@ -1,4 +1,4 @@
-"""Hooks that diffusers puts around a transformer's `forward` get raster order, whenever they are put there."""
+"""Hooks of diffusers around a transformer's `forward` get raster order, whenever they are added."""
 
 import copy
 
@@ -30,7 +30,7 @@ class Recorder(ModelHook):
 
 
 class Replacer(Recorder):
-    """Calls the `forward` that it replaces itself, as caches do."""
+    """A hook that replaces `forward` and calls the original, as caches do."""
 
     def new_forward(self, module, *args, **kwargs):
         return self.fn_ref.original_forward(*args, **kwargs)
@@ -61,7 +61,7 @@ def test_a_hook_gets_raster_order(family, make_hook, before):
 
 
 @each_family()
-def test_hooks_come_and_go(family):
+def test_hooks_are_added_and_removed(family):
     transformer = family.transformer()
     call = family.call(transformer, family.grid(*GRID))
     dense = run(transformer, call)
@@ -99,7 +99,7 @@ def test_restore_leaves_the_hook(family):
 
 @pytest.mark.parametrize("before", [True, False])
 def test_sea_cache(before):
-    """Its decisions are those of a dense model, for its callback gets the same image."""
+    """It skips the same steps as in a dense model, because its callback gets the same image."""
     grid, images = GRID, {"dense": [], "local": []}
     transformer = FLUX.transformer()
     calls = [

@@ -14,7 +14,7 @@ from tests.helpers.placement import as_a_whole, by_group, nothing, to_eight_bits
 from tests.helpers.reference_model import run
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 
-# What is done to a transformer, and what has the same effect on its numbers.
+# An operation, and one with the same effect on the numbers.
 ARRANGEMENTS = {
     "model": (as_a_whole, nothing),
     "block": (by_group("block_level"), nothing),
@@ -29,7 +29,7 @@ def test_offloading_and_casting_before_and_after(family, transformer, checkpoint
     call = family.call(transformer, (11, 20))
     plain = family.transformer()
     same(plain)
-    stock = run(plain, call)
+    original = run(plain, call)
     expected = run(clear.linearize(plain, 4, weights=checkpoint), call)
     if first == "arrange":
         arrange(transformer)
@@ -39,7 +39,7 @@ def test_offloading_and_casting_before_and_after(family, transformer, checkpoint
         arrange(transformer)
     torch.testing.assert_close(run(transformer, call), expected)
     clear.restore(transformer)
-    torch.testing.assert_close(run(transformer, call), stock)
+    torch.testing.assert_close(run(transformer, call), original)
 
 
 @pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}])
@@ -83,17 +83,17 @@ def test_nested_blocks(family, transformer, checkpoint):
 
 def test_a_deep_copy_has_its_own_original(family, transformer, checkpoint):
     call = family.call(transformer, (11, 20))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     clear.linearize(transformer, 4, weights=checkpoint)
     twin = copy.deepcopy(transformer)
     clear.restore(transformer)
     assert clear.is_linearized(twin)
     clear.restore(twin)
-    assert torch.equal(run(twin, call), stock)
-    assert torch.equal(run(transformer, call), stock)
+    assert torch.equal(run(twin, call), original)
+    assert torch.equal(run(transformer, call), original)
 
 
-def test_originals_given_up_are_freed(transformer, checkpoint):
+def test_discarded_originals_are_freed(transformer, checkpoint):
     clear.linearize(transformer, 4, weights=checkpoint, keep_original=False)
     hook = next(iter(transformer._forward_pre_hooks.values()))
     assert not hook.original.values

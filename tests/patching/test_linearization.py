@@ -111,7 +111,7 @@ def test_in_bfloat16(family, transformer):
 
 
 class TestLinearized:
-    def test_returns_to_a_stock_pipeline(self, transformer, checkpoint):
+    def test_returns_to_the_original_pipeline(self, transformer, checkpoint):
         before = snapshot(transformer)
         with clear.linearized(transformer, 4, weights=checkpoint) as inside:
             assert inside is transformer
@@ -131,7 +131,7 @@ class TestLinearized:
         assert clear.cost(transformer, 64, 64) == config
         assert torch.equal(transformer(**call).sample, expected)
 
-    def test_returns_after_an_error_and_after_other_verbs(self, transformer, checkpoint):
+    def test_returns_after_an_error_and_after_other_calls(self, transformer, checkpoint):
         before = snapshot(transformer)
 
         def interrupted():
@@ -154,28 +154,27 @@ class TestKeepOriginal:
         with pytest.raises(RuntimeError, match="remove_all_hooks"), clear.linearized(transformer, 5, weights=None):
             pass
 
-    def test_given_up(self, transformer, checkpoint):
+    def test_discarded(self, transformer, checkpoint):
         clear.linearize(transformer, 4, weights=checkpoint, keep_original=False)
         before = snapshot(transformer)
-        for verb in (clear.restore, lambda x: clear.linearize(x, 4, weights=None)):
+        for operation in (clear.restore, lambda x: clear.linearize(x, 4, weights=None)):
             with pytest.raises(RuntimeError, match="discarded by linearize"):
-                verb(transformer)
+                operation(transformer)
             assert_same(transformer, before)
 
-    def test_nothing_to_give_up_without_weights(self, transformer):
+    def test_nothing_is_discarded_without_weights(self, transformer):
         before = snapshot(transformer)
         clear.linearize(transformer, 4, weights=None, keep_original=False)
         clear.restore(transformer)
         assert_same(transformer, before)
 
 
-# Values, four processors, the hooks and the metadata are seven steps. The first time, two hooks are registered, and
-# for SD3 a third one.
+# Seven steps: values, four processors, hooks, metadata. The first time, two hooks are registered too, in SD3 a third.
 @pytest.mark.parametrize(
     ("linearized_before", "at"), [*((False, at) for at in range(1, 10)), *((True, at) for at in range(1, 8))]
 )
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_an_error_at_any_step_leaves_everything_as_it_was(
+def test_an_error_at_any_step_is_rolled_back(
     family, transformer, checkpoint, monkeypatch, linearized_before, at, error
 ):
     if linearized_before:
@@ -213,7 +212,7 @@ def test_an_error_at_any_step_leaves_everything_as_it_was(
 
 
 class TestRefusals:
-    """Each leaves the transformer as it was."""
+    """Each error leaves the transformer unchanged."""
 
     @pytest.fixture(autouse=True)
     def untouched(self, transformer):
@@ -223,11 +222,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize("thing", [None, "FLUX", torch.nn.Linear(2, 2), object()])
     def test_not_a_pipeline(self, thing, transformer):
-        for verb in (clear.linearize, clear.restore, clear.is_linearized, lambda x: clear.cost(x, 64, 64)):
+        for operation in (clear.linearize, clear.restore, clear.is_linearized, lambda x: clear.cost(x, 64, 64)):
             with pytest.raises(
                 TypeError, match=rf"a {type(thing).__name__} is not supported; .*FluxTransformer2DModel"
             ):
-                verb(thing)
+                operation(thing)
 
     @pytest.mark.parametrize("name", ["window", "down_factor"])
     @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
@@ -249,11 +248,11 @@ class TestRefusals:
             pass
 
         attn = transformer.transformer_blocks[1].attn
-        stock = attn.processor
+        original = attn.processor
         attn.set_processor(Foreign())
         with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.attn has a Foreign"):
             clear.linearize(transformer, weights=None)
-        attn.set_processor(stock)
+        attn.set_processor(original)
 
     def test_context_parallelism(self, transformer):
         processor = transformer.transformer_blocks[1].attn.processor
@@ -296,7 +295,7 @@ class TestRefusals:
         with pytest.raises(TypeError, match="weights must be a path, a Hub id, 'auto' or None, got 5 of type int"):
             clear.linearize(transformer, weights=5)
 
-    def test_fused_projections_that_went_their_own_way(self, family, checkpoint):
+    def test_fused_projections_that_were_changed_alone(self, family, checkpoint):
         fused = family.transformer()
         fused.fuse_qkv_projections()
         with torch.no_grad():
@@ -405,7 +404,7 @@ def test_a_pipeline_survives_a_deep_copy(pipe):
     assert_same(pipe.transformer, before)
 
 
-# What a safetensors file starts with is the length of its header, which may look like a pickle's or a zip file's start.
+# A safetensors file starts with the length of its header, which may look like the start of a pickle or a zip file.
 @pytest.mark.parametrize("header", [0x4080, 0x4B50])
 def test_a_file_that_only_starts_like_a_pickle(transformer, tmp_path, header):
     values = checkpoint_for(transformer)
@@ -466,11 +465,11 @@ class TestLora:
         clear.linearize(transformer, 4, weights=checkpoint)
         transformer.fuse_lora()
         before = snapshot(transformer)
-        for verb in (clear.restore, lambda x: clear.linearize(x, 4, weights=checkpoint)):
+        for operation in (clear.restore, lambda x: clear.linearize(x, 4, weights=checkpoint)):
             with pytest.raises(
                 RuntimeError, match=r"to_q has the LoRA default fused .* call pipe.unfuse_lora\(\) first"
             ):
-                verb(transformer)
+                operation(transformer)
             assert_same(transformer, before)
         transformer.unfuse_lora()
         clear.restore(transformer)
@@ -478,15 +477,15 @@ class TestLora:
         clear.linearize(transformer, 4, weights=None)
 
 
-def test_what_others_changed_since_stays(transformer):
-    stock = type(transformer.transformer_blocks[0].attn.processor)
+def test_later_changes_by_others_are_kept(transformer):
+    original = type(transformer.transformer_blocks[0].attn.processor)
     clear.linearize(transformer, 4, weights=None)
     transformer.set_attention_backend("_native_math")
     clear.linearize(transformer, 5, weights=None)
     chosen = {str(processor._attention_backend.value) for processor in transformer.attn_processors.values()}
     assert chosen == {"_native_math"}
 
-    class Foreign(stock):
+    class Foreign(original):
         pass
 
     foreign = Foreign()
@@ -496,11 +495,11 @@ def test_what_others_changed_since_stays(transformer):
     clear.restore(transformer)
     processors = transformer.attn_processors
     assert processors.pop("transformer_blocks.1.attn.processor") is foreign
-    assert {type(processor).__name__ for processor in processors.values()} == {stock.__name__}
+    assert {type(processor).__name__ for processor in processors.values()} == {original.__name__}
     assert {str(processor._attention_backend.value) for processor in processors.values()} == {"_native_math"}
 
 
-def test_parallelism_switched_on_since_is_not_lost(transformer):
+def test_parallelism_enabled_later_is_kept(transformer):
     clear.linearize(transformer, 4, weights=None)
     for processor in transformer.attn_processors.values():
         processor._parallel_config = "sentinel"
@@ -510,7 +509,7 @@ def test_parallelism_switched_on_since_is_not_lost(transformer):
     assert {processor._parallel_config for processor in transformer.attn_processors.values()} == {"sentinel"}
 
 
-def test_what_is_made_inside_other_modes_is_whole(transformer):
+def test_parameters_made_in_other_modes_are_normal(transformer):
     with torch.inference_mode():
         clear.linearize(transformer, 4, 2, weights=None)
     assert not transformer.transformer_blocks[0].attn.processor.spatial_weight.is_inference()
@@ -520,7 +519,7 @@ def test_what_is_made_inside_other_modes_is_whole(transformer):
 
 
 @each_family()
-def test_hooks_of_others_see_raster_order(family, transformer):
+def test_other_hooks_get_raster_order(family, transformer):
     call, seen = family.call(transformer, (5, 7)), []
     transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True

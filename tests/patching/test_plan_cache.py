@@ -38,7 +38,7 @@ def test_a_plan_is_made_once_per_method_and_layout():
     assert made == [(Clear(window), layout) for layout in layouts for window in (3, 4)]
 
 
-def test_the_least_recently_used_layout_goes_with_its_plans():
+def test_the_least_recently_used_layout_is_dropped_with_its_plans():
     cache = PlanCache()
     plan = weakref.ref(cache.plan(Clear(3), layout_of(cache, 1), Clear.plan))
     kept = layout_of(cache, 2)

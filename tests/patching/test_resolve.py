@@ -23,7 +23,7 @@ POOLED = types.SimpleNamespace(method=None, down_factor=4)
         ((8, 4, None), POOLED, methods.Clear(8, 4)),
     ],
 )
-def test_what_is_given_wins_over_the_weights_and_those_over_defaults(arguments, source, expected):
+def test_arguments_override_weights_and_weights_override_defaults(arguments, source, expected):
     assert resolve_method(*arguments, source) == expected
 
 
@@ -37,7 +37,7 @@ def test_what_is_given_wins_over_the_weights_and_those_over_defaults(arguments, 
         ((0, None, None), None, "window must be at least 1, got 0"),
     ],
 )
-def test_what_does_not_fit_is_an_error(arguments, source, words):
+def test_conflicting_settings_are_errors(arguments, source, words):
     with pytest.raises(ValueError, match=words):
         resolve_method(*arguments, source)
 

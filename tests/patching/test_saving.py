@@ -1,4 +1,4 @@
-"""Weights on their way out and back: save_pretrained, push_to_hub, and pipelines that diffusers saves whole."""
+"""Saving and loading weights: save_pretrained, push_to_hub, and pipelines that diffusers saves."""
 
 import json
 import types
@@ -27,7 +27,7 @@ def folder(trained, tmp_path):
 
 
 @each_family()
-def test_there_and_back(family, trained, folder, transformer):
+def test_save_and_load(family, trained, folder, transformer):
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",
         "clear_config.json",
@@ -49,7 +49,7 @@ def test_there_and_back(family, trained, folder, transformer):
     assert clear.cost(transformer, 64, 64) == clear.cost(trained, 64, 64)
 
 
-def test_what_was_trained_since_is_saved(trained, folder):
+def test_trained_weights_are_saved(trained, folder):
     with torch.no_grad():
         trained.transformer_blocks[0].attn.to_q.weight.add_(1)
         trained.transformer_blocks[0].attn.processor.spatial_weight.add_(1)
@@ -76,7 +76,7 @@ def test_a_lora_is_not_saved(family, trained, folder, transformer, tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
-def test_the_model_card_names_base_and_licence(tmp_path):
+def test_the_model_card_has_base_model_and_license(tmp_path):
     transformer = families.FLUX.transformer()
     transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
     clear.linearize(transformer, 8, 4, weights=None)
@@ -89,8 +89,8 @@ def test_the_model_card_names_base_and_licence(tmp_path):
     assert huggingface_hub.ModelCard(card).data.library_name == "clear_attn"
 
 
-def test_the_licence_goes_with_the_weights(tmp_path):
-    """Also from a copy of a published file, for another model, through a save in between."""
+def test_the_license_is_that_of_the_weights(tmp_path):
+    """Also for a copy of a published file, saved from another model."""
     transformer = families.FLUX.transformer()
     transformer.register_to_config(_name_or_path="black-forest-labs/FLUX.1-schnell")
     save_file(checkpoint_for(transformer), tmp_path / "clear_local_8.safetensors")
@@ -104,18 +104,18 @@ def test_the_licence_goes_with_the_weights(tmp_path):
     assert "license_name: flux-1-dev-non-commercial-license" in card
 
 
-def test_a_card_of_the_users_own_stays(trained, tmp_path):
+def test_an_existing_card_is_kept(trained, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     clear.save_pretrained(trained, tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_the_weights_file_of_a_folder_brings_its_settings(transformer, folder):
+def test_a_weights_file_has_the_settings_of_its_folder(transformer, folder):
     clear.linearize(transformer, weights=folder / "clear_weights.safetensors")
     assert clear.cost(transformer, 64, 64).method.window == 5
 
 
-def test_not_under_layerwise_casting(trained, tmp_path):
+def test_refuses_layerwise_casting(trained, tmp_path):
     trained.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"float8_e4m3fn by layerwise casting.*save before"):
         clear.save_pretrained(trained, tmp_path / "cast")
@@ -123,7 +123,7 @@ def test_not_under_layerwise_casting(trained, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
-def test_an_interrupted_save_leaves_the_last_one(trained, folder, monkeypatch, error):
+def test_an_interrupted_save_keeps_the_last_one(trained, folder, monkeypatch, error):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def interrupted(values, file, metadata):
@@ -138,7 +138,7 @@ def test_an_interrupted_save_leaves_the_last_one(trained, folder, monkeypatch, e
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_an_old_record_never_lies_with_new_weights(trained, folder, monkeypatch):
+def test_new_weights_never_have_an_old_record(trained, folder, monkeypatch):
     def replace(file, target, real=Path.replace):
         if target.name == "clear_config.json":
             raise KeyboardInterrupt
@@ -283,7 +283,7 @@ def _rewrite(folder, **changes):
 
 
 class TestSavedWhole:
-    """A pipeline that diffusers saves and loads while it is linearized."""
+    """A linearized pipeline that diffusers saves and loads."""
 
     @pytest.fixture
     def save_whole(self, pipe, tmp_path):
@@ -302,7 +302,7 @@ class TestSavedWhole:
         return dummy_models.flux_call(pipe.transformer, (11, 20))
 
     @pytest.mark.parametrize(("factor", "distilled"), [(1, False), (1, True)])
-    def test_comes_back(self, pipe, save_whole, factor, distilled):
+    def test_is_loaded(self, pipe, save_whole, factor, distilled):
         back = save_whole(factor, distilled)
         with pytest.warns(UserWarning, match="now runs with dense attention"):
             assert not clear.is_linearized(back)
@@ -325,7 +325,7 @@ class TestSavedWhole:
         with pytest.raises(ValueError, match=r"window=6, .* does not fit this pipeline, which was saved .* window=5"):
             clear.linearize(back, 6)
 
-    def test_the_original_is_not_in_it(self, save_whole):
+    def test_does_not_contain_the_original(self, save_whole):
         back = save_whole(1, distilled=True)
         before = snapshot(back.transformer)
         with clear.linearized(back):
@@ -336,7 +336,7 @@ class TestSavedWhole:
             clear.restore(back)
         assert clear.is_linearized(back)
 
-    def test_restore_says_that_it_runs_dense(self, save_whole):
+    def test_restore_warns_that_it_is_dense(self, save_whole):
         back = save_whole(1, distilled=True)
         with pytest.warns(UserWarning, match="now runs with dense attention"):
             clear.restore(back)
@@ -351,13 +351,13 @@ class TestSavedWhole:
         clear.restore(back)
         assert torch.equal(run(back.transformer, self.call(pipe)), expected)
 
-    def test_a_mark_of_another_format(self, transformer):
+    def test_metadata_of_another_format(self, transformer):
         transformer.register_to_config(clear_attn={"format": 3})
         with pytest.raises(ValueError, match="config of this transformer is of format 3"):
             clear.linearize(transformer)
 
 
-def test_restore_takes_the_mark_away(transformer):
+def test_restore_removes_the_metadata(transformer):
     before = dict(transformer.config)
     clear.linearize(transformer, 5, weights=None)
     assert transformer.config.clear_attn["method"]["settings"]["window"] == 5

@@ -23,7 +23,7 @@ def hooks_of_ours(transformer):
 
 
 @each_family()
-def test_a_captured_state_comes_back(transformer, checkpoint):
+def test_a_captured_state_can_be_applied(transformer, checkpoint):
     before = snapshot(transformer)
     captured = state.capture(find_target(transformer), load_file(checkpoint).keys() & replaced_of(transformer).keys())
     clear.linearize(transformer, 3, weights=checkpoint)
@@ -44,7 +44,7 @@ def test_captured_values_are_copies_of_the_named_parameters_only(transformer):
     assert not torch.equal(captured.values[name], replaced_of(transformer)[name])
 
 
-def test_a_linearized_state_comes_back_after_a_restore(family, transformer, checkpoint):
+def test_a_linearized_state_can_be_applied_after_a_restore(family, transformer, checkpoint):
     call = family.call(transformer, (5, 9))
     clear.linearize(transformer, 3, weights=checkpoint)
     expected, before = transformer(**call).sample, snapshot(transformer)
@@ -67,12 +67,12 @@ def test_an_interrupted_restore_can_be_repeated(transformer, checkpoint, monkeyp
         patched.setattr(state, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             state.apply(target, original)
-    assert hooks_of_ours(transformer) == ["EntryHook", "ExitHook"]  # so the partial state is detectable
+    assert hooks_of_ours(transformer) == ["EntryHook", "ExitHook"]  # so that the partial state is detected
     state.apply(target, original)
     assert_same(transformer, before)
 
 
-def test_the_original_state_keeps_what_others_put_in_place(transformer):
+def test_the_original_state_keeps_processors_of_others(transformer):
     processors = find_target(transformer).processors
     clear.linearize(transformer, 3, weights=None)
     layer, *others = processors
@@ -109,7 +109,7 @@ def test_a_processor_takes_the_dtype_of_its_layer(transformer):
     assert attn.processor.spatial_weight.dtype == torch.bfloat16
 
 
-def test_values_that_cannot_be_written_are_found_before(transformer, checkpoint):
+def test_values_that_cannot_be_written_are_found_first(transformer, checkpoint):
     clear.linearize(transformer, 3, weights=checkpoint)
     target = find_target(transformer)
     original = state.original_state(target)

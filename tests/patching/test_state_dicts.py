@@ -41,7 +41,7 @@ def test_an_original_state_dict_with_pooled_keys_loads_in_two_ways(transformer):
     assert clear.is_linearized(clear.linearize(transformer, 3, 2, weights=None))
 
 
-def test_a_linearized_state_dict_comes_back(transformer):
+def test_a_linearized_state_dict_can_be_loaded(transformer):
     clear.linearize(transformer, 3, 2, weights=None)
     train(transformer)
     state = {name: value.clone() for name, value in transformer.state_dict().items()}
@@ -50,7 +50,7 @@ def test_a_linearized_state_dict_comes_back(transformer):
     assert all(torch.equal(value, state[name]) for name, value in transformer.state_dict().items())
 
 
-def test_from_config_makes_a_dense_model_that_says_so(transformer):
+def test_from_config_makes_a_dense_model_that_warns(transformer):
     clear.linearize(transformer, 3, 2, weights=None)
     made = type(transformer).from_config(transformer.config)
     with pytest.warns(UserWarning, match="runs with dense attention; call clear_attn.linearize"):

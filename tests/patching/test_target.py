@@ -1,4 +1,4 @@
-"""How a pipeline's transformer is found."""
+"""Finding the transformer of a pipeline."""
 
 import types
 
@@ -12,7 +12,7 @@ from tests.helpers.families import each_family
 
 
 @each_family()
-def test_of_a_pipeline_a_compiled_one_and_itself(family, transformer):
+def test_of_a_pipeline_a_compiled_transformer_and_a_transformer(family, transformer):
     for pipe in (transformer, torch.compile(transformer), types.SimpleNamespace(transformer=transformer)):
         target = find_target(pipe)
         assert target.pipe is pipe
@@ -40,6 +40,6 @@ def test_the_hook_is_there_while_it_is_linearized(transformer):
         (types.SimpleNamespace(nets=[]), "give its ControlNets one by one"),
     ],
 )
-def test_other_things_are_named(thing, words):
+def test_unsupported_objects_are_named(thing, words):
     with pytest.raises(TypeError, match=words):
         find_transformer(thing)

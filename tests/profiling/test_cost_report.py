@@ -19,7 +19,7 @@ def flux_dev():
         return FluxTransformer2DModel(guidance_embeds=True)
 
 
-# CLEAR, table 2 and 3: GFLOPs a layer; 86.6 is 80.6 in print, a slip.
+# CLEAR, tables 2 and 3: GFLOPs per layer. For 86.6 the paper has 80.6, a misprint.
 PUBLISHED = {
     1024: {8: 63.5, 16: 86.6, 32: 154.1, None: 260.9},
     2048: {8: 246.2, 16: 352.6, 32: 724.3, None: 3507.9},
@@ -35,7 +35,7 @@ def test_published_numbers(flux_dev, side):
 
 
 @given(height=st.integers(1, 20), width=st.integers(1, 20), window=st.integers(1, 40), factor=st.integers(1, 5))
-def test_counts_what_the_masks_allow(height, width, window, factor):
+def test_counts_the_pairs_of_the_masks(height, width, window, factor):
     method = clear.methods.Clear(window, factor)
     plan = method.plan(clear.TokenLayout([(height, width)], 3))
     cost = clear.Cost.of_layer((height, width), 3, 2, 32, method)

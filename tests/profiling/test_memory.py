@@ -1,4 +1,4 @@
-"""What a forward pass and a decoder hold, against what torch's profiler sees."""
+"""Estimated memory of a forward pass and a decoder, compared with torch's profiler."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from tests.helpers.families import FAMILIES
 
 
 def peak(call):
-    # diffusers keeps the attention backend that any model was last given for all models.
+    # In diffusers, the attention backend that was set last on any model applies to all models.
     with torch.no_grad(), attention_backend("native"):
         call()
         return _peak_bytes(Subject("", lambda mark: call()), torch.device("cpu"))[0]
 
 
-# Wide enough that a block outweighs everything around it.
+# Wide models: blocks need more memory than everything else.
 WIDE = {"num_attention_heads": 8, "attention_head_dim": 32}
 WIDE_MODELS = {
     "flux": {**WIDE, "axes_dims_rope": (8, 12, 12)},
@@ -31,7 +31,7 @@ WIDE_MODELS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("name", WIDE_MODELS)
-def test_activations_lie_between_the_bounds(name, window, dtype):
+def test_activations_are_between_the_bounds(name, window, dtype):
     family, grid = FAMILIES[name], (24, 32)
     transformer = family.transformer(**WIDE_MODELS[name]).to(dtype)
     call = {
@@ -46,7 +46,7 @@ def test_activations_lie_between_the_bounds(name, window, dtype):
 
 
 @pytest.mark.parametrize("tiling", [False, True])
-def test_decoding_lies_between_the_bounds(pipe, tiling):
+def test_decoding_is_between_the_bounds(pipe, tiling):
     pipe.vae = AutoencoderKL(**{**pipe.vae.config, "block_out_channels": (32, 64, 128), "latent_channels": 4}).eval()
     pipe.vae.use_tiling = tiling
     memory = clear.cost(pipe, 160, 192).memory
@@ -64,7 +64,7 @@ def test_weights_are_exact(pipe):
     assert memory.all_weights == sum(memory.weights.values())
 
 
-def test_what_a_quantized_tensor_is_made_of():
+def test_the_parts_of_a_quantized_tensor():
     model = torch.nn.Module()
     model.register_buffer("plain", torch.zeros(3))
     model.register_buffer("packed", TwoTensor(torch.zeros(2, 5), TwoTensor(torch.zeros(2, 5), torch.zeros(2, 5))))

@@ -1,4 +1,4 @@
-"""Plots of the rule, against the masks."""
+"""Plots of the rule, compared with the masks."""
 
 import sys
 

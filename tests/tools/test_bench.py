@@ -26,7 +26,7 @@ SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--text", "9", "
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """Runs the command, and gives its result, its rows and where it writes."""
+    """Return a function that runs the command and returns its result and its rows."""
     monkeypatch.setattr(runner, "MATMUL", {"cpu": (64, 3)})
 
     def call(*options, expected=0):
@@ -90,13 +90,13 @@ def test_one_step_of_a_model(bench):
     assert "scaled from 3 of 57 blocks" in result.output
 
 
-def test_nothing_to_time(bench):
+def test_nothing_is_left_to_time(bench):
     result, rows = bench("--grid", "9x11", "--variant", "dense-pooled", expected=2)
     assert "nothing is left to time" in result.output
     assert rows is None
 
 
-def test_what_memory_does_not_hold_is_left_out(bench, monkeypatch):
+def test_variants_that_are_out_of_memory_are_left_out(bench, monkeypatch):
     def attend(*args):
         raise torch.OutOfMemoryError
 
@@ -118,7 +118,7 @@ def test_a_wrong_result_ends_with_an_error(bench, monkeypatch):
 def test_plot(bench, tmp_path, suffix):
     path = tmp_path / f"times.{suffix}"
     bench("--grid", "9x11", "--grid", "20x20", "--window", "4", "--variant", "dense", "--plot", str(path))
-    if suffix == "png":  # not one colour
+    if suffix == "png":  # more than one color
         assert len(Image.open(path).convert("RGB").getcolors(10**6)) > 10
     else:
         assert "<svg" in path.read_text()
@@ -143,7 +143,7 @@ def test_plot(bench, tmp_path, suffix):
         (["--plot", "."], "is a directory"),
     ],
 )
-def test_refusals_come_before_the_work(bench, monkeypatch, options, message):
+def test_errors_come_before_the_work(bench, monkeypatch, options, message):
     monkeypatch.setattr(runner, "run", None)
     result, rows = bench(*options, expected=2)
     assert message in " ".join(result.output.replace("│", " ").split())
@@ -176,8 +176,8 @@ def test_raster_order_is_the_rule(grid, text, window, factor):
     torch.testing.assert_close(attend(query, key, value, 0.25), expected, atol=1e-5, rtol=0)
 
 
-def test_raster_order_visits_what_torch_would_list(monkeypatch):
-    """No block more, so that the comparison is fair."""
+def test_raster_order_visits_the_blocks_of_torch(monkeypatch):
+    """And no others, so that the comparison is fair."""
     given_lists = []
     monkeypatch.setattr(flex, "attend_blocks", lambda *args: (given_lists.append(args[3:5]), None))
     raster.raster_attention((25, 30), 50, 6, 1, CPU)(*torch.randn(3, 1, 1, 800, 16), 0.25)
@@ -188,7 +188,7 @@ def test_raster_order_visits_what_torch_would_list(monkeypatch):
 
 
 class TestMeasure:
-    def test_runs_in_turn_and_weighs_the_parts(self, monkeypatch):
+    def test_runs_alternate_and_parts_are_weighted(self, monkeypatch):
         clock, order = iter(range(1000)), []
         monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
 
@@ -214,17 +214,17 @@ class TestMeasure:
         assert 8_000_000 <= timing.peak_bytes < 8_100_000
 
     def test_context_around_a_run(self):
-        seen, (query, key, value) = [], torch.randn(3, 1, 1, 2, 4).unbind()
+        results, (query, key, value) = [], torch.randn(3, 1, 1, 2, 4).unbind()
         subject = Subject(
             "",
-            lambda mark: seen.append(F.scaled_dot_product_attention(query, key, value) is value),
+            lambda mark: results.append(F.scaled_dot_product_attention(query, key, value) is value),
             around=model.AttentionIsItsValues,
         )
         measure.measure([subject], CPU, 2)
-        assert seen == [True] * 4
+        assert results == [True] * 4
 
 
-def test_the_bound_is_attention_that_gives_its_values():
+def test_the_bound_is_attention_that_returns_its_values():
     query, key, value = torch.randn(3, 1, 2, 5, 8).unbind()
     with model.AttentionIsItsValues():
         assert F.scaled_dot_product_attention(query, key, value) is value
@@ -233,7 +233,7 @@ def test_the_bound_is_attention_that_gives_its_values():
 
 
 def test_the_model_is_flux_dev(monkeypatch):
-    """At its own size, as its config on the Hub has it."""
+    """It has the config of the Hub."""
     made = {}
     monkeypatch.setattr(model, "FluxTransformer2DModel", lambda **config: made.update(config) or torch.nn.Module())
     model.transformer(Case(8, 8, 8, 1, torch.bfloat16, CPU))
@@ -253,7 +253,7 @@ def test_bytes_between_ranks(tmp_path):
     assert four["traffic"]["halo"] == 2 * 2 * 3 * 24 * 2 * 16 * 4  # keys and values, both sides, rows, columns, ...
     assert (one["layer_bytes"], one["step_bytes"]) == (0, 0)
     assert set(one["seconds"].values()) == {3.0}
-    # A quarter of attention, 8 of 32 rows and the text of the rest, and the least that the bytes take.
+    # A quarter of attention, 8 of 32 rows of the rest and its text, and the time of the bytes.
     least = 2 / 4 + (8 * 24 + 5) / (32 * 24 + 5) + four["step_bytes"] / 12.5e9
     assert least < four["seconds"]["Ethernet, 12.5 GB/s"] < least + 0.1
     options.append("--overwrite")

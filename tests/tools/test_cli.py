@@ -96,7 +96,7 @@ def test_messages_name_options():
         (("generate", "--model", "no/model", "--output", "out.png", *SIZE, "--prompt", "a"), "no/model"),
     ],
 )
-def test_errors_look_alike(arguments, message, tmp_path, monkeypatch):
+def test_errors_have_one_format(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == 2
@@ -125,7 +125,7 @@ def test_outputs_are_not_overwritten(arguments, tmp_path):
 
 
 class TestOptionsFitTheLibrary:
-    """Help names no class that takes long to import, so what it repeats is compared here."""
+    """Help does not import the library, so its defaults are written again, and compared here."""
 
     def test_levels(self):
         (annotation, _) = typing.get_args(typing.get_type_hints(bench, include_extras=True)["level"])

@@ -1,4 +1,4 @@
-"""The evaluation of linearized weights: its numbers against formulas, what it writes, and what it refuses."""
+"""The evaluation of linearized weights: metrics compared with formulas, output files, errors."""
 
 import importlib.metadata
 import json
@@ -51,19 +51,19 @@ def nothing_in_the_caches(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def judges(tmp_path_factory):
-    """Folders of a random CLIP, DINOv2 and DINO, which has no pooler."""
+def feature_models(tmp_path_factory):
+    """Return a folder with a random CLIP, DINOv2 and DINO (without pooler)."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("judges")
+    folder = tmp_path_factory.mktemp("feature_models")
     tokenizer = dummy_models.flux_pipeline().tokenizer
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **ids}
-    # Large weights, or random models find all pictures alike.
-    looks = {**TINY, "image_size": 32, "patch_size": 8, "initializer_range": 0.7, "initializer_factor": 20.0}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=looks, projection_dim=12)).save_pretrained(folder / "clip")
+    # With small weights, random models give the same features for all images.
+    vision = {**TINY, "image_size": 32, "patch_size": 8, "initializer_range": 0.7, "initializer_factor": 20.0}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
-    Dinov2Model(Dinov2Config(**looks)).save_pretrained(folder / "dinov2")
-    ViTModel(ViTConfig(**looks), add_pooling_layer=False).save_pretrained(folder / "dino")
+    Dinov2Model(Dinov2Config(**vision)).save_pretrained(folder / "dinov2")
+    ViTModel(ViTConfig(**vision), add_pooling_layer=False).save_pretrained(folder / "dino")
     for name in ("clip", "dinov2"):
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
             folder / name
@@ -72,21 +72,21 @@ def judges(tmp_path_factory):
     return folder
 
 
-def random_pictures(count=3, height=24, width=40, seed=0):
+def random_images(count=3, height=24, width=40, seed=0):
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=rng)
 
 
-def near(pictures, seed=1):
-    noise = torch.randint(-20, 21, pictures.shape, generator=torch.Generator().manual_seed(seed))
-    return (pictures + noise).clamp(0, 255).to(torch.uint8)
+def near(images, seed=1):
+    noise = torch.randint(-20, 21, images.shape, generator=torch.Generator().manual_seed(seed))
+    return (images + noise).clamp(0, 255).to(torch.uint8)
 
 
-def plain_psnr(a, b):
+def reference_psnr(a, b):
     return 10 * np.log10(1 / np.mean((a / 255 - b / 255) ** 2))
 
 
-def plain_ssim(a, b):
+def reference_ssim(a, b):
     """Wang et al. 2004, equation 13, over windows of 11 x 11 that are reflected at the border, channel by channel."""
     weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     weights = np.outer(weights, weights) / weights.sum() ** 2
@@ -103,14 +103,14 @@ def plain_ssim(a, b):
 
 class TestMetrics:
     def test_psnr_and_ssim(self):
-        teacher = random_pictures()
+        teacher = random_images()
         batch = Batch(teacher, near(teacher), PROMPTS)
-        for score, plain in ((psnr, plain_psnr), (ssim, plain_ssim)):
+        for score, plain in ((psnr, reference_psnr), (ssim, reference_ssim)):
             expected = [plain(*pair) for pair in zip(*(x.double().numpy() for x in batch[:2]), strict=True)]
             assert score(batch)["student"].tolist() == pytest.approx(expected, rel=2e-4)
 
     def test_a_mean_over_batches_of_different_sizes(self):
-        teacher = random_pictures()
+        teacher = random_images()
         whole, parts = Mean(psnr), Mean(psnr)
         whole.update(Batch(teacher, near(teacher), PROMPTS))
         for part in (slice(0, 2), slice(2, 3)):
@@ -122,12 +122,12 @@ class TestMetrics:
         class Corner(torch.nn.Module):
             num_features = 4
 
-            def forward(self, pictures):
-                return pictures.double().flatten(1)[:, :4] / 255
+            def forward(self, images):
+                return images.double().flatten(1)[:, :4] / 255
 
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        teacher, student = random_pictures(30), random_pictures(30, seed=5) // 2
+        teacher, student = random_images(30), random_images(30, seed=5) // 2
         metric = Frechet(FrechetInceptionDistance(Corner()))
         for part in (slice(0, 20), slice(20, 30)):
             metric.update(Batch(teacher[part], student[part], PROMPTS))
@@ -138,13 +138,13 @@ class TestMetrics:
         assert expected > 0.1
         assert metric.compute() == {"student": pytest.approx(expected, rel=1e-6)}
 
-    def test_fid_takes_more_pictures_than_features(self):
+    def test_fid_needs_more_images_than_features(self):
         check_enough_for_fid(2049, 2048)
         with pytest.raises(optional_dependencies.Missing, match=r"more images than the 2048 features .* here 2048"):
             check_enough_for_fid(2048, 2048)
 
-    def test_lpips_sees_pixels_in_0_to_1(self):
-        teacher = random_pictures()
+    def test_lpips_gets_pixels_from_0_to_1(self):
+        teacher = random_images()
         batch = Batch(teacher, near(teacher), PROMPTS)
 
         class Distance(torch.nn.Module):
@@ -158,17 +158,20 @@ class TestMetrics:
         assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("name", ["dino", "dinov2"])
-    def test_dino(self, judges, name):
-        teacher = random_pictures()
-        student = random_pictures(seed=3)
-        metric = make_metrics(["dino"], Sources(PROMPTS, "", str(judges / name), False))[0]["dino"]
+    def test_dino(self, feature_models, name):
+        teacher = random_images()
+        student = random_images(seed=3)
+        metric = make_metrics(["dino"], Sources(PROMPTS, "", str(feature_models / name), False))[0]["dino"]
         with torch.inference_mode():
             metric.update(Batch(teacher, student, PROMPTS))
         maker, kind = (ViTImageProcessorPil, ViTModel) if name == "dino" else (CLIPImageProcessorPil, Dinov2Model)
-        processor, model = maker.from_pretrained(judges / name), kind.from_pretrained(judges / name).eval()
+        processor, model = (
+            maker.from_pretrained(feature_models / name),
+            kind.from_pretrained(feature_models / name).eval(),
+        )
 
-        def token(picture):
-            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        def token(pixels):
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             return model(**processor(image, return_tensors="pt")).last_hidden_state[0, 0].detach()
 
         expected = [
@@ -177,16 +180,19 @@ class TestMetrics:
         assert metric.per_image["student"] == pytest.approx(expected, rel=1e-4)
         assert max(expected) < 99.9
 
-    def test_clip(self, judges):
-        teacher = random_pictures()
+    def test_clip(self, feature_models):
+        teacher = random_images()
         student = near(teacher)
         names = ["clip_i", "clip_t"]
-        metrics, _ = make_metrics(names, Sources(PROMPTS, str(judges / "clip"), "", False))
+        metrics, _ = make_metrics(names, Sources(PROMPTS, str(feature_models / "clip"), "", False))
         with torch.inference_mode():
             for metric in metrics.values():
                 metric.update(Batch(teacher, student, PROMPTS))
-        processor = CLIPImageProcessorPil.from_pretrained(judges / "clip")
-        model, tokenizer = CLIPModel.from_pretrained(judges / "clip").eval(), dummy_models.flux_pipeline().tokenizer
+        processor = CLIPImageProcessorPil.from_pretrained(feature_models / "clip")
+        model, tokenizer = (
+            CLIPModel.from_pretrained(feature_models / "clip").eval(),
+            dummy_models.flux_pipeline().tokenizer,
+        )
         for number, prompt in enumerate(PROMPTS):
             images = [Image.fromarray(x[number].permute(1, 2, 0).numpy()) for x in (teacher, student)]
             with torch.inference_mode():
@@ -203,14 +209,14 @@ class TestMetrics:
             ]
             assert found == pytest.approx(expected, rel=1e-4)
 
-    def test_prompts_that_clip_cuts_are_told(self, judges):
+    def test_prompts_that_clip_truncates_are_named(self, feature_models):
         long = "a red circle on a blue ground, at the top left " * 3
         with pytest.warns(UserWarning, match="1 of 2 prompts have more than the 24 tokens"):
-            metrics, _ = make_metrics(["clip_t"], Sources([long, "a cross"], str(judges / "clip"), "", False))
-        metrics["clip_t"].update(Batch(random_pictures(2), random_pictures(2), [long, "a cross"]))
+            metrics, _ = make_metrics(["clip_t"], Sources([long, "a cross"], str(feature_models / "clip"), "", False))
+        metrics["clip_t"].update(Batch(random_images(2), random_images(2), [long, "a cross"]))
 
 
-class TestAtHand:
+class TestOptionalDependencies:
     def test_a_package(self, monkeypatch):
         for name in ("torchmetrics", "torchmetrics.functional.image"):
             monkeypatch.setitem(sys.modules, name, None)
@@ -224,8 +230,8 @@ class TestAtHand:
         ):
             assert reason in str(caught.value)
 
-    def test_weights_that_are_not_all_there(self, judges, tmp_path):
-        model = Dinov2Model.from_pretrained(judges / "dinov2")
+    def test_incomplete_weights(self, feature_models, tmp_path):
+        model = Dinov2Model.from_pretrained(feature_models / "dinov2")
         model.save_pretrained(tmp_path)
         values = load_file(tmp_path / "model.safetensors")
         gone = next(name for name in values if "attention" in name)
@@ -235,15 +241,15 @@ class TestAtHand:
         with pytest.raises(optional_dependencies.Missing, match=r"lacks weights of a Dinov2Model, encoder\.layer\.0"):
             Dino(str(tmp_path), False)
 
-    def test_what_is_no_clip(self, judges):
+    def test_a_model_that_is_not_clip(self, feature_models):
         with pytest.raises(optional_dependencies.Missing, match="is a Dinov2Model, not a CLIP"):
-            Clip(str(judges / "dinov2"), False)
+            Clip(str(feature_models / "dinov2"), False)
 
     def test_a_folder_without_a_model(self, tmp_path):
         with pytest.raises(optional_dependencies.Missing, match="does not hold what is needed"):
             Dino(str(tmp_path), False)
 
-    def test_nothing_is_downloaded_unasked_or_offline(self):
+    def test_downloads_only_if_asked_and_online(self):
         with pytest.raises(optional_dependencies.Missing, match="not in the cache"):
             Dino("no/dino", False)
         with pytest.raises(optional_dependencies.Missing, match="cannot be downloaded"):  # the Hub is off in tests
@@ -286,7 +292,7 @@ def strict_json(text):
 
 
 class TestEvaluate:
-    def test_a_whole_evaluation(self, pipe, judges, tmp_path):
+    def test_a_whole_evaluation(self, pipe, feature_models, tmp_path):
         before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
         out = tmp_path / "deep" / "out"
         found = evaluate(
@@ -297,8 +303,8 @@ class TestEvaluate:
             window=2,
             seed=7,
             batch_size=2,
-            clip=str(judges / "clip"),
-            dino=str(judges / "dino"),
+            clip=str(feature_models / "clip"),
+            dino=str(feature_models / "dino"),
             save_images=True,
             **CALL,
         )
@@ -313,7 +319,7 @@ class TestEvaluate:
         files = {row: sorted((out / row).iterdir()) for row in ("teacher", "student")}
         drawn = {row: read_images(each).numpy() for row, each in files.items()}
         assert drawn["teacher"].shape == (3, 3, 64, 96)
-        for number in (1, 2):  # of the first and of the second batch, which may round another way
+        for number in (1, 2):  # one of each batch, which may round differently
             assert abs(drawn["teacher"][number].transpose(1, 2, 0) - draw(number)).max() <= 1
             with clear.linearized(pipe, 2, weights=None):
                 assert abs(drawn["student"][number].transpose(1, 2, 0) - draw(number)).max() <= 1
@@ -325,10 +331,10 @@ class TestEvaluate:
         assert written["versions"]["torch"] == importlib.metadata.version("torch")
         images = written["images"]
         assert [(each["prompt"], each["seed"]) for each in images] == [(PROMPTS[n], 7 + n) for n in range(3)]
-        for name, plain in (("psnr", plain_psnr), ("ssim", plain_ssim)):
+        for name, plain in (("psnr", reference_psnr), ("ssim", reference_ssim)):
             expected = [plain(*pair) for pair in zip(drawn["teacher"] / 1.0, drawn["student"] / 1.0, strict=True)]
             assert [each["student"][name] for each in images] == pytest.approx(expected, rel=1e-3)
-        clip = Clip(str(judges / "clip"), False)
+        clip = Clip(str(feature_models / "clip"), False)
         for row in ("teacher", "student"):
             expected = 100 * (clip.images(read_images(files[row])) * clip.texts(PROMPTS)).sum(1)
             assert [each[row]["clip_t"] for each in images] == pytest.approx(expected.tolist(), rel=1e-4)
@@ -358,7 +364,7 @@ class TestEvaluate:
         clear.save_pretrained(student, tmp_path / "weights")
         found = evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=tmp_path / "weights", metrics=["ssim"], **CALL)
         assert found.settings["method"] == clear.methods.Clear(3, 2).to_dict()
-        assert found.settings["weights"] == "weights"  # no path in a file that is shared
+        assert found.settings["weights"] == "weights"  # without the path, because the file is shared
         assert list(found.means) == ["ssim"]
         assert not found.missing
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["contact_sheet.png", "eval.json"]
@@ -366,7 +372,7 @@ class TestEvaluate:
         draw = [
             np.asarray(each(PROMPTS[0], generator=rng.manual_seed(0), **CALL).images[0]) for each in (pipe, student)
         ]
-        expected = plain_ssim(*(each.transpose(2, 0, 1).astype(float) for each in draw))
+        expected = reference_ssim(*(each.transpose(2, 0, 1).astype(float) for each in draw))
         assert found.means["ssim"]["student"] == pytest.approx(expected, rel=1e-3)
 
     def test_sd3(self, tmp_path):
@@ -376,24 +382,24 @@ class TestEvaluate:
         )
         assert 0 < found.means["psnr"]["student"] < 100
 
-    def test_equal_pictures_are_infinitely_alike(self):
-        pictures = random_pictures()
+    def test_the_psnr_of_equal_images_is_infinite(self):
+        images = random_images()
         metric = Mean(psnr)
-        metric.update(Batch(pictures, pictures, PROMPTS))
+        metric.update(Batch(images, images, PROMPTS))
         settings = {"width": 40, "height": 24, "method": clear.methods.Clear(8).to_dict(), "weights": None}
         seconds = {row: {"total": 1.0, "per_image": 0.5} for row in ("teacher", "student")}
         found = Evaluation(settings, {}, seconds, {"psnr": metric.compute()}, {}, [])
         assert strict_json(found.to_json())["metrics"]["psnr"]["student"] == "inf"
         assert " inf " in str(found)
 
-    def test_an_interruption_leaves_nothing(self, pipe, tmp_path, monkeypatch):
-        calls, stock = [], FluxPipeline.__call__
+    def test_an_interruption_leaves_no_files(self, pipe, tmp_path, monkeypatch):
+        calls, original = [], FluxPipeline.__call__
 
         def interrupted(self, *args, **kwargs):
             calls.append(clear.is_linearized(pipe))
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return stock(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
         monkeypatch.setattr(FluxPipeline, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -423,7 +429,7 @@ class TestEvaluate:
             ({"backend": "fast"}, ValueError, "fast"),
         ],
     )
-    def test_refusals_come_before_the_work(self, pipe, tmp_path, monkeypatch, change, error, message):
+    def test_errors_come_before_the_work(self, pipe, tmp_path, monkeypatch, change, error, message):
         monkeypatch.setattr(FluxPipeline, "__call__", lambda *args, **kwargs: pytest.fail("it drew"))
         given = {"prompts": PROMPTS, "weights": None, "clip": "no/clip", "dino": "no/dino", **CALL, **change}
         with pytest.raises(error, match=re.escape(message)):
@@ -431,7 +437,7 @@ class TestEvaluate:
         assert not clear.is_linearized(pipe)
         assert list(tmp_path.iterdir()) == []
 
-    def test_folders_that_are_not_free(self, pipe, tmp_path):
+    def test_folders_that_are_not_empty(self, pipe, tmp_path):
         (tmp_path / "eval.json").write_text("{}")
         with pytest.raises(FileExistsError, match="holds something already"):
             evaluate(pipe, PROMPTS, tmp_path, weights=None, metrics=["psnr"])
@@ -439,7 +445,7 @@ class TestEvaluate:
             evaluate(pipe, PROMPTS, tmp_path / "eval.json", weights=None, metrics=["psnr"])
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("eval.json", "{}")]
 
-    def test_what_is_no_teacher(self, pipe, tmp_path):
+    def test_invalid_teachers(self, pipe, tmp_path):
         with pytest.raises(TypeError, match=r"must be a diffusers pipeline, .* got a FluxTransformer2DModel"):
             evaluate(pipe.transformer, PROMPTS, tmp_path)
         clear.linearize(pipe, 4, weights=None)
@@ -486,14 +492,14 @@ class TestCommand:
             ({"height": 100}, "--height 100 is not in whole tokens"),
         ],
     )
-    def test_errors_are_a_line(self, prompts, tmp_path, monkeypatch, given, message):
+    def test_errors_are_one_line(self, prompts, tmp_path, monkeypatch, given, message):
         monkeypatch.chdir(tmp_path)
         result = self.run(**{"prompts": prompts, "output-dir": "out", "clip": "no/clip", "dino": "no/dino"} | given)
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.replace("│", " ").split())
         assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
-    def test_devices_that_are_not_here(self, prompts):
+    def test_missing_devices(self, prompts):
         result = self.run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})
         assert result.exit_code == 2
         assert "'tpu' does not exist" in result.output

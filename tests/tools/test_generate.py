@@ -1,4 +1,4 @@
-"""clear-attn generate."""
+"""The command `clear-attn generate`."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def generate(output, *options, model="demo"):
 
 
 def shown(result):
-    """Without the frame around it."""
+    """Return the output without its frame."""
     return " ".join(result.output.replace("│", "").split())
 
 
@@ -59,7 +59,7 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
     stage = clear.HighresPlan.load(output).stages[0]
     assert (stage.steps, stage.strength, stage.low_resolution_guidance) == (2, 0.5, 1)
 
-    # The picture does not tell where the weights lie.
+    # The image has no local paths, so the weights are not found.
     again = tmp_path / "again.png"
     result = generate(again, "--plan", output, "--init-image", start)
     assert result.exit_code == 2
@@ -75,7 +75,7 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
     assert "and --init-image is not given" in shown(result)
 
 
-def test_says_in_what_a_pipeline_is_not_that_of_the_plan(tmp_path, monkeypatch):
+def test_warns_how_a_pipeline_differs_from_the_plan(tmp_path, monkeypatch):
     planned = describe(demo.pipeline())
     planned["scheduler"]["config"]["shift"] = 9.0
     plan = clear.HighresPlan("a red circle", 256, 256, clear.Base(), (clear.Stage(),), 3, 4, 1, None, model=planned)
@@ -101,7 +101,7 @@ def test_says_in_what_a_pipeline_is_not_that_of_the_plan(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_saves_what_was_finished(tmp_path, start, monkeypatch, error, code, words, ending):
+def test_saves_finished_images(tmp_path, start, monkeypatch, error, code, words, ending):
     def stop(*args, **kwargs):
         raise error
 
@@ -118,7 +118,7 @@ def test_saves_what_was_finished(tmp_path, start, monkeypatch, error, code, word
 
 @pytest.fixture
 def under_torchrun(monkeypatch):
-    """As the only rank."""
+    """Set the environment of torchrun with one rank."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,9 +134,9 @@ def under_torchrun(monkeypatch):
 
 
 @pytest.mark.usefixtures("under_torchrun")
-def test_saves_what_was_finished_when_another_rank_failed(tmp_path, start, monkeypatch):
+def test_saves_finished_images_when_another_rank_failed(tmp_path, start, monkeypatch):
     def step(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun then does
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does
         time.sleep(10)
 
     save = generation.HighresResult.save
@@ -165,11 +165,11 @@ def test_stable_diffusion_3_from_a_folder(tmp_path):
     assert plan.model["pipeline"] == "StableDiffusion3Pipeline"
 
 
-def test_starts_from_an_image_as_it_is_shown(tmp_path):
-    picture, exif = Image.new("RGB", (32, 16)), Image.Exif()
-    picture.putpixel((0, 0), (255, 0, 0))
+def test_the_orientation_of_the_first_image(tmp_path):
+    image, exif = Image.new("RGB", (32, 16)), Image.Exif()
+    image.putpixel((0, 0), (255, 0, 0))
     exif[ExifTags.Base.Orientation] = 6
-    picture.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "turned.png", exif=exif)
     shown = generation.open_image(tmp_path / "turned.png")
     assert shown.size == (16, 32)
     assert shown.getpixel((15, 0)) == (255, 0, 0)

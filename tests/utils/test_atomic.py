@@ -1,4 +1,4 @@
-"""Files and directories that are written as a whole or not at all."""
+"""Files and directories that are written completely or not at all."""
 
 import contextlib
 import stat
@@ -28,7 +28,7 @@ def error(request):
 
 
 class TestFile:
-    def test_target_stays_until_the_end(self, tmp_path):
+    def test_the_target_is_replaced_at_the_end(self, tmp_path):
         (tmp_path / "a.txt").write_text("old")
         with atomic_file(tmp_path / "a.txt") as unfinished:
             unfinished.write_text("new")
@@ -45,7 +45,7 @@ class TestFile:
         assert content_of(tmp_path) == before
 
     def test_permissions_are_those_of_any_file(self, tmp_path):
-        """Also for a writer that makes its own private file, as safetensors does."""
+        """Also if the writer makes a private file, as safetensors does."""
         (tmp_path / "normal").touch()
         with atomic_file(tmp_path / "a.txt") as unfinished:
             unfinished.write_text("new")
@@ -60,8 +60,8 @@ class TestFile:
             second.write_text("second")
         assert content_of(tmp_path) == {"a.txt": "first"}
 
-    def test_several_files_take_their_places_in_reverse(self, tmp_path):
-        """The first one is still the old one where a later one cannot be put in place."""
+    def test_several_files_are_replaced_in_reverse(self, tmp_path):
+        """The first file is unchanged if a later one cannot be replaced."""
         (tmp_path / "record").write_text("old")
         (tmp_path / "weights").mkdir()
         files = contextlib.ExitStack()
@@ -84,7 +84,7 @@ class TestDirectory:
             fail_halfway(unfinished / "a.txt", error)
         assert list(tmp_path.iterdir()) == []
 
-    def test_existing_content_stays(self, tmp_path):
+    def test_existing_content_is_kept(self, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "a.txt").write_text("old")
         with pytest.raises(OSError, match="not empty"), atomic_directory(tmp_path / "run") as unfinished:
@@ -117,7 +117,7 @@ class TestContents:
         assert folder.exists() == exists
         assert list(tmp_path.rglob("*")) == ([folder] if exists else [])
 
-    def test_refuses_what_is_not_free(self, tmp_path):
+    def test_refuses_existing_content(self, tmp_path):
         (tmp_path / "a.txt").write_text("mine")
         with pytest.raises(FileExistsError, match="holds something already"), atomic_contents(tmp_path):
             pass
@@ -148,7 +148,7 @@ def test_leftovers_of_a_killed_process_are_deleted_by_the_next(tmp_path, writer,
     assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == {"a.txt": "new"}
 
 
-def test_leftovers_of_a_process_at_work_stay(tmp_path):
+def test_files_of_a_running_process_are_kept(tmp_path):
     with atomic_file(tmp_path / "a.txt") as first:
         first.write_text("first")
         with atomic_file(tmp_path / "b.txt") as second:

@@ -1,4 +1,4 @@
-"""Image files that are tried before an image is drawn, and fallback files."""
+"""Checks of image files before drawing, and fallback files."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def test_refuses_sides_that_a_format_does_not_hold(ending, most):
         validate_image_file(Path(f"image{ending}"), (most + 1, 1))
 
 
-def test_trial_files_leave_nothing(tmp_path):
+def test_trial_files_are_deleted(tmp_path):
     for name in ("image.png", "image.webp", "image.png.json"):
         try_write(tmp_path / name)
     assert not list(tmp_path.iterdir())
@@ -61,7 +61,7 @@ def test_refuses_a_full_disk(tmp_path, monkeypatch):
         try_write(tmp_path / "image.png")
 
 
-def test_a_killed_trial_leaves_nothing_for_good(tmp_path):
+def test_files_of_a_killed_trial_are_deleted_later(tmp_path):
     script = """
 import os, signal, sys
 from pathlib import Path

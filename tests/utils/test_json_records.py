@@ -1,4 +1,4 @@
-"""Records in JSON: whatever is wrong with them, the error names the file and the key."""
+"""Records in JSON: every error names the file and the key."""
 
 import pytest
 
@@ -13,7 +13,7 @@ RECORD = {"size": 3, "share": 0.5, "note": "a", "flag": True, "items": []}
     [b"{", b"\xff\xfe", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b'{"a": 1' + b"0" * 5000 + b"}"],
     ids=["half", "not UTF-8", "nested", "long integer"],
 )
-def test_what_is_no_json_is_named(tmp_path, text):
+def test_invalid_json_is_named(tmp_path, text):
     (tmp_path / "some.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"some\.json is not readable as JSON"):
         read_json(tmp_path / "some.json")
@@ -42,7 +42,7 @@ def test_a_wrong_type_is_named(name, value):
 
 
 @pytest.mark.parametrize("values", [[], "text", None, {1: 2}])
-def test_what_is_no_object_is_named(values):
+def test_other_json_than_an_object_is_named(values):
     with pytest.raises(ValueError, match="x must hold a JSON object"):
         validate_record(values, {}, "x")
 

@@ -1,4 +1,4 @@
-"""Safetensors files: Ctrl-C stays Ctrl-C, and only a broken file is called broken."""
+"""Safetensors files: Ctrl-C is not turned into another error, and truncated files are named."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ class SwallowsInterrupts:
     def get_tensor(self, name):
         try:
             os.kill(os.getpid(), signal.SIGINT)
-            for _ in range(1000):  # where Python runs its signal handlers
+            for _ in range(1000):  # Python runs its signal handlers here
                 pass
         except KeyboardInterrupt:
             pass
@@ -53,7 +53,7 @@ class SwallowsInterrupts:
 
 
 @pytest.mark.parametrize("error", [ValueError("bare"), safetensors.SafetensorError("half")])
-def test_ctrl_c_is_ctrl_c_whatever_safetensors_makes_of_it(file, monkeypatch, error):
+def test_ctrl_c_is_raised_whatever_safetensors_raises(file, monkeypatch, error):
     monkeypatch.setattr(tensor_files, "safe_open", SwallowsInterrupts(error))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -73,7 +73,7 @@ def test_a_users_handler_is_called(file, monkeypatch):
     assert calls == [signal.SIGINT]
 
 
-def test_half_a_file_is_named(file):
+def test_a_truncated_file_is_named(file):
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"x\.safetensors is not a complete safetensors file"):
         read_tensors(file)

@@ -9,7 +9,7 @@ def test_whole_numbers_become_ints(value):
     assert type(check_whole_number("side", value, "fix it")) is int
 
 
-def test_the_least_is_allowed():
+def test_the_minimum_is_allowed():
     assert check_whole_number("side", 0, "fix it", least=0) == 0
 
 
@@ -22,6 +22,6 @@ def test_the_least_is_allowed():
         (None, TypeError, "got None of type NoneType"),
     ],
 )
-def test_others_are_named_with_a_remedy(value, error, words):
+def test_errors_have_value_and_remedy(value, error, words):
     with pytest.raises(error, match=words):
         check_whole_number("side", value, "fix it")

@@ -64,7 +64,7 @@ def test_folder(saved, path):
         file.write_text(text)
 
 
-def test_folder_of_a_record_that_is_none(saved):
+def test_folder_with_an_invalid_record(saved):
     file = saved / "clear_config.json"
     text = file.read_text()
     try:

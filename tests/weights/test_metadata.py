@@ -1,4 +1,4 @@
-"""The records of linearized models: what is written, what is read, and which formats."""
+"""The records of linearized models: writing, reading, formats."""
 
 import json
 
@@ -28,12 +28,12 @@ def change(file, **values):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def test_a_record_comes_back_from_its_file(file):
+def test_a_record_is_read_from_its_file(file):
     assert read_record(file) == RECORD
     assert json.loads(file.read_text())["format"] == metadata.FORMAT
 
 
-def test_format_1_has_clears_settings_of_its_own():
+def test_format_1_has_the_settings_of_clear_at_the_top():
     assert read_method({"window": 8, "down_factor": 4}) == methods.Clear(8, 4)
 
 
@@ -65,13 +65,13 @@ class TestOfATransformer:
         transformer.register_to_config(**{CONFIG_ENTRY: entry})
         return transformer
 
-    def test_comes_back(self, transformer):
+    def test_is_loaded(self, transformer):
         found = metadata_of(transformer)
         assert read_method(found) == methods.Swin(4)
         assert (found["weights"], found["source"]) == ("file.safetensors", None)
         assert metadata_of(dummy_models.flux_transformer()) is None
 
-    def test_another_class_with_the_same_config_has_none(self, transformer):
+    def test_another_class_with_the_same_config_has_no_metadata(self, transformer):
         other = dummy_models.sd3_transformer()
         other.register_to_config(**{CONFIG_ENTRY: transformer.config[CONFIG_ENTRY]})
         assert metadata_of(other) is None

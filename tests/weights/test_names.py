@@ -1,4 +1,4 @@
-"""Names of models and weights in files that are shared: Hub ids, and of local ones no path."""
+"""Names of models and weights in shared files: Hub ids, or local names without their paths."""
 
 import json
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def test_of_models(path, base, shared):
     assert shared_name_of(None, named(path)) == shared
 
 
-def test_an_id_counts_where_the_cache_has_it(tmp_path, monkeypatch):
+def test_an_id_is_valid_if_the_cache_has_it(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert base_model_of(None, named("someone/model")) is None
     (tmp_path / "models--someone--model").mkdir()

@@ -21,7 +21,7 @@ def test_replaced_parameters_are_projections_under_their_own_names(transformer):
     assert all(any(name.startswith(f"{layer}.to_") for name in replaced) for layer in layers)
 
 
-def test_a_block_without_an_output_projection_has_none():
+def test_a_block_without_an_output_projection():
     replaced = parameters.replaced_parameters(layers_of(dummy_models.flux_transformer()))
     assert "transformer_blocks.0.attn.to_out.0.weight" in replaced
     assert "single_transformer_blocks.0.attn.to_q.weight" in replaced
@@ -67,7 +67,7 @@ class TestFiles:
         assert torch.equal(tensors["x"], torch.arange(3.0))
         assert method is None
 
-    def test_the_method_that_it_is_for(self, tmp_path):
+    def test_the_method_of_a_file(self, tmp_path):
         file = tmp_path / "w.safetensors"
         save_file({"x": torch.zeros(1)}, file, metadata={parameters.METHOD: '{"name": "Swin", "settings": {}}'})
         assert read_checkpoint(file)[1] == {"name": "Swin", "settings": {}}
@@ -117,7 +117,7 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"as torch\.float16, in a"):
             check_checkpoint({"a": torch.tensor([1.0, 1e6]), "b": torch.ones(3)}, half, "Model")
 
-    def test_three_names_and_a_count(self):
+    def test_errors_name_three_and_count_the_rest(self):
         many = {str(i): torch.nn.Parameter(torch.zeros(1)) for i in range(5)}
         with pytest.raises(ValueError, match="misses 0, 1, 2 and 2 more"):
             check_checkpoint({}, many, "Model")

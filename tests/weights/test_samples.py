@@ -1,4 +1,4 @@
-"""Changes of parameters are noticed; moves and roundings are none."""
+"""Changed parameters are noticed; moving and rounding are not changes."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_change_is_noticed_without_autograds_counter(parameters):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
-def test_rounding_is_no_change(parameters, dtype):
+def test_rounding_is_not_a_change(parameters, dtype):
     samples = sample(parameters)
     there = {name: value.detach().to(dtype) for name, value in parameters.items()}
     assert changed(there, samples) == []
@@ -33,7 +33,7 @@ def test_rounding_is_no_change(parameters, dtype):
         assert changed({name: value.float() for name, value in there.items()}, samples) == []
 
 
-def test_what_has_no_values_is_left_out(parameters):
+def test_tensors_without_values_are_left_out(parameters):
     samples = sample(parameters)
     assert changed({"a.weight": torch.nn.Parameter(torch.empty(40, 30, device="meta"))}, samples) == []
     assert sample({"whole": torch.ones(3, dtype=torch.int8)}) == {}

@@ -1,4 +1,4 @@
-"""Where weights come from: the published ones, the Hub, folders; and what is refused."""
+"""Sources of weights: published weights, the Hub, folders; and errors."""
 
 import json
 import types
@@ -27,7 +27,7 @@ def transformer():
 
 @pytest.fixture
 def repos(transformer):
-    """The published files under their real names, and repositories of other people."""
+    """Return the published files with their real names, and repositories of others."""
     files = {
         name: save(checkpoint_for(transformer, factor, seed=window), metadata={"format": "pt"})
         for (window, factor), name in PAIRS.items()
@@ -76,7 +76,7 @@ def server(repos, monkeypatch, tmp_path):
 
 @pytest.fixture
 def as_flux(transformer, monkeypatch):
-    """The tiny transformer taken for FLUX.1's architecture, under a name to be given."""
+    """Return a function that names the small transformer, which counts as FLUX.1's architecture."""
     own = {name: transformer.config[name] for name in published.ARCHITECTURE}
     monkeypatch.setattr(published, "ARCHITECTURE", own)
 
@@ -112,23 +112,23 @@ def test_window_and_down_factor_left_out(server, as_flux, caplog):
     assert "is not black-forest-labs/FLUX.1-dev by name" not in caplog.text
 
 
-def test_a_second_time_comes_from_the_cache(server, as_flux):
+def test_the_second_time_the_cache_is_used(server, as_flux):
     transformer = as_flux("black-forest-labs/FLUX.1-dev")
     clear.linearize(transformer, 8, revision=fake_hub.COMMIT)
-    server.asked.clear()
+    server.requests.clear()
     clear.linearize(transformer, 8, revision=fake_hub.COMMIT)
-    assert not server.asked
+    assert not server.requests
 
 
 @pytest.mark.parametrize("name", ["someone/FLUX.1-dev-anime", "someone/FLUX.1-dev", "", "./trained"])
-def test_a_fine_tune_is_warned_of(server, as_flux, caplog, name):
+def test_a_fine_tune_gets_a_warning(server, as_flux, caplog, name):
     transformer = as_flux(name)
     clear.linearize(transformer, 16)
     assert f"{name or 'an unnamed FLUX.1 transformer'} is not black-forest-labs/FLUX.1-dev by name" in caplog.text
     assert "to_q, to_k, to_v and to_out.0" in caplog.text
 
 
-def test_a_fine_tuned_transformer_in_the_original_pipeline_is_warned_of(server, as_flux, caplog):
+def test_a_fine_tuned_transformer_in_the_original_pipeline_gets_a_warning(server, as_flux, caplog):
     pipe = types.SimpleNamespace(
         transformer=as_flux("someone/anime"), config={"_name_or_path": "black-forest-labs/FLUX.1-dev"}
     )
@@ -136,7 +136,7 @@ def test_a_fine_tuned_transformer_in_the_original_pipeline_is_warned_of(server, 
     assert "someone/anime is not black-forest-labs/FLUX.1-dev by name" in caplog.text
 
 
-def test_a_named_checkpoint_is_not(server, as_flux, caplog):
+def test_a_named_checkpoint_gets_no_warning(server, as_flux, caplog):
     transformer = as_flux("someone/FLUX.1-Kontext-anime")
     clear.linearize(transformer, weights="Huage001/CLEAR/clear_local_8_down_4.safetensors")
     counted = clear.cost(transformer, 64, 64)
@@ -153,7 +153,7 @@ def test_a_folder_of_the_hub_needs_no_other_argument(server, transformer):
 
 
 class TestRefusals:
-    """Each leaves the transformer as it was."""
+    """Each error leaves the transformer unchanged."""
 
     @pytest.fixture(autouse=True)
     def untouched(self, transformer):
@@ -202,20 +202,20 @@ class TestRefusals:
             ("folder/weights.safetensors", FileNotFoundError, "does not exist; give the path"),
         ],
     )
-    def test_what_is_not_there(self, server, transformer, weights, error, words):
+    def test_missing_repositories_and_files(self, server, transformer, weights, error, words):
         with pytest.raises(error, match=words):
             clear.linearize(transformer, weights=weights)
 
-    def test_bad_numbers_are_found_before_the_download(self, server, transformer):
+    def test_invalid_numbers_are_found_before_the_download(self, server, transformer):
         with pytest.raises(ValueError, match="window must be at least 1, got 0"):
             clear.linearize(transformer, 0, weights="someone/weights")
-        assert not server.asked
+        assert not server.requests
 
-    def test_a_revision_that_is_not_there(self, server, transformer):
+    def test_a_missing_revision(self, server, transformer):
         with pytest.raises(FileNotFoundError, match="has no revision 'v7'"):
             clear.linearize(transformer, weights="someone/weights", revision="v7")
 
-    def test_out_of_reach(self, server, as_flux, monkeypatch):
+    def test_offline(self, server, as_flux, monkeypatch):
         transformer = as_flux("black-forest-labs/FLUX.1-dev")
         with clear.linearized(transformer, 8):
             pass
@@ -243,7 +243,7 @@ class TestRefusals:
             clear.linearize(transformer, weights="someone/weights")
 
 
-def test_the_registry_is_the_published_one():
+def test_the_names_of_the_published_files():
     """The names of the files at https://huggingface.co/Huage001/CLEAR, by window and down_factor."""
     for (window, factor), name in PAIRS.items():
         assert name == f"clear_local_{window}{f'_down_{factor}' if factor > 1 else ''}.safetensors"

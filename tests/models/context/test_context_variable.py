@@ -11,7 +11,7 @@ import torch
 from diffusers import SD3ControlNetModel
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention  # tests patch the module's attribute
+from torch.nn.functional import scaled_dot_product_attention  # the module, because tests patch its attributes
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +26,7 @@ SMALL, LARGE, WIDE = (3, 6), (5, 4), (4, 7)
 
 
 class MaskContext(ClearContext):
-    """Random masks, one per group: another context, or another group, gives other numbers."""
+    """A context with a random mask per group: another context or group gives other numbers."""
 
     def __init__(self, tokens, seed):
         rng = torch.Generator().manual_seed(1000 * seed + tokens)
@@ -41,7 +41,7 @@ class MaskContext(ClearContext):
 
 
 class Processor(nn.Module):
-    """Projects as diffusers' processors do; attends as the published context says."""
+    """A processor that projects as diffusers' do, and attends with the published context."""
 
     def __init__(self, group):
         super().__init__()
@@ -97,7 +97,7 @@ class SD3Processor(Processor):
 
 
 class Hooks:
-    """What the library's entry and exit hooks do: publish, own through the call's keywords, clear."""
+    """Hooks that publish a context, keep it in the call's keywords and clear it, as the library's do."""
 
     def __init__(self):
         self.seed = 1
@@ -110,7 +110,7 @@ class Hooks:
         owner = carrier.publish(context)
         return args, {**kwargs, "joint_attention_kwargs": {"clear_context": owner}}
 
-    def leave(self, model, args, kwargs, output):
+    def exit(self, model, args, kwargs, output):
         carrier.clear()
 
     @staticmethod
@@ -157,7 +157,7 @@ def kind(request):
     torch.compiler.reset()
 
 
-def build_stock(kind):
+def build_original(kind):
     torch.manual_seed(3)
     model = kind[0]()
     with torch.no_grad():
@@ -167,13 +167,13 @@ def build_stock(kind):
 
 
 def build(kind):
-    """A model whose layers read the context variable, and its hooks."""
-    model = build_stock(kind)
+    """Return a model with layers that read the context variable, and with hooks."""
+    model = build_original(kind)
     for layer in attention_layers(model).values():
         layer.set_processor(kind[2](group_of(layer)))
     model.hooks = Hooks()
     model.register_forward_pre_hook(lambda *args: args[0].hooks.enter(*args), with_kwargs=True)
-    model.register_forward_hook(lambda *args: args[0].hooks.leave(*args), with_kwargs=True)
+    model.register_forward_hook(lambda *args: args[0].hooks.exit(*args), with_kwargs=True)
     return model
 
 
@@ -182,7 +182,7 @@ def attention_layers(model):
 
 
 def group_of(layer):
-    """Layers that see text and image are one group, the others the second."""
+    """Return 0 for layers with text and image, 1 for the others."""
     return int(layer.added_kv_proj_dim is None)
 
 
@@ -196,8 +196,8 @@ def run(model, call):
         return outputs(model, call)
 
 
-def plain_outputs(kind, model, call, seed=1):
-    """Of a stock model, with the masks of a context in its attention."""
+def reference_outputs(kind, model, call, seed=1):
+    """Return outputs of an original model, with the masks of a context in its attention."""
     context, processor = MaskContext(Hooks.tokens(call), seed), kind[2]
     groups = iter([group_of(layer) for layer in attention_layers(model).values()])
 
@@ -211,13 +211,13 @@ def plain_outputs(kind, model, call, seed=1):
         return outputs(model, call)
 
 
-def plain(kind, call, seed=1):
+def reference(kind, call, seed=1):
     with torch.no_grad():
-        return plain_outputs(kind, build_stock(kind), call, seed)
+        return reference_outputs(kind, build_original(kind), call, seed)
 
 
 def gradients(model, calls, run_one):
-    """Of all inputs and parameters, with all forward passes before the first backward pass."""
+    """Return gradients of all inputs and parameters, with all forward passes before the first backward pass."""
     model.zero_grad()
     calls = [{**call, "hidden_states": call["hidden_states"].clone().requires_grad_()} for call in calls]
     losses = [run_one(call).square().mean() for call in calls]
@@ -227,14 +227,14 @@ def gradients(model, calls, run_one):
 
 
 def parameter_gradients(model):
-    """Of diffusers' parameters; zero where there is none, as for SD3's last text projections."""
+    """Return gradients of diffusers' parameters; zero if there is none, as for SD3's last text projections."""
     parameters = [x for name, x in model.named_parameters() if "processor" not in name]
     return [torch.zeros_like(x) if x.grad is None else x.grad for x in parameters]
 
 
-def plain_gradients(kind, calls):
-    model = build_stock(kind)
-    return gradients(model, calls, lambda call: plain_outputs(kind, model, call))
+def reference_gradients(kind, calls):
+    model = build_original(kind)
+    return gradients(model, calls, lambda call: reference_outputs(kind, model, call))
 
 
 def assert_close(found, expected):
@@ -257,7 +257,7 @@ ENABLE = {
 }
 
 
-# Compiled blocks with every way to checkpoint take long.
+# Compiled blocks with all kinds of checkpointing take long.
 each_backend_and_checkpointing = pytest.mark.parametrize(
     ("backend", "enable"),
     [
@@ -274,13 +274,13 @@ def compile_blocks(model, backend):
         model.compile_repeated_blocks(fullgraph=True, backend=backend)
 
 
-def test_equals_the_stock_model_under_the_same_mask(kind):
+def test_equals_the_original_model_with_the_same_mask(kind):
     model = build(kind)
     for grid in (SMALL, LARGE):
         call = kind[1](grid)
-        expected = plain(kind, call)
+        expected = reference(kind, call)
         torch.testing.assert_close(run(model, call), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
-        assert (plain(kind, call, seed=2) - expected).abs().max() > 1e-3 * expected.abs().max()
+        assert (reference(kind, call, seed=2) - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
 def count_graphs(model, calls):
@@ -294,11 +294,11 @@ def count_graphs(model, calls):
     return counts
 
 
-def test_blocks_are_compiled_as_often_as_the_stock_models(kind):
-    """Not once per layer, nor per context, and not for a third size."""
+def test_blocks_are_compiled_as_often_as_in_the_original_model(kind):
+    """They are not compiled again for each layer, each context or a third size."""
     calls = [kind[1](grid) for grid in (SMALL, LARGE, SMALL, WIDE)]
     counts = count_graphs(build(kind), calls)
-    assert counts == count_graphs(build_stock(kind), calls)
+    assert counts == count_graphs(build_original(kind), calls)
     assert counts[1] == counts[-1]
 
 
@@ -309,9 +309,9 @@ def check_run_time(kind, backend, turns):
         call = kind[1](grid)
         model.hooks.seed = seed
         before = graphs()
-        expected = plain(kind, call, seed)
+        expected = reference(kind, call, seed)
         torch.testing.assert_close(run(model, call), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
-    assert graphs() == before  # another context of the same shapes is no reason to compile
+    assert graphs() == before  # another context of the same shapes compiles nothing
 
 
 def test_compiled_blocks_read_the_context_at_run_time(kind):
@@ -321,7 +321,7 @@ def test_compiled_blocks_read_the_context_at_run_time(kind):
 @each_backend_and_checkpointing
 def test_gradients_with_two_sizes_in_flight(kind, backend, enable):
     calls = [kind[1](SMALL, seed=1), kind[1](LARGE, seed=2), kind[1](SMALL, seed=3)]
-    expected = plain_gradients(kind, calls)
+    expected = reference_gradients(kind, calls)
     model = build(kind).train()
     compile_blocks(model, backend)
     enable(model)  # after the hooks were installed
@@ -332,9 +332,9 @@ def test_gradients_with_two_sizes_in_flight(kind, backend, enable):
 
 @pytest.mark.parametrize("enable", ENABLE.values(), ids=ENABLE)
 def test_backward_in_another_thread(kind, enable):
-    """As autograd runs it for a GPU: no context variable is inherited, or another call's is published."""
+    """Autograd does this for a GPU: the thread has no context variable, or that of another call."""
     calls = [kind[1](SMALL, seed=1), kind[1](LARGE, seed=2)]
-    expected = plain_gradients(kind, calls)
+    expected = reference_gradients(kind, calls)
     model = build(kind).train()
     enable(model)
 
@@ -372,7 +372,7 @@ def test_two_threads_at_once(kind, backend):
         thread.join()
     assert not wrong
     for call, output in zip(calls, expected, strict=True):
-        torch.testing.assert_close(output, plain(kind, call), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(output, reference(kind, call), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -383,14 +383,14 @@ def test_without_gradients_nothing_is_kept(kind, backend, mode):
     call = kind[1](SMALL)
     with mode():
         output = outputs(model, call)
-        gc.disable()  # reference counting alone must do
+        gc.disable()  # reference counting must suffice
         try:
             outputs(model, call)
             alive = model.hooks.contexts[-1]()
         finally:
             gc.enable()
     assert alive is None
-    expected = plain(kind, call)
+    expected = reference(kind, call)
     torch.testing.assert_close(output.clone(), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
@@ -411,8 +411,8 @@ def test_a_context_lives_as_long_as_its_graph(kind, backend, enable):
 
 
 def block_inputs(kind, call):
-    """What the transformer gives its second block."""
-    model, inputs = build_stock(kind), []
+    """Return the inputs of the second block."""
+    model, inputs = build_original(kind), []
     block = model.transformer_blocks[1]
     block.register_forward_pre_hook(lambda block, *inputs_: inputs.append(inputs_), with_kwargs=True)
     run(model, call)
@@ -439,7 +439,7 @@ def test_an_interrupted_call_leaves_nothing_behind(kind, backend, error, enable)
     assert model.hooks.contexts[0]() is None
     with pytest.raises(RuntimeError, match="called outside a call of its linearized transformer"), torch.no_grad():
         model.transformer_blocks[1](*args, **kwargs)
-    expected = plain(kind, call)
+    expected = reference(kind, call)
     torch.testing.assert_close(run(model, call), expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
@@ -457,24 +457,24 @@ def test_an_interrupted_backward_pass_leaves_nothing_behind(kind, enable):
             pytest.fail("the backward pass was not interrupted")
     assert carrier.current() is None
     del output
-    # autograd's queue keeps what it did not come to until the thread's next backward pass
+    # autograd keeps the rest of its queue until the next backward pass of the thread
     torch.zeros(1, requires_grad=True).sum().backward()
     gc.collect()
     assert model.hooks.contexts[0]() is None
 
 
-def test_a_deep_copy_and_the_way_back(kind):
+def test_deep_copies_and_unwrapping(kind):
     model = build(kind).train()
     model.enable_gradient_checkpointing()
     function = model._gradient_checkpointing_func
     calls = [kind[1](SMALL), kind[1](LARGE)]
-    expected = plain_gradients(kind, calls)
+    expected = reference_gradients(kind, calls)
     assert_close(gradients(model, calls, lambda call: outputs(model, call)), expected)
     twin = copy.deepcopy(model)
     twin.hooks.seed = 2
     assert_close(gradients(model, calls, lambda call: outputs(model, call)), expected)
     with torch.no_grad():
-        other = plain(kind, calls[0], seed=2)
+        other = reference(kind, calls[0], seed=2)
     torch.testing.assert_close(run(twin, calls[0]), other, atol=1e-5 * other.abs().max().item(), rtol=0)
     unwrap_checkpointing(model)
     assert model._gradient_checkpointing_func is function
@@ -486,7 +486,7 @@ def test_a_deep_copy_and_the_way_back(kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(kind, backend):
-    """Compiled code runs with autocast off, and so does the backward pass; attention must not tell."""
+    """Compiled code and the backward pass run with autocast off; attention must still use it."""
     calls = [kind[1](SMALL, seed=1), kind[1](LARGE, seed=2)]
     dtypes = []
     attend = MaskContext.attend
@@ -505,13 +505,13 @@ def test_autocast(kind, backend):
     with mock.patch.object(MaskContext, "attend", spy):
         found = gradients(model, calls, run_one)
     assert set(dtypes) == {torch.bfloat16}
-    for one, other in zip(found, plain_gradients(kind, calls), strict=True):
+    for one, other in zip(found, reference_gradients(kind, calls), strict=True):
         assert (one - other).norm() < 0.1 * other.norm() + 1e-4
 
 
 def test_the_whole_model_compiled_under_checkpointing(kind):
     calls = [kind[1](SMALL, seed=1), kind[1](SMALL, seed=2)]
-    expected = plain_gradients(kind, calls)
+    expected = reference_gradients(kind, calls)
     model = build(kind).train()
     model.enable_gradient_checkpointing()
     compiled = torch.compile(model, backend="aot_eager")
@@ -521,11 +521,11 @@ def test_the_whole_model_compiled_under_checkpointing(kind):
 @pytest.mark.slow
 @hardware.needs_compiler
 def test_inductor():
-    """The models' smallest case, for compiling takes long; the operator alone has all the others."""
+    """Only the smallest model, because compiling takes long; the operator alone has more cases."""
     torch.compiler.reset()
     kind = chroma_of_two_layers, chroma_call, ChromaProcessor
     calls = [kind[1](SMALL, seed=1), kind[1](LARGE, seed=2)]
-    expected = plain_gradients(kind, calls)
+    expected = reference_gradients(kind, calls)
     model = build(kind).train()
     compile_blocks(model, "inductor")
     model.enable_gradient_checkpointing()
@@ -539,7 +539,7 @@ def random_heads(heads, tokens=6):
 
 @pytest.mark.parametrize("needed", [(0,), (1, 2), (3,), (0, 1, 2, 3), ()])
 @pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("inductor", marks=hardware.needs_compiler)])
-def test_gradients_of_what_needs_one(needed, backend):
+def test_gradients_of_the_inputs_that_need_one(needed, backend):
     torch.compiler.reset()
     tensors = [random_heads(4), random_heads(2), random_heads(2), torch.rand(1)]
     for index in needed:
@@ -595,7 +595,7 @@ def test_publishing_nests_and_is_weak():
     with carrier.published(inner):
         assert carrier.current() is inner
     assert carrier.current() is outer
-    del owner  # as an exception does; that the graph still has the context does not matter
+    del owner  # as an exception does; a graph may still have the context
     assert carrier.current() is None
     again = carrier.publish(inner)
     carrier.clear()
@@ -603,8 +603,8 @@ def test_publishing_nests_and_is_weak():
     assert carrier.current() is None
 
 
-def test_what_an_interrupted_call_computed_may_live_on(kind):
-    """A tensor with a graph keeps its context for the backward pass, but no layer may read that."""
+def test_tensors_of_an_interrupted_call_can_be_kept(kind):
+    """A tensor with a graph keeps its context for the backward pass, but no layer can read it."""
     model, kept = build(kind), []
     model.transformer_blocks[0].register_forward_hook(lambda *args: kept.append(args[-1]))
     interrupt = mock.Mock(side_effect=KeyboardInterrupt)

@@ -1,4 +1,4 @@
-"""A transformer on several devices: plans follow the layers' tensors. The meta device takes the second one's place."""
+"""A transformer on several devices: plans are on the device of each layer. The second device is meta."""
 
 import contextlib
 
@@ -52,7 +52,7 @@ def test_a_model_on_two_devices(family, factor, monkeypatch):
         made.append((device.type, id(groups)))
         return groups
 
-    # torch knows no autocast of the meta device.
+    # The meta device has no autocast in torch.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setitem(attention.BACKENDS, "tiled", attention.BACKENDS["tiled"]._replace(attend=record))
@@ -61,7 +61,7 @@ def test_a_model_on_two_devices(family, factor, monkeypatch):
         for _ in range(2):
             output = transformer(**call, return_dict=False)[0]
     assert output.device == META
-    # The operator of models that pass no keywords on has a kernel of its own for the meta device.
+    # Models that do not pass keywords to their layers use an operator, which has its own kernel for the meta device.
     published = isinstance(adapter_for(transformer), Publishing)
     assert {device for device, _ in used} == ({"cpu"} if published else {"cpu", "meta"})
     assert len(set(made)) <= 4  # two calls, two devices

@@ -1,4 +1,4 @@
-"""An error or Ctrl-C inside any block leaves nothing behind that a layer could read, for every carrier."""
+"""An error or Ctrl-C inside any block leaves nothing that a layer could read, with every carrier."""
 
 import gc
 import weakref
@@ -17,7 +17,7 @@ from tests.helpers.reference_model import run
 
 @pytest.fixture
 def contexts(monkeypatch):
-    """Weak references to all contexts that are made."""
+    """Collect weak references to all contexts."""
     made, create = [], ClearContext.__init__
 
     def record(self, *args, **kwargs):
@@ -63,7 +63,7 @@ def test_in_every_block(family, error, contexts):
 
 
 @each_family()
-def test_a_layer_called_afterwards_says_that_it_has_no_context(family):
+def test_a_layer_called_afterwards_has_no_context(family):
     transformer = clear.linearize(family.transformer(), 3, weights=None)
     call, inputs = family.call(transformer, family.grid(9, 11)), []
     block = transformer.transformer_blocks[0]
@@ -91,7 +91,7 @@ def test_after_a_call_that_the_entry_hook_refused(family, contexts):
     assert torch.equal(run(transformer, call), expected)
 
 
-def test_with_gradients_the_graph_alone_keeps_a_context(contexts):
+def test_only_the_graph_keeps_a_context(contexts):
     transformer = clear.linearize(dummy_models.flux_transformer(), 3, weights=None)
     call = dummy_models.flux_call(transformer, (9, 11))
 

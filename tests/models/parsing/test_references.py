@@ -1,4 +1,4 @@
-"""Several reference images in one sequence, under numbers of their own or under one, as pipelines number them."""
+"""Several reference images in one sequence, with a number each or with the same number, as in pipelines."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.helpers.families import CHROMA, FLUX, FLUX2
 from tests.helpers.reference_model import in_raster_order, run
 
 GRID = (7, 9)
-# Of each reference: rows, columns, and where its first token is.
+# For each reference: rows, columns, and the row and column of its first token.
 REFERENCES = {
     "at one place": [(4, 5, 0, 0), (4, 5, 0, 0)],
     "at one place, of other sizes": [(4, 5, 0, 0), (3, 8, 0, 0), (6, 2, 0, 0)],
@@ -46,7 +46,7 @@ def test_references_under_one_number(family, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_references(dtype):
-    """Rows and columns past 256, which bfloat16 cannot tell apart."""
+    """Rows and columns above 256, which bfloat16 rounds to the same number."""
     references = [(300, 4, 0, 0), (300, 4, 0, 0), (3, 290, 0, 0)]
     transformer = FLUX.transformer()
     ids = number(torch.zeros(63, 3), references, dtype)

@@ -1,4 +1,4 @@
-"""What a tensor says is read once, as long as it is the same tensor with the same values."""
+"""The values of a tensor are read once, as long as it is the same tensor with the same values."""
 
 import gc
 
@@ -38,7 +38,7 @@ def test_an_equal_tensor_is_read_on_its_own():
     assert len(read) == 3
 
 
-def test_tensors_of_inference_mode_are_not_remembered():
+def test_tensors_of_inference_mode_are_not_cached():
     once, _ = counted()
     with torch.inference_mode():
         tensor = torch.ones(3)
@@ -56,7 +56,7 @@ def test_only_the_last_sixteen_are_kept():
     assert len(once.recent) == 16
 
 
-def test_writing_through_numpy_is_noticed():
+def test_writes_through_numpy_are_noticed():
     once, read = counted()
     tensor = torch.ones(3)
     assert once(tensor) == 3
