@@ -108,8 +108,7 @@ def compile_kernel(
     source = ASTSource(
         fn=kernel, signature=types, constexprs=fixed, attrs={(n,): [["tt.divisibility", 16]] for n in aligned}
     )
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    found = triton.compile(source, target=target, options=options)
+    found = triton.compile(source, target=target, options=chosen.options)
     read = _read_nvidia if target.backend == "cuda" else _read_amd
     return read(found)
 

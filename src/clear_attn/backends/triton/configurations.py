@@ -21,15 +21,29 @@ class Configuration(NamedTuple):
         rows: the rows of a program, 128 or 64.
         columns: the keys, or for the gradients of keys the queries, of one step of a loop: 64, 32 or 16.
         warps, stages: Triton's `num_warps` and `num_stages`.
+        most_registers: Triton's `maxnreg`, the limit of registers per thread; None leaves it to the compiler.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    most_registers: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages"
+        limit = "" if self.most_registers is None else f", {self.most_registers} registers"
+        return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages{limit}"
+
+    @property
+    def key(self) -> str:
+        """The numbers, joined by hyphens, as in the names of the benchmark's variants."""
+        return "-".join(str(number) for number in self if number is not None)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The options that Triton compiles a kernel with."""
+        limit = {} if self.most_registers is None else {"maxnreg": self.most_registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 Table = dict[str, dict[int, Configuration]]
@@ -59,14 +73,14 @@ _AMPERE_80: Table = {
     },
 }
 _HOPPER: Table = {
-    "forward": {128: Configuration(128, 64, 8, 3), 256: Configuration(128, 32, 8, 2)},
-    "query_gradient": {128: Configuration(128, 64, 8, 2), 256: Configuration(128, 32, 8, 2)},
-    "key_gradients": {128: Configuration(128, 32, 8, 2), 256: Configuration(64, 16, 8, 1)},
-    "shared_key_gradients": {128: Configuration(128, 32, 8, 2), 256: Configuration(64, 16, 8, 1)},
+    "forward": {128: Configuration(128, 64, 8, 3, 128), 256: Configuration(128, 32, 8, 2)},
+    "query_gradient": {128: Configuration(64, 64, 4, 2), 256: Configuration(128, 32, 8, 2)},
+    "key_gradients": {128: Configuration(64, 64, 4, 2), 256: Configuration(64, 16, 8, 1)},
+    "shared_key_gradients": {128: Configuration(64, 64, 4, 2), 256: Configuration(64, 16, 8, 1)},
 }
 _BLACKWELL: Table = {
-    "forward": _HOPPER["forward"],
-    "query_gradient": _HOPPER["query_gradient"],
+    "forward": {128: Configuration(128, 64, 8, 3), 256: Configuration(128, 32, 8, 2)},
+    "query_gradient": {128: Configuration(128, 64, 8, 2), 256: Configuration(128, 32, 8, 2)},
     "key_gradients": {
         64: Configuration(128, 32, 8, 2),
         128: Configuration(64, 32, 8, 2),

@@ -22,10 +22,21 @@ LEAST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def _places(pointer, rows, stride, BLOCK_D: tl.constexpr):
+    """Return pointers `[n, BLOCK_D]` to rows by their positions. The stride is a multiple of 16.
+
+    Products of 32 bits count 16 elements each, so they reach 128 GiB of half precision with fewer instructions than
+    products of 64 bits.
+    """
+    sixteens = rows.to(tl.uint32) * (stride // 16)
+    return pointer + (sixteens.to(tl.int64) * 16)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
 def _load_rows(pointer, rows, stride, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Load rows `[n, BLOCK_D]` by their positions; offsets are 64-bit."""
+    """Load rows `[n, BLOCK_D]` by their positions."""
     dims = tl.arange(0, BLOCK_D)
-    places = pointer + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    places = _places(pointer, rows, stride, BLOCK_D)
     if MASK_ROWS:
         return tl.load(places, mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     if HEAD_DIM == BLOCK_D:
@@ -36,7 +47,7 @@ def _load_rows(pointer, rows, stride, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 @triton.jit
 def _store_rows(pointer, rows, stride, valid, values, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     dims = tl.arange(0, BLOCK_D)
-    places = pointer + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    places = _places(pointer, rows, stride, BLOCK_D)
     tl.store(places, values.to(pointer.dtype.element_ty), mask=valid[:, None] & (dims < HEAD_DIM)[None, :])
 
 

@@ -58,7 +58,7 @@ class Call(NamedTuple):
     """The arguments that all kernels of a call share.
 
     Attributes:
-        query, key, value: `[batch, heads, tokens, head_dim]`, with any strides but contiguous channels.
+        query, key, value: `[batch, heads, tokens, head_dim]`, with contiguous channels and rows a multiple of 16 apart.
         key_bias: the bias on the scaled scores, float32 `[batch, keys]`, or None.
         shift: the query at row r is row r + shift of the output, its gradient and the log-sum-exp.
         scale: the factor of the scores, above 0.
@@ -73,7 +73,7 @@ class Call(NamedTuple):
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, shift: int, scale: float) -> Call:
-        query, key, value = (_with_dense_channels(x) for x in (query, key, value))
+        query, key, value = (_with_aligned_rows(x) for x in (query, key, value))
         return cls(query, key, value, None if key_bias is None else key_bias.float().contiguous(), shift, scale)
 
     @property
@@ -160,7 +160,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value; `delta` is `[batch, heads, tokens]`, as the log-sum-exp."""
     call = Call.of(query, key, value, key_bias, shift, scale)
-    upstream = Upstream(_with_dense_channels(output_gradient).transpose(1, 2), lse, delta)
+    upstream = Upstream(_with_aligned_rows(output_gradient.transpose(1, 2)), lse, delta)
     gradients = _new_gradients(query, key, value)
     launch_query_gradient(call, KeyLists(*key_lists), upstream, gradients[0])
     launch_key_gradients(call, KeyLists(*query_lists), upstream, gradients[1], gradients[2])
@@ -222,8 +222,9 @@ def _new_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     return of_query, of_key, of_value
 
 
-def _with_dense_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _with_aligned_rows(x: Tensor) -> Tensor:
+    """Return a tensor whose channels are contiguous and whose rows are a multiple of 16 apart, as models make them."""
+    return x if x.stride(-1) == 1 and x.stride(-2) % 16 == 0 else x.contiguous()
 
 
 class Upstream(NamedTuple):
@@ -325,11 +326,10 @@ def _launch(name: str, call: Call, tiles_and_heads: tuple[int, int], *arguments:
     tiles, heads = tiles_and_heads
     grid = tiles * (TILE_ROWS // chosen.rows), heads, call.query.shape[0]
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     try:
         with on_device:
             fixed = constants(chosen, head_dim, call.key_bias is not None)
-            getattr(load_kernels(), name)[grid](*arguments, **fixed, **options)
+            getattr(load_kernels(), name)[grid](*arguments, **fixed, **chosen.options)
     except Exception as error:
         raise RuntimeError(
             f"the Triton kernel {name!r} failed on {found} with {chosen}, head_dim {head_dim}: {error}; use "

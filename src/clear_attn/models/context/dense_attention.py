@@ -18,16 +18,15 @@ def dense_attention(backend: Any = None) -> DenseAttention:
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-        name = backend or active_attention_backend()
         # diffusers calls FlexAttention without compiling it, which would store all scores.
-        if name == AttentionBackendName.FLEX:
-            name = AttentionBackendName.NATIVE
+        is_flex = (backend or active_attention_backend()) == AttentionBackendName.FLEX
         output: Tensor = dispatch_attention_fn(
             *(x.transpose(1, 2) for x in (query, key, value)),
             attn_mask=bias if bias is None else bias.to(query.dtype),
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
-            backend=name,
+            # torch 2.11 cannot trace diffusers' lookup of a name on Python 3.12, so the default is not named.
+            backend=AttentionBackendName.NATIVE if is_flex else backend,
         )
         return output.transpose(1, 2)
 

@@ -22,8 +22,8 @@ from clear_attn.tools.bench.raster import raster_attention
 
 TITLE = "one attention"
 BACKENDS = tuple(name for name in selection.BACKENDS if name != "reference")  # which is not meant to be fast
-# Other configurations of the fused kernel, forward, by their rows, columns, warps and stages.
-CANDIDATES = {"triton-" + "-".join(map(str, each)): each for each in configurations.CANDIDATES["forward"]}
+# Other configurations of the fused kernel, forward, by their rows, columns, warps, stages and registers.
+CANDIDATES = {f"triton-{each.key}": each for each in configurations.CANDIDATES["forward"]}
 VARIANTS = ("dense", "dense-pooled", "raster-flex", *BACKENDS, *CANDIDATES)
 MAX_ERRORS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 KERNELS = {

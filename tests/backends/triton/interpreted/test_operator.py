@@ -111,7 +111,7 @@ def test_a_region_of_local_queries_with_a_halo():
     "method", [methods.Swin(8), methods.Swin(7).for_layer(1), methods.Strided(2), methods.Strided(3)], ids=str
 )
 def test_partitions(method):
-    layout = TokenLayout([(18, 21)], 66)
+    layout = TokenLayout([(18, 21)], 66, device=DEVICE)
     plan = method.plan(layout)
     label = plan._label
     mask = torch.from_numpy(np.equal.outer(label, label))
@@ -174,6 +174,6 @@ class TestErrors:
                 raise MemoryError("out of resource: shared memory")
 
         monkeypatch.setattr(operator, "load_kernels", Broken)
-        match = "'forward' failed on sm_90 with 128x64, 8 warps, 3 stages, head_dim 16: out of resource"
+        match = "'forward' failed on sm_90 with 128x64, 8 warps, 3 stages, 128 registers, head_dim 16: out of resource"
         with pytest.raises(RuntimeError, match=match):
             clear_attention(*random_inputs(52), plan_of((5, 9)), backend="triton")
