@@ -70,11 +70,10 @@ def test_restore_gives_back_weights_image_and_memory():
     assert np.array_equal(draw(pipe), expected)
 
 
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_compiled_blocks(mode):
+def test_compiled_blocks():
     pipe = linearized(torch.bfloat16)
     expected = draw(pipe)
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, mode=mode)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
     assert np.abs(draw(pipe) - expected).mean() < 1
     assert np.abs(draw(pipe, height=128) - draw(linearized(torch.bfloat16), height=128)).mean() < 1
 

@@ -73,8 +73,8 @@ _AMPERE_80: Table = {
     },
 }
 _HOPPER: Table = {
-    "forward": {128: Configuration(128, 64, 8, 3, 128), 256: Configuration(128, 32, 8, 2)},
-    "query_gradient": {128: Configuration(64, 64, 4, 2), 256: Configuration(128, 32, 8, 2)},
+    "forward": {128: Configuration(128, 64, 8, 2, 128), 256: Configuration(128, 32, 8, 2)},
+    "query_gradient": {128: Configuration(128, 32, 8, 2, 128), 256: Configuration(128, 32, 8, 2)},
     "key_gradients": {128: Configuration(64, 64, 4, 2), 256: Configuration(64, 16, 8, 1)},
     "shared_key_gradients": {128: Configuration(64, 64, 4, 2), 256: Configuration(64, 16, 8, 1)},
 }
@@ -115,8 +115,8 @@ INTERPRETED = "sm_90"
 
 # Other configurations to measure against the chosen ones.
 CANDIDATES: dict[str, tuple[Configuration, ...]] = {
-    "forward": (Configuration(128, 64, 8, 2), Configuration(64, 64, 4, 3), Configuration(128, 32, 8, 3)),
-    "query_gradient": (Configuration(128, 32, 8, 2), Configuration(64, 64, 4, 2)),
+    "forward": (Configuration(128, 64, 8, 3, 128), Configuration(128, 64, 8, 3), Configuration(64, 64, 4, 3)),
+    "query_gradient": (Configuration(128, 64, 8, 2), Configuration(64, 64, 4, 2)),
     "key_gradients": (Configuration(128, 64, 8, 2), Configuration(64, 32, 4, 2)),
     "shared_key_gradients": (Configuration(128, 64, 8, 2), Configuration(64, 32, 4, 2)),
 }

@@ -8,7 +8,7 @@ from tests.backends.triton.interpreted.cases import DEVICE
 
 def test_the_operation_with_the_fused_kernel_and_another_configuration(tmp_path):
     file = tmp_path / "rows.json"
-    names = ["triton", "triton-128-32-8-3"]
+    names = ["triton", "triton-64-64-4-3"]
     options = ["--grid", "9x18", "--window", "4", "--text", "5", "--heads", "1", "--head-dim", "16", "--runs", "1"]
     options += ["--device", DEVICE.type, "--dtype", "float16", "--json", str(file)]
     result = CliRunner().invoke(app, ["bench", *options, *(f"--variant={name}" for name in names)])

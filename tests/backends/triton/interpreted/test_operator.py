@@ -174,6 +174,6 @@ class TestErrors:
                 raise MemoryError("out of resource: shared memory")
 
         monkeypatch.setattr(operator, "load_kernels", Broken)
-        match = "'forward' failed on sm_90 with 128x64, 8 warps, 3 stages, 128 registers, head_dim 16: out of resource"
+        match = "'forward' failed on sm_90 with 128x64, 8 warps, 2 stages, 128 registers, head_dim 16: out of resource"
         with pytest.raises(RuntimeError, match=match):
             clear_attention(*random_inputs(52), plan_of((5, 9)), backend="triton")
