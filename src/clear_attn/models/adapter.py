@@ -148,9 +148,12 @@ class ModelAdapter(abc.ABC):
         described = {}
         for name, attn in self.attention_layers(transformer).items():
             has_text = self.has_text(transformer, name)
-            head_dim = attn.inner_dim // attn.heads
-            described[name] = Layer(name, next(counters[has_text]), has_text, attn.heads, head_dim)
+            described[name] = Layer(name, next(counters[has_text]), has_text, *self.heads_of(attn))
         return described
+
+    def heads_of(self, attn: Any) -> tuple[int, int]:
+        """Return the number of query heads of a layer, and the channels per head."""
+        return attn.heads, attn.inner_dim // attn.heads
 
     def make_processor(self, original: Any, method: Method, layer: Layer, group: int) -> ClearAttnProcessor:
         """Return the processor that replaces a layer's original one."""
@@ -258,6 +261,10 @@ class ModelAdapter(abc.ABC):
         """Return the transformer's output in raster order."""
 
     # The model
+
+    def output_layer(self, transformer: Any) -> nn.Module | None:
+        """Return the last module, whose output has a row per image token, or None if the model has no such module."""
+        return getattr(transformer, "proj_out", None)
 
     def rotary_embedding(self, transformer: Any) -> Any | None:
         """Return the module of the rotary embedding, which reads its `theta` in each call, or None."""

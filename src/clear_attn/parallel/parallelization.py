@@ -50,8 +50,8 @@ def parallelize(
         pipe = clear.parallelize(clear.linearize(pipe, window=8))
         image = pipe(prompt, height=8192, width=8192, generator=torch.Generator().manual_seed(0)).images[0]
     """
-    transformer, _ = find_transformer(pipe)
-    if not hasattr(transformer, "proj_out"):
+    transformer, adapter = find_transformer(pipe)
+    if adapter.output_layer(transformer) is None:
         raise TypeError(
             f"a {type(transformer).__name__} cannot be split over ranks; give the pipeline or its transformer. "
             "ControlNets run whole on every rank"

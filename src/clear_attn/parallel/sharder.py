@@ -94,7 +94,8 @@ class RankSharder:
         """Return hooks that take the rank's tokens where the model permutes, and gather all after the last layer."""
         inside = [(inner.module, TAKE.get(inner.hook)) for inner in adapter.inner_hooks(transformer)]
         entrances = [InnerHook(module, take) for module, take in inside if take]
-        return [*entrances, InnerHook(transformer.proj_out, self.gather)]
+        last: Any = adapter.output_layer(transformer)  # `parallelize` refuses a model without one
+        return [*entrances, InnerHook(last, self.gather)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
