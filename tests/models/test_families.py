@@ -14,7 +14,8 @@ import clear_attn as clear
 from clear_attn.backends import attention, flex, tiled
 from clear_attn.backends import reference as dense
 from clear_attn.core.layout import grid_permutation
-from clear_attn.models import adapter_for, flux
+from clear_attn.models import adapter_for
+from clear_attn.models.parsing import position_ids
 from clear_attn.patching import plan_cache
 from clear_attn.patching.target import entry_hook_of
 from tests.helpers import hardware
@@ -214,9 +215,9 @@ def test_caches_and_compilations_are_bounded(family, transformer, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
     assert len(entry_hook_of(transformer).cache._layouts) <= plan_cache.LAYOUTS
     assert len(entry_hook_of(transformer).cache._plans) <= 2 * plan_cache.LAYOUTS
-    assert len(flux._read_ids.recent) <= 16
+    assert len(position_ids.read_ids.recent) <= 16
     gc.collect()
-    dead = [reference for reference, *_ in flux._read_ids.recent if reference() is not None]
+    dead = [reference for reference, *_ in position_ids.read_ids.recent if reference() is not None]
     assert not dead
 
 
@@ -237,7 +238,7 @@ def test_another_default_device(family, transformer):
     expected = run(transformer, call)
     forget_plans(transformer)
     grid_permutation.cache_clear()
-    flux._read_ids.recent.clear()
+    position_ids.read_ids.recent.clear()
     with torch.device("meta"):
         assert torch.equal(run(transformer, call), expected)
 

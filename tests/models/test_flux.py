@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import clear_attn as clear
-from clear_attn.models import flux
+from clear_attn.models.parsing import position_ids
 from tests.helpers import dummy_models, families, hardware
 from tests.helpers.reference_model import in_raster_order, run
 
@@ -67,13 +67,13 @@ class TestIds:
     def test_rounded_ids_are_reconstructed(self):
         ids = dummy_models.image_ids((2, 600))
         assert ids.bfloat16().float()[:, 2].unique().numel() < 600
-        positions = flux._parse_ids(ids.bfloat16())
+        positions = position_ids._parse_ids(ids.bfloat16())
         assert positions.grids == ((2, 600),)
         assert torch.equal(positions.exact, ids)
 
     def test_other_positions_are_not_reconstructed(self):
-        assert flux._parse_ids((dummy_models.image_ids((4, 6)) * 1.5).bfloat16()).exact is None
-        assert flux._parse_ids(dummy_models.image_ids((4, 6))).exact is None
+        assert position_ids._parse_ids((dummy_models.image_ids((4, 6)) * 1.5).bfloat16()).exact is None
+        assert position_ids._parse_ids(dummy_models.image_ids((4, 6))).exact is None
 
     def test_batched_ids(self, transformer):
         call = families.FLUX.call(transformer, (4, 6))
@@ -83,9 +83,9 @@ class TestIds:
 
     def test_a_changed_tensor_is_read_again(self):
         ids = dummy_models.image_ids((4, 6))
-        assert flux._read_ids(ids).grids == ((4, 6),)
+        assert position_ids.read_ids(ids).grids == ((4, 6),)
         ids.copy_(dummy_models.image_ids((6, 4)))
-        assert flux._read_ids(ids).grids == ((6, 4),)
+        assert position_ids.read_ids(ids).grids == ((6, 4),)
 
     def test_under_inference_mode(self, transformer):
         clear.linearize(transformer, 3, weights=None)
@@ -104,7 +104,7 @@ class TestIds:
     )
     def test_refuses_ids_without_a_grid(self, ids, words):
         with pytest.raises(ValueError, match=words):
-            flux._read_ids(ids)
+            position_ids.read_ids(ids)
 
     def test_refuses_a_call_without_ids(self, transformer):
         clear.linearize(transformer, 3, weights=None)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
 from clear_attn.models.adapter import Architecture, Call, HighresPipelines, ModelAdapter
 from clear_attn.models.class_names import is_instance
-from clear_attn.models.parsing.tensor_cache import ReadOnce
+from clear_attn.models.parsing.position_ids import read_ids
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.models.training import TrainingAdapter
 
@@ -83,7 +82,7 @@ class Flux(ModelAdapter):
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         if kwargs.get("img_ids") is None:
             raise ValueError("img_ids must give each image token's position, got None; pass them as the pipeline does")
-        grids = _read_ids(kwargs["img_ids"]).grids
+        grids = read_ids(kwargs["img_ids"]).grids
         tokens = sum(height * width for height, width in grids)
         if hidden_states.shape[1] != tokens:
             raise ValueError(
@@ -95,7 +94,7 @@ class Flux(ModelAdapter):
 
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         ids = kwargs["img_ids"]
-        exact = _read_ids(ids).exact
+        exact = read_ids(ids).exact
         ids = (ids[0] if ids.ndim == 3 else ids) if exact is None else exact
         return {
             **self.permute_residuals(kwargs, layout),
@@ -112,72 +111,3 @@ class Flux(ModelAdapter):
 
     def rotary_embedding(self, transformer: Any) -> Any | None:
         return transformer.pos_embed
-
-
-# The largest integer up to which bfloat16 represents all integers.
-EXACT_INTEGERS = 256
-
-
-class _Positions(NamedTuple):
-    """The grids in `img_ids`, and the ids in float32 if their dtype is too coarse for integers."""
-
-    grids: tuple[Grid, ...]
-    exact: Tensor | None
-
-
-def _parse_ids(ids: Tensor) -> _Positions:
-    if ids.ndim not in (2, 3) or ids.shape[-1] < 3 or ids.numel() == 0:
-        raise ValueError(
-            f"img_ids must be [image tokens, 3 or more], the image's number, row, column, got {list(ids.shape)}; "
-            "pass them as diffusers' pipeline does"
-        )
-    values = (ids[0] if ids.ndim == 3 else ids).detach().to("cpu", torch.float32)
-    coarse = ids.dtype in (torch.bfloat16, torch.float16)
-    _, lengths = torch.unique_consecutive(values[:, 0], return_counts=True)
-    grids, regular = [], []
-    for part, width in (found for image in values.split(lengths.tolist()) for found in _find_grids(image, coarse)):
-        height = len(part) // width
-        grids.append((height, width))
-        rows, columns = (
-            torch.arange(n, device="cpu") + first for n, first in zip((height, width), part[0, 1:3], strict=True)
-        )
-        regular.append(torch.cat([part[:, :1], torch.cartesian_prod(rows, columns), part[:, 3:]], dim=1))
-    exact = torch.cat(regular)
-    # Replace the ids only if rounding the exact ones gives them; leave other positions as they are.
-    rounded = coarse and torch.equal(exact.to(ids.dtype).float(), values)
-    return _Positions(tuple(grids), exact.to(ids.device) if rounded else None)
-
-
-_read_ids = ReadOnce(_parse_ids)
-
-
-def _find_grids(ids: Tensor, coarse: bool) -> list[tuple[Tensor, int]]:
-    """Return the ids and the number of columns of each image among ids with the same image number.
-
-    Several reference images may share a number, at different positions or at the same one.
-    """
-    # The first row has a unique number, even where bfloat16 rounds others to the same value.
-    width = int((ids[:, 1] == ids[0, 1]).sum())
-    grid = torch.cartesian_prod(ids[::width, 1], ids[:width, 2])
-    if torch.equal(ids[:, 1:3], grid) and (ids[:, 3:] == ids[0, 3:]).all():
-        return [(ids, width)]
-    ends = (ids[1:, 1] != ids[:-1, 1]) | (ids[1:, 2] < ids[:-1, 2])
-    rows = ids.tensor_split((ends.nonzero().flatten() + 1).tolist())
-    images: list[list[Tensor]] = []
-    for row in rows:
-        if images and _continues(images[-1][-1], row, coarse):
-            images[-1].append(row)
-        else:
-            images.append([row])
-    if any(len(image) < 2 or len(image[0]) < 2 for image in images):  # single rows would match any order of tokens
-        raise ValueError(
-            f"img_ids must number the tokens of each image row by row; {len(ids)} of them with the first number "
-            f"{ids[0, 0].item():g} are no grid of {len(rows[0])} columns; pass them as diffusers' pipeline does"
-        )
-    return [(torch.cat(image), len(image[0])) for image in images]
-
-
-def _continues(above: Tensor, row: Tensor, coarse: bool) -> bool:
-    """Return whether a row of ids is the next one of the same image."""
-    collides = coarse and bool(row[0, 1] == above[0, 1] >= EXACT_INTEGERS)
-    return torch.equal(row[:, 2:], above[:, 2:]) and (collides or bool(row[0, 1] > above[0, 1]))
