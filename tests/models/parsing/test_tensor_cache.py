@@ -19,6 +19,14 @@ def test_a_tensor_is_read_once():
     assert len(read) == 1
 
 
+def test_a_tensor_read_in_another_way_is_read_again():
+    read = []
+    once = ReadOnce(lambda tensor, power: read.append(power) or tensor.pow(power).sum().item())
+    tensor = torch.full((3,), 2.0)
+    assert [once(tensor, power) for power in (1, 2, 1, 2)] == [6, 12, 6, 12]
+    assert read == [1, 2]
+
+
 def test_a_tensor_that_was_written_to_is_read_again():
     once, read = counted()
     tensor = torch.ones(3)
