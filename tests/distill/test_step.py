@@ -23,10 +23,11 @@ from clear_attn.distill.student import (
     student_parameters,
     student_values,
 )
-from clear_attn.models import training_adapter_for
+from clear_attn.models import adapter_for, training_adapter_for
 from clear_attn.weights.parameters import POOLED, replaced_parameters
 from tests.helpers import families
 from tests.helpers.reference_model import run
+from tests.helpers.snapshots import layers_of
 from tests.helpers.training_runs import training_batch
 
 
@@ -53,9 +54,8 @@ def perturb(parameters):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
 
 
-def as_role(role, call, outputs=None):
-    name = "attention_kwargs" if "img_shapes" in call else "joint_attention_kwargs"
-    return {**call, name: keywords(role, outputs)}
+def as_role(role, transformer, call, outputs=None):
+    return {**call, adapter_for(transformer).keywords: keywords(role, outputs)}
 
 
 def batch_for(transformer):
@@ -67,7 +67,7 @@ def batch_for(transformer):
 def step(transformer, weights=PAPER, matched=None, wrap=lambda module: module):
     training = training_adapter_for(transformer)
     batch, noise, sigma = batch_for(transformer)
-    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    layers = list(layers_of(transformer))
     matched = training.matched_layers(layers) if matched is None else matched
     return distillation_losses(
         wrap(transformer), training, batch, noise, sigma, weights=weights, matched=matched, guidance=None
@@ -80,7 +80,7 @@ def test_the_teacher_is_the_original_model(family, factor):
     transformer, parameters = with_student(family, factor)
     perturb(parameters)
     torch.testing.assert_close(
-        run(transformer, as_role(TEACHER, call)), run(family.transformer(), call), atol=1e-5, rtol=0
+        run(transformer, as_role(TEACHER, transformer, call)), run(family.transformer(), call), atol=1e-5, rtol=0
     )
 
 
@@ -90,7 +90,8 @@ def test_the_student_starts_as_the_linearized_model(family, factor, options):
     call = family.call(family.transformer(), (9, 13))
     plain = clear.linearize(family.transformer(), 3, factor, weights=None)
     transformer, _ = with_student(family, factor, **options)
-    torch.testing.assert_close(run(transformer, as_role(STUDENT, call)), run(plain, call), atol=1e-6, rtol=0)
+    output = run(transformer, as_role(STUDENT, transformer, call))
+    torch.testing.assert_close(output, run(plain, call), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 2}])
@@ -99,7 +100,7 @@ def test_what_was_trained_loads(family, factor, options, tmp_path):
     transformer, parameters = with_student(family, factor, **options)
     perturb(parameters)
     call = family.call(transformer, (9, 13))
-    expected = run(transformer, as_role(STUDENT, call))
+    expected = run(transformer, as_role(STUDENT, transformer, call))
     save_file(
         {name: value.contiguous() for name, value in student_values(transformer).items()}, tmp_path / "w.safetensors"
     )
@@ -109,7 +110,7 @@ def test_what_was_trained_loads(family, factor, options, tmp_path):
 
 def test_only_the_student_is_trained(family):
     transformer, parameters = with_student(family, 2)
-    layers = {name.removesuffix(".processor"): None for name in transformer.attn_processors}
+    layers = list(layers_of(transformer))
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     step(transformer).total.backward()
@@ -159,13 +160,13 @@ def test_the_losses_of_a_step(family):
     perturb(parameters)
     training = training_adapter_for(transformer)
     batch, noise, sigma = batch_for(transformer)
-    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    layers = list(layers_of(transformer))
     found = step(transformer, Weights(2.0, 3.0, 5.0), layers)
     noisy = torch.stack([(1 - s) * x + s * n for x, n, s in zip(batch.latents, noise, sigma, strict=True)])
     call = training.training_call(noisy, sigma, batch.text, None)
     outputs = {role: Outputs(layers) for role in (TEACHER, STUDENT)}
-    student = run(transformer, as_role(STUDENT, call, outputs[STUDENT]))
-    teacher = run(transformer, as_role(TEACHER, call, outputs[TEACHER]))
+    student = run(transformer, as_role(STUDENT, transformer, call, outputs[STUDENT]))
+    teacher = run(transformer, as_role(TEACHER, transformer, call, outputs[TEACHER]))
     target = training.pack(noise) - training.pack(batch.latents)
     torch.testing.assert_close(found.flow_matching, ((student - target) ** 2).mean())
     torch.testing.assert_close(found.prediction, ((student - teacher) ** 2).mean())
@@ -189,7 +190,7 @@ def test_wrappers_that_copy_the_arguments_of_a_call():
 
     transformer, parameters = with_student(families.FLUX)
     perturb(parameters)
-    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
+    layers = list(layers_of(transformer))
     expected = step(transformer, matched=layers)
     assert expected.attention > 0
     cast = lambda call: tree_map(lambda value: value, call)  # noqa: E731
@@ -209,7 +210,7 @@ def test_the_recorded_attention_is_that_of_the_model():
     run(original, call)
     layer = "single_transformer_blocks.1.attn"
     outputs = Outputs([layer])
-    run(transformer, as_role(TEACHER, call, outputs))
+    run(transformer, as_role(TEACHER, transformer, call, outputs))
     order = clear.TokenLayout([(9, 13)], 7).permutation
     expected = torch.cat([seen[0][:, :7], seen[0][:, 7:][:, order]], dim=1)
     torch.testing.assert_close(outputs.by_layer[layer], expected, atol=1e-5, rtol=0)
@@ -234,11 +235,11 @@ def test_which_layers_are_compared():
 def test_a_deep_copy_is_an_independent_student():
     transformer, _ = with_student(families.FLUX)
     call = families.FLUX.call(transformer, (5, 8))
-    before = run(transformer, as_role(STUDENT, call))
+    before = run(transformer, as_role(STUDENT, transformer, call))
     twin = copy.deepcopy(transformer)
     perturb(student_parameters(twin).values())
-    assert torch.equal(run(transformer, as_role(STUDENT, call)), before)
-    assert not torch.equal(run(twin, as_role(STUDENT, call)), before)
+    assert torch.equal(run(transformer, as_role(STUDENT, transformer, call)), before)
+    assert not torch.equal(run(twin, as_role(STUDENT, twin, call)), before)
 
 
 def test_refusals():

@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 
+import diffusers
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
@@ -67,6 +68,23 @@ SD3_CONFIG = {
     "pos_embed_max_size": 72,
     "dual_attention_layers": (0,),
     "qk_norm": "rms_norm",
+}
+KREA2_CONFIG = {
+    "in_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "timestep_embed_dim": 16,
+    "text_hidden_dim": 12,
+    "num_text_layers": 3,
+    "text_num_attention_heads": 2,
+    "text_num_key_value_heads": 1,
+    "text_intermediate_size": 20,
+    "num_layerwise_text_blocks": 1,
+    "num_refiner_text_blocks": 1,
+    "axes_dims_rope": (2, 2, 4),
 }
 DIT_CONFIG = {
     "sample_size": 16,
@@ -254,6 +272,36 @@ def dit_call(transformer, grid, text=0, batch=1, seed=0, controlnet=False):
         "timestep": torch.arange(batch) * 100 + 50,
         "class_labels": torch.arange(batch) + 3,
     }
+
+
+def randomize(transformer, seed=6):
+    """Add random values to every parameter: those that start at zero, such as gates and modulations, hide errors."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    return transformer
+
+
+def krea2_transformer(**changes):
+    """A random Krea 2 of three blocks, 4 query heads of 8 that share 2 key heads."""
+    torch.manual_seed(1)
+    return randomize(diffusers.Krea2Transformer2DModel(**{**KREA2_CONFIG, **changes}).eval())
+
+
+def krea2_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False, padded=(), dtype=torch.bool):
+    """Keywords of a forward call with random values; `padded` tells how much of each text is padding."""
+    random, config, (height, width) = _random(seed), transformer.config, grid
+    call = {
+        "hidden_states": random(batch, height * width, config.in_channels),
+        "encoder_hidden_states": random(batch, text, config.num_text_layers, config.text_hidden_dim),
+        "timestep": torch.full((batch,), 0.7),
+        "position_ids": torch.cat([torch.zeros(text, 3), image_ids(grid)]),
+        "encoder_attention_mask": None,
+    }
+    if padded:
+        call["encoder_attention_mask"] = (torch.arange(text) < text - torch.tensor(padded)[:, None]).to(dtype)
+    return call
 
 
 @functools.cache

@@ -119,7 +119,17 @@ DIT = Family(
     lora=False,
     timestep_of_sigma_1=None,
 )
-ALL = {"flux": FLUX, "sd3": SD3, "flux2": FLUX2, "qwen": QWEN, "chroma": CHROMA, "dit": DIT}
+KREA2 = Family(
+    dummy_models.krea2_transformer,
+    [{}, {"num_key_value_heads": 1}],
+    dummy_models.krea2_call,
+    layers=3,
+    padding=True,
+    fused=False,
+    training=True,
+    first_version=(0, 39),
+)
+ALL = {"flux": FLUX, "sd3": SD3, "flux2": FLUX2, "qwen": QWEN, "chroma": CHROMA, "dit": DIT, "krea2": KREA2}
 FAMILIES = {name: family for name, family in ALL.items() if family.first_version <= diffusers_version()}
 # Text first and text last, reference images, two-dimensional latents: enough if the model makes no difference.
 USUAL = ("flux", "sd3")

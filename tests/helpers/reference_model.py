@@ -34,13 +34,16 @@ class RasterProcessor(torch.nn.Module):
         self.called, self.heads_first = attention_of(original)
         self.__call__ = original.__call__  # never called: layers read the accepted arguments from its signature
 
+    def split(self, query, *others):
+        """Return query, key and value with heads first, as many of each."""
+        query, *others = (query, *others) if self.heads_first else [x.transpose(1, 2) for x in (query, *others)]
+        return query, *(x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in others)
+
     def attend(self, query, key, value, attn_mask=None, **kwargs):
-        if key.shape != query.shape:  # the few tokens of an IP-Adapter
-            return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
         grids, *rule = self.rule
-        qkv = query, key, value
-        if not self.heads_first:
-            qkv = [x.transpose(1, 2) for x in qkv]
+        qkv = self.split(query, key, value)
+        if qkv[0].shape != qkv[1].shape:  # the few tokens of an IP-Adapter
+            return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
         text = qkv[0].shape[2] - sum(height * width for height, width in grids)
         # The reference has text first.
         shift = 0 if self.text_first else text
@@ -86,10 +89,10 @@ class RuledProcessor(RasterProcessor):
     """An original processor with the rule of a method instead of softmax attention."""
 
     def attend(self, query, key, value, attn_mask=None, **kwargs):
-        if key.shape != query.shape:  # the few tokens of an IP-Adapter
-            return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
         grid, rule, own = self.rule
-        qkv = (query, key, value) if self.heads_first else [x.transpose(1, 2) for x in (query, key, value)]
+        qkv = self.split(query, key, value)
+        if qkv[0].shape != qkv[1].shape:  # the few tokens of an IP-Adapter
+            return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
         text = qkv[0].shape[2] - grid[0] * grid[1]
         shift = 0 if self.text_first else text
         query, key, value = (x.roll(shift, 2) for x in qkv)

@@ -58,7 +58,9 @@ def training_batch(transformer, grid, batch=2, seed=3):
     rng = torch.Generator().manual_seed(seed)
     config, packed = transformer.config, "SD3" not in type(transformer).__name__
     channels = config.in_channels // (4 if packed else 1)
-    text = {"text": torch.randn(batch, 5, config.joint_attention_dim, generator=rng)}
+    krea2 = "num_text_layers" in config
+    shape = (config.num_text_layers, config.text_hidden_dim) if krea2 else (config.joint_attention_dim,)
+    text = {"text": torch.randn(batch, 5, *shape, generator=rng)}
     if "pooled_projection_dim" in config:
         text["pooled"] = torch.randn(batch, config.pooled_projection_dim, generator=rng)
     else:

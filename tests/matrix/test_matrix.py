@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import clear_attn as clear
 from clear_attn.weights.parameters import POOLED, copy_values
 from tests.helpers.reference_model import put_in_raster_order
-from tests.helpers.snapshots import checkpoint_for, snapshot
+from tests.helpers.snapshots import checkpoint_for, layers_of, snapshot
 from tests.matrix.columns import BEFORE, COLUMNS
 from tests.matrix.operations import Cell, nothing
 from tests.matrix.page import PAGE, notes, sections, tables
@@ -39,8 +39,7 @@ def distilled(transformer):
     """Return random weights, with the same pooled weight in all layers."""
     values = checkpoint_for(transformer)
     shape = (1, 1, 1, FACTOR, 1, FACTOR, 1)
-    layers = [name.removesuffix(".processor") for name in transformer.attn_processors]
-    return values, {layer + POOLED: pooled_weight().view(shape) for layer in layers}
+    return values, {layer + POOLED: pooled_weight().view(shape) for layer in layers_of(transformer)}
 
 
 def assert_untouched(transformer, before):
@@ -59,8 +58,7 @@ def draw_reference(cell, column, operation, call):
     pipe = cell.row.pipeline()
     transformer = pipe.transformer
     if column.trained:
-        layers = {name.removesuffix(".processor"): None for name in transformer.attn_processors}
-        copy_values(distilled(transformer)[0], {name: transformer.get_submodule(name) for name in layers})
+        copy_values(distilled(transformer)[0], layers_of(transformer))
     pipe = operation(pipe, cell) or pipe
     weight = pooled_weight() if column.trained else None
     put_in_raster_order(pipe.transformer, cell.row.grids, clear.methods.Clear(WINDOW, FACTOR), weight)

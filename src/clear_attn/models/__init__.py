@@ -11,6 +11,7 @@ from clear_attn.models.controlnet import FluxControlNet, SD3ControlNet
 from clear_attn.models.dit import DiT
 from clear_attn.models.flux import Flux
 from clear_attn.models.flux2 import Flux2
+from clear_attn.models.krea2 import Krea2
 from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3
 from clear_attn.models.training import TrainingAdapter
@@ -22,6 +23,7 @@ ADAPTERS: list[ModelAdapter] = [
     QwenImage(),
     SD3(),
     DiT(),
+    Krea2(),
     FluxControlNet(),
     QwenControlNet(),
     SD3ControlNet(),

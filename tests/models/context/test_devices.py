@@ -24,7 +24,8 @@ def move(tree):
 def put_second_half_elsewhere(transformer):
     """As accelerate does for a `device_map`: modules and their inputs move, plain objects do not."""
     blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
-    last = [module for name, module in transformer.named_children() if name.startswith(("norm_out", "proj_out"))]
+    names = "norm_out", "proj_out", "final_layer"
+    last = [module for name, module in transformer.named_children() if name.startswith(names)]
     for module in [*blocks[len(blocks) // 2 :], *last]:
         module.to(META)
         module.register_forward_pre_hook(lambda _, args, kwargs: (move(args), move(kwargs)), with_kwargs=True)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import clear_attn as clear
+from clear_attn.models import adapter_for
 from clear_attn.models.context import context_variable
 from clear_attn.models.context.context import ClearContext
+from clear_attn.models.processors.publishing import Publishing
 from tests.helpers import dummy_models
 from tests.helpers.families import each_family
 from tests.helpers.reference_model import run
@@ -85,7 +87,7 @@ def test_after_a_call_that_the_entry_hook_refused(family, contexts):
     stale = context_variable.publish(ClearContext([]))
     with pytest.raises((ValueError, RuntimeError)):
         run(transformer, {**call, "hidden_states": call["hidden_states"][:, :0]})
-    assert (context_variable.current() is None) == (type(transformer).__name__ == "ChromaTransformer2DModel")
+    assert (context_variable.current() is None) == isinstance(adapter_for(transformer), Publishing)
     context_variable.clear()
     del stale
     assert torch.equal(run(transformer, call), expected)
