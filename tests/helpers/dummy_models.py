@@ -279,7 +279,7 @@ def randomize(transformer, seed=6):
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in transformer.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
     return transformer
 
 

@@ -43,8 +43,15 @@ def flux2_text(negative=5):
 
 def qwen(kind, **parts):
     """Return a Qwen-Image pipeline of a class, with tokens of 16 x 16 pixels. Call it with `qwen_text`."""
+    vae, transformer = _qwen_vae(), dummy_models.qwen_transformer()
+    others = {"text_encoder": unused_text_encoder(), "tokenizer": None, **parts}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return _quiet(kind(scheduler=scheduler, vae=vae, transformer=transformer, **others))
+
+
+def _qwen_vae():
     torch.manual_seed(2)
-    vae = AutoencoderKLQwenImage(
+    return AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -52,10 +59,7 @@ def qwen(kind, **parts):
         temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
-    )
-    scheduler, transformer = FlowMatchEulerDiscreteScheduler(shift=3.0), dummy_models.qwen_transformer()
-    others = {"text_encoder": unused_text_encoder(), "tokenizer": None, **parts}
-    return _quiet(kind(scheduler=scheduler, vae=vae.eval(), transformer=transformer, **others))
+    ).eval()
 
 
 def qwen_text(batch=1, padded=0):
@@ -71,6 +75,30 @@ def qwen_text(batch=1, padded=0):
         "negative_prompt_embeds_mask": torch.ones(batch, 5, dtype=torch.long),
         "true_cfg_scale": 3.0,
     }
+
+
+def krea2():
+    """Return a Krea 2 pipeline with tokens of 16 x 16 pixels. Call it with `krea2_text`."""
+    return _quiet(
+        diffusers.Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=_qwen_vae(),
+            text_encoder=unused_text_encoder(),
+            tokenizer=None,
+            transformer=dummy_models.krea2_transformer(),
+        )
+    )
+
+
+def krea2_text(batch=1):
+    """Return random prompts for a call, both with padding in the middle, as the pipeline pads."""
+    rng = torch.Generator().manual_seed(4)
+    keywords, length = {"guidance_scale": 3.0}, 9
+    for name, padded in (("prompt_embeds", slice(5, 7)), ("negative_prompt_embeds", slice(2, 7))):
+        keywords[name] = torch.randn(batch, length, 3, 12, generator=rng)
+        keywords[f"{name}_mask"] = torch.ones(batch, length, dtype=torch.bool)
+        keywords[f"{name}_mask"][-1, padded] = False
+    return keywords
 
 
 def chroma(kind):

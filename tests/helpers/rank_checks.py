@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import clear_attn as clear
 from clear_attn.cascade import Stage
+from clear_attn.models import adapter_for
 from clear_attn.parallel import weights_digest
 from clear_attn.parallel.communication_volume import count_volume
 from clear_attn.patching.target import entry_hook_of
@@ -53,7 +54,7 @@ def check_equal(family, grids, window, factor, variant=None, backend="tiled", sc
         torch.testing.assert_close(run(transformer, call), expected, atol=1e-5, rtol=0)
     clear.restore(transformer)
     assert not clear.is_linearized(transformer)
-    assert not transformer.proj_out._forward_hooks
+    assert not adapter_for(transformer).output_layer(transformer)._forward_hooks
 
 
 def equal():
@@ -77,6 +78,8 @@ def equal_in_all_families():
     check_equal(families.FLUX2, [(height, 7), (9, 5)], 6, 2)
     check_equal(families.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
     check_equal(families.CHROMA, [(height, 7)], 6, 2, batch=2)
+    if families.KREA2 in families.FAMILIES.values():
+        check_equal(families.KREA2, [(height, 7)], 6, 2, batch=2, padded=(0, 3))
 
 
 def equal_with_flex():

@@ -93,13 +93,13 @@ def quantized(quantize: Operation) -> Refusal:
 # These pipelines do not set a cache context for their calls.
 CACHELESS = "image-to-image", "inpaint", "Fill", "Control", "ControlNet", "two ControlNets", "Kontext"
 NO_CACHE = {
-    "SD3": "has no attribute 'enable_cache'",
+    **dict.fromkeys(("SD3", "Krea 2"), "has no attribute 'enable_cache'"),
     **{f"FLUX {kind}": "No cache context is set" for kind in CACHELESS},
     "Chroma": "No cache context is set",
 }
 NO_FIRST_BLOCK_CACHE = {**NO_CACHE, "FLUX.2": "unsupported operand type", "Chroma": "Block'> not registered"}
 # It mixes the two calls of guidance, and Qwen-Image does not pad their texts to one length.
-NO_BROADCAST = {"SD3": NO_CACHE["SD3"], "Qwen-Image": "must match the size of tensor"}
+NO_BROADCAST = {**{name: NO_CACHE[name] for name in ("SD3", "Krea 2")}, "Qwen-Image": "must match the size of tensor"}
 STEPS = {"num_inference_steps": 5, "strength": None}
 
 

@@ -196,7 +196,9 @@ def gguf_file(pipe: Any, cell: Cell) -> None:
         type(transformer).from_config(transformer.config).state_dict()
     ):  # without adapters, which are in other files
         value = values[name]
-        kind = gguf.GGMLQuantizationType.Q8_0 if "blocks" in name and value.ndim == 2 else gguf.GGMLQuantizationType.F32
+        module = transformer.get_submodule(name.rpartition(".")[0])
+        fits = "blocks" in name and type(module) is nn.Linear and value.ndim == 2 and value.shape[1] % 32 == 0
+        kind = gguf.GGMLQuantizationType.Q8_0 if fits else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(value.float().numpy(), kind), raw_dtype=kind)
     for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
         getattr(writer, step)()

@@ -282,6 +282,12 @@ ROWS = {
         keywords="attention_kwargs",
         around=_small_references,
     ),
+    "Krea 2 text-to-image": Row(
+        "Krea 2",
+        dummy_pipelines.krea2,
+        lambda pipe: _embedded(pipe, dummy_pipelines.krea2_text(batch=2), 16),
+        keywords="attention_kwargs",
+    ),
     "Chroma text-to-image": Row(
         "Chroma",
         lambda: dummy_pipelines.chroma(diffusers.ChromaPipeline),

@@ -7,6 +7,7 @@ import torch
 
 import clear_attn as clear
 from clear_attn import Schedule, methods
+from clear_attn.models import adapter_for
 from clear_attn.models.context.context import CONTEXT, ClearContext
 from clear_attn.patching.hooks import EntryHook, ExitHook
 from clear_attn.patching.target import entry_hook_of
@@ -139,8 +140,10 @@ def test_a_users_hook_on_a_block_gets_tile_order(family):
     )
     run(transformer, call)
     run(clear.linearize(transformer, 3, weights=None), call)
-    dense, local = seen
     layout = clear.TokenLayout([grid], 0)
+    text = seen[0].shape[1] - layout.image_tokens  # of a model whose blocks get one sequence
+    image = clear.TokenLayout([grid], text, text_first=adapter_for(transformer).text_first).image
+    dense, local = (x[:, image] for x in seen)
     assert not torch.equal(local, dense)
     torch.testing.assert_close(local[:, layout.inverse_permutation], dense, atol=1e-6, rtol=0)
     torch.testing.assert_close(local, dense[:, layout.permutation], atol=1e-6, rtol=0)
