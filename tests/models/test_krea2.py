@@ -22,7 +22,7 @@ def family():
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
 def test_each_text_has_its_own_padding(backend, transformer):
-    """Each text of a batch as if it were drawn alone, without its padding."""
+    """The output of each image is that of the image alone, with its text without padding."""
     call = dummy_models.krea2_call(transformer, GRID, text=9, batch=3, padded=(0, 3, 8))
     expected = run(in_raster_order(transformer, [GRID], clear.methods.Clear(4, 2)), call)
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
@@ -86,10 +86,10 @@ def test_calls_that_do_not_fit(transformer, change, words):
 
 def test_a_schedule(transformer):
     call = dummy_models.krea2_call(transformer, GRID)
-    stock = run(transformer, call)
+    original = run(transformer, call)
     schedule = clear.Schedule(dense_above_sigma=0.5)
     clear.linearize(transformer, 3, weights=None, schedule=schedule)
-    torch.testing.assert_close(run(transformer, call), stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(transformer, call), original, atol=1e-5, rtol=0)
     late = {**call, "timestep": torch.tensor([0.3])}
     local = run(transformer, late)
     clear.restore(transformer)
@@ -135,9 +135,9 @@ def test_distilled_weights_have_no_gate(trained, transformer):
 
 def test_theta_is_scaled_and_scores_are_sharpened(transformer):
     call = dummy_models.krea2_call(transformer, (9, 12))
-    stock = run(transformer, call)
+    original = run(transformer, call)
     with clear.ntk_scaling(transformer, 10):
-        assert (run(transformer, call) - stock).abs().max() > 1e-4
+        assert (run(transformer, call) - original).abs().max() > 1e-4
     refused = pytest.raises(RuntimeError, match="has a Krea2AttnProcessor")
     with refused, clear.proportional_attention(transformer):
         pass
