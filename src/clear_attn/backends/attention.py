@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clear_attn.backends.derivatives import needs_grad
 from clear_attn.backends.selection import BACKENDS, select_backend, validate_backend, validate_call
 from clear_attn.backends.softmax import softmax_attention
 from clear_attn.core.plan import WindowPlan
@@ -100,8 +101,7 @@ def clear_attention(
     all_key, all_value = key, value
     if pooled is not None:
         all_key, all_value = (torch.cat(parts, dim=2) for parts in zip((key, value), pooled, strict=True))
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, all_key, all_value))
-    properties = query.device, query.dtype, query.shape[-1], needs_grad
+    properties = query.device, query.dtype, query.shape[-1], needs_grad(query, all_key, all_value)
     if backend == "auto":
         backend = select_backend(*properties).backend
     validate_call(backend, *properties)

@@ -12,6 +12,11 @@ from torch.autograd import forward_ad
 from clear_attn.utils._torch import is_transformed
 
 
+def needs_grad(*tensors: Tensor) -> bool:
+    """Return whether autograd records operations on these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def needs_transforms(*tensors: Tensor) -> bool:
     """Return whether a tensor has a forward-mode tangent, or is inside a transform of `torch.func`."""
     if torch.compiler.is_compiling():

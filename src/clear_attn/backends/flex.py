@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from clear_attn.backends import tiled
-from clear_attn.backends.derivatives import validate_derivatives
+from clear_attn.backends.derivatives import needs_grad, validate_derivatives
 from clear_attn.backends.softmax import expand_heads
 from clear_attn.core.region import AttentionRegion
 from clear_attn.core.window_mask import BLOCK, BlockIndices, Coordinates, in_window
@@ -115,12 +115,8 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute FlexAttention over block lists with a rule."""
     lengths = query.shape[2], key.shape[2]
-    mask = _new_block_mask(lists, mask_mod, lengths, with_gradients=_needs_grad(query, key, value))
+    mask = _new_block_mask(lists, mask_mod, lengths, with_gradients=needs_grad(query, key, value))
     return _attend_mask(query, key, value, mask, scale, return_lse)
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _new_block_mask(
@@ -248,7 +244,7 @@ def attend_directly(
 ) -> tuple[Tensor, Tensor | None]:
     """Call FlexAttention without the workarounds for CPUs."""
     image, key, value = append_bias_dims(query[:, :, region.image], key, value, key_bias, scale)
-    mask = block_mask(region, _needs_grad(query, key, value))
+    mask = block_mask(region, needs_grad(query, key, value))
     output, lse = _attend_mask(image, key, value, mask, scale, return_lse)
     output = region.expand_to_sequence(output[..., : query.shape[-1]])
     return output, None if lse is None else region.expand_to_sequence(lse)

@@ -16,6 +16,7 @@ from torch import Tensor
 from clear_attn.backends import reference
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import WindowPlan
+from clear_attn.utils.dtypes import dtype_name
 
 VARIABLE = "CLEAR_ATTN_SELF_CHECK"
 # Tiles do not divide this grid, and image and text have both whole blocks of keys and single keys.
@@ -47,7 +48,7 @@ def checked(
     name: str, attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
 ) -> str | None:
     """Run the self-check and return its failure, or None."""
-    where = f"on {_name_of(device)} in {str(dtype).removeprefix('torch.')} at head_dim {head_dim}"
+    where = f"on {_name_of(device)} in {dtype_name(dtype)} at head_dim {head_dim}"
     remedy = f"report this with the output of python -m torch.utils.collect_env; {VARIABLE}=0 turns the check off"
     try:
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):

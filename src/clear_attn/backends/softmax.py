@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clear_attn.backends.derivatives import needs_grad
 from clear_attn.utils._torch import cpu_flash_attention, has_cpu_flash_attention
 
 
@@ -54,9 +55,9 @@ def softmax_attention(
         if bias is not None:
             added = bias.to(query.dtype) if mask is None else to_bias(mask, bias, query.dtype)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale), None
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     # Without queries, the kernel divides by zero.
-    if has_lse_kernel(query) and not needs_grad and query.numel() and query.dtype == key.dtype == value.dtype:
+    recorded = needs_grad(query, key, value)
+    if has_lse_kernel(query) and not recorded and query.numel() and query.dtype == key.dtype == value.dtype:
         bias = bias if mask is None else to_bias(mask, bias, query.dtype)
         bias = None if bias is None else bias.to(query.dtype)
         # Unlike the public function, the kernel assumes contiguous heads.

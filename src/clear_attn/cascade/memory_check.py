@@ -13,13 +13,15 @@ from clear_attn.cascade.stages import format_size
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.profiling.memory import (
     Bytes,
+    activation_bytes,
     available_memory,
+    decode_bytes,
     gib,
-    memory_of,
     models_of,
     offloaded_models,
     peak_memory,
     pipeline_bytes,
+    tiled_decode_bytes,
     weight_bytes,
 )
 
@@ -40,11 +42,11 @@ def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
     for each in plan.drawn:
         base, (height, width) = each is plan.base, each.size
         tokens, batch = (height // target.token) * (width // target.token), target.batch(each.guidance)
-        memory = memory_of(models_of(pipe), transformer, channels, factor, tokens, batch, height, width)
+        activations = activation_bytes(transformer, batch * tokens * channels, factor)
         ranks, tiled = 1 if base else target.ranks, not base and max(each.size) > pipe.vae.tile_sample_min_size
         work = {
-            "transformer": Bytes(*(size // ranks for size in memory.activations)),
-            "vae": memory.decode_tiled if tiled else memory.decode,
+            "transformer": Bytes(*(size // ranks for size in activations)),
+            "vae": (tiled_decode_bytes if tiled else decode_bytes)(pipe.vae, height, width),
         }
         need = peak_memory(pipe, device, work)
         if need.least > total:

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.target import find_transformer
+from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.json_records import Fields, parse_json, validate_record
 from clear_attn.weights.published import shared_name_of
 from clear_attn.weights.sources import shared_name
@@ -67,7 +68,7 @@ def describe(pipe: Any) -> dict[str, Any]:
     return {
         "pipeline": type(pipe).__name__,
         "name": shared_name_of(pipe, transformer),
-        "dtype": str(transformer.dtype).removeprefix("torch."),
+        "dtype": dtype_name(transformer.dtype),
         "scheduler": {
             "class": type(pipe.scheduler).__name__,
             "config": {name: value for name, value in schedule.items() if not name.startswith("_")},

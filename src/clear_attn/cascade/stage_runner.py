@@ -20,6 +20,7 @@ from clear_attn.cascade.stages import Base, Stage, format_size
 from clear_attn.models._diffusers import execution_device_of, progress_bar_config_of, reset_interrupt
 from clear_attn.patching.context_managers import applied, restored
 from clear_attn.patching.linearization import Change
+from clear_attn.utils.dtypes import dtype_name
 
 StepCallback = Callable[..., dict[str, Any]]
 
@@ -135,7 +136,7 @@ def callback_inputs(on_step_end: StepCallback | None, tensor_inputs: Sequence[st
 
 def _validate_finite(values: Tensor, where: str) -> None:
     if not torch.isfinite(values).all():
-        dtype = str(values.dtype).removeprefix("torch.")
+        dtype = dtype_name(values.dtype)
         raise FloatingPointError(
             f"{where}, in {dtype}, contain NaN or infinity; where float16 overflows, bfloat16 or float32 usually helps "
             "(pipe.vae.to(torch.float32) for the autoencoder alone); else look at the LoRAs and the guidance scale"

@@ -44,6 +44,11 @@ def raster_coordinates(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     return y, x
 
 
+def cell_grid(grid: Grid, factor: int) -> Grid:
+    """Return the rows and columns of cells of factor x factor tokens, including cells that the border cuts."""
+    return -(-grid[0] // factor), -(-grid[1] // factor)
+
+
 def tile_permutation(grid: Grid) -> np.ndarray:
     """Return the raster indices in tile order.
 
@@ -64,6 +69,13 @@ def axis_coordinates(length: int, first: int) -> np.ndarray:
     """Return the centers of `length` tokens on an axis of `first` tokens of the first grid, rounded to 1/16."""
     centers = (np.arange(length) + 0.5) * (first / length) - 0.5
     return (np.round(centers * 16) / 16).astype(np.float32)
+
+
+def joint_slices(text_tokens: int, image_tokens: int, text_first: bool) -> tuple[slice, slice]:
+    """Return the positions of text and image in a joint sequence, with the text first or the image first."""
+    text = 0 if text_first else image_tokens
+    image = text_tokens if text_first else 0
+    return slice(text, text + text_tokens), slice(image, image + image_tokens)
 
 
 def segments_of(grids: Sequence[Grid]) -> list[Segment]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear_attn.core.coordinates import Segment, TokenSet, to_tensor
+from clear_attn.core.coordinates import Segment, TokenSet, raster_coordinates, to_tensor
 from clear_attn.core.tiles import Span, spans_by_pattern
 from clear_attn.core.window_mask import Coordinates, window_mask
 from clear_attn.utils._torch import maybe_mark_dynamic
@@ -188,8 +188,7 @@ def _window_group(
 
 def _box(rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
     """Return the row and column of each token of a box, relative to its first token, in raster order."""
-    y, x = np.divmod(np.arange((rows.stop - rows.start) * (columns.stop - columns.start)), columns.stop - columns.start)
-    return y, x
+    return raster_coordinates((rows.stop - rows.start, columns.stop - columns.start))
 
 
 def _positions(

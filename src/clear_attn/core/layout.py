@@ -12,6 +12,7 @@ from torch import Tensor
 from clear_attn.core.coordinates import (
     Grid,
     invert_permutation,
+    joint_slices,
     segments_of,
     select_rows,
     tile_permutation,
@@ -84,10 +85,7 @@ class TokenLayout:
         self.token_set = select_rows(self.segments, [slice(0, height) for height, _ in self.grids])
         self.image_tokens = len(self.token_set.raster)
         self.tokens = self.text_tokens + self.image_tokens
-        first = self.text_tokens if text_first else 0
-        self.image = slice(first, first + self.image_tokens)
-        first = 0 if text_first else self.image_tokens
-        self.text = slice(first, first + self.text_tokens)
+        self.text, self.image = joint_slices(self.text_tokens, self.image_tokens, text_first)
         # A layout that is made in inference mode may be used in training later.
         with torch.inference_mode(False):
             self.permutation = to_tensor(self.token_set.raster, self.device)

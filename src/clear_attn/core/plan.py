@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from clear_attn.core.coordinates import Grid, invert_permutation, raster_coordinates, to_tensor
+from clear_attn.core.coordinates import Grid, cell_grid, invert_permutation, raster_coordinates, to_tensor
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.region import AttentionRegion
 
@@ -102,12 +102,18 @@ class WindowPlan(AttentionRegion, Plan):
 
 def _cells_of(grid: Grid, factor: int) -> tuple[np.ndarray, np.ndarray]:
     height, width = grid if factor > 1 else (0, 0)  # factor 1 has no cells
-    corner_y, corner_x = raster_coordinates((-(-height // factor), -(-width // factor)))
+    corner_y, corner_x = raster_coordinates(cell_grid((height, width), factor))
     inner_y, inner_x = raster_coordinates((factor, factor))
     y, x = corner_y[:, None] * factor + inner_y, corner_x[:, None] * factor + inner_x
     inside = (y < height) & (x < width)
     weight = inside * (factor**2 / inside.sum(axis=1, keepdims=True))
     return np.where(inside, y * width + x, 0), weight.astype(np.float32)
+
+
+def pooled_count(grid: Grid, factor: int) -> int:
+    """Return the number of pooled cells of a grid; none for factor 1."""
+    rows, columns = cell_grid(grid, factor)
+    return rows * columns if factor > 1 else 0
 
 
 def pooled_cells(grids: Sequence[Grid], factor: int) -> tuple[np.ndarray, np.ndarray]:

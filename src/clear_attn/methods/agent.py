@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clear_attn.backends.softmax import softmax_attention
-from clear_attn.core.coordinates import Grid
+from clear_attn.core.coordinates import Grid, cell_grid
 from clear_attn.methods.image_grid import GridMethod, from_channels, to_channels
 from clear_attn.methods.method import Options
 
@@ -45,7 +46,7 @@ class Agent(GridMethod):
 
     def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim
-        agents = -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
+        agents = math.prod(cell_grid(grid, self.factor))
         return {
             "agents, means of queries": image * inner,
             "agents, image keys": 4 * agents * image * inner,

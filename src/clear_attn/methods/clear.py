@@ -15,7 +15,7 @@ from clear_attn.backends.attention import clear_attention, pool
 from clear_attn.backends.selection import BACKENDS
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout
-from clear_attn.core.plan import WindowPlan
+from clear_attn.core.plan import WindowPlan, pooled_count
 from clear_attn.methods.method import Layer, Method, Options, proportional_scale
 
 # The pooling parameter, named as in the published checkpoints.
@@ -99,12 +99,11 @@ The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112))."""
         return output
 
     def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
-        image, f = grid[0] * grid[1], self.down_factor
-        cells = -(-grid[0] // f) * -(-grid[1] // f) if f > 1 else 0
+        image = grid[0] * grid[1]
         pairs = {
             "image queries, text keys": image * text_tokens,
             "image queries, image keys": window_pairs(grid, self.window),
-            "image queries, pooled keys": image * cells,
+            "image queries, pooled keys": image * pooled_count(grid, self.down_factor),
         }
         return {kind: 4 * number * heads * head_dim for kind, number in pairs.items()}
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.backends import tiled, triton
+from clear_attn.backends.derivatives import needs_grad
 from clear_attn.backends.selection import select_backend
 from clear_attn.core.coordinates import Grid, invert_permutation
 from clear_attn.core.key_lists import KeyLists, SharedKeys, partition_lists
@@ -92,8 +93,8 @@ class GroupedMethod(ImageMethod):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, plan: GroupPlan, bias: Tensor | None, scale: float) -> Tensor:
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if select_backend(query.device, query.dtype, query.shape[-1], needs_grad).backend == "triton":
+    recorded = needs_grad(query, key, value)
+    if select_backend(query.device, query.dtype, query.shape[-1], recorded).backend == "triton":
         return triton.attend(query, key, value, plan, bias, scale, return_lse=False)[0]
     return tiled.attend(query, key, value, plan, bias, scale, return_lse=False)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clear_attn.backends.softmax import softmax_attention
-from clear_attn.core.coordinates import Grid
+from clear_attn.core.coordinates import Grid, cell_grid
 from clear_attn.core.plan import GridPlan
 from clear_attn.methods.image_grid import GridMethod, from_channels, to_channels
 from clear_attn.methods.method import Layer, Options
@@ -54,7 +55,7 @@ class KVCompression(GridMethod):
 
     def flops(self, grid: Grid, text_tokens: int, heads: int, head_dim: int) -> dict[str, int]:
         image, inner = grid[0] * grid[1], heads * head_dim
-        cells = -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
+        cells = math.prod(cell_grid(grid, self.factor))
         return {
             "keys and values compressed": 2 * 2 * image * inner,
             "image queries, text keys": 4 * image * text_tokens * inner,

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear_attn.core.coordinates import Grid, Segment, invert_permutation, select_rows, to_tensor
+from clear_attn.core.coordinates import (
+    Grid,
+    Segment,
+    cell_grid,
+    invert_permutation,
+    joint_slices,
+    select_rows,
+    to_tensor,
+)
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import Plan, pooled_cells
 from clear_attn.core.region import AttentionRegion
@@ -24,7 +32,7 @@ Rows = list[slice]
 def check_ranks(grid: Grid, ranks: int) -> None:
     """Raise ValueError for more ranks than an image has tile rows."""
     height, width = grid
-    tile_rows = -(-height // TILE_ROW)
+    tile_rows, _ = cell_grid(grid, TILE_ROW)
     if ranks > tile_rows:
         raise ValueError(
             f"{ranks} ranks are too many for an image of {height} x {width} tokens, which has {tile_rows} tile "
@@ -35,7 +43,7 @@ def check_ranks(grid: Grid, ranks: int) -> None:
 def span_of(layout: TokenLayout, rank: int, ranks: int) -> tuple[int, int]:
     """Return the first row of the first grid that a rank holds, and the row after its last one."""
     height = layout.grids[0][0]
-    tile_rows = -(-height // TILE_ROW)
+    tile_rows, _ = cell_grid(layout.grids[0], TILE_ROW)
     first, last = (min(height, TILE_ROW * (tile_rows * each // ranks)) for each in (rank, rank + 1))
     return first, last
 
@@ -159,10 +167,7 @@ class Shard:
             self.permutation = to_tensor(own, self.device)
             self.inverse_permutation = to_tensor(invert_permutation(np.concatenate(self.raster)), self.device)
             self.in_whole = whole.inverse_permutation[self.permutation]
-        first = self.text_tokens if self.text_first else 0
-        self.image = slice(first, first + self.image_tokens)
-        first = 0 if self.text_first else self.image_tokens
-        self.text = slice(first, first + self.text_tokens)
+        self.text, self.image = joint_slices(self.text_tokens, self.image_tokens, self.text_first)
 
     @functools.cached_property
     def without_text(self) -> Shard:

@@ -13,7 +13,14 @@ from clear_attn.models import ModelAdapter
 from clear_attn.patching.resolve import override_method
 from clear_attn.patching.target import entry_hook_of, find_transformer
 from clear_attn.profiling.cost_report import Cost, LayerGroup
-from clear_attn.profiling.memory import memory_of, models_of
+from clear_attn.profiling.memory import (
+    Memory,
+    activation_bytes,
+    decode_bytes,
+    models_of,
+    tiled_decode_bytes,
+    weight_bytes,
+)
 from clear_attn.utils.validation import check_whole_number
 from clear_attn.weights.metadata import metadata_of, read_method, read_schedule
 
@@ -71,12 +78,17 @@ def cost(
     counted = _count(transformer, adapter, grid, text_tokens, batch, method, schedule)
     controlnet = getattr(pipe, "controlnet", None)
     nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])
-    models, factor = models_of(pipe) or {"transformer": transformer}, adapter.activation_factor
-    channels, tokens = counted.heads * counted.head_dim, text_tokens + counted.image_tokens
+    elements = batch * (text_tokens + counted.image_tokens) * counted.heads * counted.head_dim
+    models = models_of(pipe) or {"transformer": transformer}
     return dataclasses.replace(
         counted,
         controlnets=tuple(_count_controlnet(net, counted) for net in nets),
-        memory=memory_of(models, transformer, channels, factor, tokens, batch, height, width),
+        memory=Memory(
+            {name: weight_bytes(model) for name, model in models.items()},
+            activation_bytes(transformer, elements, adapter.activation_factor),
+            decode_bytes(models.get("vae"), height, width),
+            tiled_decode_bytes(models.get("vae"), height, width),
+        ),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from clear_attn.core.plan import pooled_count
 from clear_attn.core.window_mask import BLOCK
 from clear_attn.methods import Dense, Method
 from clear_attn.profiling.memory import Memory
@@ -80,8 +81,7 @@ class Cost:
     @property
     def pooled_tokens(self) -> int:
         """The number of pooled keys of CLEAR."""
-        f = self.method.pooled_factor or 1
-        return -(-self.height // f) * -(-self.width // f) if f > 1 else 0
+        return pooled_count((self.height, self.width), self.method.pooled_factor or 1)
 
     @property
     def layers(self) -> int:

@@ -72,39 +72,33 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
 
 
-def memory_of(
-    models: Mapping[str, nn.Module],
-    transformer: Any,
-    channels: int,
-    factor: int,
-    tokens: int,
-    batch: int,
-    height: int,
-    width: int,
-) -> Memory:
-    """Return the memory that an image takes.
+def activation_bytes(transformer: Any, elements: int, factor: int) -> Bytes:
+    """Return the activations of a forward pass without gradients.
 
     Args:
-        models: by name; the autoencoder as `vae`.
-        transformer: the one that runs.
-        channels: of its tokens, heads x head_dim.
+        transformer: the model, for its dtype.
+        elements: the size of the residual stream, images x tokens x channels.
         factor: `activation_factor` of its adapter.
-        tokens: number of text and image tokens.
-        batch: images in one forward pass.
-        height, width: of the image in pixels.
     """
-    stream = batch * tokens * channels * _element(transformer)
-    vae = models.get("vae")
-    whole = _decode(vae, height, width)
-    tile = int(getattr(vae, "tile_sample_min_size", 0))
-    image = 3 * height * width * _element(vae) if whole.least else 0
-    tiled = _decode(vae, min(tile, height), min(tile, width))
-    return Memory(
-        weights={name: weight_bytes(model) for name, model in models.items()},
-        activations=Bytes(5 * stream, factor * stream),
-        decode=whole,
-        decode_tiled=Bytes(tiled.least + image, tiled.likely + 2 * image),
-    )
+    stream = elements * _element(transformer)
+    return Bytes(5 * stream, factor * stream)
+
+
+def decode_bytes(vae: Any, height: int, width: int) -> Bytes:
+    """Return the memory of decoding an image of this size in pixels; 0 without a decoder like AutoencoderKL's."""
+    channels = getattr(getattr(vae, "config", None), "block_out_channels", None)
+    if not channels or not hasattr(vae, "decoder"):
+        return Bytes(0, 0)
+    block = channels[min(1, len(channels) - 1)] * height * width * _element(vae)
+    return Bytes(2 * block, 4 * block)
+
+
+def tiled_decode_bytes(vae: Any, height: int, width: int) -> Bytes:
+    """Return the memory of decoding an image tile by tile; 0 without a decoder like AutoencoderKL's."""
+    side = int(getattr(vae, "tile_sample_min_size", 0))
+    tile = decode_bytes(vae, min(side, height), min(side, width))
+    image = 3 * height * width * _element(vae) if decode_bytes(vae, height, width).least else 0
+    return Bytes(tile.least + image, tile.likely + 2 * image)
 
 
 def weight_bytes(model: nn.Module, device: torch.device | str | None = None) -> int:
@@ -119,14 +113,6 @@ def weight_bytes(model: nn.Module, device: torch.device | str | None = None) -> 
         for x in stored
         if wanted is None or (x.device.type == wanted.type and wanted.index in (None, x.device.index))
     )
-
-
-def _decode(vae: Any, height: int, width: int) -> Bytes:
-    channels = getattr(getattr(vae, "config", None), "block_out_channels", None)
-    if not channels or not hasattr(vae, "decoder"):
-        return Bytes(0, 0)
-    block = channels[min(1, len(channels) - 1)] * height * width * _element(vae)
-    return Bytes(2 * block, 4 * block)
 
 
 def _element(model: Any) -> int:

@@ -15,6 +15,7 @@ from clear_attn.profiling.cost_report import Cost
 from clear_attn.tools.bench import TOKEN
 from clear_attn.tools.bench.measure import Subject, Timing
 from clear_attn.tools.tables import format_table
+from clear_attn.utils.dtypes import dtype_name
 
 CASE_FIELDS = ("level", "height", "width", "text", "heads", "head_dim", "window", "down_factor", "batch", "backward")
 
@@ -71,7 +72,7 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
     @property
     def sizes(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clear_attn.backends import flex
 from clear_attn.core.coordinates import Grid
+from clear_attn.core.plan import pooled_count
 from clear_attn.core.window_mask import BLOCK, BlockIndices, to_block_indices
 
 INFINITE = float("inf")
@@ -23,7 +24,7 @@ def raster_attention(
 ) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     """Return the attention of all queries, text first and image in raster order, to all keys, the pooled ones last."""
     height, width = grid
-    cells = -(-height // down_factor) * -(-width // down_factor) if down_factor > 1 else 0
+    cells = pooled_count(grid, down_factor)
     image = torch.arange(height * width, device=device)
     y, x = (F.pad(axis.float(), (text, cells)) for axis in (image // width, image % width))
     radius_sq = F.pad(torch.full_like(image, window**2, dtype=torch.float32), (text, cells), value=INFINITE)

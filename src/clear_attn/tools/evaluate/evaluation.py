@@ -27,6 +27,7 @@ from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
 from clear_attn.utils.atomic import atomic_contents
+from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.seeded_images import generate_with_seeds, save_images_with_seeds
 from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.metadata import metadata_of
@@ -151,7 +152,7 @@ def evaluate(
                 **arguments,
                 "seed": seed,
                 "batch_size": batch_size,
-                "dtype": str(transformer.dtype).removeprefix("torch."),
+                "dtype": dtype_name(transformer.dtype),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 "clip": clip,
                 "dino": dino,
