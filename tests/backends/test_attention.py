@@ -310,6 +310,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"value must be .* shaped as the query.*got \[1, 1, 18, 4\]"):
             clear_attention(self.qkv[0], self.qkv[1], self.qkv[2][..., :4], self.plan)
 
+    def test_key_heads_that_do_not_divide_the_query_heads(self):
+        query, key, value = torch.randn(1, 3, 18, 8), torch.randn(1, 2, 18, 8), torch.randn(1, 2, 18, 8)
+        with pytest.raises(ValueError, match="key has 2 heads, which do not divide the query's 3"):
+            clear_attention(query, key, value, self.plan)
+
+    def test_a_bias_of_another_shape(self):
+        with pytest.raises(ValueError, match=r"key_bias must be \[batch, keys\], \[1, 18\], got \[1, 17\]"):
+            clear_attention(*self.qkv, self.plan, key_bias=torch.zeros(1, 17))
+
     def test_pooled_keys_that_do_not_fit(self):
         with pytest.raises(ValueError, match=r"pooled must be None for .* down_factor 1, got shapes \[\(1, 1, 3, 8\)"):
             clear_attention(*self.qkv, self.plan, pooled=(self.qkv[0][:, :, :3],) * 2)

@@ -39,6 +39,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
         if file not in repo["files"]:
             return self._answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+        if repo.get("refused") and self.command == "GET":
+            return self._answer(418)
         body = repo["files"][file]
         return self._answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
 
@@ -47,7 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(repos):
-    """Serve `{id: {"files": {name: bytes}, "token": str, "gated": bool}}`; yield the server with its `address`."""
+    """Serve repositories, and yield the server with its `address`.
+
+    Args:
+        repos: by id, `{"files": {name: bytes}}`, and optionally the required `token`, `gated`, or `refused` downloads.
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.repos, server.requests = repos, []
         server.address = f"http://127.0.0.1:{server.server_port}"

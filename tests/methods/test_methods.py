@@ -221,6 +221,11 @@ def test_settings(method, field):
     assert method_from_dict(other.to_dict()) == other
 
 
+def test_a_convolution_has_an_odd_side():
+    with pytest.raises(ValueError, match="kernel_size must be odd, or 0 for no convolution, got 4"):
+        methods.LiT(kernel_size=4)
+
+
 def test_one_image_only():
     layout = TokenLayout([(4, 4), (3, 3)], 0)
     for method in (method for method, *_ in CASES if not method.supports_segments):

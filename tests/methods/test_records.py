@@ -61,6 +61,13 @@ def test_invalid_texts_of_methods(text):
         parse(text)
 
 
+def test_a_name_of_two_methods_is_written_in_full(monkeypatch):
+    monkeypatch.setattr("clear_attn.methods.records.REGISTRY", {"mine.Own": methods.Swin, "yours.Own": methods.Swin})
+    with pytest.raises(ValueError, match=r"method='Own\(side=3\)' may be any of mine.Own, yours.Own; write its whole"):
+        parse("Own(side=3)")
+    assert parse("yours.Own(side=3)") == methods.Swin(3)
+
+
 def test_a_method_must_be_an_object_and_come_back_from_json():
     validate_method(methods.Swin(4))
     with pytest.raises(TypeError, match=r"method must be one of clear_attn\.methods"):

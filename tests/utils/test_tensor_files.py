@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors
@@ -71,6 +72,12 @@ def test_a_users_handler_is_called(file, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert calls == [signal.SIGINT]
+
+
+def test_other_threads_read_without_signal_handlers(file):
+    with ThreadPoolExecutor() as threads:
+        tensors, _ = threads.submit(read_tensors, file).result()
+    assert tensors.keys() == {"a", "b"}
 
 
 def test_a_truncated_file_is_named(file):

@@ -50,6 +50,7 @@ def repos(transformer):
         "someone/weights": {"files": mine},
         "someone/secret": {"files": mine, "token": SECRET},
         "someone/gated": {"files": mine, "gated": True},
+        "someone/refused": {"files": mine, "refused": True},
         "someone/else": {"files": {"model.safetensors": b""}},
     }
 
@@ -193,6 +194,11 @@ class TestRefusals:
             ),
             ("someone/secret", FileNotFoundError, "or private; .* give token="),
             ("someone/gated", PermissionError, "someone/gated is gated: accept its terms"),
+            (
+                "someone/refused",
+                ConnectionError,
+                "the Hub did not give clear_config.json of someone/refused",
+            ),
             ("someone/else", FileNotFoundError, r"someone/else has no file clear_config\.json; name one"),
             ("Huage001/CLEAR/clear_local_64.safetensors", FileNotFoundError, "has no file clear_local_64"),
             ("some..one/weights", ValueError, "is not the id of a Hub repository"),
