@@ -100,8 +100,8 @@ def linearize(
     replaces the earlier settings, as if `restore` came first; a pipeline that is split over ranks stays split.
 
     Args:
-        pipe: a diffusers pipeline or transformer, FLUX.1, FLUX.2, Qwen-Image, Chroma, Krea 2, Stable
-            Diffusion 3 or 3.5, DiT, or a variant of them.
+        pipe: a diffusers pipeline, modular or not, or a transformer: FLUX.1, FLUX.2, Qwen-Image, Chroma, Krea 2,
+            Stable Diffusion 3 or 3.5, DiT, or a variant of them.
         window (`int`, *optional*, defaults to what the weights were distilled for, else 16): radius in tokens of
             the disc of image keys to which an image query attends. A token is 16 x 16 pixels.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
@@ -130,9 +130,10 @@ def linearize(
             distilled for; a window, backend or schedule with windows does not fit the method; the schedule names
             layers that do not exist; the weights do not fit the model, or none are published for it.
         FileNotFoundError, PermissionError, ConnectionError: the weights cannot be found or downloaded.
-        RuntimeError: the backend cannot run on this machine; the model has attention processors of another library,
-            guidance that changes attention, or context parallelism; its parameters are on the meta device; weights
-            are given for a model that is quantized or has a fused LoRA; its original weights were discarded.
+        RuntimeError: the pipeline has no transformer yet; the backend cannot run on this machine; the model has
+            attention processors of another library, guidance that changes attention, or context parallelism; its
+            parameters are on the meta device; weights are given for a model that is quantized or has a fused LoRA; its
+            original weights were discarded.
 
     Example:
         >>> import clear_attn as clear

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeVar
 
 from clear_attn.models import ADAPTERS, ModelAdapter, adapter_for
+from clear_attn.models.class_names import is_instance
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.utils._torch import forward_pre_hooks, unwrap_compiled
 
@@ -46,6 +47,7 @@ def find_target(pipe: Any) -> Target:
 
     Raises:
         TypeError: neither is supported.
+        RuntimeError: the pipeline has no transformer yet.
     """
     transformer, adapter = find_transformer(pipe)
     return Target(pipe, transformer, adapter, adapter.attention_layers(transformer))
@@ -56,8 +58,11 @@ def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
 
     Raises:
         TypeError: neither is supported, or not with the installed version of diffusers.
+        RuntimeError: the pipeline has no transformer yet.
     """
     transformer = unwrap_compiled(getattr(pipe, "transformer", pipe))
+    if transformer is None:
+        raise RuntimeError(f"this {type(pipe).__name__} has no transformer yet; {_how_to_load(pipe)}")
     adapter = adapter_for(transformer)
     if adapter is None:
         supported = ", ".join(adapter.transformer_class for adapter in ADAPTERS)
@@ -67,6 +72,15 @@ def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
         raise TypeError(f"a {given} is not supported; give a diffusers pipeline or transformer of: {supported}")
     adapter.check_version()
     return transformer, adapter
+
+
+def _how_to_load(pipe: Any) -> str:
+    if is_instance(pipe, ("ModularPipeline",)):
+        return (
+            'call pipe.load_components("transformer") first, or pipe.update_components(transformer=...) with one of '
+            "your own"
+        )
+    return "load it without transformer=None"
 
 
 def entry_hook_of(transformer: Any) -> EntryHook | None:
