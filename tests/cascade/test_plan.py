@@ -170,11 +170,17 @@ class TestSizes:
             validate_aspect_ratio(before, after, 16)
 
     def test_rounds_as_diffusers_does_and_warns(self, pipe):
-        with pytest.warns(UserWarning, match="130 x 135 px is not a multiple of 8 px; drawing 128 x 128 px"):
+        with pytest.warns(
+            UserWarning, match="130 x 135 px is not a multiple of 8 px; it is rounded .* to 128 x 128 px"
+        ):
             assert draw(pipe, 130, 135).image.size == (128, 128)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             draw(pipe)
+
+    def test_a_window_that_covers_the_image_saves_nothing(self, pipe):
+        with pytest.warns(UserWarning, match="window=22, down_factor=1 covers 128 x 128 px: .* nothing is saved"):
+            draw(pipe, window=22)  # the corners are 21.2 tokens apart
 
 
 BAD = [

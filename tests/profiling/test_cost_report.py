@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
+from IPython.lib.pretty import pretty
 
 import clear_attn as clear
 from clear_attn.core.window_mask import window_mask
@@ -51,7 +53,7 @@ def test_a_wide_window_is_dense():
 
 
 def test_settings_and_sizes_come_from_the_pipeline(pipe):
-    assert (clear.cost(pipe, 128, 130).width, clear.cost(pipe, 128, 130).method) == (16, clear.methods.Clear(16))
+    assert (clear.cost(pipe, 128, 128).width, clear.cost(pipe, 128, 128).method) == (16, clear.methods.Clear(16))
     clear.linearize(pipe, 5, 2, weights=None)
     cost = clear.cost(pipe, 256, 128, text_tokens=24, batch=4)
     assert (cost.height, cost.width, cost.method) == (32, 16, clear.methods.Clear(5, 2))
@@ -59,12 +61,45 @@ def test_settings_and_sizes_come_from_the_pipeline(pipe):
     assert clear.cost(pipe, 256, 128, window=3).method == clear.methods.Clear(3, 2)
 
 
+def test_a_size_is_rounded_down_as_diffusers_does(pipe):
+    with pytest.warns(UserWarning, match="128 x 130 px is not a multiple of 8 px; it is rounded down to 128 x 128 px"):
+        rounded = clear.cost(pipe, 128, 130)
+    assert rounded == clear.cost(pipe, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"window": 8}, r": 1\.1 times fewer FLOPs of attention$"),
+        ({"window": 21}, r": nearly nothing is saved \(100\.0% of the FLOPs of dense attention\)$"),
+        ({"window": 22}, r": nothing is saved, since each image token attends to all others \(100\.0% of .*\)$"),
+        ({"window": 20, "down_factor": 2}, r": nothing is saved \(10\d\.\d% of the FLOPs of dense attention\)$"),
+    ],
+)
+def test_says_whether_something_is_saved(flux_dev, settings, words):
+    heading = str(clear.cost(flux_dev, 256, 272, **settings)).splitlines()[0]
+    assert re.search(words, heading), heading
+
+
+def test_a_schedule_that_names_all_layers(flux_dev):
+    schedule = clear.Schedule(dense_layers=["transformer_blocks", "single_transformer_blocks"])
+    cost = clear.cost(flux_dev, 1024, 1024, schedule=schedule)
+    assert cost.layer_gflops is None
+    assert "nothing is saved, since each image token attends to all others" in str(cost)
+    assert "a layer" not in str(cost)
+
+
 def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
     cost = clear.cost(flux_dev, 4096, 4096, window=8, down_factor=4)
     text, page = str(cost), cost._repr_html_()
+    assert repr(cost) == pretty(cost) == text
+    lines = {line.split("  ")[0]: line.split()[-3:] for line in text.splitlines() if line}
+    assert lines["image queries, text keys"] == ["412.3", "412.3", "GFLOPs"]
+    assert lines["a layer"] == ["53.60", "4.28", "TFLOPs"]
+    assert lines["all 57 layers"] == ["3.055", "0.244", "PFLOPs"]
     for words in (
         "256 x 256 image tokens",
-        "53,604.4",
+        "53.60",
         "all 57 layers",
         "Unchanged: text queries",
         "attention to the pooled keys",
@@ -78,7 +113,7 @@ def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"height": 15}, ValueError, "height=15 is less than one token of 16 pixels"),
+        ({"height": 15}, ValueError, "15 x 64 px is less than one token of 16 px"),
         ({"width": 64.0}, TypeError, "width must be a whole number, got 64.0"),
         ({"window": 0}, ValueError, "window must be at least 1, got 0"),
         ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),

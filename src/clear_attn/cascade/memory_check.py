@@ -9,14 +9,12 @@ import torch
 
 from clear_attn.cascade.pipelines import CascadeTarget
 from clear_attn.cascade.plan import HighresPlan
-from clear_attn.cascade.stages import format_size
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.profiling.memory import (
     Bytes,
     activation_bytes,
     available_memory,
     decode_bytes,
-    gib,
     models_of,
     offloaded_models,
     peak_memory,
@@ -24,6 +22,8 @@ from clear_attn.profiling.memory import (
     tiled_decode_bytes,
     weight_bytes,
 )
+from clear_attn.utils.image_sizes import format_size
+from clear_attn.utils.units import format_bytes
 
 
 def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
@@ -44,20 +44,19 @@ def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
         tokens, batch = (height // target.token) * (width // target.token), target.batch(each.guidance)
         activations = activation_bytes(transformer, batch * tokens * channels, factor)
         ranks, tiled = 1 if base else target.ranks, not base and max(each.size) > pipe.vae.tile_sample_min_size
-        work = {
-            "transformer": Bytes(*(size // ranks for size in activations)),
-            "vae": (tiled_decode_bytes if tiled else decode_bytes)(pipe.vae, height, width),
-        }
+        work = {"transformer": Bytes(*(size // ranks for size in activations))}
+        if decode := (tiled_decode_bytes if tiled else decode_bytes)(pipe.vae, height, width):
+            work["vae"] = decode
         need = peak_memory(pipe, device, work)
         if need.least > total:
             raise ValueError(
-                f"{format_size(each.size)} needs at least {gib(need.least)} GiB with the weights, and {device} has "
-                f"{gib(total)}; {_remedy(pipe, device, work, total)}"
+                f"{format_size(each.size)} needs at least {format_bytes(need.least)} with the weights, and {device} "
+                f"has {format_bytes(total)}; {_remedy(pipe, device, work, total)}"
             )
         if need.likely - held > free:
             warnings.warn(
-                f"{format_size(each.size)} will likely need {gib(need.likely - held)} GiB beyond what {device} holds, "
-                f"and {gib(free)} are free; if memory runs out, {_remedy(pipe, device, work, total)}",
+                f"{format_size(each.size)} will likely need {format_bytes(need.likely - held)} beyond what {device} "
+                f"holds, and {format_bytes(free)} are free; if memory runs out, {_remedy(pipe, device, work, total)}",
                 stacklevel=3,
             )
 
@@ -68,8 +67,8 @@ def check_weights_fit(pipe: Any, device: torch.device) -> None:
     weights = pipeline_bytes(pipe)
     if device.type != "cpu" and weights > free:
         raise ValueError(
-            f"the weights take {gib(weights)} GiB, and {device} has {gib(free)} free; --offload keeps only the model "
-            "at work there"
+            f"the weights take {format_bytes(weights)}, and {device} has {format_bytes(free)} free; --offload keeps "
+            "only the model at work there"
         )
 
 

@@ -24,9 +24,10 @@ from clear_attn.cascade.pipelines import (
 )
 from clear_attn.cascade.plan import ATTENTION, HighresPlan, describe, fingerprint
 from clear_attn.cascade.rope import validate_ntk_factor
-from clear_attn.cascade.stages import Base, Size, Stage, format_size
+from clear_attn.cascade.stages import Base, Stage
 from clear_attn.parallel.shard import check_ranks
 from clear_attn.patching.linearization import Change
+from clear_attn.utils.image_sizes import Size, format_size, round_down
 from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.sources import with_absolute_path
 
@@ -61,7 +62,7 @@ def make_plan(
         raise TypeError(f"prompt must be one text, got {prompt!r}; call highres once for each image")
     for name, side in zip(("height", "width"), size, strict=True):
         check_whole_number(name, side, "it is in pixels")
-    size, token = round_down(size, target.token), target.token
+    size, token = round_down(size, target.token, stacklevel=3), target.token
     if image is None:
         asked = base or Base()
         if asked.height is None:
@@ -143,6 +144,12 @@ def resolve_attention(target: CascadeTarget, plan: HighresPlan, change: Change |
             f"this pipeline is linearized with {method}, and highres draws with CLEAR; give it weights= of CLEAR "
             "or None, or call clear_attn.restore() first"
         )
+    if method.covers((plan.height // target.token, plan.width // target.token)):
+        warnings.warn(
+            f"{method.as_arguments()} covers {format_size((plan.height, plan.width))}: each image token attends to all "
+            "others, and nothing is saved; give a smaller window, or draw a larger image",
+            stacklevel=3,
+        )
     return dataclasses.replace(
         plan,
         window=method.window,
@@ -151,21 +158,6 @@ def resolve_attention(target: CascadeTarget, plan: HighresPlan, change: Change |
         weights=with_absolute_path(hook.weights) if plan.weights == "auto" else plan.weights,
         backend=hook.backend,
     )
-
-
-def round_down(size: Size, token: int) -> Size:
-    """Return a size rounded down to whole tokens, as diffusers does; warn if that changes it.
-
-    Raises:
-        ValueError: it is less than a token.
-    """
-    if min(size) < token:
-        raise ValueError(f"{format_size(size)} is less than one token of {token} px; give the size in pixels")
-    whole = size[0] // token * token, size[1] // token * token
-    if whole != size:
-        message = f"{format_size(size)} is not a multiple of {token} px; drawing {format_size(whole)}"
-        warnings.warn(message, stacklevel=4)
-    return whole
 
 
 def base_size(size: Size, native_side: int, token: int) -> Size:
@@ -229,7 +221,7 @@ def _validate_image(image: Any, base: Base | None) -> Size:
 
 
 def _resolve_size(settings: Any, default: Size, token: int) -> Any:
-    size = default if settings.height is None else round_down((settings.height, settings.width), token)
+    size = default if settings.height is None else round_down((settings.height, settings.width), token, stacklevel=5)
     return dataclasses.replace(settings, height=size[0], width=size[1])
 
 

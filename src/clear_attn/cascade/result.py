@@ -12,9 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan
-from clear_attn.cascade.stages import Size
 from clear_attn.utils.atomic import atomic_file, atomic_text
 from clear_attn.utils.image_files import save_or_fall_back, try_write, validate_image_file
+from clear_attn.utils.image_sizes import Size
 
 
 @dataclass(frozen=True)

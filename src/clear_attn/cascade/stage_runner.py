@@ -16,11 +16,12 @@ from clear_attn.cascade.guidance import guide
 from clear_attn.cascade.pipelines import CascadeTarget, static_schedule, tiled_vae
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.rope import ntk_scaling
-from clear_attn.cascade.stages import Base, Stage, format_size
+from clear_attn.cascade.stages import Base, Stage
 from clear_attn.models._diffusers import execution_device_of, progress_bar_config_of, reset_interrupt
 from clear_attn.patching.context_managers import applied, restored
 from clear_attn.patching.linearization import Change
 from clear_attn.utils.dtypes import dtype_name
+from clear_attn.utils.image_sizes import format_size
 
 StepCallback = Callable[..., dict[str, Any]]
 

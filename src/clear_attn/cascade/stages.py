@@ -6,15 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from clear_attn.utils.image_sizes import Size
 from clear_attn.utils.validation import check_whole_number
-
-# Height and width in pixels.
-Size = tuple[int, int]
-
-
-def format_size(size: Size) -> str:
-    """Return a size as text."""
-    return f"{size[0]} x {size[1]} px"
 
 
 def validate_number(name: str, value: Any, least: float, remedy: str) -> None:

@@ -21,6 +21,7 @@ from clear_attn.profiling.memory import (
     tiled_decode_bytes,
     weight_bytes,
 )
+from clear_attn.utils.image_sizes import round_down
 from clear_attn.utils.validation import check_whole_number
 from clear_attn.weights.metadata import metadata_of, read_method, read_schedule
 
@@ -43,7 +44,7 @@ def cost(
 
     Args:
         pipe: a supported pipeline or transformer, linearized or not.
-        height, width (`int`): of the image in pixels; rounded down to whole tokens, as diffusers does.
+        height, width (`int`): of the image in pixels; rounded down to whole tokens, with a warning.
         window, down_factor (`int`, *optional*): default to those of a linearized pipeline, else 16 and 1.
         method (`Method`, *optional*): defaults to that of a linearized pipeline, else CLEAR.
         schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.
@@ -66,15 +67,14 @@ def cost(
     """
     transformer, adapter = find_transformer(pipe)
     pixels = adapter.latents_per_token(transformer) * (getattr(pipe, "vae_scale_factor", None) or DEFAULT_VAE_SCALE)
-    for name, side in (("height", height), ("width", width)):
-        if check_whole_number(name, side, "it is in pixels") < pixels:
-            raise ValueError(f"{name}={side} is less than one token of {pixels} pixels; give the size in pixels")
+    size = [check_whole_number(name, side, "it is in pixels") for name, side in (("height", height), ("width", width))]
+    height, width = round_down((size[0], size[1]), pixels, stacklevel=2)
     text_tokens = adapter.default_text_tokens if text_tokens is None else text_tokens
     text_tokens = check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0)
     batch = check_whole_number("batch", batch, "it is the number of images")
     own_method, own_schedule = _settings_of(transformer)
     method = override_method(own_method, window, down_factor, method)
-    grid, schedule = (int(height) // pixels, int(width) // pixels), own_schedule if schedule is None else schedule
+    grid, schedule = (height // pixels, width // pixels), own_schedule if schedule is None else schedule
     counted = _count(transformer, adapter, grid, text_tokens, batch, method, schedule)
     controlnet = getattr(pipe, "controlnet", None)
     nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])

@@ -11,11 +11,15 @@ from clear_attn.core.plan import pooled_count
 from clear_attn.core.window_mask import BLOCK
 from clear_attn.methods import Dense, Method
 from clear_attn.profiling.memory import Memory
+from clear_attn.utils.units import FLOPS, format_bytes, in_units
 
 # What `Cost.to_dict` copies: fields, and properties computed from them.
 FIELDS = ("height", "width", "text_tokens", "batch", "heads", "head_dim", "dense_above_sigma", "controlnets")
 TOKENS_AND_LAYERS = ("image_tokens", "pooled_tokens", "layers", "layers_without_text")
 DERIVED = (*TOKENS_AND_LAYERS, "layer_gflops", "dense_layer_gflops", "ratio", "block_list_bytes")
+
+# A line of the table: what is counted, dense, by the method, and the unit.
+Row = tuple[str, str, str, str]
 
 
 class LayerGroup(NamedTuple):
@@ -34,9 +38,9 @@ class LayerGroup(NamedTuple):
     exception: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cost:
-    """The attention of one forward pass of a transformer.
+    """The attention of one forward pass of a transformer; it prints as a table, in a notebook too.
 
     FLOPs count multiplications and additions: 4 x query-key pairs x (heads x head_dim) per layer, as in table 2 of
     CLEAR (arXiv 2412.16112); other methods count their own. Projections and the rest of a layer, which linearizing does
@@ -123,8 +127,9 @@ class Cost:
         return self.batch * sum(self._group_flops(group, Dense()) for group in self.groups)
 
     @property
-    def layer_gflops(self) -> float:
-        return sum(self.own_layer_work().values()) / 1e9
+    def layer_gflops(self) -> float | None:
+        """FLOPs of a linearized layer with text; None if the schedule names all such layers."""
+        return sum(self.own_layer_work().values()) / 1e9 or None
 
     @property
     def dense_layer_gflops(self) -> float:
@@ -152,14 +157,14 @@ class Cost:
             "dense_step_gflops": self.dense_step_flops / 1e9,
         }
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        digits = 1 if self.dense_layer_gflops > 10 else 3
+    def _rows(self) -> list[Row]:
+        def row(name: str, dense: float, own: float) -> Row:
+            cells, unit = in_units((dense, own), FLOPS, 4)
+            dense_cell, cell = (text if flops else "-" for text, flops in zip(cells, (dense, own), strict=True))
+            return name, dense_cell, cell, unit
 
-        def row(name: str, dense: float, own: float) -> tuple[str, str, str]:
-            dense_cell, cell = (f"{flops / 1e9:,.{digits}f}" if flops else "-" for flops in (dense, own))
-            return name, dense_cell, cell
-
-        dense, own = self.layer_work(Dense()), self.own_layer_work()
+        own = self.own_layer_work()
+        dense = self.layer_work(Dense()) if own else {}
         kinds = [
             *((kind, dense.get(kind, 0), own.get(kind, 0)) for kind in {**dense, **own}),
             ("a layer", sum(dense.values()), sum(own.values())),
@@ -177,18 +182,26 @@ class Cost:
         rows = [row(*kind) for kind in kinds if any(kind[1:])]
         for number, (dense_net, net) in enumerate(self.controlnets, start=1):
             rows.append(row(f"ControlNet {number}{', dense' if dense_net == net else ''}", dense_net, net))
-        return [("GFLOPs of attention", "dense", self.method.title), *rows]
+        return [("FLOPs of attention", "dense", self.method.title, ""), *rows]
 
     def _heading(self) -> str:
         batch = f", {self.batch} images at a time" if self.batch > 1 else ""
         return (
             f"{self.height} x {self.width} image tokens, {self.text_tokens} text tokens, "
-            f"{self.method.as_arguments()}{batch}: {self.ratio:.1f} times fewer FLOPs of attention"
+            f"{self.method.as_arguments()}{batch}: {self._saving()}"
         )
+
+    def _saving(self) -> str:
+        if self.ratio >= 1.05:
+            return f"{self.ratio:.1f} times fewer FLOPs of attention"
+        share = f"{1 / self.ratio:.1%} of the FLOPs of dense attention"
+        if all(group.method.covers((self.height, self.width)) for group in self.groups):
+            return f"nothing is saved, since each image token attends to all others ({share})"
+        return f"{'nearly ' if self.ratio > 1 else ''}nothing is saved ({share})"
 
     def _remarks(self) -> list[str]:
         remarks = ["Unchanged: text queries, and everything that is not attention."]
-        lists = f"FlexAttention's block lists ({self.block_list_bytes / 2**20:.1f} MiB in all)"
+        lists = f"FlexAttention's block lists ({format_bytes(self.block_list_bytes)} in all)"
         quadratic = [*([lists] if self.method.uses_backends else []), *filter(None, [self.method.quadratic])]
         if quadratic:
             remarks.append(f"Still growing with the square of the tokens: {' and '.join(quadratic)}.")
@@ -208,9 +221,14 @@ class Cost:
     def __str__(self) -> str:
         rows = self._rows()
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [f"{name:<{widths[0]}}  {dense:>{widths[1]}}  {local:>{widths[2]}}" for name, dense, local in rows]
-        lines.insert(1, "-" * len(lines[0]))
+        lines = [
+            f"{name:<{widths[0]}}  {dense:>{widths[1]}}  {own:>{widths[2]}}  {unit}".rstrip()
+            for name, dense, own, unit in rows
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
         return "\n".join([self._heading(), "", *lines, "", *self._remarks()])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:

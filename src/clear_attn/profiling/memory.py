@@ -13,8 +13,7 @@ from accelerate.hooks import CpuOffload
 from torch import nn
 
 from clear_attn.utils._torch import stored_tensors
-
-GIB = 2**30
+from clear_attn.utils.units import format_bytes
 
 
 class Bytes(NamedTuple):
@@ -33,38 +32,34 @@ class Memory:
         activations (`Bytes`): of a forward pass without gradients. Least: query, key, value, output and residual
             stream of an attention layer, 5 x tokens x (heads x head_dim) elements. Likely: 20 times such a tensor;
             diffusers' blocks held 14 to 20 on a CPU, dense and linearized, uncompiled. FLUX.2's: 24, measured 22.
-        decode (`Bytes`): of the decoder of an autoencoder like AutoencoderKL. Least: a residual block at full size
-            holds its input and its normed input, with the channels of the last but one level. Likely: 4 such tensors;
-            3.4 to 3.9 were measured. Both are 0 if no such decoder is given.
-        decode_tiled (`Bytes`): the same tile by tile, with the image.
+        decode (`Bytes`, *optional*): of the decoder of an autoencoder like AutoencoderKL. Least: a residual block at
+            full size holds its input and its normed input, with the channels of the last but one level. Likely: 4 such
+            tensors; 3.4 to 3.9 were measured. None if no such decoder is given, so that it is not known.
+        decode_tiled (`Bytes`, *optional*): the same tile by tile, with the image.
     """
 
     weights: dict[str, int]
     activations: Bytes
-    decode: Bytes
-    decode_tiled: Bytes
+    decode: Bytes | None
+    decode_tiled: Bytes | None
 
     @property
     def all_weights(self) -> int:
         return sum(self.weights.values())
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), **{name: part._asdict() for name, part in vars(self).items() if name != "weights"}}
+        bounds = {name: part and part._asdict() for name, part in vars(self).items() if name != "weights"}
+        return {**asdict(self), **bounds}
 
     def __str__(self) -> str:
-        parts = [f"weights {gib(self.all_weights)} GiB", f"activations {_range(self.activations)}"]
-        if self.decode.least:
-            parts.append(f"decoding {_range(self.decode)}, in tiles {_range(self.decode_tiled)}")
-        return f"Memory: {', '.join(parts)}."
-
-
-def gib(size: float) -> str:
-    """Return bytes as text in GiB."""
-    return f"{size / GIB:.1f}" if size > 0.1 * GIB else f"{size / GIB:.2g}"
-
-
-def _range(size: Bytes) -> str:
-    return f"{gib(size.least)} to {gib(size.likely)} GiB"
+        weights = {name: format_bytes(size) for name, size in self.weights.items()}
+        alone = f"{next(iter(weights))} weights {format_bytes(self.all_weights)}"
+        of_all = f"weights {format_bytes(self.all_weights)} ({', '.join(map(' '.join, weights.items()))})"
+        known = [of_all if len(weights) > 1 else alone, f"activations {format_bytes(*self.activations)}"]
+        if self.decode and self.decode_tiled:
+            known.append(f"decoding {format_bytes(*self.decode)}, in tiles {format_bytes(*self.decode_tiled)}")
+        unknown = "" if self.decode else f" Not known: {'decoding' if len(weights) > 1 else 'other models, decoding'}."
+        return f"Memory: {', '.join(known)}.{unknown}"
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
@@ -84,21 +79,21 @@ def activation_bytes(transformer: Any, elements: int, factor: int) -> Bytes:
     return Bytes(5 * stream, factor * stream)
 
 
-def decode_bytes(vae: Any, height: int, width: int) -> Bytes:
-    """Return the memory of decoding an image of this size in pixels; 0 without a decoder like AutoencoderKL's."""
+def decode_bytes(vae: Any, height: int, width: int) -> Bytes | None:
+    """Return the memory of decoding an image of this size in pixels; None without a decoder like AutoencoderKL's."""
     channels = getattr(getattr(vae, "config", None), "block_out_channels", None)
     if not channels or not hasattr(vae, "decoder"):
-        return Bytes(0, 0)
+        return None
     block = channels[min(1, len(channels) - 1)] * height * width * _element(vae)
     return Bytes(2 * block, 4 * block)
 
 
-def tiled_decode_bytes(vae: Any, height: int, width: int) -> Bytes:
-    """Return the memory of decoding an image tile by tile; 0 without a decoder like AutoencoderKL's."""
-    side = int(getattr(vae, "tile_sample_min_size", 0))
-    tile = decode_bytes(vae, min(side, height), min(side, width))
-    image = 3 * height * width * _element(vae) if decode_bytes(vae, height, width).least else 0
-    return Bytes(tile.least + image, tile.likely + 2 * image)
+def tiled_decode_bytes(vae: Any, height: int, width: int) -> Bytes | None:
+    """Return the memory of decoding an image tile by tile; None without a decoder like AutoencoderKL's."""
+    side = getattr(vae, "tile_sample_min_size", None)
+    tile = side and decode_bytes(vae, min(side, height), min(side, width))
+    image = 3 * height * width * _element(vae) if tile else 0
+    return Bytes(tile.least + image, tile.likely + 2 * image) if tile else None
 
 
 def weight_bytes(model: nn.Module, device: torch.device | str | None = None) -> int:
