@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clear_attn.models.processors.processor import ClearAttnProcessor
     from clear_attn.parallel.parallelization import deparallelize, parallelize
     from clear_attn.patching.context_managers import linearized
+    from clear_attn.patching.description import Info, info
     from clear_attn.patching.linearization import linearize
     from clear_attn.patching.restoration import is_linearized, restore
     from clear_attn.patching.saving import push_to_hub, save_pretrained
@@ -36,6 +37,7 @@ __all__ = [
     "HighresInterrupted",
     "HighresPlan",
     "HighresResult",
+    "Info",
     "Schedule",
     "Stage",
     "TokenLayout",
@@ -43,6 +45,7 @@ __all__ = [
     "cost",
     "deparallelize",
     "highres",
+    "info",
     "is_linearized",
     "linearize",
     "linearized",
@@ -66,6 +69,7 @@ _MODULES = {
     "HighresInterrupted": "cascade.result",
     "HighresPlan": "cascade.plan",
     "HighresResult": "cascade.result",
+    "Info": "patching.description",
     "Schedule": "methods.schedule",
     "Stage": "cascade.stages",
     "TokenLayout": "core.layout",
@@ -73,6 +77,7 @@ _MODULES = {
     "cost": "profiling.attention_cost",
     "deparallelize": "parallel.parallelization",
     "highres": "cascade.large_images",
+    "info": "patching.description",
     "is_linearized": "patching.restoration",
     "linearize": "patching.linearization",
     "linearized": "patching.context_managers",

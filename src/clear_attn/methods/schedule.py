@@ -96,11 +96,19 @@ class Schedule:
         """
         if self.dense_above_sigma is not None and sigma is not None and sigma > self.dense_above_sigma:
             return Dense()
-        name = self.names(layer.name)
+        return self.method_of(method, layer.name).for_layer(layer.number)
+
+    def method_of(self, method: Method, layer: str) -> Method:
+        """Return the method that the schedule gives the layer of a name, in calls that are not dense."""
+        name = self.names(layer)
         if name in self.dense_layers:
             return Dense()
-        own = method.with_window(self.windows[name]) if name else method
-        return own.for_layer(layer.number)
+        return method.with_window(self.windows[name]) if name else method
+
+    def describe(self, method: Method, layer: str) -> str:
+        """Return `method_of` in words, with the sigma above which it is dense."""
+        above = "" if self.dense_above_sigma is None else f", dense above sigma {self.dense_above_sigma:g}"
+        return f"{self.method_of(method, layer)!r}{above}"
 
     def names(self, layer: str) -> str | None:
         """Return the longest name in `dense_layers` or `windows` that matches a layer, or None."""

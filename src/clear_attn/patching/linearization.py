@@ -288,10 +288,13 @@ def make_processors(
     """
     # Parameters made in the caller's inference mode could not be trained.
     with torch.inference_mode(False), torch.device("cpu"):
-        return {
+        processors = {
             name: adapter.make_processor(originals[name], method, layer, hook.groups[name])
             for name, layer in layers.items()
         }
+    for name, processor in processors.items():
+        processor.description = hook.schedule.describe(method, name)
+    return processors
 
 
 def _validate_weights(source: Checkpoint, parameters: Mapping[str, torch.nn.Parameter], model: str) -> None:

@@ -74,18 +74,23 @@ def is_linearized(pipe: Any) -> bool:
 
 
 def _warn_if_left_dense(transformer: Any) -> None:
+    if reason := left_dense(transformer):
+        warnings.warn(reason, stacklevel=3)
+
+
+def left_dense(transformer: Any) -> str | None:
+    """Return, for a model that was saved while it was linearized and runs dense, that this is so; else None."""
     if entry_hook_of(transformer):
-        return
+        return None
     try:
         metadata = metadata_of(transformer)
         record = metadata and metadata.get("method")  # of a method that may be unknown here
         settings = f"method={record_as_text(record)}" if record else metadata and read_method(metadata).as_arguments()
     except ValueError as error:
-        warnings.warn(f"this pipeline runs with dense attention, and {error}", stacklevel=3)
-        return
-    if metadata:
-        warnings.warn(
-            f"this pipeline was saved while it was linearized ({settings}, weights {metadata['weights']}), "
-            "and now runs with dense attention; call clear_attn.linearize(pipe)",
-            stacklevel=3,
-        )
+        return f"this pipeline runs with dense attention, and {error}"
+    if not metadata:
+        return None
+    return (
+        f"this pipeline was saved while it was linearized ({settings}, weights {metadata['weights']}), and now runs "
+        "with dense attention; call clear_attn.linearize(pipe)"
+    )

@@ -10,6 +10,7 @@ from clear_attn.core.coordinates import Grid
 from clear_attn.methods import Clear, Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
+from clear_attn.patching.description import controlnets_of
 from clear_attn.patching.resolve import override_method
 from clear_attn.patching.target import entry_hook_of, find_transformer
 from clear_attn.profiling.cost_report import Cost, LayerGroup
@@ -76,13 +77,11 @@ def cost(
     method = override_method(own_method, window, down_factor, method)
     grid, schedule = (height // pixels, width // pixels), own_schedule if schedule is None else schedule
     counted = _count(transformer, adapter, grid, text_tokens, batch, method, schedule)
-    controlnet = getattr(pipe, "controlnet", None)
-    nets = () if controlnet is None else getattr(controlnet, "nets", [controlnet])
     elements = batch * (text_tokens + counted.image_tokens) * counted.heads * counted.head_dim
     models = models_of(pipe) or {"transformer": transformer}
     return dataclasses.replace(
         counted,
-        controlnets=tuple(_count_controlnet(net, counted) for net in nets),
+        controlnets=tuple(_count_controlnet(net, counted) for net in controlnets_of(pipe)),
         memory=Memory(
             {name: weight_bytes(model) for name, model in models.items()},
             activation_bytes(transformer, elements, adapter.activation_factor),

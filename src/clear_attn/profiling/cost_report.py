@@ -215,7 +215,7 @@ class Cost:
         if self.layers_without_text:
             remarks.append(f"{self.layers_without_text} of the layers do not attend to text.")
         if self.memory:
-            remarks.append(str(self.memory))
+            remarks += str(self.memory).splitlines()
         return remarks
 
     def __str__(self) -> str:

@@ -52,14 +52,18 @@ class Memory:
         return {**asdict(self), **bounds}
 
     def __str__(self) -> str:
-        weights = {name: format_bytes(size) for name, size in self.weights.items()}
-        alone = f"{next(iter(weights))} weights {format_bytes(self.all_weights)}"
-        of_all = f"weights {format_bytes(self.all_weights)} ({', '.join(map(' '.join, weights.items()))})"
-        known = [of_all if len(weights) > 1 else alone, f"activations {format_bytes(*self.activations)}"]
+        whole = len(self.weights) > 1  # a pipeline, not a transformer alone
+        name = "weights" if whole else f"{next(iter(self.weights))} weights"
+        known = [f"{name} {format_bytes(self.all_weights)}", f"activations {format_bytes(*self.activations)}"]
         if self.decode and self.decode_tiled:
             known.append(f"decoding {format_bytes(*self.decode)}, in tiles {format_bytes(*self.decode_tiled)}")
-        unknown = "" if self.decode else f" Not known: {'decoding' if len(weights) > 1 else 'other models, decoding'}."
-        return f"Memory: {', '.join(known)}.{unknown}"
+        lines = [f"Memory: {', '.join(known)}."]
+        if whole:
+            models = (f"{name} {format_bytes(size)}" for name, size in self.weights.items())
+            lines.append(f"Weights by model: {', '.join(models)}.")
+        if not self.decode:
+            lines.append(f"Not known: memory of {'decoding' if whole else 'other models and of decoding'}.")
+        return "\n".join(lines)
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:

@@ -50,6 +50,8 @@ class ClearAttnProcessor(nn.Module):
 
     # Settings that users make on a processor; the one that replaces it takes them over.
     layer_settings: tuple[str, ...] = ("_attention_backend", "_parallel_config")
+    # The layer's method by the schedule, in words.
+    description: str = ""
     # diffusers' set_attention_backend and enable_parallelism look for these attributes.
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -94,7 +96,7 @@ class ClearAttnProcessor(nn.Module):
         return context.attend(self.group, query, key, value, parameters, self._attention_backend)
 
     def extra_repr(self) -> str:
-        return repr(self.method)
+        return self.description or (repr(self.method) if self.method else "")
 
     def validate_call(self, inputs: Inputs, context: Any) -> Any:
         """Return the context, or raise RuntimeError for a call that is not supported."""
