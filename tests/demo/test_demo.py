@@ -209,7 +209,7 @@ class TestCommand:
     def test_cost_refuses(self):
         result = self.run("cost", "--height", 8, "--width", 1024)
         assert result.exit_code == 2
-        assert "--height 8 is less than one token" in result.output
+        assert "8 x 1024 px is less than one token of 16 px" in result.output
 
 
 @pytest.mark.slow

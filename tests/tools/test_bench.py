@@ -129,7 +129,7 @@ def test_plot(bench, tmp_path, suffix):
     [
         (["--grid", "12"], "'12' is not a size"),
         (["--grid", "0x4"], "'0x4' is not a size"),
-        (["--pixels", "1000x1024"], "1000x1024 is not in whole tokens"),
+        (["--pixels", "15x1024"], "15 x 1024 px is less than one token of 16 px"),
         (["--device", "tpu"], "'tpu' does not exist; there is cpu"),
         (["--device", "cuda:7"], "'cuda:7' does not exist"),
         (["--variant", "fast"], "'fast' is none of dense"),

@@ -89,7 +89,7 @@ def test_messages_name_options():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cost", "--height", 8, "--width", 64), "--height 8 is less than one token"),
+        (("cost", "--height", 8, "--width", 64), "8 x 64 px is less than one token of 16 px"),
         (("cost", *SIZE, "--method", "Best"), "no attention method is named 'Best'"),
         (("bench", "--grid", "4x4", "--ranks", 3), "3 ranks are too many"),
         (("demo", "--window", 0), "--window"),

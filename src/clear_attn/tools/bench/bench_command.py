@@ -23,18 +23,11 @@ RUNS = {"cpu": 5, "cuda": 20}
 CASE_SETTINGS = ("level", "text", "heads", "batch", "backward", "blocks", "dense_queries")
 
 
-def _parse_grid(text: str) -> Any:
+def _parse_size(text: str) -> Any:
     height, _, width = text.partition("x")
     if not height.isdecimal() or not width.isdecimal() or not int(height) or not int(width):
         raise typer.BadParameter(f"{text!r} is not a size; write height x width, as 128x96")
     return int(height), int(width)
-
-
-def _parse_pixels(text: str) -> Any:
-    height, width = _parse_grid(text)
-    if height % TOKEN or width % TOKEN:
-        raise typer.BadParameter(f"{text} is not in whole tokens of {TOKEN} px")
-    return height // TOKEN, width // TOKEN
 
 
 def _check_plot(context: typer.Context, file: Path | None) -> Path | None:
@@ -64,12 +57,12 @@ def bench(
     device: options.Device = None,
     grid: Annotated[
         list[Any] | None,
-        typer.Option(parser=_parse_grid, metavar="HxW", help="Size in tokens, as 128x128; may be repeated."),
+        typer.Option(parser=_parse_size, metavar="HxW", help="Size in tokens, as 128x128; may be repeated."),
     ] = None,
     pixels: Annotated[
         list[Any] | None,
         typer.Option(
-            parser=_parse_pixels, metavar="HxW", help="Size in pixels; may be repeated.", show_default="1024x1024"
+            parser=_parse_size, metavar="HxW", help="Size in pixels; may be repeated.", show_default="1024x1024"
         ),
     ] = None,
     window: Annotated[
@@ -127,6 +120,7 @@ def bench(
         return
     from clear_attn.tools.bench.case import Case
     from clear_attn.tools.bench.runner import LEVELS
+    from clear_attn.utils.image_sizes import round_down
 
     # Other configurations of the fused kernel are timed if they are named.
     names = tuple(variant or (name for name in LEVELS[level].VARIANTS if not name.startswith("triton-")))
@@ -136,10 +130,12 @@ def bench(
             raise typer.BadParameter(f"{name!r} is none of {known}", param_hint="--variant")
     where = options.select_device(device)
     precision, settings = options.select_dtype(dtype, where), {name: context.params[name] for name in CASE_SETTINGS}
+    sizes = [round_down(size, TOKEN, stacklevel=1) for size in pixels or ()]
+    grids = [*(grid or ()), *((height // TOKEN, width // TOKEN) for height, width in sizes)]
     cases = [
         Case(height, width, radius, factor, precision, where, head_dim=size_of_head, **settings)
         for (height, width), radius, factor, size_of_head in itertools.product(
-            [*(grid or ()), *(pixels or ())] or [(64, 64)], window or [8, 16, 32], down_factor or [1], head_dim or [128]
+            grids or [(64, 64)], window or [8, 16, 32], down_factor or [1], head_dim or [128]
         )
     ]
     if not ranks and (attention_seconds, rest_seconds) != (None, None):

@@ -28,6 +28,7 @@ from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
 from clear_attn.utils.atomic import atomic_contents
 from clear_attn.utils.dtypes import dtype_name
+from clear_attn.utils.image_sizes import Size, round_down
 from clear_attn.utils.seeded_images import generate_with_seeds, save_images_with_seeds
 from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
 from clear_attn.weights.metadata import metadata_of
@@ -69,7 +70,7 @@ def evaluate(
         prompts: what to draw; each image has the next seed.
         output_dir: a new or an empty folder.
         weights, window, down_factor, schedule, backend: of the student, as `linearize` takes them.
-        height, width (`int`, *optional*): in pixels, whole tokens; by default the pipeline's.
+        height, width (`int`, *optional*): in pixels, rounded down to whole tokens; by default the pipeline's.
         seed (`int`, defaults to 0): of the first image's noise, which is drawn on the CPU.
         num_inference_steps, guidance_scale, max_sequence_length: as the pipeline takes them, and by default its own.
         batch_size (`int`, defaults to 1): images per call of the pipeline.
@@ -112,9 +113,10 @@ def evaluate(
     check_whole_number("batch_size", batch_size, "it is the number of images per call")
     if num_inference_steps is not None:
         check_whole_number("num_inference_steps", num_inference_steps, "it is the number of denoising steps")
+    height, width = _whole_tokens(pipe, height, width)
     arguments = {
-        "height": _whole_tokens(pipe, "height", height),
-        "width": _whole_tokens(pipe, "width", width),
+        "height": height,
+        "width": width,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "max_sequence_length": max_sequence_length,
@@ -178,16 +180,15 @@ def _check_prompts(prompts: Sequence[str]) -> None:
         raise ValueError("prompts is empty; give at least one")
 
 
-def _whole_tokens(pipe: Any, name: str, side: int | None) -> int:
-    """Return a side of the image in pixels; diffusers would round it down to whole tokens."""
+def _whole_tokens(pipe: Any, height: int | None, width: int | None) -> Size:
+    """Return the size of the images, by default the pipeline's, in whole tokens."""
     transformer, adapter = find_transformer(pipe)
-    pixels = adapter.latents_per_token(transformer) * pipe.vae_scale_factor
-    if side is None:
-        return int(pipe.default_sample_size * pipe.vae_scale_factor)
-    side = check_whole_number(name, side, "it is in pixels")
-    if side % pixels:
-        raise ValueError(f"{name}={side} is not in whole tokens of {pixels} pixels; give a multiple of {pixels}")
-    return side
+    native = int(pipe.default_sample_size * pipe.vae_scale_factor)
+    height, width = (
+        native if side is None else check_whole_number(name, side, "it is in pixels")
+        for name, side in (("height", height), ("width", width))
+    )
+    return round_down((height, width), adapter.latents_per_token(transformer) * pipe.vae_scale_factor, stacklevel=3)
 
 
 @torch.inference_mode()
