@@ -413,7 +413,7 @@ class TestEvaluate:
         [
             ({"prompts": []}, ValueError, "prompts is empty"),
             ({"prompts": "a circle"}, TypeError, "prompts must be a list of strings, got 'a circle'"),
-            ({"height": 7}, ValueError, "7 x 128 px is less than one token of 8 px"),
+            ({"height": 7}, ValueError, "less than one token of 8 px"),
             ({"width": 0}, ValueError, "width must be at least 1, got 0"),
             ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
             ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
@@ -489,7 +489,7 @@ class TestCommand:
             ({"metric": "fid"}, "metrics cannot be computed: fid"),
             ({"weights": "nowhere"}, "nowhere"),
             ({"weights": "auto"}, "--weights auto takes the weights published for"),
-            ({"height": 7}, "7 x 128 px is less than one token"),
+            ({"height": 7}, "is less than one token of 8 px"),
         ],
     )
     def test_errors_are_one_line(self, prompts, tmp_path, monkeypatch, given, message):
