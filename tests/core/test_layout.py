@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clear_attn.backends.attention import pool
-from clear_attn.core.layout import TokenLayout
+from clear_attn.core.layout import Images, TokenLayout
 from clear_attn.methods import Clear
 from tests.helpers import reference_attention
 
@@ -23,6 +23,21 @@ def test_tile_order_is_a_permutation_within_segments(grids):
         assert part.min() == start
         assert part.max() == start + height * width - 1
         start += height * width
+
+
+@given(grids=GRIDS)
+def test_images_alone_have_the_order_and_the_coordinates_that_they_have_among_all(grids):
+    layout, first = TokenLayout(grids, 3), grids[0][0] * grids[0][1]
+    image, references = layout.of_images(Images(0, 1)), layout.of_images(Images(1))
+    assert layout.of_images(Images(1)) is references
+    assert torch.equal(image.permutation, layout.permutation[:first])
+    assert (image is layout) == (references is None) == (len(grids) == 1)
+    if references:
+        assert torch.equal(references.permutation, layout.permutation[first:] - first)
+        expected = reference_attention.coordinates(grids)[first:].float()
+        query = torch.stack(Clear(4).plan(references).query, dim=1)
+        assert torch.equal(query[references.inverse_permutation], expected)
+        assert references.on(torch.device("meta")).unit == grids[0]
 
 
 def test_tile_order_is_nested_tiles():

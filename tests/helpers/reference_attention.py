@@ -3,9 +3,9 @@
 import torch
 
 
-def coordinates(grids):
+def coordinates(grids, unit=None):
     """Return positions of all image tokens in raster order, `[tokens, 2]`, later grids scaled to the first."""
-    (first_height, first_width), parts = grids[0], []
+    (first_height, first_width), parts = unit or grids[0], []
     for height, width in grids:
         y = (torch.arange(height) + 0.5) * first_height / height - 0.5
         x = (torch.arange(width) + 0.5) * first_width / width - 0.5
@@ -13,9 +13,9 @@ def coordinates(grids):
     return torch.cat(parts)
 
 
-def window_mask(grids, window):
+def window_mask(grids, window, unit=None):
     """Return which image keys each image query attends to, bool `[tokens, tokens]`."""
-    positions = coordinates(grids)
+    positions = coordinates(grids, unit)
     return (positions[:, None] - positions).square().sum(dim=-1) < window**2
 
 
@@ -34,13 +34,13 @@ def pool(x, grids, factor, weight):
     return torch.stack(cells, dim=-2)
 
 
-def attention(query, key, value, grids, text, config, weight=None, scale=None, bias=None):
+def attention(query, key, value, grids, text, config, weight=None, scale=None, bias=None, unit=None):
     """Return output and log-sum-exp; text first, image in raster order.
 
     The bias is a mask as for torch's attention: bool, or added to the scores. Pooled keys have the bias of image keys.
     """
     mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
-    mask[text:, text:] = window_mask(grids, config.window)
+    mask[text:, text:] = window_mask(grids, config.window, unit)
     if config.down_factor > 1:
         pooled = (pool(x[..., text:, :], grids, config.down_factor, weight) for x in (key, value))
         key, value = (torch.cat(parts, dim=-2) for parts in zip((key, value), pooled, strict=True))

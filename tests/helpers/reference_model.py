@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+from collections import defaultdict
 from unittest import mock
 
 import torch
@@ -28,9 +29,10 @@ def attention_of(processor):
 
 
 class RasterProcessor(torch.nn.Module):
-    def __init__(self, original, grids, config, weight, text_first):
+    def __init__(self, original, grids, config, weight, text_first, unit=None):
         super().__init__()
         self.original, self.rule, self.text_first = original, (grids, config, weight), text_first
+        self.unit = unit
         self.called, self.heads_first = attention_of(original)
         self.__call__ = original.__call__  # never called: layers read the accepted arguments from its signature
 
@@ -48,7 +50,7 @@ class RasterProcessor(torch.nn.Module):
         # The reference has text first.
         shift = 0 if self.text_first else text
         qkv = (x.to(torch.promote_types(x.dtype, torch.float32)).roll(shift, 2) for x in qkv)
-        output, _ = reference_attention.attention(*qkv, grids, text, *rule, bias=attn_mask)
+        output, _ = reference_attention.attention(*qkv, grids, text, *rule, bias=attn_mask, unit=self.unit)
         output = output.roll(-shift, 2).to(query.dtype)
         return output if self.heads_first else output.transpose(1, 2)
 
@@ -62,8 +64,10 @@ def put_in_raster_order(transformer, grids, config, weight=None):
     if weight is None:
         weight = torch.full((config.down_factor,) * 2, 1 / config.down_factor**2)
     adapter = adapter_for(transformer)
-    for layer in adapter.attention_layers(transformer).values():
-        layer.set_processor(RasterProcessor(layer.processor, grids, config, weight, adapter.text_first))
+    for name, layer in adapter.attention_layers(transformer).items():
+        first, last = adapter.images_of(transformer, name)
+        rule = grids[first:last], config, weight
+        layer.set_processor(RasterProcessor(layer.processor, *rule, adapter.text_first, unit=grids[0]))
 
 
 def in_raster_order(transformer, grids, config):
@@ -110,9 +114,9 @@ class RuledProcessor(RasterProcessor):
 
 def put_rule(transformer, grid, linearized, rule_of=None):
     """Make the layers of an original model compute the method of a linearized one densely, in raster order."""
-    adapter, numbers = adapter_for(transformer), {True: itertools.count(), False: itertools.count()}
+    adapter, numbers = adapter_for(transformer), defaultdict(itertools.count)
     for name, layer in adapter.attention_layers(transformer).items():
-        number = next(numbers[adapter.has_text(transformer, name)])
+        number = next(numbers[adapter.has_text(transformer, name), adapter.images_of(transformer, name)])
         own = linearized.get_submodule(name).processor
         rule = (rule_of or RULES[type(own.method)])(own.method, number)
         layer.set_processor(RuledProcessor(layer.processor, grid, rule, own, adapter.text_first))

@@ -13,6 +13,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import TokenLayout, demo
+from clear_attn.core.layout import Images
 from clear_attn.core.window_mask import window_mask
 from clear_attn.parallel import weights_digest
 from clear_attn.parallel.communication_volume import count_volume
@@ -30,7 +31,9 @@ def cases(draw):
     grids = [(height, draw(st.integers(1, 12), "width")), *others]
     clear_method = clear.methods.Clear(draw(st.integers(1, 20), "window"), draw(st.integers(1, 5), "down_factor"))
     method = draw(st.sampled_from([clear_method, clear.methods.Dense()]))
-    return TokenLayout(grids, draw(st.integers(0, 3), "text")), method, ranks
+    layout = TokenLayout(grids, draw(st.integers(0, 3), "text"))
+    images = draw(st.sampled_from([Images(), Images(0, 1), Images(1)]), "images")
+    return layout.of_images(images) or layout, method, ranks
 
 
 def plan_of(shard, method):
@@ -44,7 +47,7 @@ def test_shards_hold_all_tokens_once_and_attend_in_the_window(case):
     plans = [plan_of(shard, method) for shard in shards]
     permutation = torch.cat([shard.permutation for shard in shards])
     assert torch.equal(permutation[shards[0].inverse_permutation], torch.arange(layout.image_tokens))
-    expected = reference_attention.window_mask(layout.grids, method.halo())
+    expected = reference_attention.window_mask(layout.grids, method.halo(), layout.unit)
     for shard, plan in zip(shards, plans, strict=True):
         assert torch.equal(layout.permutation[shard.in_whole], shard.permutation)
         assert shard.counts[shard.rank] == shard.image_tokens

@@ -78,11 +78,12 @@ def joint_slices(text_tokens: int, image_tokens: int, text_first: bool) -> tuple
     return slice(text, text + text_tokens), slice(image, image + image_tokens)
 
 
-def segments_of(grids: Sequence[Grid]) -> list[Segment]:
-    """Return one segment per grid, in coordinates of the first grid."""
+def segments_of(grids: Sequence[Grid], unit: Grid | None = None) -> list[Segment]:
+    """Return one segment per grid, in coordinates of a grid, by default the first."""
+    unit = unit or grids[0]
     starts = itertools.accumulate((height * width for height, width in grids), initial=0)
     return [
-        Segment(start, *(axis_coordinates(length, first) for length, first in zip(grid, grids[0], strict=True)))
+        Segment(start, *(axis_coordinates(length, first) for length, first in zip(grid, unit, strict=True)))
         for start, grid in zip(starts, grids, strict=False)
     ]
 

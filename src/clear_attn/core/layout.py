@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ def grid_permutation(grid: Grid, device: torch.device) -> Tensor:
         return to_tensor(tile_permutation(grid), device)
 
 
+class Images(NamedTuple):
+    """Some of a sequence's images, `grids[first:last]`: by default all, of which the later ones are references."""
+
+    first: int = 0
+    last: int | None = None
+
+
 class TokenLayout:
     """Describe the tokens of one call: their grids, the text length and their order.
 
@@ -40,6 +47,7 @@ class TokenLayout:
         text_tokens (`int`): the number of text tokens, 0 or more.
         text_first (`bool`, defaults to `True`): whether the joint sequence is [text, image] or [image, text].
         device (`torch.device` or `str`, defaults to `"cpu"`): the device of the tensors.
+        unit (*optional*, defaults to the first grid): the grid with the tokens in which distances are measured.
 
     Attributes:
         image_tokens, tokens (`int`): the number of image tokens, and of all tokens.
@@ -66,6 +74,7 @@ class TokenLayout:
         *,
         text_first: bool = True,
         device: torch.device | str = "cpu",
+        unit: Grid | None = None,
     ) -> None:
         if not grids:
             raise ValueError("a layout needs at least one grid, got none")
@@ -80,7 +89,9 @@ class TokenLayout:
         self.text_tokens = check_whole_number("text_tokens", text_tokens, "it is the number of text tokens", least=0)
         self.text_first, self.device = text_first, torch.device(device)
         self._on_other_devices: dict[torch.device, TokenLayout] = {}
-        self.segments = segments_of(self.grids)
+        self._of_images: dict[Images, TokenLayout] = {}
+        self.unit = unit or self.grids[0]
+        self.segments = segments_of(self.grids, self.unit)
         self.shards: dict[tuple[int, int], Any] = {}
         self.token_set = select_rows(self.segments, [slice(0, height) for height, _ in self.grids])
         self.image_tokens = len(self.token_set.raster)
@@ -96,9 +107,7 @@ class TokenLayout:
         if device == self.device:
             return self
         if device not in self._on_other_devices:
-            self._on_other_devices[device] = TokenLayout(
-                self.grids, self.text_tokens, text_first=self.text_first, device=device
-            )
+            self._on_other_devices[device] = self._like_this(self.grids, self.text_tokens, device)
         return self._on_other_devices[device]
 
     @functools.cached_property
@@ -106,4 +115,16 @@ class TokenLayout:
         """The layout of a layer that attends among image tokens alone."""
         if not self.text_tokens:
             return self
-        return TokenLayout(self.grids, 0, text_first=self.text_first, device=self.device)
+        return self._like_this(self.grids, 0, self.device)
+
+    def of_images(self, images: Images) -> TokenLayout | None:
+        """Return the layout of a layer that attends among some of the images, or None if the call has none of them."""
+        grids = self.grids[images.first : images.last]
+        if not grids or grids == self.grids:
+            return self if grids else None
+        if images not in self._of_images:
+            self._of_images[images] = self._like_this(grids, self.text_tokens, self.device)
+        return self._of_images[images]
+
+    def _like_this(self, grids: Sequence[Grid], text_tokens: int, device: torch.device) -> TokenLayout:
+        return TokenLayout(grids, text_tokens, text_first=self.text_first, device=device, unit=self.unit)

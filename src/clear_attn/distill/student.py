@@ -150,14 +150,14 @@ def add_student(pipe: Any, rank: int | None = None, seed: int = 0) -> list[nn.Pa
     if adapted:
         raise RuntimeError(f"{adapted} has an IP-Adapter; call pipe.unload_ip_adapter(), linearize again, then distill")
     transformer.requires_grad_(False)
-    rng = torch.Generator().manual_seed(seed)
+    rng, described = torch.Generator().manual_seed(seed), target.adapter.describe_layers(transformer)
     for layer, attn in layers.items():
         student = {
             name.removeprefix(f"{layer}."): LowRank(module, rank, rng) if rank else copy.deepcopy(module).float()
             for name, module in projections({layer: attn}).items()
         }
         make = _with_signature_of(type(attn.processor))  # type: ignore[arg-type]
-        attn.set_processor(make(attn.processor, student).requires_grad_(True))
+        attn.set_processor(make(attn.processor, student).requires_grad_(described[layer].has_image))
     return list(student_parameters(transformer).values())
 
 
@@ -176,6 +176,7 @@ def student_parameters(transformer: Any) -> dict[str, nn.Parameter]:
         f"{layer}.processor.{name}": parameter
         for layer, processor in processors(transformer).items()
         for name, parameter in processor.named_parameters()
+        if parameter.requires_grad  # layers that attend among references alone are not trained
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from clear_attn.backends.attention import DenseAttention
 from clear_attn.backends.softmax import expand_heads
 from clear_attn.core.coordinates import Grid
-from clear_attn.core.layout import TokenLayout
+from clear_attn.core.layout import Images, TokenLayout
 from clear_attn.core.plan import Plan
 from clear_attn.core.region import expand_to_sequence
 from clear_attn.utils.validation import check_whole_number
@@ -38,10 +38,11 @@ class Layer(NamedTuple):
 
     Attributes:
         name: the layer's name in the model.
-        number: the index, from 0, among the layers with text or among those without.
+        number: the index, from 0, among the layers that attend among the same tokens.
         has_text: whether text takes part in its attention.
         heads: the number of query heads.
         head_dim: the channels per head.
+        images: the images that take part in its attention.
     """
 
     name: str
@@ -49,6 +50,12 @@ class Layer(NamedTuple):
     has_text: bool = True
     heads: int = 1
     head_dim: int = 64
+    images: Images = Images()
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the image itself takes part in its attention, not its references alone."""
+        return self.images.first == 0
 
     @property
     def channels(self) -> int:

@@ -139,7 +139,7 @@ class Schedule:
         numbers_by_key: dict[Any, int] = {}
         groups: dict[str, int] = {}
         for layer in layers:
-            key = layer.has_text, tuple(self.method_for(method, layer, sigma) for sigma in sigmas)
+            key = layer.has_text, layer.images, tuple(self.method_for(method, layer, sigma) for sigma in sigmas)
             first_layers.setdefault(key, layer)
             groups[layer.name] = numbers_by_key.setdefault(key, len(numbers_by_key))
         return list(first_layers.values()), groups

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clear_attn.core.coordinates import Grid
-from clear_attn.core.layout import TokenLayout
+from clear_attn.core.layout import Images, TokenLayout
 from clear_attn.methods import Layer, Method
 from clear_attn.models._diffusers import diffusers_version
 from clear_attn.models.class_names import DIFFUSERS, class_of
@@ -88,6 +89,7 @@ class ModelAdapter(abc.ABC):
         keywords: the argument of a call whose entries the model passes on to its attention layers.
         timestep_is_sigma: whether sigma can be computed from a call's timestep.
         takes_scale: whether the scores of its dense layers can be scaled, see `proportional_attention`.
+        output_images: the images that the output has.
         training: the training adapter, not inherited; None if the model cannot be distilled.
         highres_pipelines: the pipelines of `highres`, not inherited; None if it does not support the model.
         architectures: published sizes for `clear-attn cost --model`, not inherited.
@@ -106,6 +108,7 @@ class ModelAdapter(abc.ABC):
     keywords: str = "joint_attention_kwargs"
     timestep_is_sigma: bool = True
     takes_scale: bool = False
+    output_images: Images = Images()
     training: TrainingAdapter | None = None
     highres_pipelines: HighresPipelines | None = None
     architectures: tuple[Architecture, ...] = ()
@@ -142,13 +145,18 @@ class ModelAdapter(abc.ABC):
         """Return whether text takes part in the attention of the layer of this name."""
         return True
 
+    def images_of(self, transformer: Any, layer: str) -> Images:
+        """Return the images that take part in the attention of the layer of this name."""
+        return Images()
+
     def describe_layers(self, transformer: Any) -> dict[str, Layer]:
         """Return the properties of each attention layer that methods depend on, by name."""
-        counters = {True: itertools.count(), False: itertools.count()}
+        counters: defaultdict[Any, Iterator[int]] = defaultdict(itertools.count)
         described = {}
         for name, attn in self.attention_layers(transformer).items():
-            has_text = self.has_text(transformer, name)
-            described[name] = Layer(name, next(counters[has_text]), has_text, *self.heads_of(attn))
+            has_text, images = self.has_text(transformer, name), self.images_of(transformer, name)
+            number = next(counters[has_text, images])
+            described[name] = Layer(name, number, has_text, *self.heads_of(attn), images)
         return described
 
     def heads_of(self, attn: Any) -> tuple[int, int]:

@@ -28,6 +28,10 @@ class TrainingAdapter(abc.ABC):
     text_keywords: Mapping[str, str] = MappingProxyType({"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"})
     negative_prompt: str | None = None
 
+    def validate_model(self, transformer: Any) -> None:
+        """Raise TypeError if this variant of the model cannot be distilled."""
+        return
+
     def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and standard deviation of the latents of pixels `[batch, 3, height, width]` in -1..1."""
         moments = pipe.vae.encode(pixels).latent_dist

@@ -19,7 +19,7 @@ from clear_attn.core.coordinates import (
     select_rows,
     to_tensor,
 )
-from clear_attn.core.layout import TokenLayout
+from clear_attn.core.layout import Images, TokenLayout
 from clear_attn.core.plan import Plan, pooled_cells
 from clear_attn.core.region import AttentionRegion
 
@@ -42,8 +42,8 @@ def check_ranks(grid: Grid, ranks: int) -> None:
 
 def span_of(layout: TokenLayout, rank: int, ranks: int) -> tuple[int, int]:
     """Return the first row of the first grid that a rank holds, and the row after its last one."""
-    height = layout.grids[0][0]
-    tile_rows, _ = cell_grid(layout.grids[0], TILE_ROW)
+    height = layout.unit[0]
+    tile_rows, _ = cell_grid(layout.unit, TILE_ROW)
     first, last = (min(height, TILE_ROW * (tile_rows * each // ranks)) for each in (rank, rank + 1))
     return first, last
 
@@ -54,7 +54,7 @@ def rows_between(layout: TokenLayout, first: int, last: int) -> Rows:
     def row(axes: Segment, bound: int) -> int:
         if bound <= 0:
             return 0
-        return len(axes.y) if bound >= layout.grids[0][0] else int(np.searchsorted(axes.y, bound - 0.5))
+        return len(axes.y) if bound >= layout.unit[0] else int(np.searchsorted(axes.y, bound - 0.5))
 
     return [slice(row(axes, first), row(axes, last)) for axes in layout.segments]
 
@@ -67,6 +67,8 @@ def rows_of(layout: TokenLayout, rank: int, ranks: int) -> Rows:
 def rows_attended(layout: TokenLayout, rows: Rows, window: float) -> Rows:
     """Return the rows of each segment that lie within the window of some rows."""
     y = np.concatenate([axes.y[span] for axes, span in zip(layout.segments, rows, strict=True)])
+    if not len(y):
+        return [slice(0, 0)] * len(rows)
     low, high = y.min() - window, y.max() + window
     return [
         slice(int(np.searchsorted(axes.y, low, "right")), int(np.searchsorted(axes.y, high, "left")))
@@ -87,8 +89,11 @@ def strips_of(layout: TokenLayout, rank: int, ranks: int, window: float) -> list
         pairs = list(zip(attended, own, strict=True))
         return any(a.start < b.start for a, b in pairs), any(a.stop > b.stop for a, b in pairs)
 
+    def has_tokens(row: int) -> bool:
+        return any(span.start < span.stop for span in rows_between(layout, row, min(row + TILE_ROW, last)))
+
     strips = []
-    for needed, group in itertools.groupby(range(first, last, TILE_ROW), key=needs):
+    for needed, group in itertools.groupby(filter(has_tokens, range(first, last, TILE_ROW)), key=needs):
         rows = list(group)
         strips.append((rows_between(layout, rows[0], min(rows[-1] + TILE_ROW, last)), any(needed)))
     return strips
@@ -155,8 +160,9 @@ class Shard:
     """
 
     def __init__(self, whole: TokenLayout, rank: int, ranks: int) -> None:
-        check_ranks(whole.grids[0], ranks)
+        check_ranks(whole.unit, ranks)
         self.whole, self.rank, self.ranks = whole, rank, ranks
+        self._of_images: dict[Images, Shard] = {}
         self.grids, self.device = whole.grids, whole.device
         self.text_tokens, self.text_first = whole.text_tokens, whole.text_first
         self.raster = [tokens_of(whole, each, ranks) for each in range(ranks)]
@@ -173,6 +179,15 @@ class Shard:
     def without_text(self) -> Shard:
         """The shard for layers without text."""
         return Shard(self.whole.without_text, self.rank, self.ranks) if self.text_tokens else self
+
+    def of_images(self, images: Images) -> Shard | None:
+        """Return the shard for layers that attend among some of the images, or None if the call has none of them."""
+        whole = self.whole.of_images(images)
+        if whole is None or whole is self.whole:
+            return self if whole else None
+        if images not in self._of_images:
+            self._of_images[images] = Shard(whole, self.rank, self.ranks)
+        return self._of_images[images]
 
 
 class ShardPlan(Plan):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clear_attn.backends.selection import BACKENDS
-from clear_attn.core.layout import TokenLayout
+from clear_attn.core.layout import Images, TokenLayout
 from clear_attn.methods import Method
 from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import hooks_in, is_first_block_cache
@@ -44,7 +44,7 @@ class RankSharder:
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
         self.ranks = communicator.ranks
-        self.gather = Gather(communicator)
+        self.gathers: dict[Images, Gather] = {}  # one hook each, by which a transformer's is found
         self.weights = WeightsDigest()
 
     def __deepcopy__(self, memo: object) -> RankSharder:
@@ -95,7 +95,9 @@ class RankSharder:
         inside = [(inner.module, TAKE.get(inner.hook)) for inner in adapter.inner_hooks(transformer)]
         entrances = [InnerHook(module, take) for module, take in inside if take]
         last: Any = adapter.output_layer(transformer)  # `parallelize` refuses a model without one
-        return [*entrances, InnerHook(last, self.gather)]
+        if adapter.output_images not in self.gathers:
+            self.gathers[adapter.output_images] = Gather(self.communicator, adapter.output_images)
+        return [*entrances, InnerHook(last, self.gathers[adapter.output_images])]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -120,10 +122,15 @@ TAKE: dict[Callable[..., Any], Callable[..., Any]] = {into_tile_order: take_shar
 
 
 class Gather:
-    """A forward hook that concatenates the tokens of all ranks."""
+    """A forward hook that concatenates the tokens of all ranks.
 
-    def __init__(self, communicator: Communicator) -> None:
-        self.communicator = communicator
+    Args:
+        communicator: of the ranks.
+        images: those that the module's output has.
+    """
+
+    def __init__(self, communicator: Communicator, images: Images) -> None:
+        self.communicator, self.images = communicator, images
 
     def __deepcopy__(self, memo: object) -> Gather:
         return self
@@ -132,6 +139,5 @@ class Gather:
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         shard = _current()
         _shard.set(None)
-        return (
-            output if shard is None else torch.cat(self.communicator.all_gather(output, shard.counts, dim=1)(), dim=1)
-        )
+        part = shard.of_images(self.images) if shard else None
+        return output if part is None else torch.cat(self.communicator.all_gather(output, part.counts, dim=1)(), dim=1)

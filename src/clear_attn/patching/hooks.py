@@ -170,7 +170,10 @@ class EntryHook:
         bias, weight = (None if x is None else x.to(device) for x in text_bias)
         layout = layout if device == layout.device else layout.on(device)
         for method, layer in zip(methods, self.representatives, strict=True):
-            own = layout if layer.has_text else layout.without_text
+            own = (layout if layer.has_text else layout.without_text).of_images(layer.images)
+            if own is None:
+                groups.append(Group(method, None))
+                continue
             with outside_transforms():
                 plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
                 plan.prepare(backend)

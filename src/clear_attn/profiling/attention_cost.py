@@ -108,7 +108,9 @@ def _count(
     for layer in layers:
         method.parameters_for(layer)  # raises if its settings do not fit
     counts = Counter(
-        (schedule.method_for(method, layer), layer.has_text, schedule.names(layer.name) is not None) for layer in layers
+        (schedule.method_for(method, layer), layer.has_text, schedule.names(layer.name) is not None)
+        for layer in layers
+        if layer.has_image
     )
     groups = tuple(LayerGroup(own, has_text, number, named) for (own, has_text, named), number in counts.items())
     return Cost(*grid, text, batch, layers[0].heads, layers[0].head_dim, method, groups, schedule.dense_above_sigma)

@@ -21,10 +21,10 @@ TEACHER, STUDENT = "teacher", "student"
 
 
 class Group(NamedTuple):
-    """The method, plan and bias of one group of layers in a call."""
+    """The method, plan and bias of one group of layers in a call; no plan if the call has no image for them."""
 
     method: Method
-    plan: Plan
+    plan: Plan | None
     bias: ScoreBias | None = None
 
 
