@@ -27,7 +27,6 @@ from clear_attn.models import adapter_for, training_adapter_for
 from clear_attn.weights.parameters import POOLED, replaced_parameters
 from tests.helpers import families
 from tests.helpers.reference_model import run
-from tests.helpers.snapshots import layers_of
 from tests.helpers.training_runs import training_batch
 
 
@@ -58,6 +57,12 @@ def as_role(role, transformer, call, outputs=None):
     return {**call, adapter_for(transformer).keywords: keywords(role, outputs)}
 
 
+def trained_layers(transformer):
+    """Return the layers that attend to the image, not to references alone."""
+    described = adapter_for(transformer).describe_layers(transformer)
+    return [name for name, layer in described.items() if layer.has_image]
+
+
 def batch_for(transformer):
     batch = training_batch(transformer, (7, 10))
     rng = torch.Generator().manual_seed(4)
@@ -67,7 +72,7 @@ def batch_for(transformer):
 def step(transformer, weights=PAPER, matched=None, wrap=lambda module: module):
     training = training_adapter_for(transformer)
     batch, noise, sigma = batch_for(transformer)
-    layers = list(layers_of(transformer))
+    layers = trained_layers(transformer)
     matched = training.matched_layers(layers) if matched is None else matched
     return distillation_losses(
         wrap(transformer), training, batch, noise, sigma, weights=weights, matched=matched, guidance=None
@@ -110,7 +115,7 @@ def test_what_was_trained_loads(family, factor, options, tmp_path):
 
 def test_only_the_student_is_trained(family):
     transformer, parameters = with_student(family, 2)
-    layers = list(layers_of(transformer))
+    layers = trained_layers(transformer)
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     step(transformer).total.backward()
@@ -160,7 +165,7 @@ def test_the_losses_of_a_step(family):
     perturb(parameters)
     training = training_adapter_for(transformer)
     batch, noise, sigma = batch_for(transformer)
-    layers = list(layers_of(transformer))
+    layers = trained_layers(transformer)
     found = step(transformer, Weights(2.0, 3.0, 5.0), layers)
     noisy = torch.stack([(1 - s) * x + s * n for x, n, s in zip(batch.latents, noise, sigma, strict=True)])
     call = training.training_call(noisy, sigma, batch.text, None)
@@ -190,7 +195,7 @@ def test_wrappers_that_copy_the_arguments_of_a_call():
 
     transformer, parameters = with_student(families.FLUX)
     perturb(parameters)
-    layers = list(layers_of(transformer))
+    layers = trained_layers(transformer)
     expected = step(transformer, matched=layers)
     assert expected.attention > 0
     cast = lambda call: tree_map(lambda value: value, call)  # noqa: E731

@@ -86,6 +86,17 @@ KREA2_CONFIG = {
     "num_refiner_text_blocks": 1,
     "axes_dims_rope": (2, 2, 4),
 }
+FLUX3_CONFIG = {
+    "in_channels": 8,
+    "cond_in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "timestep_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
 DIT_CONFIG = {
     "sample_size": 16,
     "in_channels": 4,
@@ -301,6 +312,36 @@ def krea2_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False, pad
     }
     if padded:
         call["encoder_attention_mask"] = (torch.arange(text) < text - torch.tensor(padded)[:, None]).to(dtype)
+    return call
+
+
+def flux3_transformer(**changes):
+    """Return a random FLUX.3 with two blocks of each kind, with 2 heads of 16 channels."""
+    torch.manual_seed(1)
+    return randomize(diffusers.Flux3Transformer2DModel(**{**FLUX3_CONFIG, **changes}).eval())
+
+
+def flux3_call(transformer, grid, *references, text=7, batch=1, seed=0, controlnet=False):
+    """Return the arguments of a forward call, with random values."""
+    random, config = _random(seed), transformer.config
+
+    def ids(number, height, width):
+        yx = torch.cartesian_prod(torch.arange(height), torch.arange(width)) * 0.5
+        return torch.nn.functional.pad(torch.cat([yx, torch.full((height * width, 1), number)], dim=1), (1, 0)).float()
+
+    call = {
+        "hidden_states": random(batch, grid[0] * grid[1], config.in_channels),
+        "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+        "timestep": torch.full((batch,), 0.7),
+        "img_ids": ids(0, *grid),
+        "txt_ids": torch.nn.functional.pad(torch.arange(text)[:, None], (3, 0)).float(),
+        "image_cond_hidden_states": None,
+        "image_cond_ids": None,
+        "target_timestep": torch.full((batch,), 0.6) if config.flow_map else None,
+    }
+    if references:
+        call["image_cond_ids"] = torch.cat([ids(-1 - i, *reference) for i, reference in enumerate(references)])
+        call["image_cond_hidden_states"] = random(batch, len(call["image_cond_ids"]), config.cond_in_channels)
     return call
 
 

@@ -31,6 +31,8 @@ class Family(NamedTuple):
         training: whether it can be distilled.
         first_version: of diffusers, the first in which the model works here.
         timestep_of_sigma_1: the timestep of a call at sigma 1; None if its timestep is not a sigma.
+        blocks: the name of a list of its blocks.
+        reference_layers: the number of its layers that attend among references alone.
     """
 
     transformer: Callable
@@ -48,6 +50,8 @@ class Family(NamedTuple):
     training: bool = False
     timestep_of_sigma_1: float | None = 1.0
     first_version: tuple = (0, 36)
+    blocks: str = "transformer_blocks"
+    reference_layers: int = 0
 
     def grid(self, height, width):
         """Return a grid of this size, or the square one of this height if images must be square."""
@@ -129,7 +133,28 @@ KREA2 = Family(
     training=True,
     first_version=(0, 39),
 )
-ALL = {"flux": FLUX, "sd3": SD3, "flux2": FLUX2, "qwen": QWEN, "chroma": CHROMA, "dit": DIT, "krea2": KREA2}
+FLUX3 = Family(
+    dummy_models.flux3_transformer,
+    [{}, {"flow_map": True}],
+    dummy_models.flux3_call,
+    layers=6,
+    reference_layers=2,
+    text_tokens=80,
+    most_grids=3,
+    training=True,
+    blocks="single_transformer_blocks",
+    first_version=(0, 42),
+)
+ALL = {
+    "flux": FLUX,
+    "sd3": SD3,
+    "flux2": FLUX2,
+    "qwen": QWEN,
+    "chroma": CHROMA,
+    "dit": DIT,
+    "krea2": KREA2,
+    "flux3": FLUX3,
+}
 FAMILIES = {name: family for name, family in ALL.items() if family.first_version <= diffusers_version()}
 # Text first and text last, reference images, two-dimensional latents: enough if the model makes no difference.
 USUAL = ("flux", "sd3")

@@ -80,6 +80,9 @@ def equal_in_all_families():
     check_equal(families.CHROMA, [(height, 7)], 6, 2, batch=2)
     if families.KREA2 in families.FAMILIES.values():
         check_equal(families.KREA2, [(height, 7)], 6, 2, batch=2, padded=(0, 3))
+    if families.FLUX3 in families.FAMILIES.values():
+        check_equal(families.FLUX3, [(height, 7)], 6, 2, batch=2)
+        check_equal(families.FLUX3, [(height, 7), (9, 5), (2, 3)], 6, 2)  # ranks without tokens of a reference
 
 
 def equal_with_flex():

@@ -135,7 +135,8 @@ def test_a_users_hook_on_a_block_gets_tile_order(family):
     transformer, seen = family.transformer(), []
     grid = family.grid(*GRID)
     call = family.call(transformer, grid)
-    transformer.transformer_blocks[0].register_forward_pre_hook(
+    first, *_ = adapter_for(transformer).attention_layers(transformer)
+    transformer.get_submodule(first.rpartition(".")[0]).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args + tuple(kwargs.values()))[0]), with_kwargs=True
     )
     run(transformer, call)

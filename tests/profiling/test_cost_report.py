@@ -130,5 +130,5 @@ def test_counts_of_each_family(family, transformer):
     grid = family.grid(8, 6)
     counted = clear.cost(transformer, 16 * grid[0], 16 * grid[1], window=3)
     assert (counted.height, counted.width) == grid
-    assert counted.layers == family.layers
+    assert counted.layers == family.layers - family.reference_layers
     assert (counted.text_tokens, counted.heads * counted.head_dim) == (family.text_tokens, 32)

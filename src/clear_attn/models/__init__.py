@@ -11,6 +11,7 @@ from clear_attn.models.controlnet import FluxControlNet, SD3ControlNet
 from clear_attn.models.dit import DiT
 from clear_attn.models.flux import Flux
 from clear_attn.models.flux2 import Flux2
+from clear_attn.models.flux3 import Flux3
 from clear_attn.models.krea2 import Krea2
 from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3
@@ -24,6 +25,7 @@ ADAPTERS: list[ModelAdapter] = [
     SD3(),
     DiT(),
     Krea2(),
+    Flux3(),
     FluxControlNet(),
     QwenControlNet(),
     SD3ControlNet(),
@@ -46,6 +48,7 @@ def training_adapter_for(transformer: Any) -> TrainingAdapter:
     if adapter is None or adapter.training is None:
         known = ", ".join(each.transformer_class for each in ADAPTERS if each.training is not None)
         raise TypeError(f"a {type(transformer).__name__} cannot be distilled; give a pipeline with one of: {known}")
+    adapter.training.validate_model(transformer)
     return adapter.training
 
 

@@ -18,7 +18,7 @@ from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, n
 class Flux2Training(FluxTraining):
     """Train FLUX.2: its pipelines normalize 2 x 2 patches of latents, and text tokens have ids on a fourth axis."""
 
-    pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
+    pipelines: tuple[str, ...] = ("Flux2Pipeline", "Flux2KleinPipeline")
     negative_prompt = ""
 
     def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,9 @@ def move(tree):
     return tree_map_only(torch.Tensor, lambda x: x.to(META), tree)
 
 
-def put_second_half_elsewhere(transformer):
+def put_second_half_elsewhere(transformer, blocks):
     """As accelerate does for a `device_map`: modules and their inputs move, plain objects do not."""
-    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
+    blocks = [*getattr(transformer, blocks), *getattr(transformer, "single_transformer_blocks", [])]
     names = "norm_out", "proj_out", "final_layer"
     last = [module for name, module in transformer.named_children() if name.startswith(names)]
     for module in [*blocks[len(blocks) // 2 :], *last]:
@@ -39,7 +39,7 @@ def test_a_model_on_two_devices(family, factor, monkeypatch):
     call = family.call(transformer, grid, batch=2)
     clear.linearize(transformer, 3, factor, weights=None)
     run(transformer, call)
-    put_second_half_elsewhere(transformer)
+    put_second_half_elsewhere(transformer, family.blocks)
     used, made, attend, on = [], [], attention.BACKENDS["tiled"].attend, ClearContext.on
 
     def record(query, key, value, plan, key_bias, scale, return_lse):

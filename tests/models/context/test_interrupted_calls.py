@@ -68,10 +68,10 @@ def test_in_every_block(family, error, contexts):
 def test_a_layer_called_afterwards_has_no_context(family):
     transformer = clear.linearize(family.transformer(), 3, weights=None)
     call, inputs = family.call(transformer, family.grid(9, 11)), []
-    block = transformer.transformer_blocks[0]
+    block, second = getattr(transformer, family.blocks)[:2]
     attention = next(module for name, module in block.named_modules() if hasattr(module, "processor"))
     attention.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
-    interrupt(transformer, call, transformer.transformer_blocks[1], KeyboardInterrupt)
+    interrupt(transformer, call, second, KeyboardInterrupt)
     args, kwargs = inputs.pop()
     kwargs = {name: value for name, value in kwargs.items() if name != "clear_context"}
     gc.collect()
