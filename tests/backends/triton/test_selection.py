@@ -1,4 +1,6 @@
+import json
 import logging
+import pathlib
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from clear_attn.backends.selection import TABLE, Backend, Candidates, Selection,
 from clear_attn.backends.triton.configurations import CHOSEN
 
 CPU = torch.device("cpu")
+RESULTS = pathlib.Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def nothing(name):
@@ -15,14 +18,22 @@ def nothing(name):
 
 
 class TestTable:
+    def test_the_reason_on_hopper_is_in_the_committed_rows(self):
+        rows = json.loads((RESULTS / "op-h200.json").read_text())
+        seconds = {(row["height"], row["window"], row["variant"]): row["median_s"] for row in rows}
+        cases = {case[:2] for case in seconds}
+        ratios = [seconds[*case, "flex"] / seconds[*case, "triton"] for case in cases]
+        assert len(cases) == 12
+        assert 1.85 < min(ratios) <= max(ratios) < 2.45
+        assert "1.9 to 2.4 times faster than flex" in choose_backend("sm_90", torch.bfloat16, False, nothing)[0].reason
+
     @pytest.mark.parametrize("kind", CHOSEN)
     @pytest.mark.parametrize("needs_grad", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_takes_the_fused_kernels_where_they_were_compiled(self, kind, needs_grad, dtype):
         choice, refused = choose_backend(kind, dtype, needs_grad, nothing)
         assert choice.backend == "triton"
-        assert f"compiled for {kind}" in choice.reason
-        assert "not measured" in choice.reason
+        assert (f"compiled for {kind}" in choice.reason and "not measured" in choice.reason) != (kind == "sm_90")
         assert not refused
 
     @pytest.mark.parametrize("kind", [*CHOSEN, "cuda"])

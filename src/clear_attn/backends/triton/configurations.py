@@ -1,7 +1,7 @@
 """The block sizes, warps and stages of each kernel on each architecture, chosen by compiling ahead of time.
 
-`clear-attn bench --level compile` compiles them, and tests hold the result to limits. No configuration was measured on
-a GPU.
+`clear-attn bench --level compile` compiles them, and tests hold the result to limits. Those of Hopper up to head_dim
+128 were chosen by time on an H200 (benchmarks/NOTES.md); the others were not measured.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ _AMPERE_80: Table = {
         256: Configuration(64, 32, 8, 2),
     },
 }
+# 128 registers let a multiprocessor run two programs of the forward kernel, and that outweighs what is spilled.
 _HOPPER: Table = {
     "forward": {128: Configuration(128, 64, 8, 2, 128), 256: Configuration(128, 32, 8, 2)},
     "query_gradient": {128: Configuration(128, 32, 8, 2, 128), 256: Configuration(128, 32, 8, 2)},

@@ -77,7 +77,7 @@ def subjects(case: Case, names: Sequence[str]) -> Iterator[Subject]:
             yield subject._replace(
                 name=name,
                 flops=layers * cost.step_flops,
-                around=functools.partial(_linearized, case, model, name),
+                around=functools.partial(_warm, case, model, name, keywords),
                 error=functools.partial(_error, case, model, keywords),
             )
 
@@ -119,6 +119,14 @@ def random_call(case: Case, model: Any) -> dict[str, Any]:
 
 def _linearized(case: Case, model: Any, backend: str) -> contextlib.AbstractContextManager[Any]:
     return linearized(model, case.window, case.down_factor, weights=None, backend=backend)
+
+
+@contextlib.contextmanager
+def _warm(case: Case, model: Any, backend: str, keywords: dict[str, Any]) -> Iterator[None]:
+    """Linearize, and compute a step that builds what a pipeline keeps from its first step on: plan and lists."""
+    with _linearized(case, model, backend), torch.no_grad():
+        model(**keywords, return_dict=False)
+        yield
 
 
 def _three_parts(model: Any, keywords: dict[str, Any]) -> Callable[[Mark], Tensor]:
