@@ -28,7 +28,7 @@ from clear_attn.models._diffusers import load_pretrained
 
 SIZE = 128  # pixels; 16 x 16 tokens after the autoencoder and the 2 x 2 packing
 SHIFT = 4.0  # with so few tokens, an image's structure is decided close to pure noise
-CLIP_LENGTH = 24
+CAPTION_LENGTH = 24  # the most text tokens by default
 LATENT_NOISE = 0.1  # as a share of the standard deviation of the latents
 # Share of the training batches with each text length. FLUX attends to the padding of prompts, and FluxPipeline pads to
 # 512 by default, so training must include long padding.
@@ -96,7 +96,7 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
         vocab={token: index for index, token in enumerate(dict.fromkeys(tokens))},
         merges=[tuple(merge.split(" ")) for merge in merges],
         pad_token="<|pad|>",
-        model_max_length=CLIP_LENGTH,
+        model_max_length=CAPTION_LENGTH,
     )
 
     characters = [chr(code) for code in range(33, 127)]
@@ -112,7 +112,7 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
         eos_token="</s>",
         unk_token="<unk>",
         extra_ids=0,
-        model_max_length=512,
+        model_max_length=CAPTION_LENGTH,
     )
     return clip, t5
 
@@ -141,6 +141,16 @@ def support_transformers_4(folder: Path) -> None:
     save_file(weights, weights_file, metadata={"format": "pt"})
 
 
+def load_in_float32(folder: Path) -> None:
+    """Record float32 as the dtype of the text encoders.
+
+    Where no dtype is asked for, transformers 5 loads the recorded one, and diffusers its own models in float32.
+    """
+    for name in ("text_encoder", "text_encoder_2"):
+        file = folder / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+
 def build_pipeline() -> FluxPipeline:
     """Return the untrained pipeline, in float32."""
     clip_tokenizer, t5_tokenizer = build_tokenizers()
@@ -151,7 +161,7 @@ def build_pipeline() -> FluxPipeline:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH,
+        max_position_embeddings=CAPTION_LENGTH,
         bos_token_id=clip_tokenizer.bos_token_id,
         eos_token_id=clip_tokenizer.eos_token_id,
         pad_token_id=clip_tokenizer.pad_token_id,
@@ -333,6 +343,7 @@ def main(
             train_transformer(pipe, scenes, latents, phase._replace(steps=steps), phase_rng)
             pipe.to(torch.bfloat16).save_pretrained(output)
             support_transformers_4(output)
+            load_in_float32(output)
             pipe.to(torch.float32)
     for file in output.rglob("*.safetensors"):
         file.chmod(0o644)

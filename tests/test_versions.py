@@ -35,6 +35,13 @@ def test_a_pipeline_is_loaded_in_the_dtype_that_is_asked_for():
         assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_the_small_flux_draws_where_no_dtype_is_asked_for():
+    pipe = FluxPipeline.from_pretrained(demo.path())
+    assert pipe("a red circle", height=64, width=64, num_inference_steps=1, max_sequence_length=24).images[0]
+    models = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.float32}
+
+
 def test_the_small_flux_has_the_weights_of_its_files():
     """transformers 4 leaves weights random if it does not know their names."""
     pipe = demo.pipeline()

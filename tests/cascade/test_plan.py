@@ -142,7 +142,8 @@ class TestSizes:
         assert stage_sizes(first, size, 16) == stages
 
     def test_no_size_is_refused_because_of_rounding(self, pipe):
-        pipe.vae_scale_factor, pipe.default_sample_size = 8, 128  # FLUX.1's
+        pipe.vae_scale_factor = 8  # FLUX.1's
+        pipe.vae.register_to_config(sample_size=1024)
         every = list(itertools.product(range(1024, 8193, 64), repeat=2))
         for size in every:
             seen = [base_size(size, 1024, 16)]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 import clear_attn as clear
 from clear_attn import demo
+from clear_attn.demo import comparison
 from clear_attn.demo.scenes import PLACES, SHAPES, Scene, all_scenes, draw, held_out_scenes, read, training_scenes
 from clear_attn.tools.cli import app
 
@@ -91,11 +93,21 @@ class TestSmallFlux:
         counts = evaluation.count_right(scenes, evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=20))
         assert counts["right"] >= 0.9 * count, counts
 
-    def test_draws_at_its_own_size_and_with_long_padding_by_default(self, pipe):
-        scene = held_out_scenes()[0]
-        image = pipe(scene.caption, generator=torch.Generator().manual_seed(0)).images[0]
+    @pytest.mark.parametrize("call", [{}, {"max_sequence_length": 512}], ids=str)
+    def test_draws_at_its_own_size_and_text_length_and_with_long_padding(self, pipe, call):
+        scene, lengths = held_out_scenes()[0], []
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda module, args, given: lengths.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
+        )
+        image = pipe(scene.caption, generator=torch.Generator().manual_seed(0), **call).images[0]
+        hook.remove()
+        assert set(lengths) == {call.get("max_sequence_length", demo.TEXT_TOKENS)}
         assert image.size == (demo.SIZE, demo.SIZE)
         assert read(np.asarray(image)) == scene
+
+    def test_encodes_prompts_at_its_own_text_length(self, pipe):
+        assert pipe.encode_prompt("a red circle", device="cpu")[0].shape[1] == demo.TEXT_TOKENS
+        assert pipe.encode_prompt("a red circle", device="cpu", max_sequence_length=96)[0].shape[1] == 96
 
     def test_a_window_that_covers_the_image_draws_the_same(self, pipe):
         def sample():
@@ -156,6 +168,53 @@ class TestDistilled:
         assert len(list((tmp_path / "drawn").glob("*.png"))) == 4
 
 
+class TestComparison:
+    @pytest.fixture
+    def seconds(self):
+        """By side, and whether the pipeline is linearized."""
+        return {(128, False): 2.0, (128, True): 2.6, (512, False): 3.0, (512, True): 1.25}
+
+    @pytest.fixture
+    def calls(self, seconds, monkeypatch):
+        """What was drawn, by a pipeline that draws nothing and takes these seconds."""
+        calls, clock = [], [0.0]
+
+        def call(pipe, prompt, height, width, num_inference_steps, **options):
+            linearized = clear.is_linearized(pipe)
+            calls.append((height, linearized, num_inference_steps))
+            clock[0] += seconds[height, linearized]
+            count = 1 if isinstance(prompt, str) else len(prompt)
+            return types.SimpleNamespace(images=[Image.new("RGB", (width, height))] * count)
+
+        monkeypatch.setattr(FluxPipeline, "__call__", call)
+        monkeypatch.setattr(comparison.time, "perf_counter", lambda: clock[0])
+        return calls
+
+    def test_ends_with_four_times_the_side_and_what_to_do_next(self, calls, tmp_path):
+        report = comparison.compare(["a red circle", "a blue cross"], clear.methods.Clear(8), 0, tmp_path / "out.png")
+        assert calls == [*[(128, each, 28) for each in (False, True, True)], (512, False, 2), (512, True, 2)]
+        small, large, following = (part.splitlines() for part in report.split("\n\n")[-3:])
+        assert small[0].startswith("2 images of 128 x 128 px (16 x 16 tokens), 28 steps")
+        assert [line.split()[-4:] for line in small[2:4]] == [["2.6", "1.3", "times", "slower"]] * 2
+        assert small[4] == "CLEAR is slower here, because so few tokens leave little to save."
+        assert large[0].startswith("1 image of 512 x 512 px (64 x 64 tokens), 2 steps")
+        assert [line.split()[-1] for line in large[1:2]] == ["3.0"]
+        assert re.fullmatch(r"CLEAR, window 8 +1\.2  2\.4 times faster", large[2])
+        assert len(large) == 3
+        assert following[0].startswith("Next: call clear_attn.linearize(pipe)")
+        assert len(following) == 1
+
+    def test_is_honest_where_it_is_slower_at_the_larger_size(self, calls, seconds, tmp_path):
+        seconds[512, True] = 6.0
+        report = comparison.compare(["a red circle"], clear.methods.Clear(8), 0, tmp_path / "out.png")
+        assert "2.0 times slower\nCLEAR is slower here" in report
+
+    def test_a_difference_within_noise_is_none(self):
+        described = comparison.describe_seconds({"dense": 2.0, "CLEAR": 2.05, "other": 1.95}, 1, 128, 16, 28)
+        assert described.count("about as fast") == 2
+        assert "slower" not in described
+
+
 class TestCommand:
     run = staticmethod(lambda *arguments: CliRunner().invoke(app, list(map(str, arguments))))
 
@@ -169,6 +228,8 @@ class TestCommand:
         assert "16 x 16 image tokens, 24 text tokens, window=5, down_factor=2" in result.output
         assert f"Saved {output}" in result.output
         assert "in the package are for window=8, down_factor=1, so they are not shown" in result.output
+        assert "1 image of 512 x 512 px (64 x 64 tokens), 2 steps" in result.output
+        assert "\nNext: " in result.output
         two = Image.open(output).size
         assert two[0] > 2 * demo.SIZE
         for name in ("out.ico", "no/out.png"):

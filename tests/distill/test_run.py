@@ -56,6 +56,29 @@ def test_a_run_and_its_result(settings, student):
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
 
 
+@pytest.mark.parametrize("model", ["demo", MODEL])
+def test_size_and_text_length_are_the_models_own(tmp_path, model):
+    settings = change(small_settings(tmp_path, tmp_path / "generated"), pretrained_model_name_or_path=model)
+    settings = change(settings, resolution=None, max_sequence_length=None, generate=1, num_inference_steps=1)
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    settings = change(settings, prompts=str(tmp_path / "prompts.txt"), max_train_steps=1)
+    train(settings)
+    (image,) = (tmp_path / "generated").glob("*.png")
+    assert Image.open(image).size == (demo.SIZE, demo.SIZE)
+    generated = json.loads((tmp_path / "generated" / "generated.json").read_text())
+    assert (generated["resolution"], generated["text_tokens"]) == (demo.SIZE, demo.TEXT_TOKENS)
+    batch = Cache(Path(settings.latents_dir)).read([0], torch.Generator())
+    assert (batch.latents.shape[-1], batch.text["text"].shape[1]) == (32, demo.TEXT_TOKENS)
+
+
+def test_a_models_own_size_that_images_cannot_have(settings, tmp_path):
+    pipe = demo.pipeline()
+    pipe.vae.register_to_config(sample_size=100)
+    pipe.save_pretrained(tmp_path / "odd")
+    with pytest.raises(ValueError, match="resolution must be a multiple of 16 pixels, got 100"):
+        train(change(settings, pretrained_model_name_or_path=str(tmp_path / "odd"), resolution=None))
+
+
 @pytest.mark.parametrize("student", ["full", "lora"])
 def test_another_method(settings, student):
     settings = change(settings, student=student, rank=4, window=None, down_factor=None, method="LiT(heads=1)")

@@ -210,7 +210,7 @@ class TestSavedWhole:
         ({"method": methods.LiT(), "window": 8}, ValueError, "window=8 and method=LiT.* both given"),
         ({"method": methods.LiT(), "down_factor": 2}, ValueError, "down_factor=2 and method=LiT.* both given"),
         ({"method": methods.LiT(), "backend": "tiled"}, ValueError, "backend='tiled' is one of CLEAR's"),
-        ({"method": methods.LiT(), "weights": "auto"}, ValueError, "no weights are published for LiT"),
+        ({"method": methods.LiT(), "weights": "auto"}, ValueError, "finds none for this model"),
         ({"method": methods.LiT(heads=3)}, ValueError, "heads=3 does not divide the 32 channels"),
         (
             {"method": methods.LiT(), "schedule": clear.Schedule(windows={"transformer_blocks": 3})},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -375,6 +375,14 @@ class TestEvaluate:
         expected = reference_ssim(*(each.transpose(2, 0, 1).astype(float) for each in draw))
         assert found.means["ssim"]["student"] == pytest.approx(expected, rel=1e-3)
 
+    def test_the_small_flux_from_a_folder_has_its_size_text_length_and_weights(self, tmp_path):
+        pipe = DiffusionPipeline.from_pretrained(demo.path())
+        found = evaluate(pipe, PROMPTS[:1], tmp_path / "out", metrics=["psnr"], num_inference_steps=1)
+        assert [found.settings[side] for side in ("height", "width")] == [demo.SIZE, demo.SIZE]
+        assert found.settings["max_sequence_length"] == demo.TEXT_TOKENS
+        assert found.settings["method"] == clear.methods.Clear(8).to_dict()
+        assert found.settings["weights"] == "small_flux_clear"
+
     def test_sd3(self, tmp_path):
         call = {**CALL, "height": 32, "width": 48}
         found = evaluate(
@@ -423,7 +431,7 @@ class TestEvaluate:
             ({"metrics": []}, RuntimeError, "none was asked for"),
             ({"metrics": ["lpips"]}, RuntimeError, "metrics cannot be computed: lpips: "),
             ({"metrics": ["clip_t"], "clip": "no/clip"}, RuntimeError, "no/clip is no folder and not in the cache"),
-            ({"weights": "auto"}, ValueError, "weights='auto' takes the weights published for"),
+            ({"weights": "auto", "window": 5}, ValueError, "window=5, down_factor=1 does not fit weights that were"),
             ({"weights": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
             ({"window": 0}, ValueError, "window must be at least 1"),
             ({"backend": "fast"}, ValueError, "fast"),
@@ -488,7 +496,7 @@ class TestCommand:
             ({"metric": "nice"}, "'nice' is not a metric"),
             ({"metric": "fid"}, "metrics cannot be computed: fid"),
             ({"weights": "nowhere"}, "nowhere"),
-            ({"weights": "auto"}, "--weights auto takes the weights published for"),
+            ({"weights": "auto", "window": 5}, "--window 5, --down-factor 1 does not fit weights that were"),
             ({"height": 7}, "is less than one token of 8 px"),
         ],
     )

@@ -75,6 +75,38 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
     assert "and --init-image is not given" in shown(result)
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_small_flux_brings_its_size_text_length_and_weights(tmp_path, folder):
+    options = (
+        "--prompt",
+        "a red circle",
+        "--height",
+        160,
+        "--width",
+        160,
+        "--seed",
+        3,
+        "--base-steps",
+        1,
+        "--steps",
+        1,
+    )
+    options = (*options, "--strength", 1)
+    if folder:
+        demo.pipeline().save_pretrained(tmp_path / "small")
+    model = tmp_path / "small" if folder else "demo"
+    result = generate(tmp_path / "out.png", *options, model=model)
+    assert result.exit_code == 0, result.output
+    plan = clear.HighresPlan.load(tmp_path / "out.png")
+    assert (plan.base.size, plan.window, plan.down_factor) == ((demo.SIZE, demo.SIZE), 8, 1)
+    assert plan.options == {"max_sequence_length": demo.TEXT_TOKENS}
+    result = generate(tmp_path / "again.png", "--plan", tmp_path / "out.png", model=model)
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "out.png"))
+    refused = generate(tmp_path / "no.png", *options, "--width", 64, "--height", 64, model=model)
+    assert "64 x 64 px is smaller than the model's own 128 px" in shown(refused)
+
+
 def test_warns_how_a_pipeline_differs_from_the_plan(tmp_path, monkeypatch):
     planned = describe(demo.pipeline())
     planned["scheduler"]["config"]["shift"] = 9.0

@@ -171,18 +171,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"no weights are published for .*\(8, 1\), \(8, 4\), \(16, 1\)"):
             clear.linearize(as_flux("black-forest-labs/FLUX.1-dev"), **settings)
 
-    def test_another_architecture(self, transformer):
-        with pytest.raises(ValueError, match=r"this is a FluxTransformer2DModel with in_channels=8, num_layers=2"):
-            clear.linearize(transformer)
+    def test_another_method(self, as_flux):
+        with pytest.raises(ValueError, match=r"no weights are published for LiT.*, only for CLEAR"):
+            clear.linearize(as_flux("black-forest-labs/FLUX.1-dev"), method=clear.methods.LiT())
 
     def test_kontext(self, as_flux):
-        with pytest.raises(ValueError, match=r"this is FLUX\.1 Kontext; name a checkpoint"):
+        with pytest.raises(
+            ValueError, match=r"finds none for this model, FLUX\.1 Kontext; give weights=None"
+        ) as raised:
             clear.linearize(as_flux("black-forest-labs/FLUX.1-Kontext-dev"))
-
-    def test_another_family(self):
-        other = families.SD3.transformer()
-        with pytest.raises(ValueError, match=r"this is a SD3Transformer2DModel; give weights=None"):
-            clear.linearize(other)
+        assert_recommends_no_published_weights(raised.value)
 
     @pytest.mark.parametrize(
         ("weights", "error", "words"),
@@ -247,6 +245,20 @@ class TestRefusals:
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", interrupted)
         with pytest.raises(KeyboardInterrupt):
             clear.linearize(transformer, weights="someone/weights")
+
+
+def assert_recommends_no_published_weights(error):
+    assert not any(word in str(error) for word in (published.BASE, published.REPO, *published.FILES.values()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": 12}, {"down_factor": 2}, {"method": clear.methods.LiT()}], ids=str)
+def test_no_published_weights_are_recommended_for_another_model(family, settings):
+    transformer = family.transformer()
+    before = snapshot(transformer)
+    with pytest.raises(ValueError, match=f"finds none for this model, a {type(transformer).__name__}") as raised:
+        clear.linearize(transformer, **settings)
+    assert_recommends_no_published_weights(raised.value)
+    assert_same(transformer, before)
 
 
 def test_the_names_of_the_published_files():

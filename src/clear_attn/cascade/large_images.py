@@ -99,6 +99,7 @@ def highres(
         [(64, 64), (128, 128)]
     """
     target = find_cascade_target(pipe)
+    options = {**target.own_options, **options}
     attention: dict[str, Any] = {
         "window": window,
         "down_factor": down_factor,

@@ -13,6 +13,7 @@ import diffusers
 from clear_attn.cascade.stages import validate_number
 from clear_attn.models import ADAPTERS, ModelAdapter
 from clear_attn.models.class_names import is_instance
+from clear_attn.models.pipeline_defaults import default_text_tokens, native_side
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.patching.target import Target, find_target
 from clear_attn.utils.validation import check_whole_number
@@ -74,7 +75,13 @@ class CascadeTarget(NamedTuple):
     @property
     def native_side(self) -> int:
         """The longer side in pixels of the images that the model was trained on."""
-        return int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
+        return native_side(self.pipe, self.transformer)
+
+    @property
+    def own_options(self) -> dict[str, int]:
+        """The text length, if the model takes less text than its pipelines pad to by default."""
+        tokens, usual = default_text_tokens(self.pipe), call_defaults(self.text_to_image)["max_sequence_length"]
+        return {"max_sequence_length": tokens} if tokens is not None and tokens < usual else {}
 
     @property
     def ranks(self) -> int:

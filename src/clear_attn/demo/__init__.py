@@ -9,14 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
 
+from clear_attn.demo.flux_pipeline import TEXT_TOKENS, FluxPipeline
 from clear_attn.models._diffusers import load_pretrained
+from clear_attn.models.pipeline_defaults import native_side
+from clear_attn.weights import packaged
+
+__all__ = ["SIZE", "TEXT_TOKENS", "distilled", "path", "pipeline"]
 
 # Pixels; the size it was trained at, 16 x 16 tokens.
 SIZE = 128
-# Its training captions are shorter. FluxPipeline's default, 512, works too but takes three times as long.
-TEXT_TOKENS = 24
 
 
 def path() -> Path:
@@ -27,11 +29,11 @@ def path() -> Path:
         >>> demo.path().name
         'small_flux'
     """
-    return Path(__file__).parent / "small_flux"
+    return packaged.MODEL
 
 
 def distilled() -> Path:
-    """Return the folder of its distilled weights, for `clear_attn.linearize(pipe, weights=...)`.
+    """Return the folder of its distilled weights, which `clear_attn.linearize` takes for it by itself.
 
     A window of 8 of its 16 x 16 tokens, trained by `examples/distill_small_flux.py`.
 
@@ -40,11 +42,11 @@ def distilled() -> Path:
         >>> from clear_attn import demo
         >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
     """
-    return Path(__file__).parent / "small_flux_clear"
+    return packaged.WEIGHTS
 
 
 def pipeline(dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """Load the pipeline, which draws at the size it was trained at unless another is given.
+    """Load the pipeline. By default it draws at the size it was trained at, and pads prompts to 24 tokens.
 
     Args:
         dtype: of its models.
@@ -52,10 +54,10 @@ def pipeline(dtype: torch.dtype = torch.float32) -> FluxPipeline:
     Examples:
         >>> from clear_attn import demo
         >>> pipe = demo.pipeline()
-        >>> image = pipe("a red circle on a blue ground, in the middle", max_sequence_length=24).images[0]
+        >>> image = pipe("a red circle on a blue ground, in the middle").images[0]
         >>> image.size
         (128, 128)
     """
     pipe: FluxPipeline = load_pretrained(FluxPipeline, path(), dtype=dtype, local_files_only=True)
-    pipe.default_sample_size = SIZE // pipe.vae_scale_factor
+    pipe.default_sample_size = native_side(pipe, pipe.transformer) // pipe.vae_scale_factor
     return pipe

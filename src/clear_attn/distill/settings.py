@@ -43,7 +43,9 @@ def option(default: Any, help: str) -> Any:
 class Settings:
     """Settings of a training run. None means a default that depends on the model or on other settings."""
 
-    pretrained_model_name_or_path: str = option("", "The model to linearize: a Hub id or a folder.")
+    pretrained_model_name_or_path: str = option(
+        "", "The model to linearize: a Hub id or a folder; demo for the small FLUX."
+    )
     output_dir: str = option("", "The folder of the result and the checkpoints.")
     train_data_dir: str | None = option(None, "A folder of images with captions.")
     dataset_name: str | None = option(None, "A dataset of the datasets library, in place of train_data_dir.")
@@ -62,7 +64,9 @@ class Settings:
         "full", f"How projections are trained: one of {', '.join(STUDENTS)}, lora for low-rank updates."
     )
     rank: int = option(64, "The rank of the low-rank updates, with student=lora.")
-    resolution: int = option(1024, "The side in pixels of a square image; other shapes have the same area.")
+    resolution: int | None = option(
+        None, "The side in pixels of a square image, by default the model's own; other shapes have the same area."
+    )
     max_sequence_length: int | None = option(None, "The number of text tokens; by default the pipeline's.")
     train_batch_size: int = option(1, "The number of images in a batch on each device.")
     gradient_accumulation_steps: int = option(1, "The number of batches per step.")
@@ -143,5 +147,6 @@ class Settings:
             raise ValueError(f"{', '.join(WEIGHTS)} are all 0: there is nothing to learn; set one of them above 0")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in 0 to below 1, got {self.ema_decay}; 0.999 is usual")
-        buckets.sizes(self.resolution)
+        if self.resolution is not None:
+            buckets.sizes(self.resolution)
         self.attention  # noqa: B018 - checks window, down_factor and method

@@ -23,6 +23,7 @@ from clear_attn.patching.resolve import parameters_lost, resolve_method, resolve
 from clear_attn.patching.state import State, apply, capture, match_device_and_dtype, original_state
 from clear_attn.patching.target import PipelineOrTransformer, Target, find_target
 from clear_attn.weights.metadata import make_metadata, read_schedule
+from clear_attn.weights.packaged import is_packaged
 from clear_attn.weights.parameters import (
     check_checkpoint,
     check_in_memory,
@@ -31,7 +32,7 @@ from clear_attn.weights.parameters import (
     replaced_parameters,
 )
 from clear_attn.weights.samples import sample
-from clear_attn.weights.sources import Checkpoint, load
+from clear_attn.weights.sources import Checkpoint, load, load_packaged
 
 
 class Change(NamedTuple):
@@ -111,9 +112,10 @@ def linearize(
         schedule (`Schedule`, *optional*, defaults to that saved with the weights, else none): steps and layers that
             stay dense, and layers with another window.
         weights (`str` or path, *optional*, defaults to `"auto"`): distilled weights. `"auto"` fetches those
-            published for FLUX.1-dev, window and down_factor; on a pipeline that was saved while it was linearized,
-            it uses the weights in the pipeline. None keeps the model's own (training-free). Or a `.safetensors` file, a
-            directory that `save_pretrained` wrote, or a Hub id, `owner/repo` or `owner/repo/file.safetensors`.
+            published for FLUX.1-dev, window and down_factor, and for the small FLUX takes those in the package; on a
+            pipeline that was saved while it was linearized, it uses the weights in the pipeline. None keeps the model's
+            own (training-free). Or a `.safetensors` file, a directory that `save_pretrained` wrote, or a Hub id,
+            `owner/repo` or `owner/repo/file.safetensors`.
         revision (`str`, *optional*): a branch, tag or commit on the Hub.
         token (`str` or `bool`, *optional*): a Hub token; by default that of `hf auth login`.
         backend (`str`, defaults to `"auto"`): `"triton"`, `"flex"`, `"tiled"`, `"reference"`, or `"auto"`, which
@@ -138,7 +140,7 @@ def linearize(
     Example:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
-        >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
+        >>> pipe = clear.linearize(demo.pipeline())
         >>> clear.cost(pipe, 128, 128).method
         Clear(window=8, down_factor=1)
         >>> clear.is_linearized(clear.restore(pipe))
@@ -188,7 +190,7 @@ def prepare(
         saved = resolve_saved(window, down_factor, method, metadata)
         settings = Settings(saved, schedule or read_schedule(metadata), backend, keep_original, None, saved=True)
     else:
-        source = _load_weights(target, weights, wanted, revision, token)
+        source = _load_weights(target, original, weights, wanted, revision, token)
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
@@ -217,6 +219,7 @@ def _validate_schedule(target: Target, schedule: Schedule) -> None:
 
 def _load_weights(
     target: Target,
+    original: State,
     weights: str | os.PathLike[str] | None,
     wanted: Method,
     revision: str | None,
@@ -225,6 +228,8 @@ def _load_weights(
     if weights is None:
         return None
     check_replaceable(target.layers)
+    if weights == "auto" and is_packaged(target.transformer, original.values):
+        return load_packaged()
     return load(weights, target.pipe, target.transformer, wanted, revision, token)
 
 

@@ -26,7 +26,7 @@ def resolve_method(
     if own is not None and asked != own:
         raise ValueError(
             f"{asked.as_arguments()} does not fit weights that were distilled for {own.as_arguments()}; leave it out, "
-            "or give other weights"
+            "or give other weights (None for the model's own)"
         )
     if factor is not None and down_factor not in (None, factor):
         raise ValueError(

@@ -10,6 +10,7 @@ from clear_attn.core.coordinates import Grid
 from clear_attn.methods import Clear, Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
+from clear_attn.models.pipeline_defaults import longest_text
 from clear_attn.patching.description import controlnets_of
 from clear_attn.patching.resolve import override_method
 from clear_attn.patching.target import entry_hook_of, find_transformer
@@ -50,7 +51,7 @@ def cost(
         method (`Method`, *optional*): defaults to that of a linearized pipeline, else CLEAR.
         schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.
         text_tokens (`int`, *optional*): length of the text sequence. Defaults to that of the model's pipelines: 512
-            for FLUX, Chroma, Krea 2 and Qwen-Image (its maximum), 333 for SD3.
+            for FLUX, Chroma, Krea 2 and Qwen-Image (its maximum), 333 for SD3; or what the tokenizer takes if less.
         batch (`int`, defaults to 1): images in one forward pass.
 
     Returns:
@@ -63,14 +64,14 @@ def cost(
 
     Example:
         >>> from clear_attn import demo
-        >>> round(cost(demo.pipeline(), 1024, 1024, window=8, text_tokens=24).ratio, 1)
+        >>> round(cost(demo.pipeline(), 1024, 1024, window=8).ratio, 1)
         71.1
     """
     transformer, adapter = find_transformer(pipe)
     pixels = adapter.latents_per_token(transformer) * (getattr(pipe, "vae_scale_factor", None) or DEFAULT_VAE_SCALE)
     size = [check_whole_number(name, side, "it is in pixels") for name, side in (("height", height), ("width", width))]
     height, width = round_down((size[0], size[1]), pixels, stacklevel=2)
-    text_tokens = adapter.default_text_tokens if text_tokens is None else text_tokens
+    text_tokens = min(adapter.default_text_tokens, longest_text(pipe)) if text_tokens is None else text_tokens
     text_tokens = check_whole_number("text_tokens", text_tokens, "it is the length of the text sequence", least=0)
     batch = check_whole_number("batch", batch, "it is the number of images")
     own_method, own_schedule = _settings_of(transformer)

@@ -99,7 +99,7 @@ def demo(
     ),
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw captions with the small FLUX in the package: dense, linearized, and with its distilled weights."""
+    """Draw captions with the small FLUX in the package, dense and linearized, and time a larger image."""
     from clear_attn.demo.comparison import compare
     from clear_attn.methods import Clear
 

@@ -115,13 +115,13 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offlo
     """
     from diffusers import DiffusionPipeline
 
-    from clear_attn import demo
     from clear_attn.cascade.memory_check import check_weights_fit
     from clear_attn.models._diffusers import load_pretrained
+    from clear_attn.weights.packaged import resolve_name
 
     if offload and device.type == "cpu":
         raise typer.BadParameter("it saves a GPU's memory, and there is no GPU; leave it out", param_hint="--offload")
-    pipe: Any = demo.pipeline(dtype) if model == "demo" else load_pretrained(DiffusionPipeline, model, dtype=dtype)
+    pipe = load_pretrained(DiffusionPipeline, resolve_name(model), dtype=dtype)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe

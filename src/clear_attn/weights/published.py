@@ -114,23 +114,22 @@ def fine_tune_served(pipe: Any, transformer: Any) -> str | None:
     """
     kind, name = type(transformer).__name__, name_of(pipe, transformer)
     if kind != CLASS:
-        raise ValueError(
-            f"weights='auto' takes the weights published for {BASE}, and this is a {kind}; give weights=None to keep "
-            "the model's own (training-free), or weights of your own"
-        )
+        raise _no_weights(f"a {kind}")
     kontext = "Kontext" in type(pipe).__name__ or "kontext" in name.lower()
     own = {setting: transformer.config.get(setting) for setting in ARCHITECTURE}
     other = {setting: value for setting, value in own.items() if value != ARCHITECTURE[setting]}
     if other or kontext:
         listed = ", ".join(f"{setting}={value}" for setting, value in other.items())
-        raise ValueError(
-            f"weights='auto' takes the weights published for {BASE}, and this is "
-            f"{'FLUX.1 Kontext' if kontext else f'a {kind} with {listed}'}; name a checkpoint "
-            f"(weights='{REPO}/{FILES[Clear(16)]}' is the published one for window 16) or give weights=None to "
-            "keep the model's own (training-free)"
-        )
+        raise _no_weights("FLUX.1 Kontext" if kontext else f"a {kind} with {listed}")
     known = name in SERVED if _looks_like_hub_id(name) else Path(name).name in {Path(served).name for served in SERVED}
     return None if known else name or "an unnamed FLUX.1 transformer"
+
+
+def _no_weights(model: str) -> ValueError:
+    return ValueError(
+        f"weights='auto' finds none for this model, {model}; give weights=None to keep its own (training-free), or "
+        "weights that were distilled for it"
+    )
 
 
 def is_published(source: str | None) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from clear_attn.methods import Method
 from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
+from clear_attn.weights import packaged
 from clear_attn.weights.hub import fetch
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
 from clear_attn.weights.parameters import pooled_factor, read_checkpoint
@@ -21,7 +22,6 @@ from clear_attn.weights.published import (
     FILES,
     LICENSE_TEXT,
     REPO,
-    check_published,
     fine_tune_served,
     published_file,
     published_method,
@@ -106,10 +106,14 @@ def load(
     return _load_hub_folder(repo, revision, token) if file is None else _load_hub_file(repo, file, revision, token)
 
 
+def load_packaged() -> Checkpoint:
+    """Read the distilled weights of the small FLUX in the package, which are named "auto", as on any machine."""
+    return _load_local(packaged.WEIGHTS)._replace(name="auto")
+
+
 def _load_auto(
     pipe: Any, transformer: Any, wanted: Method, revision: str | None, token: str | bool | None
 ) -> Checkpoint:
-    check_published(wanted)
     fine_tune = fine_tune_served(pipe, transformer)
     file = published_file(wanted)
     if fine_tune:

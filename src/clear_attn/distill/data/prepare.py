@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
-from clear_attn.distill.data import cache, generated
+from clear_attn.distill.data import buckets, cache, generated
 from clear_attn.distill.data.cache import Cache, Origin
 from clear_attn.distill.data.examples import Example, from_dataset, from_folder
 from clear_attn.distill.data.generated import Generation
@@ -21,9 +20,11 @@ from clear_attn.distill.settings import Settings
 from clear_attn.models import training_adapter_for
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.models.class_names import is_instance
+from clear_attn.models.pipeline_defaults import default_text_tokens, native_side
 from clear_attn.patching.target import find_transformer
 from clear_attn.utils.prompts import read_prompts
 from clear_attn.weights.metadata import metadata_of
+from clear_attn.weights.packaged import resolve_name
 
 # The dtypes of mixed precision, by accelerate's names.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +59,7 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
     """
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     name = settings.pretrained_model_name_or_path
-    pipe = load_pretrained(DiffusionPipeline, name, dtype=dtype, revision=settings.revision)
+    pipe = load_pretrained(DiffusionPipeline, resolve_name(name), dtype=dtype, revision=settings.revision)
     transformer, _ = find_transformer(pipe)
     supported = training_adapter_for(transformer).pipelines
     if not is_instance(pipe, supported):
@@ -72,8 +73,21 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
 
 def text_tokens(settings: Settings, pipe: Any) -> int:
     """Return the length that prompts are padded to: the pipeline's `max_sequence_length`."""
-    usual = inspect.signature(pipe.__call__).parameters["max_sequence_length"].default
-    return int(usual if settings.max_sequence_length is None else settings.max_sequence_length)
+    tokens = default_text_tokens(pipe) if settings.max_sequence_length is None else settings.max_sequence_length
+    assert tokens is not None  # every pipeline that can be distilled takes text
+    return tokens
+
+
+def resolution(settings: Settings, pipe: Any) -> int:
+    """Return the side of a square image in pixels: the size that the model was trained at, unless another is given.
+
+    Raises:
+        ValueError: images cannot have that size.
+    """
+    given = settings.resolution
+    side = native_side(pipe, find_transformer(pipe)[0]) if given is None else given
+    buckets.sizes(side)
+    return side
 
 
 def generation_of(settings: Settings, pipe: Any) -> Generation:
@@ -81,7 +95,7 @@ def generation_of(settings: Settings, pipe: Any) -> Generation:
     return Generation(
         settings.pretrained_model_name_or_path,
         settings.revision,
-        settings.resolution,
+        resolution(settings, pipe),
         text_tokens(settings, pipe),
         settings.num_inference_steps,
         guidance_of(settings, find_transformer(pipe)[0]),
@@ -111,7 +125,7 @@ def data(settings: Settings, accelerator: Accelerator, pipe: Any, images: list[E
             generated.generate(pipe, training, into, images, todo, generation, size, lambda it: tqdm(it, "generating"))
     folder = Path(settings.latents_dir or Path(settings.output_dir, "cache"))
     model, length = settings.pretrained_model_name_or_path, text_tokens(settings, pipe)
-    origin = Origin.of(model, settings.revision, settings.resolution, length, images)
+    origin = Origin.of(model, settings.revision, resolution(settings, pipe), length, images)
     for todo in _parts(
         accelerator,
         lambda: cache.begin(folder, origin, len(images)),

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models._diffusers import execution_device_of
+from clear_attn.models.pipeline_defaults import default_text_tokens, native_side
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.target import find_transformer
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_metrics
@@ -119,7 +120,7 @@ def evaluate(
         "width": width,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
-        "max_sequence_length": max_sequence_length,
+        "max_sequence_length": default_text_tokens(pipe) if max_sequence_length is None else max_sequence_length,
     }
     seed = check_whole_number("seed", seed, "it is the first image's", least=0, most=LARGEST_SEED + 1 - len(prompts))
     seeds = range(seed, seed + len(prompts))
@@ -183,7 +184,7 @@ def _check_prompts(prompts: Sequence[str]) -> None:
 def _whole_tokens(pipe: Any, height: int | None, width: int | None) -> Size:
     """Return the size of the images, by default the pipeline's, in whole tokens."""
     transformer, adapter = find_transformer(pipe)
-    native = int(pipe.default_sample_size * pipe.vae_scale_factor)
+    native = native_side(pipe, transformer)
     height, width = (
         native if side is None else check_whole_number(name, side, "it is in pixels")
         for name, side in (("height", height), ("width", width))

@@ -1,0 +1,45 @@
+"""What a pipeline draws by default: the size and the text length, from the configs of its models."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+
+def native_side(pipe: Any, transformer: Any) -> int:
+    """Return the side in pixels of the square images that a pipeline's model was trained on.
+
+    The transformer's config records it for Stable Diffusion 3, in latents, and the autoencoder's for FLUX.1, in pixels.
+    Without a record it is the default of the pipeline's class.
+    """
+    vae, scale = getattr(pipe, "vae", None), int(pipe.vae_scale_factor)
+    in_latents, in_pixels = (getattr(model, "config", {}).get("sample_size") for model in (transformer, vae))
+    if in_latents or not in_pixels or in_pixels == _class_default(type(vae), "sample_size"):
+        return int(in_latents or pipe.default_sample_size) * scale
+    return int(in_pixels)
+
+
+def _class_default(model: type, name: str) -> Any:
+    """Return the default of an entry of a model's config. It is saved like an entry that was given."""
+    parameter = inspect.signature(model).parameters.get(name)
+    return parameter and parameter.default
+
+
+def longest_text(pipe: Any) -> int:
+    """Return the most tokens that the tokenizer of a pipeline's longest text takes, `sys.maxsize` if it has no limit.
+
+    FLUX.1 and Stable Diffusion 3 have several tokenizers. T5's is the last, and gives the text sequence its length.
+    """
+    names = sorted(name for name in getattr(pipe, "components", {}) if name.startswith("tokenizer"))
+    tokenizer = getattr(pipe, names[-1]) if names else None
+    return int(min(getattr(tokenizer, "model_max_length", sys.maxsize), sys.maxsize))
+
+
+def default_text_tokens(pipe: Any) -> int | None:
+    """Return the `max_sequence_length` for a pipeline whose caller gives none; None if it takes no such argument.
+
+    That is the default of its class, unless the tokenizer takes less.
+    """
+    parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    return None if parameter is None else min(int(parameter.default), longest_text(pipe))

@@ -1,0 +1,106 @@
+"""The small FLUX is recognized, and takes its own distilled weights by itself."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file
+
+import clear_attn as clear
+from clear_attn import demo
+from clear_attn.methods import Clear
+from clear_attn.models._diffusers import load_pretrained
+from clear_attn.patching.target import find_target
+from clear_attn.weights.packaged import is_packaged
+from tests.helpers import dummy_models, families
+from tests.helpers.snapshots import assert_same, snapshot
+
+
+def has_distilled_weights(transformer):
+    state, values = transformer.state_dict(), load_file(demo.distilled() / "clear_weights.safetensors")
+    return all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in values.items())
+
+
+def method_of(pipe):
+    return clear.cost(pipe, 128, 128).method
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_wherever_it_was_loaded_from(dtype, tmp_path):
+    demo.pipeline(dtype).save_pretrained(tmp_path)
+    loaded = [load_pretrained(DiffusionPipeline, folder, dtype=dtype) for folder in (demo.path(), tmp_path)]
+    for pipe in (demo.pipeline(dtype), *loaded, loaded[0].transformer):
+        before = snapshot(getattr(pipe, "transformer", pipe))
+        clear.linearize(pipe)
+        assert has_distilled_weights(getattr(pipe, "transformer", pipe))
+        assert method_of(pipe) == Clear(8)
+        assert_same(clear.restore(getattr(pipe, "transformer", pipe)), before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": 8}, {"down_factor": 1}, {"method": Clear(8)}], ids=str)
+def test_settings_that_fit(pipe, settings):
+    assert method_of(clear.linearize(pipe, **settings)) == Clear(8)
+
+
+@pytest.mark.parametrize("settings", [{"window": 16}, {"down_factor": 4}, {"method": clear.methods.Swin(8)}], ids=str)
+def test_settings_that_do_not_fit(pipe, settings):
+    before = snapshot(pipe.transformer)
+    message = r"does not fit weights that were distilled for window=8, down_factor=1; leave it out, or .*None for"
+    with pytest.raises(ValueError, match=message):
+        clear.linearize(pipe, **settings)
+    assert_same(pipe.transformer, before)
+
+
+def test_while_it_is_linearized(pipe):
+    clear.linearize(pipe, 4, weights=None)
+    clear.linearize(pipe)
+    assert has_distilled_weights(pipe.transformer)
+    clear.linearize(pipe)
+    assert method_of(pipe) == Clear(8)
+
+
+def test_with_a_lora(pipe):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_mlp"]))
+    assert method_of(clear.linearize(pipe)) == Clear(8)
+
+
+@pytest.mark.parametrize("name", ["x_embedder.bias", "transformer_blocks.1.attn.to_q.weight", "proj_out.weight"])
+def test_a_fine_tune_is_another_model(pipe, name):
+    with torch.no_grad():
+        pipe.transformer.get_parameter(name).view(-1)[3] += 0.01
+    before = snapshot(pipe.transformer)
+    with pytest.raises(ValueError, match="finds none for this model, a FluxTransformer2DModel"):
+        clear.linearize(pipe)
+    assert_same(pipe.transformer, before)
+
+
+def test_a_fine_tune_that_is_linearized_is_another_model(pipe):
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[1].attn.to_q.weight[0, 0] += 0.01
+    clear.linearize(pipe, weights=demo.distilled())
+    with pytest.raises(ValueError, match="finds none for this model"):
+        clear.linearize(pipe)
+
+
+def test_other_models():
+    config = dict(demo.pipeline().transformer.config)
+    for other in (FluxTransformer2DModel(**config), FluxTransformer2DModel.from_config({**config, "num_layers": 3})):
+        assert not is_packaged(other, {})
+    for family in families.FAMILIES.values():
+        assert not is_packaged(family.transformer(), {})
+    with torch.device("meta"):
+        assert not is_packaged(FluxTransformer2DModel(**config), {})
+
+
+def test_what_it_is_saved_as(pipe, tmp_path):
+    """As from the folder, but with a name that means the same on any machine."""
+    clear.linearize(pipe)
+    assert find_target(pipe).hook.weights == "auto"
+    pipe.save_pretrained(tmp_path / "whole")
+    loaded = FluxPipeline.from_pretrained(tmp_path / "whole")
+    assert loaded.transformer.config["clear_attn"]["weights"] == "small_flux_clear"
+    assert method_of(clear.linearize(loaded)) == Clear(8)
+    clear.save_pretrained(pipe, tmp_path / "own")
+    assert method_of(clear.linearize(dummy_models.flux_pipeline(), weights=tmp_path / "own")) == Clear(8)
