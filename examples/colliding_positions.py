@@ -46,7 +46,6 @@ def main(
         try:
             images: list[Image.Image] = pipe(
                 [scene.caption for scene in scenes],
-                max_sequence_length=demo.TEXT_TOKENS,
                 generator=[torch.Generator().manual_seed(number) for number in range(captions)],
             ).images
         finally:

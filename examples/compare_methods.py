@@ -62,8 +62,6 @@ def settings(output: Path, folder: Path, method: dict[str, Any], steps: int) -> 
         latents_dir=str(output / "cache"),
         output_dir=str(folder),
         gradient_checkpointing=False,
-        resolution=demo.SIZE,
-        max_sequence_length=demo.TEXT_TOKENS,
         train_batch_size=8,
         max_train_steps=steps,
         lr_scheduler="cosine",
@@ -94,9 +92,6 @@ def seconds_of(pipe: FluxPipeline, weights: Path) -> dict[str, float]:
 def _draw_eight(pipe: FluxPipeline) -> None:
     pipe(
         [scene.caption for scene in held_out_scenes()[:8]],
-        height=demo.SIZE,
-        width=demo.SIZE,
-        max_sequence_length=demo.TEXT_TOKENS,
         num_inference_steps=4,
         output_type="latent",
     )
@@ -146,7 +141,7 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     scenes = held_out_scenes()[:captions]
     drawn = {"dense": cached_images(output / f"teacher-{captions}.npy", pipe, captions)}
-    dense = clear.cost(pipe, demo.SIZE, demo.SIZE, text_tokens=demo.TEXT_TOKENS)
+    dense = clear.cost(pipe, demo.SIZE, demo.SIZE)
     teacher = {
         "method": "dense",
         "error": 0.0,
@@ -160,7 +155,7 @@ def main(
             train(settings(output, folder, METHODS[name], steps))
         with clear.linearized(pipe, weights=folder):
             drawn[name] = cached_images(folder / f"images-{captions}.npy", pipe, captions)
-            cost = clear.cost(pipe, demo.SIZE, demo.SIZE, text_tokens=demo.TEXT_TOKENS)
+            cost = clear.cost(pipe, demo.SIZE, demo.SIZE)
         rows.append(
             {
                 "method": name,

@@ -54,8 +54,6 @@ def settings(output: Path, folder: Path, window: int, down_factor: int, losses: 
         gradient_checkpointing=False,
         window=window,
         down_factor=down_factor,
-        resolution=demo.SIZE,
-        max_sequence_length=demo.TEXT_TOKENS,
         train_batch_size=8,
         max_train_steps=steps,
         lr_scheduler="cosine",

@@ -40,8 +40,7 @@ def direct(pipe: FluxPipeline, side: int) -> Draw:
 
     def draw(scene: Scene, seed: int, base: Image.Image) -> Image.Image:
         generator = torch.Generator().manual_seed(seed)
-        call = {"max_sequence_length": demo.TEXT_TOKENS, "generator": generator}
-        return pipe(scene.caption, height=side, width=side, **call).images[0]
+        return pipe(scene.caption, height=side, width=side, generator=generator).images[0]
 
     return draw
 
@@ -50,7 +49,7 @@ def by_stage(pipe: FluxPipeline, side: int, stage: clear.Stage) -> Draw:
     """Return a function that runs one stage on the base image, with a linearized pipeline."""
 
     def draw(scene: Scene, seed: int, base: Image.Image) -> Image.Image:
-        call = {"max_sequence_length": demo.TEXT_TOKENS, "stages": stage, "seed": seed, "image": base}
+        call = {"stages": stage, "seed": seed, "image": base}
         return clear.highres(pipe, scene.caption, height=side, width=side, **call).image
 
     return draw

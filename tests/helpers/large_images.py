@@ -10,7 +10,7 @@ PROMPT = "a red circle on a blue ground, at the top left"
 # Small images and few steps: these tests do not judge the images.
 BASE = clear.Base(height=64, width=64, steps=2)
 STAGE = clear.Stage(steps=4, strength=0.5)
-FAST = {"window": 4, "weights": None, "seed": 5, "base": BASE, "stages": STAGE, "max_sequence_length": 24}
+FAST = {"window": 4, "weights": None, "seed": 5, "base": BASE, "stages": STAGE}
 
 
 def draw(pipe, height=128, width=128, **changes):

@@ -214,7 +214,7 @@ def test_in_a_cascade(pipe):
     schedule = Schedule(0.5, ("single_transformer_blocks.0",), {"transformer_blocks": 3})
     stages = clear.Stage(steps=4, strength=0.5, proportional=False)
     settings = {"height": 128, "width": 128, "base": clear.Base(64, 64, steps=1), "stages": stages, "seed": 5}
-    call = {**settings, "window": 2, "weights": None, "max_sequence_length": 24}
+    call = {**settings, "window": 2, "weights": None}
     first = clear.highres(pipe, "a red circle on a blue ground, at the top left", **call, schedule=schedule)
     plan = clear.HighresPlan.from_json(first.plan.to_json())
     assert plan == first.plan

@@ -37,6 +37,16 @@ def test_native_side(transformer, vae, side):
     assert native_side(pipe, pipe.transformer) == side
 
 
+def test_native_side_by_the_default_of_the_call():
+    """As in Krea 2."""
+
+    def call(height=768):
+        return None
+
+    pipe = pipeline(__call__=call)
+    assert native_side(pipe, pipe.transformer) == 768
+
+
 def test_of_stable_diffusion_3():
     pipe = dummy_models.sd3_pipeline()
     assert native_side(pipe, pipe.transformer) == pipe.default_sample_size * pipe.vae_scale_factor == 64

@@ -78,20 +78,9 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
 @pytest.mark.parametrize("folder", [False, True])
 def test_the_small_flux_brings_its_size_text_length_and_weights(tmp_path, folder):
     options = (
-        "--prompt",
-        "a red circle",
-        "--height",
-        160,
-        "--width",
-        160,
-        "--seed",
-        3,
-        "--base-steps",
-        1,
-        "--steps",
-        1,
+        *("--prompt", "a red circle", "--height", 160, "--width", 160),
+        *("--seed", 3, "--base-steps", 1, "--steps", 1, "--strength", 1),
     )
-    options = (*options, "--strength", 1)
     if folder:
         demo.pipeline().save_pretrained(tmp_path / "small")
     model = tmp_path / "small" if folder else "demo"

@@ -40,7 +40,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
         >>> from clear_attn import demo
         >>> pipe = clear.linearize(demo.pipeline(), window=4, weights=None)
         >>> with proportional_attention(pipe):
-        ...     image = pipe("a red circle", num_inference_steps=1, max_sequence_length=24).images[0]
+        ...     image = pipe("a red circle", num_inference_steps=1).images[0]
     """
     transformer, adapter = find_transformer(pipe)
     layers = adapter.attention_layers(transformer)

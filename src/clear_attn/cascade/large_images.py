@@ -93,7 +93,6 @@ def highres(
         ...     weights=None,
         ...     base=Base(height=64, width=64, steps=1),
         ...     stages=Stage(steps=1, strength=1.0),
-        ...     max_sequence_length=24,
         ... )
         >>> [image.size for image in result.images]
         [(64, 64), (128, 128)]

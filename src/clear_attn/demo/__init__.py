@@ -38,9 +38,9 @@ def distilled() -> Path:
     A window of 8 of its 16 x 16 tokens, trained by `examples/distill_small_flux.py`.
 
     Examples:
-        >>> import clear_attn as clear
         >>> from clear_attn import demo
-        >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
+        >>> demo.distilled().name
+        'small_flux_clear'
     """
     return packaged.WEIGHTS
 

@@ -16,7 +16,8 @@ def native_side(pipe: Any, transformer: Any) -> int:
     vae, scale = getattr(pipe, "vae", None), int(pipe.vae_scale_factor)
     in_latents, in_pixels = (getattr(model, "config", {}).get("sample_size") for model in (transformer, vae))
     if in_latents or not in_pixels or in_pixels == _class_default(type(vae), "sample_size"):
-        return int(in_latents or pipe.default_sample_size) * scale
+        latents = in_latents or getattr(pipe, "default_sample_size", None)
+        return int(latents * scale if latents else inspect.signature(pipe.__call__).parameters["height"].default)
     return int(in_pixels)
 
 

@@ -54,7 +54,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
     Example:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
-        >>> pipe = clear.linearize(demo.pipeline(), weights=demo.distilled())
+        >>> pipe = clear.linearize(demo.pipeline())
         >>> clear.save_pretrained(pipe, "my-clear")  # doctest: +SKIP
         >>> clear.linearize(demo.pipeline(), weights="my-clear")  # doctest: +SKIP
     """

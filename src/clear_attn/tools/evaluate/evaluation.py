@@ -96,9 +96,7 @@ def evaluate(
         >>> from clear_attn import demo
         >>> from clear_attn.tools.evaluate import evaluate
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     found = evaluate(
-        ...         demo.pipeline(), ["a red circle"], folder, weights=None, metrics=["psnr"], max_sequence_length=24
-        ...     )
+        ...     found = evaluate(demo.pipeline(), ["a red circle"], folder, metrics=["psnr"])
         >>> found.means["psnr"]["student"] > 10
         True
     """
