@@ -10,6 +10,7 @@ from clear_attn import demo
 from clear_attn.methods import Clear
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.patching.target import find_target
+from clear_attn.weights.metadata import read_record
 from clear_attn.weights.packaged import is_packaged
 from tests.helpers import dummy_models, families
 from tests.helpers.snapshots import assert_same, snapshot
@@ -98,9 +99,11 @@ def test_what_it_is_saved_as(pipe, tmp_path):
     """As from the folder, but with a name that means the same on any machine."""
     clear.linearize(pipe)
     assert find_target(pipe).hook.weights == "auto"
+    assert "auto, from small_flux_clear" in str(clear.info(pipe))
     pipe.save_pretrained(tmp_path / "whole")
     loaded = FluxPipeline.from_pretrained(tmp_path / "whole")
     assert loaded.transformer.config["clear_attn"]["weights"] == "small_flux_clear"
     assert method_of(clear.linearize(loaded)) == Clear(8)
     clear.save_pretrained(pipe, tmp_path / "own")
+    assert read_record(tmp_path / "own" / "clear_config.json").source == "small_flux_clear"
     assert method_of(clear.linearize(dummy_models.flux_pipeline(), weights=tmp_path / "own")) == Clear(8)

@@ -61,7 +61,7 @@ def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
         RuntimeError: the pipeline has no transformer yet.
     """
     transformer = unwrap_compiled(getattr(pipe, "transformer", pipe))
-    if transformer is None:
+    if transformer is None and pipe is not None:
         raise RuntimeError(f"this {type(pipe).__name__} has no transformer yet; {_how_to_load(pipe)}")
     adapter = adapter_for(transformer)
     if adapter is None:

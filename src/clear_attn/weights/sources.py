@@ -108,7 +108,7 @@ def load(
 
 def load_packaged() -> Checkpoint:
     """Read the distilled weights of the small FLUX in the package, which are named "auto", as on any machine."""
-    return _load_local(packaged.WEIGHTS)._replace(name="auto")
+    return _load_local(packaged.WEIGHTS)._replace(name="auto", origin=packaged.WEIGHTS.name)
 
 
 def _load_auto(
