@@ -33,11 +33,11 @@ def guided(velocity: Tensor, latents: Tensor, target: Tensor, sigma: float, weig
         latents: x, noisy latents at time t = sigma, of the same shape.
         target: g, latents of the previous image, enlarged, of the same shape.
         sigma: t, in (0, 1].
-        weight: w.
-        level: of the wavelet transform.
+        weight: w, in [0, 1].
+        level: the level of the wavelet transform.
 
     Returns:
-        As the velocity, in its dtype; computed in float32.
+        The flow, in the shape and dtype of the velocity; computed in float32.
     """
     towards = (latents.float() - target.float()) / sigma
     return (velocity.float() + weight * low_frequencies(towards - velocity.float(), level)).to(velocity.dtype)

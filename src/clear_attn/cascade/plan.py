@@ -86,15 +86,15 @@ def _active_adapters(pipe: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class HighresPlan:
-    """Everything that `highres` draws an image from. On the same software and device it gives the same image.
+    """All settings of an image by `highres`. With the same software and device they give the same image.
 
     Attributes:
-        prompt (`str`), height, width (`int`, pixels): of the final image.
-        base (`Base`, *optional*): of the base image, with size, steps and guidance resolved; None if an image was
-            given.
-        stages (tuple of `Stage`): of each stage, with size and NTK factor resolved.
-        seed (`int`): of the base image's noise; stage n draws its noise with seed + n.
-        window, down_factor, schedule, weights, revision, backend: as in `linearize`.
+        prompt (`str`), height, width (`int`): the prompt and the size of the final image in pixels.
+        base (`Base`, *optional*): settings of the base image, with size, steps and guidance resolved; None if an image
+            was given.
+        stages (tuple of `Stage`): settings of each stage, with size and NTK factor resolved.
+        seed (`int`): the seed of the base image's noise; stage n uses seed + n.
+        window, down_factor, schedule, weights, revision, backend: the arguments of `linearize`.
         options: further keywords of the pipelines' calls.
         image (*optional*): `sha256` of the pixels, `height` and `width` of the image that was given.
         model: `pipeline`, its class; `name`, its Hub id or the name of its folder; `dtype`; `scheduler`, its class

@@ -31,15 +31,15 @@ NEXT = (
 
 
 def compare(captions: Sequence[str], method: Clear, seed: int, output: Path) -> str:
-    """Draw captions dense, linearized and, if the method is theirs, with the distilled weights; save one sheet.
+    """Draw captions dense, linearized and, if they fit the method, with distilled weights; save one sheet.
 
     Afterwards time a few steps at four times the side, dense and linearized.
 
     Args:
-        captions: what to draw, one column each.
-        method: of the linearized rows.
-        seed: of the noise.
-        output: where the sheet is saved; its ending is the format.
+        captions: the prompts, one for each column.
+        method: the method of the linearized rows.
+        seed: the seed of the noise.
+        output: the file of the sheet; its ending is the format.
 
     Returns:
         A report for the user: the cost of attention, the seconds of each row at both sizes, and what to do next.

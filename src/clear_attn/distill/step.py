@@ -63,7 +63,7 @@ def distillation_losses(
     noisy = losses.interpolate(batch.latents, noise, sigma)
 
     def predict(role: str) -> tuple[Tensor, dict[str, Tensor]]:
-        # Each role has its own call, since the entry hook caches ids by the tensor.
+        # Each role gets new tensors, because the entry hook caches position ids by tensor.
         outputs = Outputs(matched)
         call = training.training_call(noisy, sigma, batch.text, guidance, keywords(role, outputs))
         return transformer(**call, return_dict=False)[0], outputs.by_layer

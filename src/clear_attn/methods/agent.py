@@ -22,7 +22,7 @@ class Agent(GridMethod):
     """Attend to text and to agents, the means of image queries over cells, which attend to the image.
 
     An agent serves as a key, and its attention output as the value. The paper's depth-wise convolution and biases are
-    left out. CLEAR's paper compares with the two softmax attentions alone, judging by its GFLOPs.
+    left out; judging by its GFLOPs, CLEAR's paper leaves them out too.
 
     Its work grows with the square of the tokens, 2 / factor^2 of dense attention's. Of the four properties that CLEAR's
     paper asks for, it keeps features intact. It applies softmax twice, which is another formulation. It has no

@@ -15,9 +15,10 @@ from clear_attn.methods.groups import GroupedMethod, pairs
 class Swin(GroupedMethod):
     """Attend to text and to the query's own square window; windows shift by half a side in every second layer.
 
-    Windows are cut at the border. Swin joins windows of opposite borders and masks one from the other, with the same
-    result. Its work grows linearly with the tokens. Of the four properties that CLEAR's paper asks for, it keeps the
-    formulation, high rank and intact features. It keeps locality except across the edges of windows.
+    Windows are cut at the border. The original Swin joins windows of opposite borders and masks them from each other,
+    with the same result. The work of this method grows linearly with the tokens. Of the four properties that CLEAR's
+    paper asks for, it keeps the formulation, high rank and intact features. It keeps locality except across the edges
+    of windows.
 
     Args:
         side (`int`, defaults to 16): the side of a window in tokens.

@@ -1,8 +1,7 @@
-"""The private names of diffusers that clear_attn uses, each behind one function. No other file names one.
+"""Functions that use private names of diffusers. No other file uses one.
 
-Docstrings say in which versions a name was read. A name that is gone raises an error that says so, or gives a safe
-answer where there is one. `_attention_backend` and `_parallel_config` are declared on processors as well, where
-diffusers looks for them.
+Docstrings give the versions in which a name was read. If a name is missing, the function raises an error or returns a
+safe default. Processors also declare `_attention_backend` and `_parallel_config`, because diffusers reads them there.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def smooths_queries(hook: Any) -> bool:
 
 
 def replace_config(model: Any, values: Mapping[str, Any]) -> None:
-    """Set all entries of a model's config: the public way can add entries and not remove one (diffusers 0.36 to 0.42).
+    """Set all entries of a model's config; the public function cannot remove one (diffusers 0.36 to 0.42).
 
     Attributes that others set on the config, as diffusers does for a LoRA that widens a layer, stay.
     """
@@ -146,7 +145,7 @@ def progress_bar_config_of(pipe: Any) -> dict[str, Any]:
 
 
 def reset_interrupt(pipe: Any) -> None:
-    """Forget an interrupt of an earlier call, as a call of a pipeline does when it begins (diffusers 0.36 to 0.42)."""
+    """Reset the interrupt of an earlier call, as a call of the pipeline does (diffusers 0.36 to 0.42)."""
     pipe._interrupt = False
 
 

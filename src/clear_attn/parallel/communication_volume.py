@@ -1,4 +1,4 @@
-"""Count the bytes that each rank sends, next to other ways to split attention over ranks."""
+"""Count the bytes that each rank sends, and those of other ways to split attention over ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ WIDE = torch.float32.itemsize
 class CommunicationVolume:
     """Bytes that one rank sends in an attention layer with text; `output` is once per step.
 
-    With n ranks, all_gather sends a rank's part n - 1 times, all_reduce 2 (n - 1) / n times the tensor, as rings do.
+    As in ring algorithms with n ranks, all_gather sends a rank's part n - 1 times, and all_reduce 2 (n - 1) / n times.
 
     Attributes:
-        halo: keys and values of its tokens in the windows of other ranks.
-        pooled: its pooled keys and values, to all.
-        text_lse, text_sum: to merge the ranks' parts of the attention of text.
-        ring: of ring attention instead: keys and values of the rank's tokens, to all.
-        all_to_all: of splitting by heads during attention instead: query, key, value and output; None if the number of
-            ranks does not divide the heads.
-        tokens: image tokens of the largest shard, which a gathered output sends for each rank.
+        halo: keys and values of tokens in the windows of other ranks.
+        pooled: pooled keys and values, sent to all ranks.
+        text_lse, text_sum: results that merge the attention of text queries over the ranks.
+        ring: the bytes of ring attention instead: keys and values of the rank's tokens, sent to all ranks.
+        all_to_all: the bytes of splitting by heads instead: query, key, value and output; None if the number of ranks
+            does not divide the heads.
+        tokens: image tokens of the largest shard; the output is gathered with this length.
         ranks, element, batch: number of ranks, bytes of a value, images in one forward pass.
     """
 
@@ -48,7 +48,7 @@ class CommunicationVolume:
         return self.halo + self.pooled + self.text_lse + self.text_sum
 
     def output(self, channels: int) -> int:
-        """Return the bytes of its output tokens, which it sends to all once per step."""
+        """Return the bytes of the rank's output tokens, sent to all ranks once per step."""
         return (self.ranks - 1) * self.tokens * channels * self.element * self.batch
 
 
@@ -66,10 +66,10 @@ def count_volume(
     """Count the bytes that a rank sends.
 
     Args:
-        layout: of the whole image.
-        method: CLEAR, or dense attention.
+        layout: the layout of the whole image.
+        method: CLEAR or dense attention.
         rank, ranks: this rank and the number of ranks.
-        heads, head_dim: of attention.
+        heads, head_dim: the heads of a layer.
         element: bytes of a value in the model's dtype.
         batch: images in one forward pass.
 

@@ -1,4 +1,4 @@
-"""Communication between ranks: it starts now and is awaited later, and errors name the ranks that do not answer."""
+"""Asynchronous communication between ranks. Errors name the ranks that do not answer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from clear_attn.parallel.handles import remember
 from clear_attn.utils._torch import default_store, timeout_of
 
-# Seconds between two checks whether another rank has raised the alarm.
+# Seconds between two checks of the alarm, a key in the store that a rank sets when it times out.
 POLL_S = 0.5
-# The longest time that other ranks have to report after one did not answer.
+# The longest time that the other ranks have to report after the alarm.
 GRACE = datetime.timedelta(seconds=60)
 
 # Dtypes that may be broadcast.
@@ -28,10 +28,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DIMENSIONS = 6
 
 Value = TypeVar("Value")
-# Waits for a result.
+# A function that waits for a result and returns it.
 Future = Callable[[], Value]
 
-# The number of communicators made so far among the same ranks; all ranks make them in the same order.
+# The next number of a communicator among the same ranks; all ranks make them in the same order.
 _made: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
@@ -62,14 +62,14 @@ class Communicator:
         self._prefix = f"clear_attn/{members}/{next(_made[members])}"
         self._store = default_store()
         self._meet()
-        # For small tensors on the CPU, past the devices.
+        # A second group, for small tensors on the CPU.
         self._control = dist.new_group(self.names, timeout, "gloo", use_local_synchronization=True)
 
     def __deepcopy__(self, memo: object) -> Communicator:
-        return self  # a process has one place in a group
+        return self  # the ranks of a group have one communicator
 
     def _meet(self) -> None:
-        """Wait for all ranks: what follows would hang without one of them, and not say which."""
+        """Wait for all ranks. Later operations would hang without one of them, and could not name it."""
         absent = self._wait_for("meeting", self.patience, range(self.ranks))
         if absent:
             raise RuntimeError(
@@ -78,7 +78,7 @@ class Communicator:
             )
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Future[None]:
-        """Start to send tensors to peers and to receive others in place; keep what is sent until the end."""
+        """Start to send tensors to peers and to receive tensors in place. The future keeps the sent tensors alive."""
         operations = [
             *(dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in sends),
             *(dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in receives),
@@ -89,7 +89,7 @@ class Communicator:
         return self._start("halo tokens", device, lambda: dist.batch_isend_irecv(operations))
 
     def all_gather(self, own: Tensor, lengths: Sequence[int], dim: int) -> Future[list[Tensor]]:
-        """Start to gather a tensor of each rank; lengths along one dimension may differ."""
+        """Start to gather a tensor from each rank; their lengths along one dimension may differ."""
         most = max(lengths)
         padded = own.new_zeros(*own.shape[:dim], most, *own.shape[dim + 1 :])
         padded.narrow(dim, 0, own.shape[dim]).copy_(own)
@@ -109,7 +109,7 @@ class Communicator:
         return self._start("text tokens", own.device, lambda: [dist.all_reduce(own, group=self.group, async_op=True)])
 
     def broadcast(self, make: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """Return what `make` returns on the first rank; its shape and dtype are sent first.
+        """Return on all ranks the tensor that `make` returns on the first one; its shape and dtype are sent first.
 
         Raises:
             RuntimeError: on all other ranks, if `make` failed on the first one.
@@ -121,7 +121,7 @@ class Communicator:
                 tensor = make().contiguous()
                 header[: 2 + tensor.ndim] = torch.tensor([1 + DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape])
             except Exception:
-                self.compare(header)  # so that no rank waits for it
+                self.compare(header)  # zeros, so that the other ranks do not wait for the tensor
                 raise
         dtype, dimensions, *shape = self.compare(header)[0].tolist()
         if not dtype:
@@ -137,7 +137,7 @@ class Communicator:
         return tensor
 
     def compare(self, own: Tensor) -> Tensor:
-        """Return all ranks' values of a small tensor on the CPU, `[ranks, ...]`."""
+        """Return the values of a small CPU tensor on all ranks, `[ranks, ...]`."""
         parts = [torch.empty_like(own) for _ in range(self.ranks)]
         self._start("a call", own.device, lambda: [dist.all_gather(parts, own, group=self._control, async_op=True)])()
         return torch.stack(parts)
@@ -150,14 +150,14 @@ class Communicator:
             with self._naming_absent(what):
                 if device.type == "cpu":
                     self._wait_on_host(works)
-                else:  # the device waits, and the process group's watchdog ends the job after its timeout
+                else:  # only the device waits; after the timeout, the watchdog of the process group ends the job
                     for work in works:
                         work.wait()
 
         return wait
 
     def _wait_on_host(self, works: Sequence[Any]) -> None:
-        """Wait, and stop waiting when another rank raises the alarm."""
+        """Wait on the CPU, until another rank raises the alarm."""
         over, failures = threading.Event(), []
 
         def wait() -> None:
@@ -178,10 +178,10 @@ class Communicator:
 
     @contextlib.contextmanager
     def _naming_absent(self, what: str) -> Iterator[None]:
-        """Turn an error of communication into one that names the ranks that do not answer."""
+        """Convert a communication error to one that names the ranks that do not answer."""
         try:
             yield
-        except torch.OutOfMemoryError:  # a RuntimeError too, and no other rank's fault
+        except torch.OutOfMemoryError:  # a RuntimeError, but not of communication
             raise
         except RuntimeError as error:
             raise RuntimeError(
@@ -191,8 +191,9 @@ class Communicator:
     def _diagnose(self) -> str:
         """Return which ranks do not answer, and what to do.
 
-        Every waiting rank raises the alarm and reports; those that do not report are gone. The first one to know keeps
-        it in the store, for ranks that come late. It waits until the others have read it: the store may end with it.
+        Every waiting rank sets the alarm and reports in the store. Ranks without a report do not answer. The first rank
+        to find out writes the result into the store, for ranks that come late. It then waits until the others have read
+        it, because the store may end with this process.
         """
         again = "Look at their last output, and start all ranks again"
         found, absent = f"{self._prefix}/found", list(range(self.ranks))
@@ -208,7 +209,7 @@ class Communicator:
             absent = [int(rank) for rank in self._store.get(found).decode().split(",") if rank]
             others = [rank for rank in range(self.ranks) if rank not in absent]
             self._wait_for("end", datetime.timedelta(seconds=4 * POLL_S), others)
-        except RuntimeError:  # from the store
+        except RuntimeError:  # the store has ended
             if self.rank in absent:
                 return f"the store ended with rank 0, which failed or has stopped waiting for this rank. {again}"
         if self.rank in absent:

@@ -1,4 +1,4 @@
-"""Consistency check at the entry: all ranks must get the same call and hold the same weights."""
+"""The consistency check of each call: all ranks must get the same arguments and hold the same weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from clear_attn.parallel.communicator import Communicator
 from clear_attn.utils._torch import named_leaves_of
 
-# Tensors of up to this many values are compared value by value, others by projections on random signs.
+# Tensors of up to this size are compared value by value, others by projections on random signs.
 FEW = 64
 PROJECTIONS = 16
-# Relative to a tensor's norm: two kinds of GPU may give this much difference for one prompt in bfloat16, while another
-# word among 512, or another seed, differs more in one of the projections.
+# Relative to a tensor's norm. Two kinds of GPU may differ this much for one prompt in bfloat16; another word among 512,
+# or another seed, differs more in one of the projections.
 TOLERANCE = 0.01
 
 REMEDY = "give all ranks the same arguments, and generators of the same seed"
@@ -27,10 +27,10 @@ def check_same(communicator: Communicator, call: dict[str, Any], settings: str, 
     """Raise ValueError on every rank if one got another call or holds other weights.
 
     Args:
-        communicator: of the ranks.
-        call: keywords, with tensors among them.
-        settings: text that must be the same.
-        weights: lines of `WeightsDigest`.
+        communicator: the communicator of the ranks.
+        call: the keywords of the call, tensors included.
+        settings: a text that must be the same on all ranks.
+        weights: the lines of `WeightsDigest`.
     """
     leaves = named_leaves_of(call)
     tensors = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
@@ -45,7 +45,7 @@ def check_same(communicator: Communicator, call: dict[str, Any], settings: str, 
 
 
 def _differing_texts(communicator: Communicator, own: Sequence[str]) -> list[list[str]]:
-    """Return the texts of each rank, or an empty list if they are all the same, which a digest shows."""
+    """Return the texts of each rank, or an empty list if their digests are equal."""
     text = "\0".join(own).encode()
     digest = torch.tensor(list(hashlib.sha256(text).digest()), dtype=torch.uint8, device="cpu")
     if (communicator.compare(digest) == digest).all():
@@ -66,7 +66,7 @@ def _raise_if_calls_differ(communicator: Communicator, rank: int, first: list[st
 
 
 def _raise_if_weights_differ(communicator: Communicator, rank: int, first: str, other: str) -> None:
-    """Compare by name; empty digests are of values that cannot be read, and pass."""
+    """Compare digests by name. Empty digests are equal to all others, because their values cannot be read."""
     ours, theirs = (dict(line.rsplit(": ", 1) for line in text.split("\n") if line) for text in (first, other))
     for name in [*ours, *theirs]:
         digests = ours.get(name), theirs.get(name)
@@ -98,7 +98,7 @@ def _same(part: Tensor) -> Tensor:
 
 
 def _summary(tensor: Tensor) -> Tensor:
-    """Return few values as they are, and many as their projections and norm, in float64 on the CPU."""
+    """Return the values of a small tensor, or projections and norm of a large one, in float64 on the CPU."""
     if tensor.numel() <= FEW:
         return tensor.detach().flatten().to("cpu", torch.float64)
     rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
@@ -109,7 +109,7 @@ def _summary(tensor: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _signs(length: int, seed: int, device: torch.device) -> Tensor:
-    """Draw the signs once: it is the slowest part of the check, and all calls of an image have the same shapes."""
+    """Return random signs, cached: they are the slowest part of the check, and calls of an image have equal shapes."""
     rng = torch.Generator("cpu").manual_seed(seed)
     with torch.inference_mode(False):
         signs = torch.randint(0, 2, (length, PROJECTIONS), generator=rng, device="cpu").float() * 2 - 1

@@ -1,4 +1,4 @@
-"""Decode latents on one rank for all."""
+"""Decode latents on the first rank, and send the image to the others."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class DecodeOnOneRank(ModelHook):
     """A hook on a decoder: the first rank decodes and sends the image to the others.
 
     Args:
-        communicator: of the ranks.
-        transformer: every rank decodes for itself while its calls are not split.
+        communicator: the communicator of the ranks.
+        transformer: the transformer. Without a sharder in its entry hook, every rank decodes for itself.
     """
 
     def __init__(self, communicator: Communicator, transformer: Any) -> None:
@@ -40,13 +40,13 @@ class DecodeOnOneRank(ModelHook):
         hook = None if transformer is None else entry_hook_of(transformer)
         if hook is None or hook.sharder is None:
             return decode(sample, *args, **kwargs)
-        # Also finds ranks that take another number of steps.
+        # This also finds ranks with another number of steps.
         check_same(self.communicator, {"the latents to decode": sample}, "decoding of the latents")
         return self.communicator.broadcast(lambda: decode(sample, *args, **kwargs), sample.device)
 
 
 def decode_on_one_rank(vae: Any, communicator: Communicator, transformer: Any) -> None:
-    """Install the hook, in place of an earlier one."""
+    """Install the hook, and remove an earlier one."""
     decode_on_every_rank(vae)
     hook = DecodeOnOneRank(communicator, transformer)
     HookRegistry.check_if_exists_or_initialize(vae.decoder).register_hook(hook, NAME)

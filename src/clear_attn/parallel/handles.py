@@ -1,4 +1,4 @@
-"""Objects by number: custom operators of a compiled graph take tensors alone."""
+"""Refer to objects by number, because custom operators in a compiled graph take only tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _numbers = itertools.count()
 
 
 def remember(thing: object) -> Tensor:
-    """Return the handle of an object, int64 `[]` on the CPU, which `recall` takes as long as the object lives."""
+    """Return a handle of an object, int64 `[]` on the CPU. `recall` returns the object as long as it lives."""
     number = next(_numbers)
     _known[number] = thing
     with torch.inference_mode(False):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def launched() -> int:
-    """Return the number of processes that torchrun has started; 0 if it has not started this one."""
+    """Return the number of processes under torchrun; 0 if torchrun has not started this one."""
     return int(os.environ.get("WORLD_SIZE", 0)) if "LOCAL_RANK" in os.environ else 0
 
 
@@ -58,6 +58,6 @@ def interrupt_on_sigterm() -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore further signals in a process that is ending: torchrun passes on the Ctrl-C that all have received."""
+    """Ignore further signals in a process that is ending: torchrun repeats a Ctrl-C that all ranks have received."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -29,10 +29,10 @@ def parallelize(
     image of `highres`, are computed by every rank for itself.
 
     Args:
-        pipe: a linearized diffusers pipeline or transformer. A ControlNet runs whole on every rank.
+        pipe: a linearized diffusers pipeline or transformer. A ControlNet is not split.
         mesh (*optional*): a mesh of one dimension or a process group, the ranks that share an image; by default all
-            ranks. With `init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "rows"))`, give `mesh["rows"]`, and an
-            image of its own to each of the two groups.
+            ranks. With `init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "rows"))`, give `mesh["rows"]`; each
+            of the two groups then draws its own image.
 
     Returns:
         ``pipe`` itself.
@@ -54,7 +54,7 @@ def parallelize(
     if adapter.output_layer(transformer) is None:
         raise TypeError(
             f"a {type(transformer).__name__} cannot be split over ranks; give the pipeline or its transformer. "
-            "ControlNets run whole on every rank"
+            "ControlNets are not split"
         )
     if getattr(transformer, "zero_cond_t", False):
         raise TypeError(
@@ -66,7 +66,7 @@ def parallelize(
         raise ValueError("only a linearized pipeline can be split over ranks; call clear_attn.linearize(pipe) before")
     hook.method.halo()  # raises for a method that is not split over ranks
     sharder = _sharder_over(_group_of(mesh))
-    # NCCL wants all ranks in the first operation of a group.
+    # NCCL needs all ranks in the first operation of a group.
     sharder.communicator.all_reduce(torch.zeros((), device=transformer.device))()
     sharder.check_weights(transformer)
     install_hooks(transformer, hook.with_sharder(sharder))

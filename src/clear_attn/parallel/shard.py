@@ -1,4 +1,4 @@
-"""Shards: the rows of tokens that a rank holds of a layout, and the halo that ranks exchange. Nothing is sent here."""
+"""Shards: the rows of tokens that each rank holds, and the halo that ranks exchange. This file sends nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def span_of(layout: TokenLayout, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def rows_between(layout: TokenLayout, first: int, last: int) -> Rows:
-    """Return the rows of each segment at the y coordinates of some rows of the first grid."""
+    """Return the rows of each segment with the y coordinates of rows first to last - 1 of the first grid."""
 
     def row(axes: Segment, bound: int) -> int:
         if bound <= 0:
@@ -60,7 +60,7 @@ def rows_between(layout: TokenLayout, first: int, last: int) -> Rows:
 
 
 def rows_of(layout: TokenLayout, rank: int, ranks: int) -> Rows:
-    """Return the rows of each segment that a rank holds; except in the first segment, it may hold none."""
+    """Return the rows of each segment that a rank holds, possibly none except in the first segment."""
     return rows_between(layout, *span_of(layout, rank, ranks))
 
 
@@ -79,7 +79,7 @@ def rows_attended(layout: TokenLayout, rows: Rows, window: float) -> Rows:
 def strips_of(layout: TokenLayout, rank: int, ranks: int, window: float) -> list[tuple[Rows, bool]]:
     """Return a rank's rows from top to bottom, split by whether they need the halo above or below.
 
-    Each comes with whether it needs any halo.
+    Each is returned with whether it needs any halo.
     """
     own = rows_of(layout, rank, ranks)
     first, last = span_of(layout, rank, ranks)
@@ -105,7 +105,7 @@ def tokens_of(layout: TokenLayout, rank: int, ranks: int) -> np.ndarray:
 
 
 def halo_from(layout: TokenLayout, peer: int, rank: int, ranks: int, window: float) -> np.ndarray:
-    """Return int64 `[tokens]`, the raster indices of the tokens of a peer that a rank needs, in raster order."""
+    """Return int64 `[tokens]`, the raster indices of a peer's tokens that a rank needs, in raster order."""
     needed, there = rows_attended(layout, rows_of(layout, rank, ranks), window), rows_of(layout, peer, ranks)
     parts = []
     for axes, a, b in zip(layout.segments, needed, there, strict=True):
@@ -136,7 +136,7 @@ class Strip(AttentionRegion):
 
 
 class Message(NamedTuple):
-    """Image tokens that go to a peer or come from it: int64 positions among the tokens that this rank has."""
+    """Image tokens sent to or received from a peer: int64 positions among the tokens of this rank and its halo."""
 
     peer: int
     tokens: Tensor
@@ -194,16 +194,16 @@ class ShardPlan(Plan):
     """CLEAR or dense attention on the shard of a rank.
 
     Args:
-        shard: of the rank.
-        window: radius in tokens; infinite for dense attention.
-        down_factor: side of the pooled cells; 1 for none.
+        shard: the shard of the rank.
+        window: the radius in tokens; infinity for dense attention.
+        down_factor: the side of pooled cells in tokens; 1 for no pooling.
 
     Attributes:
         strips: the rank's rows from top to bottom.
         sends, receives (`Message`): halo tokens, by peer. Received tokens come after the rank's own.
-        pool_index, pool_weight: as in `WindowPlan`, of the cells with a token of the rank. The weight of other ranks'
+        pool_index, pool_weight: see `WindowPlan`; for the cells with a token of the rank. The weight of other ranks'
             tokens is 0, so that the sums of all ranks add up to the pooled cell.
-        cells: int64, for each rank the indices of these cells among all.
+        cells: for each rank, the indices of its cells among all cells, int64.
         all_cells: the number of cells of the image.
     """
 

@@ -1,6 +1,6 @@
 """CLEAR's attention over several ranks, each with a shard of the image tokens, with the same numbers as on one.
 
-It is a custom operator, which compiled graphs call as it is.
+It is a custom operator, which compiled graphs do not trace.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clear_attn.parallel.communicator import Communicator, Future
 from clear_attn.parallel.handles import recall, remember
 from clear_attn.parallel.shard import Shard, ShardPlan, Strip
 
-# The number of scores held at a time, by kernels that hold them.
+# The most scores in memory at a time, for kernels that store them.
 MAX_SCORES = 2**26
 
 
@@ -26,9 +26,9 @@ class ShardedPlan(ShardPlan):
     """A plan whose attention all ranks compute together.
 
     Args:
-        shard: the rank's part of a layout.
+        shard: the shard of the rank.
         window, down_factor: see `ShardPlan`.
-        communicator: of the ranks.
+        communicator: the communicator of the ranks.
     """
 
     def __init__(self, shard: Shard, window: float, down_factor: int, communicator: Communicator) -> None:
@@ -36,7 +36,7 @@ class ShardedPlan(ShardPlan):
         self.handle, self.communicator = remember(self), communicator
 
     def prepare(self, backend: str) -> None:
-        """Build what a backend needs, which compiled layers cannot do."""
+        """Build the index tensors of a backend now, because compiled layers cannot."""
         for strip in self.strips if math.isfinite(self.window) else ():
             BACKENDS[backend].prepare(strip)
 
@@ -45,7 +45,7 @@ class ShardedPlan(ShardPlan):
     ) -> Tensor:
         """Return the attention of the rank's own queries; `pooled` are the sums of its tokens in each cell.
 
-        Dense attention of text must return its log-sum-exp. The kernels of `options.dense` do not, and are not used.
+        Dense attention of text must return its log-sum-exp, so the kernels of `options.dense` are not used.
         """
         parts = [] if pooled is None else list(pooled)
         backend, scale = options.backend, options.scale
@@ -66,7 +66,7 @@ def attend(
     text_bias: Tensor | None,
     text_query_bias: Tensor | None,
 ) -> Tensor:
-    """Return `[batch, tokens, heads, head_dim]`. Send first what other ranks need; wait last for what they send."""
+    """Return `[batch, tokens, heads, head_dim]`. Tensors for other ranks are sent first; theirs are awaited last."""
     plan: ShardedPlan = recall(handle)
     validate_call(backend, query.device, query.dtype, query.shape[-1], needs_grad=False)
     output = query.new_empty(query.transpose(1, 2).shape)
@@ -126,7 +126,7 @@ def _start_halo(own: Tensor, plan: ShardedPlan) -> Future[Tensor]:
 
 
 def _start_pooling(pooled: list[Tensor], plan: ShardedPlan) -> Future[list[Tensor]]:
-    """Start to gather pooled keys and values; the sums of a cell that lies on several ranks are added.
+    """Start to gather pooled keys and values. If a cell has tokens of several ranks, its sums are added.
 
     The future gives a list of `[2, batch, heads, cells, head_dim]`, empty without pooled keys.
     """
@@ -152,7 +152,7 @@ def _start_text(
 ) -> Future[Future[Tensor]]:
     """Start attention of text queries to the rank's keys; two futures merge it over all ranks.
 
-    The weight of a rank's part is exp(its log-sum-exp - that over all keys). The first rank adds the text keys.
+    The weight of a rank's part is exp(its log-sum-exp - that over all keys). Only the first rank includes text keys.
     """
     rows = slice(None) if plan.communicator.rank == 0 else plan.image
     bias = text_query_bias if plan.communicator.rank == 0 else None  # image keys have no bias
@@ -176,7 +176,7 @@ def _start_text(
 def dense_with_lse(
     query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return dense attention and its log-sum-exp, over spans of keys if the scores have to be held."""
+    """Return dense attention and its log-sum-exp, in spans of keys if the kernel stores scores."""
     batch, heads, queries, _ = query.shape
     span = key.shape[2] if has_lse_kernel(query) else max(1, MAX_SCORES // (batch * heads * queries))
     biases = [None] * len(key.split(span, dim=2)) if bias is None else bias.split(span, dim=-1)

@@ -1,4 +1,4 @@
-"""Split the calls of a linearized transformer over ranks, at its entry, and gather its output."""
+"""Split the calls of a linearized transformer over ranks in its entry hook, and gather the output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RankSharder:
     """Split calls over ranks, see `clear_attn.patching.hooks.Sharder`.
 
     Args:
-        communicator: of the ranks.
+        communicator: the communicator of the ranks.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -91,7 +91,7 @@ class RankSharder:
         return ShardedPlan(shard, method.halo(), method.pooled_factor or 1, self.communicator)
 
     def inner_hooks(self, adapter: ModelAdapter, transformer: Any) -> list[InnerHook]:
-        """Return hooks that take the rank's tokens where the model permutes, and gather all after the last layer."""
+        """Return hooks that select the rank's tokens after the model permutes them, and gather the output."""
         inside = [(inner.module, TAKE.get(inner.hook)) for inner in adapter.inner_hooks(transformer)]
         entrances = [InnerHook(module, take) for module, take in inside if take]
         last: Any = adapter.output_layer(transformer)  # `parallelize` refuses a model without one
@@ -102,14 +102,14 @@ class RankSharder:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def take_shard(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Take the rank's tokens, in a forward hook after the one that permutes them into tile order."""
+    """Select the rank's tokens, in a forward hook after the one that permutes them into tile order."""
     shard = _current()
     return output if shard is None else output[:, shard.in_whole]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def take_positions(module: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Take the rank's positions, in a forward hook after the one that joins those of text and image in tile order."""
+    """Select the rank's positions, in a forward hook after the one that joins those of text and image in tile order."""
     shard = _current()
     if shard is None:
         return output
@@ -117,7 +117,7 @@ def take_positions(module: Any, args: tuple[Any, ...], output: tuple[Tensor, Ten
     return tuple(torch.cat([part[:text], part[text:][shard.in_whole]]) for part in output)
 
 
-# Hooks of adapters, and the hooks after them that take the rank's tokens.
+# By hook of an adapter, the hook after it that selects the rank's tokens.
 TAKE: dict[Callable[..., Any], Callable[..., Any]] = {into_tile_order: take_shard, join_positions: take_positions}
 
 

@@ -1,4 +1,4 @@
-"""Digests of the weights that a rank holds: with other weights on a rank, the image would be wrong without an error."""
+"""Digests of the weights of a rank. If ranks had different weights, the image would be wrong without an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clear_attn.utils._torch import stored_tensors, version_of
 
-# 8-byte words that are summed up together, and how many such sums a GPU computes at a time.
+# The number of 8-byte words in a sum, and the number of sums that a GPU computes at a time.
 SPAN = 2**18
 SPANS_ON_GPU = 64
 
@@ -26,7 +26,7 @@ class WeightsDigest:
         self._known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any, str]]] = weakref.WeakKeyDictionary()
 
     def lines(self, transformer: nn.Module) -> list[str]:
-        """Return a line per tensor, its name, a colon and its digest; and likewise for each layer with a LoRA.
+        """Return a line `name: digest` for each tensor, and a line with the settings of each layer with a LoRA.
 
         The digest of a tensor on the meta device, as under sequential offload, is empty.
         """
@@ -47,7 +47,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _lora_settings(transformer: nn.Module) -> Iterator[str]:
-    """Yield the settings of layers that peft has wrapped; fusing a LoRA changes weights without a trace on them."""
+    """Yield the LoRA settings of layers wrapped by peft, because fusing a LoRA does not change a weight's version."""
     for name, module in transformer.named_modules():
         if hasattr(module, "scaling") and hasattr(module, "merged_adapters"):
             settings: Any = module
@@ -65,7 +65,7 @@ def digest_of(tensor: Tensor) -> str:
         words = _words(part)
         factors = _factors(words.device)
         for chunk in words.split(SPAN * (SPANS_ON_GPU if words.is_cuda else 1)):
-            # Shifted, so that the highest bits count too: multiples of 2^63 would cancel out.
+            # Mix in shifted bits, because multiples of 2^63 would cancel out.
             mixed = F.pad((chunk >> 29).bitwise_xor_(chunk), (0, -len(chunk) % SPAN)).view(-1, SPAN)
             sums.append((mixed.mul_(factors)).sum(dim=1))
     total = torch.cat(sums).cpu() if sums else torch.empty(0)
@@ -73,7 +73,7 @@ def digest_of(tensor: Tensor) -> str:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """Return a tensor's bytes as int64 `[words]`, filled up with zeros."""
+    """Return a tensor's bytes as int64 `[words]`, padded with zeros."""
     data = tensor.contiguous().flatten().view(torch.uint8)
     if data.numel() % 8 or data.data_ptr() % 8:
         data = F.pad(data, (0, -data.numel() % 8))

@@ -70,15 +70,15 @@ class EntryHook:
     """A forward pre-hook with keywords. Earlier pre-hooks of torch get raster order, later ones tile order.
 
     Args:
-        adapter: of the transformer.
-        method: of its layers.
-        schedule: which calls and layers differ.
-        layers: of the transformer, by name.
-        backend: of its calls, or "auto".
-        weights: where its distilled weights are from, as given to `linearize`; None for its own.
-        original: the transformer's state before, for `restore`.
-        originals_discarded: whether the values that were replaced have not been kept.
-        sharder: splits its calls; None if this process computes all.
+        adapter: the adapter of the transformer.
+        method: the method of its layers.
+        schedule: the schedule of exceptions by call and layer.
+        layers: the attention layers by name.
+        backend: a backend, or "auto".
+        weights: the source of distilled weights, as given to `linearize`; None for the model's own.
+        original: the state before linearizing, for `restore`.
+        originals_discarded: whether the replaced values were discarded.
+        sharder: an object that splits calls over ranks; None on a single process.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class PermutedForward:
 
     Args:
         forward: the method that it replaces.
-        adapter: of the transformer.
+        adapter: the adapter of the transformer.
     """
 
     def __init__(self, forward: Any, adapter: ModelAdapter) -> None:

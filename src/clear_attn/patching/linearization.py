@@ -69,7 +69,7 @@ class Settings(NamedTuple):
     """The resolved settings.
 
     Attributes:
-        method, schedule, backend, keep_original: as in `linearize`, resolved.
+        method, schedule, backend, keep_original: the resolved arguments of `linearize`.
         source: the distilled weights; None for the model's own.
         saved: whether the settings are those of a pipeline that was saved while it was linearized.
     """

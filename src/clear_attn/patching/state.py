@@ -30,10 +30,10 @@ class State(NamedTuple):
     """The hook of a transformer, its processors, and the values of the parameters that are replaced.
 
     Attributes:
-        hook: the entry hook, or None where there is none.
-        processors: by layer.
-        values: by name in a checkpoint, on the CPU.
-        metadata: the entry in the transformer's config, or None where there is none.
+        hook: the entry hook, or None.
+        processors: the attention processors by layer.
+        values: the values on the CPU, by name in a checkpoint.
+        metadata: the entry in the transformer's config, or None.
     """
 
     hook: EntryHook | None

@@ -13,11 +13,11 @@ PipelineOrTransformer = TypeVar("PipelineOrTransformer")
 
 
 class Target(NamedTuple):
-    """What the public functions of this package change.
+    """The transformer that a public function changes, with its adapter and layers.
 
     Attributes:
         pipe: the pipeline or transformer as given.
-        transformer, adapter: of `pipe`.
+        transformer, adapter: the transformer of `pipe` and its adapter.
         layers: the attention modules by name.
     """
 

@@ -46,7 +46,7 @@ def cost(
 
     Args:
         pipe: a supported pipeline or transformer, linearized or not.
-        height, width (`int`): of the image in pixels; rounded down to whole tokens, with a warning.
+        height, width (`int`): the size of the image in pixels; rounded down to whole tokens, with a warning.
         window, down_factor (`int`, *optional*): default to those of a linearized pipeline, else 16 and 1.
         method (`Method`, *optional*): defaults to that of a linearized pipeline, else CLEAR.
         schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.

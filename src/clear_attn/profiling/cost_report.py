@@ -26,10 +26,10 @@ class LayerGroup(NamedTuple):
     """Layers with the same method.
 
     Attributes:
-        method: of the layers.
+        method: the method of the layers.
         has_text: whether they attend to text.
-        layers: their number.
-        exception: whether a schedule names them.
+        layers: the number of layers.
+        exception: whether a schedule names these layers.
     """
 
     method: Method
@@ -47,16 +47,16 @@ class Cost:
     not change, are not counted.
 
     Attributes:
-        height, width (`int`): of the grid, in tokens.
-        text_tokens, batch (`int`): numbers of text tokens and of images.
-        heads, head_dim (`int`): of a layer.
-        method (`Method`): of the layers that the schedule does not name.
+        height, width (`int`): the grid in tokens.
+        text_tokens, batch (`int`): the numbers of text tokens and of images.
+        heads, head_dim (`int`): the heads of a layer.
+        method (`Method`): the method of layers that the schedule does not name.
         groups (tuple of `LayerGroup`): all attention layers.
         dense_above_sigma (`float`, *optional*): calls above this sigma are dense. All other numbers describe a
             call below.
-        controlnets: for each ControlNet of the pipeline, the FLOPs of its attention, dense and as it is. They are not
-            part of the other numbers.
-        memory (`Memory`, *optional*): of the weights, a forward pass, and decoding.
+        controlnets: for each ControlNet of the pipeline, the FLOPs of its attention, dense and with its own method. The
+            other numbers do not include them.
+        memory (`Memory`, *optional*): the memory of weights, a forward pass and decoding.
     """
 
     height: int

@@ -1,4 +1,4 @@
-"""Memory: of weights exactly, of activations between bounds, and what a device has."""
+"""Memory of weights (exact) and activations (bounds), and the memory of a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clear_attn.utils.units import format_bytes
 
 
 class Bytes(NamedTuple):
-    """Bounds of memory: no less than `least`, as a rule no more than `likely`."""
+    """Bounds of memory: at least `least`, and usually at most `likely`."""
 
     least: int
     likely: int
@@ -25,17 +25,18 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one forward pass of a transformer and the decoding of its image hold.
+    """The memory in bytes of one forward pass of a transformer, and of decoding its image.
 
     Attributes:
-        weights: of each model given, exactly, as they are stored.
-        activations (`Bytes`): of a forward pass without gradients. Least: query, key, value, output and residual
-            stream of an attention layer, 5 x tokens x (heads x head_dim) elements. Likely: 20 times such a tensor;
-            diffusers' blocks held 14 to 20 on a CPU, dense and linearized, uncompiled. FLUX.2's: 24, measured 22.
-        decode (`Bytes`, *optional*): of the decoder of an autoencoder like AutoencoderKL. Least: a residual block at
-            full size holds its input and its normed input, with the channels of the last but one level. Likely: 4 such
-            tensors; 3.4 to 3.9 were measured. None if no such decoder is given, so that it is not known.
-        decode_tiled (`Bytes`, *optional*): the same tile by tile, with the image.
+        weights: the exact bytes of each model, as stored.
+        activations (`Bytes`): activations of a forward pass without gradients. Least: query, key, value, output and
+            residual stream of an attention layer, 5 x tokens x (heads x head_dim) elements. Likely: 20 times such a
+            tensor; diffusers' blocks held 14 to 20 on a CPU, dense and linearized, uncompiled. FLUX.2's: 24, measured
+            22.
+        decode (`Bytes`, *optional*): memory of a decoder like AutoencoderKL's, if one is given. Least: a residual block
+            at full size holds its input and its normed input, with the channels of the last but one level. Likely: 4
+            such tensors; 3.4 to 3.9 were measured.
+        decode_tiled (`Bytes`, *optional*): memory of decoding tile by tile, image included.
     """
 
     weights: dict[str, int]
@@ -67,7 +68,7 @@ class Memory:
 
 
 def models_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return the models of a pipeline by name; none of a single transformer."""
+    """Return the models of a pipeline by name; an empty dict for a transformer."""
     return {name: part for name, part in getattr(pipe, "components", {}).items() if isinstance(part, nn.Module)}
 
 
@@ -115,7 +116,7 @@ def weight_bytes(model: nn.Module, device: torch.device | str | None = None) -> 
 
 
 def _element(model: Any) -> int:
-    # What is stored in a byte is computed in two.
+    # Values that are stored in one byte are computed in two.
     return max(2, model.dtype.itemsize)
 
 
@@ -133,8 +134,8 @@ def peak_memory(pipe: Any, device: torch.device, work: Mapping[str, Bytes]) -> B
     """Return the most that a device holds at once: weights on it, those of the running model, and its activations.
 
     Args:
-        pipe: a pipeline; under model offload a model is on the device only while it runs.
-        device: to count on.
+        pipe: a pipeline; with model offload, a model is on the device only while it runs.
+        device: the device.
         work: activations by model; the models run one after the other.
     """
     models, offloaded = models_of(pipe), offloaded_models(pipe)
@@ -148,7 +149,7 @@ def peak_memory(pipe: Any, device: torch.device, work: Mapping[str, Bytes]) -> B
 
 
 def available_memory(device: torch.device) -> tuple[float, float]:
-    """Return the total and the free bytes of a device; infinity where they are not known."""
+    """Return the total and the free bytes of a device; infinity if they are not known."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

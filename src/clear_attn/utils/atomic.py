@@ -1,4 +1,4 @@
-"""Atomic writes: a file or directory appears under its name when it is complete, or not at all."""
+"""Atomic writes: a file or directory gets its name when it is complete, or is deleted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWNED = re.compile(re.escape(UNFINISHED) + r"(?P<host>[\w-]+)\.(?P<pid>\d+)\.[0-
 
 
 def delete_leftovers(folder: Path) -> None:
-    """Delete the unfinished files and folders of killed processes of this machine; those at work keep theirs."""
+    """Delete unfinished files and folders of killed processes on this machine, but not of running ones."""
     for left in folder.glob(f"{UNFINISHED}*"):
         owner = OWNED.match(left.name)
         if owner and owner["host"] == _host() and not psutil.pid_exists(int(owner["pid"])):
@@ -30,7 +30,7 @@ def delete_leftovers(folder: Path) -> None:
 
 
 def owned_prefix() -> str:
-    """Return a new prefix for an unfinished file or folder, by which `delete_leftovers` knows its process."""
+    """Return a new prefix for an unfinished file or folder; `delete_leftovers` reads the process from it."""
     return f"{UNFINISHED}{_host()}.{os.getpid()}.{secrets.token_hex(4)}-"
 
 
@@ -42,17 +42,17 @@ def _host() -> str:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file next to ``path`` that replaces it at the end; delete it after an error.
 
-    The temporary name ends in that of ``path``, for writers that choose a format by it. Of several files in one
-    `contextlib.ExitStack`, the last one is renamed first, when all are written.
+    The temporary name ends in the name of ``path``, for writers that choose a format by it. Several files in one
+    `contextlib.ExitStack` are renamed when all are written, the last one first.
     """
     delete_leftovers(path.parent)
-    # A name of its own, since two processes may write the same file.
+    # The name is unique, because two processes may write the same file.
     unfinished = path.with_name(f"{owned_prefix()}{path.name}")
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode
         yield unfinished
-        # safetensors leaves its files readable by their owner alone.
+        # safetensors makes its files readable only by their owner.
         unfinished.chmod(mode)
         unfinished.replace(path)
     finally:
@@ -73,7 +73,7 @@ def atomic_text(path: Path, text: str) -> None:
 
 
 def unfinished_directory(path: Path) -> Path:
-    """Return where `atomic_directory` writes, which other processes of a run must know too."""
+    """Return the directory in which `atomic_directory` writes, for other processes that write into it."""
     return path.with_name(UNFINISHED + path.name)
 
 
@@ -92,9 +92,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_contents(folder: Path) -> Iterator[Path]:
-    """Yield a directory inside ``folder`` whose entries move up into it at the end; delete it after an error.
+    """Yield a temporary directory in ``folder``. At the end, move its entries to the folder; delete it after an error.
 
-    Unlike `atomic_directory` it fills a folder that exists, such as a mount point or the current one.
+    Unlike with `atomic_directory`, the folder may exist, such as a mount point or the current directory.
 
     Raises:
         NotADirectoryError, FileExistsError: as `check_empty`.
@@ -133,7 +133,7 @@ def check_empty(folder: Path) -> None:
 
     Raises:
         NotADirectoryError: it is a file.
-        FileExistsError: it holds something.
+        FileExistsError: it is not empty.
     """
     check_folder(folder)
     if folder.is_dir() and any(folder.iterdir()):

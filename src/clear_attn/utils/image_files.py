@@ -1,4 +1,4 @@
-"""Image files: tried before an image is drawn, and replaced by a fallback file if the last write fails."""
+"""Check image files before drawing, and save to a fallback file if the final write fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from clear_attn.utils.atomic import atomic_file, delete_leftovers, owned_prefix
 
-# Endings of the formats that keep every pixel of an RGB image, though not its exact values, and their longest sides.
+# Formats that keep every pixel of an RGB image, if not its exact values, and their longest sides, by ending.
 MAX_SIDES = {
     ".png": 2**31 - 1,
     ".jpg": 65535,
@@ -27,7 +27,7 @@ def validate_image_file(file: Path, size: tuple[int, int] | None = None) -> None
     """Check the name of an image file, and that its format holds an image of this size.
 
     Args:
-        file: where the image goes.
+        file: the file of the image.
         size: height and width in pixels, if known.
 
     Raises:
@@ -47,7 +47,7 @@ def try_write(file: Path) -> None:
     """Write a small file next to the given one as `atomic_file` would, and delete it.
 
     Raises:
-        OSError: nothing can be written there under that name, or it is a directory's.
+        OSError: the file cannot be written, or is a directory.
     """
     try:
         delete_leftovers(file.parent)
@@ -68,8 +68,8 @@ def save_or_fall_back(save: Callable[[Path], None], file: Path) -> Path:
     """Save an image; if that fails, save it as PNG in the system's temporary folder, with a warning that names it.
 
     Args:
-        save: writes the image to a file.
-        file: where it goes.
+        save: a function that writes the image to a file.
+        file: the wanted file.
 
     Returns:
         The file that was written.

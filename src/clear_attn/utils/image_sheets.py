@@ -15,8 +15,8 @@ def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[
     """Return a sheet with one row for each label and one column for each caption.
 
     Args:
-        rows: by label, one image for each caption; all of one size.
-        captions: above the columns.
+        rows: by label, an image for each caption; all of the same size.
+        captions: the texts above the columns.
 
     Examples:
         >>> image = Image.new("RGB", (64, 64))
@@ -43,9 +43,9 @@ def draw_window(image: Image.Image, window: int, pixels_per_token: int) -> Image
     """Return an image with the token in the middle marked, and the circle of the tokens that it attends to.
 
     Args:
-        image: square.
-        window: in tokens.
-        pixels_per_token: of the image.
+        image: a square image.
+        window: the radius in tokens.
+        pixels_per_token: the side of a token in pixels.
     """
     marked = image.resize((CELL, CELL), Image.Resampling.LANCZOS).convert("RGB")
     token = pixels_per_token * CELL / image.width

@@ -22,11 +22,11 @@ def read_json(file: Path) -> Any:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """Return what a JSON text holds.
+    """Return the value of a JSON text.
 
     Args:
-        text: in UTF-8.
-        where: names the text in errors.
+        text: text, or bytes in UTF-8.
+        where: the name of the text in errors.
 
     Raises:
         ValueError: it is not JSON, or Python cannot read it.
@@ -41,12 +41,12 @@ def validate_record(values: Any, fields: Fields, where: str) -> dict[str, Any]:
     """Return a record with None for each field that may be None and is absent.
 
     Args:
-        values: as read from JSON.
+        values: the record, as read from JSON.
         fields: the type of each known field, such as ``str | None``. Others are returned unchanged.
-        where: names the record in errors.
+        where: the name of the record in errors.
 
     Raises:
-        ValueError: the record is no JSON object; a field is missing, or of another type.
+        ValueError: the record is not a JSON object, or a field is missing or has another type.
 
     Example:
         >>> validate_record({"window": 8}, {"window": int, "source": str | None}, "clear_config.json")

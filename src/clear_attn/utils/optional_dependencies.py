@@ -1,4 +1,4 @@
-"""What metrics need that may be missing: packages, and weights that are downloaded only on request."""
+"""Load optional packages of metrics, and weights that are downloaded only on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REMEDIES = {
 }
 
 
-class Missing(Exception):  # noqa: N818 - no error where the metric was not asked for by name
+class Missing(Exception):  # noqa: N818 - not an error unless the metric was requested by name
     """A metric cannot be computed; the message says why, and what to do."""
 
 
@@ -50,10 +50,10 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def torch_hub_file(url: str, what: str, download: bool) -> Iterator[None]:
-    """Guard the loading of a file from torch's cache: nothing is downloaded unasked, and only tensors are read.
+    """Guard loading of a file from torch's cache: download only on request, and read only tensors.
 
     Args:
-        url: where the file is downloaded from.
+        url: the address of the file.
         what: the name of the network, for errors.
         download: whether it may be downloaded.
 
@@ -79,16 +79,16 @@ def torch_hub_file(url: str, what: str, download: bool) -> Iterator[None]:
 
 
 def pretrained(loader: Any, name: str, download: bool, **options: Any) -> Any:
-    """Load what a transformers class loads by a Hub id or from a folder.
+    """Load an object of a transformers class from the Hub or a folder.
 
     Args:
         loader: a class with `from_pretrained`.
         name: Hub id or folder.
         download: whether it may be downloaded.
-        options: of `from_pretrained`.
+        options: options of `from_pretrained`.
 
     Raises:
-        Missing: there is no such file, or it holds something else.
+        Missing: the files do not exist, or contain something else.
     """
     try:
         return loader.from_pretrained(name, local_files_only=not download, **options)

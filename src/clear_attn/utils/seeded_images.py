@@ -14,15 +14,14 @@ from clear_attn.utils.atomic import atomic_file
 
 
 def generate_with_seeds(pipe: Any, seeds: Iterable[int], **arguments: Any) -> list[Image.Image]:
-    """Return a pipeline's images, one per seed.
+    """Return an image per seed.
 
-    Noise is drawn on the CPU with a generator per image, so that it depends on the image's seed alone, not on device
-    or batch.
+    Each image has its own generator on the CPU, so that its noise depends only on its seed, not on device or batch.
 
     Args:
         pipe: a diffusers pipeline.
-        seeds: one per image of the call.
-        arguments: of the pipeline; None leaves its default.
+        seeds: one per image.
+        arguments: arguments of the pipeline; None means its default.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     images: list[Image.Image] = pipe(generator=[torch.Generator().manual_seed(seed) for seed in seeds], **given).images
@@ -39,17 +38,17 @@ def save_images_with_seeds(
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
     **arguments: Any,
 ) -> list[float]:
-    """Save an image per prompt and seed as it is drawn, each file whole or not at all.
+    """Generate an image per prompt and seed, and save each atomically when it is finished.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
         prompts, seeds, files: one per image; the ending of a file is its format.
-        batch_size: images per call.
-        progress: wraps the starts of the batches, as tqdm does.
-        arguments: of the pipeline; None leaves its default.
+        batch_size: the number of images per call.
+        progress: a wrapper of the loop over batches, such as tqdm.
+        arguments: arguments of the pipeline; None means its default.
 
     Returns:
-        The seconds that each image took: those of its batch, divided by the images in it.
+        The seconds of each image: those of its batch divided by the images in it.
     """
     seconds: list[float] = []
     for start in progress(range(0, len(files), batch_size)):

@@ -31,7 +31,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def deferred_interrupt() -> Iterator[None]:
     """Deliver Ctrl-C after the block.
 
-    safetensors calls Python from Rust: a KeyboardInterrupt there ends as another error, or as none.
+    safetensors calls Python from Rust, where a KeyboardInterrupt becomes another error or is lost.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

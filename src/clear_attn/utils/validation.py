@@ -8,7 +8,7 @@ from clear_attn.utils.json_records import shorten
 
 # Above any size of an image in tokens or pixels, and small enough that its square is a 64-bit integer.
 LARGEST = 2**20
-# What torch takes as the seed of a generator.
+# The largest seed of a generator in torch.
 LARGEST_SEED = 2**64 - 1
 
 
@@ -16,10 +16,10 @@ def check_whole_number(name: str, value: object, remedy: str, least: int = 1, mo
     """Return a whole number from ``least`` to ``most`` as an int.
 
     Args:
-        name: of the argument, for errors.
-        value: what was given; a bool is not a number.
-        remedy: what the number is, for errors.
-        least, most: the smallest and the largest number that are allowed.
+        name: the name of the argument, for errors.
+        value: the value to check; a bool is not a number.
+        remedy: the meaning of the number, for errors.
+        least, most: the smallest and the largest allowed number.
 
     Raises:
         TypeError: it is not a whole number.

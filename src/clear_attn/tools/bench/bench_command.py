@@ -1,4 +1,4 @@
-"""The command `clear-attn bench`: its options, and what it prints and writes."""
+"""The command `clear-attn bench`: options, printed tables and files."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def bench(
     from clear_attn.tools.bench.runner import LEVELS
     from clear_attn.utils.image_sizes import round_down
 
-    # Other configurations of the fused kernel are timed if they are named.
+    # Other configurations of the fused kernel are timed only by name.
     names = tuple(variant or (name for name in LEVELS[level].VARIANTS if not name.startswith("triton-")))
     for name in names:
         if name not in LEVELS[level].VARIANTS:
@@ -179,7 +179,7 @@ def _time(
 
             plot(level.TITLE, rows, plot_file)
     most = level.MAX_ERRORS.get(cases[0].dtype_name, math.inf)
-    # Also where the error is not a number.
+    # Written so that NaN counts as wrong.
     wrong = [row for row in rows if row.timing.error is not None and not row.timing.error < most]
     for row in wrong:
         case = row.case

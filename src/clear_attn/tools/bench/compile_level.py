@@ -1,4 +1,4 @@
-"""The fused kernels compiled for GPUs that are not here: registers, spills, shared memory and instructions."""
+"""Compile the fused kernels without a GPU, and report registers, spills, shared memory and instructions."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class CompiledRow:
 
     Attributes:
         config: rows and columns of a step, warps and stages.
-        registers: of a thread.
-        spilled_bytes: of a thread.
-        shared_bytes: of a program.
+        registers: registers per thread.
+        spilled_bytes: spilled bytes per thread.
+        shared_bytes: shared memory per program.
         matrix_instruction: the name in machine code.
-        async_copies: that a warp issues in a step of each loop, from global to shared memory.
-        instructions_per_step: that a warp issues in a step of each loop: whole blocks, then single keys.
-        model_cycles: a model, not a measurement: cycles of a multiprocessor for a step of each loop, by what bounds
-            them if nothing overlaps; for sm_90 alone.
-        chosen: whether it is what calls run with.
-        triton: version.
+        async_copies: copies from global to shared memory that a warp issues in a step of each loop.
+        instructions_per_step: instructions that a warp issues in a step of each loop: whole blocks, then single keys.
+        model_cycles: modeled, not measured: cycles of a multiprocessor for a step of each loop, by kind of work, if
+            nothing overlaps; only for sm_90.
+        chosen: whether calls run with this configuration.
+        triton: the version of Triton.
     """
 
     level: str

@@ -21,14 +21,14 @@ class Subject(NamedTuple):
     """Something to time.
 
     Attributes:
-        name: as in a row.
-        call: runs it once and returns a result; may call its argument to mark points that cut the time into parts.
-        weights: factors of the parts, other than 1 where only a share of the work is done.
-        error: the error of a result, or None if it cannot be computed.
-        around: a context in which it runs, entered and left outside the time.
-        flops: of the whole work, for the rate.
+        name: the name in a row.
+        call: a function that runs it once and returns a result. It may call its argument to end a part of the time.
+        weights: factors of the parts; not 1 if only a share of the work is done.
+        error: a function that returns the error of a result, or None if it cannot be computed.
+        around: a context manager around the run, outside the time.
+        flops: the FLOPs of the whole work, for the rate.
         kernel: which of torch's kernels computes it, if torch has several.
-        peak_scales: whether memory grows with the share of the work, so that a share's peak says nothing.
+        peak_scales: whether memory grows with the share of the work; the peak of a share is then not reported.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Subject(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """What was measured of one subject; times in seconds, memory in bytes.
+    """The measurements of one subject: times in seconds, memory in bytes.
 
     Attributes:
-        seconds: of each run.
-        compile_s: how much longer the first run took, which compiles.
-        peak_bytes: most memory held at once, beyond what was held before the run; None if it is not known.
-        error: of a result.
+        seconds: the time of each run.
+        compile_s: the extra time of the first run, which compiles.
+        peak_bytes: the peak memory above that before the run; None if unknown.
+        error: the error of a result.
     """
 
     seconds: list[float]

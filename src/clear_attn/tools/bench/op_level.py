@@ -42,12 +42,12 @@ class Variant(NamedTuple):
     """One way to compute a case.
 
     Attributes:
-        name: as in a row.
-        attend: from query, key and value to the output of the first queries or of all.
-        mask: which keys the given queries attend to, `[queries, keys and pooled keys]`.
+        name: the name in a row.
+        attend: a function of query, key and value that returns the output of the first or of all queries.
+        mask: which keys these queries attend to, `[queries, keys and pooled keys]`.
         pairs: the number of pairs of all queries and the keys that they attend to.
         permutation: int64, the raster index of each image token.
-        share: of the queries that are computed.
+        share: the share of queries that is computed.
         first_row: the token of the first query.
         kernel: which of torch's kernels computes it, if torch has several.
     """

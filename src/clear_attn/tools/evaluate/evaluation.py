@@ -64,19 +64,20 @@ def evaluate(
     """Draw the same prompts and seeds with a pipeline and with the same pipeline linearized, and compare the images.
 
     Writes `eval.json`, `contact_sheet.png` of the first images, and with ``save_images`` the folders `teacher` and
-    `student`, into ``output_dir``, when all is done. The pipeline is afterwards as it was.
+    `student`, into ``output_dir``, after all images are drawn. Restores the pipeline.
 
     Args:
-        pipe: a text-to-image pipeline that `linearize` supports, dense.
+        pipe: a dense text-to-image pipeline that `linearize` supports.
         prompts: what to draw; each image has the next seed.
         output_dir: a new or an empty folder.
-        weights, window, down_factor, schedule, backend: of the student, as `linearize` takes them.
-        height, width (`int`, *optional*): in pixels, rounded down to whole tokens; by default the pipeline's.
-        seed (`int`, defaults to 0): of the first image's noise, which is drawn on the CPU.
-        num_inference_steps, guidance_scale, max_sequence_length: as the pipeline takes them, and by default its own.
+        weights, window, down_factor, schedule, backend: the arguments of `linearize` for the student.
+        height, width (`int`, *optional*): the size in pixels, rounded down to whole tokens; by default the
+            pipeline's.
+        seed (`int`, defaults to 0): the seed of the first image's noise, which is drawn on the CPU.
+        num_inference_steps, guidance_scale, max_sequence_length: arguments of the pipeline; None means its default.
         batch_size (`int`, defaults to 1): images per call of the pipeline.
-        metrics (*optional*): names of `metric_registry.METRICS`, all of which must be computable; by default those
-            that are.
+        metrics (*optional*): names of `metric_registry.METRICS`; an error if one cannot be computed. By default all
+            that can be computed.
         clip, dino (`str`): Hub ids or folders of the models for CLIP-I and CLIP-T, and for DINO. CLEAR's paper names
             neither; numbers from different models do not compare.
         download (`bool`, defaults to `False`): download missing weights of metrics.

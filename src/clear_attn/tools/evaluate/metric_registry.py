@@ -22,10 +22,10 @@ INCEPTION_FEATURES = 2048
 
 
 class Sources:
-    """What metrics are made from; each model is loaded once, when a metric first needs it.
+    """The prompts and models of metrics. Each model is loaded when a metric first needs it.
 
     Attributes:
-        prompts: of the images to compare.
+        prompts: the prompts of the images.
         clip_name, dino_name: Hub ids or folders.
         download: whether missing weights may be downloaded.
     """
@@ -46,10 +46,10 @@ class Definition(NamedTuple):
     """A metric.
 
     Attributes:
-        title: of its column.
+        title: the title of its column.
         better: `"higher"` or `"lower"`.
-        meaning: in a sentence.
-        make: makes it; raises `Missing` if it cannot be computed.
+        meaning: its meaning in a sentence.
+        make: a function that makes it, or raises `Missing` if it cannot be computed.
     """
 
     title: str

@@ -25,13 +25,13 @@ class Evaluation:
     """Numbers of two rows, `"teacher"` and `"student"`.
 
     Attributes:
-        settings: what was drawn, and how.
-        versions: of the libraries.
-        seconds: by row, `"total"` for all images, `"per_image"` for the median one; the student's first batch may
+        settings: the settings of pipeline and student.
+        versions: the versions of the libraries.
+        seconds: for each row, `"total"` of all images and the median `"per_image"`; the student's first batch may
             include a compilation.
-        means: by metric and row; a metric that compares with the teacher has the student's row alone.
-        missing: by metric, why it was not computed.
-        images: of each image its `"prompt"` and `"seed"`, and by row its numbers by metric.
+        means: the mean by metric and row; metrics that compare with the teacher have only the student's row.
+        missing: the reason why a metric was not computed, by metric.
+        images: for each image `"prompt"`, `"seed"`, and for each row the numbers by metric.
     """
 
     settings: dict[str, Any]
