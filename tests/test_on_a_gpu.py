@@ -1,6 +1,6 @@
 """What users do on a GPU, with the small FLUX. Skipped on a machine without one.
 
-The kernels have tests of their own, which run on a GPU too: tests/backends/triton/interpreted.
+The kernels have tests of their own, which run on a GPU too: tests/backends/triton/kernels.
 """
 
 import gc

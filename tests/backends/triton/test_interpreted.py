@@ -1,4 +1,4 @@
-"""Run the tests in `interpreted`, in processes where Triton interprets the kernels on the CPU."""
+"""Run the tests in `kernels`, in processes where Triton interprets the kernels on the CPU."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FILES = sorted((pathlib.Path(__file__).parent / "interpreted").glob("test_*.py"))
+FILES = sorted((pathlib.Path(__file__).parent / "kernels").glob("test_*.py"))
 
 
 def run(file, marks):

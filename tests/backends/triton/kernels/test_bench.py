@@ -3,7 +3,7 @@ import json
 from typer.testing import CliRunner
 
 from clear_attn.tools.cli import app
-from tests.backends.triton.interpreted.cases import DEVICE
+from tests.backends.triton.kernels.cases import DEVICE
 
 
 def test_the_operation_with_the_fused_kernel_and_another_configuration(tmp_path):

@@ -3,7 +3,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import clear_attn as clear
-from tests.backends.triton.interpreted.cases import DEVICE, distance
+from tests.backends.triton.kernels.cases import DEVICE, distance
 from tests.helpers import dummy_models, families
 from tests.helpers.families import FAMILIES
 

@@ -9,7 +9,7 @@ from clear_attn.backends.selection import BACKENDS
 from clear_attn.backends.triton import operator
 from clear_attn.core.coordinates import select_rows
 from clear_attn.core.region import AttentionRegion
-from tests.backends.triton.interpreted.cases import DEVICE, EXACT, TOLERANCE, distance
+from tests.backends.triton.kernels.cases import DEVICE, EXACT, TOLERANCE, distance
 
 SCALE = 0.25
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.backends.triton.interpreted.cases import EXACT, TOLERANCE, Case, both, distances
+from tests.backends.triton.kernels.cases import EXACT, TOLERANCE, Case, both, distances
 
 CASES = {
     "cut grid": Case([(13, 18)]),
