@@ -13,7 +13,7 @@ import diffusers
 from clear_attn.cascade.stages import validate_number
 from clear_attn.models import ADAPTERS, ModelAdapter
 from clear_attn.models.class_names import is_instance
-from clear_attn.models.pipeline_defaults import default_text_tokens, native_side
+from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.patching.target import Target, find_target
 from clear_attn.utils.validation import check_whole_number
@@ -70,7 +70,7 @@ class CascadeTarget(NamedTuple):
     @property
     def token(self) -> int:
         """The side of a token in pixels."""
-        return self.adapter.latents_per_token(self.transformer) * int(self.pipe.vae_scale_factor)
+        return pixels_per_token(self.pipe, self.transformer, self.adapter)
 
     @property
     def native_side(self) -> int:

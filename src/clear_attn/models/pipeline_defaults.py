@@ -1,10 +1,19 @@
-"""What a pipeline draws by default: the size and the text length, from the configs of its models."""
+"""The default size and text length of a pipeline, and the side of its tokens, from the configs of its models."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from typing import Any
+
+# The scale of an autoencoder, for transformers without a pipeline.
+DEFAULT_VAE_SCALE = 8
+
+
+def pixels_per_token(pipe: Any, transformer: Any, adapter: Any) -> int:
+    """Return the side of an image token in pixels."""
+    scale = getattr(pipe, "vae_scale_factor", None) or DEFAULT_VAE_SCALE
+    return int(adapter.latents_per_token(transformer) * scale)
 
 
 def native_side(pipe: Any, transformer: Any) -> int:

@@ -10,7 +10,7 @@ from clear_attn.core.coordinates import Grid
 from clear_attn.methods import Clear, Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
-from clear_attn.models.pipeline_defaults import longest_text
+from clear_attn.models.pipeline_defaults import longest_text, pixels_per_token
 from clear_attn.patching.description import controlnets_of
 from clear_attn.patching.resolve import override_method
 from clear_attn.patching.target import entry_hook_of, find_transformer
@@ -26,8 +26,6 @@ from clear_attn.profiling.memory import (
 from clear_attn.utils.image_sizes import round_down
 from clear_attn.utils.validation import check_whole_number
 from clear_attn.weights.metadata import metadata_of, read_method, read_schedule
-
-DEFAULT_VAE_SCALE = 8
 
 
 def cost(
@@ -68,7 +66,7 @@ def cost(
         71.1
     """
     transformer, adapter = find_transformer(pipe)
-    pixels = adapter.latents_per_token(transformer) * (getattr(pipe, "vae_scale_factor", None) or DEFAULT_VAE_SCALE)
+    pixels = pixels_per_token(pipe, transformer, adapter)
     size = [check_whole_number(name, side, "it is in pixels") for name, side in (("height", height), ("width", width))]
     height, width = round_down((size[0], size[1]), pixels, stacklevel=2)
     text_tokens = min(adapter.default_text_tokens, longest_text(pipe)) if text_tokens is None else text_tokens

@@ -7,6 +7,9 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants, errors
 
+# The form of a repository id, owner/repo.
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
+
 
 def fetch(repo: str, file: str, revision: str | None = None, token: str | bool | None = None) -> Path:
     """Download a file through huggingface_hub's cache and return its path.

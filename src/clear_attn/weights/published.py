@@ -9,7 +9,7 @@ from typing import Any
 
 from clear_attn.methods import Clear, Method
 from clear_attn.models._diffusers import name_or_path_of
-from clear_attn.weights.hub import in_cache
+from clear_attn.weights.hub import HUB_ID, in_cache
 
 # https://huggingface.co/Huage001/CLEAR, by method.
 REPO = "Huage001/CLEAR"
@@ -100,7 +100,7 @@ def _cached_id(path: str) -> str | None:
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
+    return re.fullmatch(HUB_ID, name) is not None and not os.path.exists(name)
 
 
 def fine_tune_served(pipe: Any, transformer: Any) -> str | None:

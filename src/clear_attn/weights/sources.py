@@ -14,7 +14,7 @@ from clear_attn.methods import Method
 from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
 from clear_attn.weights import packaged
-from clear_attn.weights.hub import fetch
+from clear_attn.weights.hub import HUB_ID, fetch
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
 from clear_attn.weights.parameters import pooled_factor, read_checkpoint
 from clear_attn.weights.published import (
@@ -28,7 +28,7 @@ from clear_attn.weights.published import (
 )
 
 WEIGHTS_FILE = "clear_weights.safetensors"
-HUB_FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/(.+\.safetensors))?")
+HUB_FILE = re.compile(rf"({HUB_ID})(?:/(.+\.safetensors))?")
 
 logger = logging.getLogger(__name__)
 

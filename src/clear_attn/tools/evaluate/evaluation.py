@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models._diffusers import execution_device_of
-from clear_attn.models.pipeline_defaults import default_text_tokens, native_side
+from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.target import find_transformer
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_metrics
@@ -188,7 +188,7 @@ def _whole_tokens(pipe: Any, height: int | None, width: int | None) -> Size:
         native if side is None else check_whole_number(name, side, "it is in pixels")
         for name, side in (("height", height), ("width", width))
     )
-    return round_down((height, width), adapter.latents_per_token(transformer) * pipe.vae_scale_factor, stacklevel=3)
+    return round_down((height, width), pixels_per_token(pipe, transformer, adapter), stacklevel=3)
 
 
 @torch.inference_mode()
