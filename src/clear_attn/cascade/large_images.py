@@ -46,14 +46,14 @@ def highres(
     """Draw an image much larger than the model was trained on.
 
     The base image has the model's own size, dense attention and the original weights. Each stage then enlarges the
-    previous image and draws it again with the linearized model (SDEdit). Afterwards the pipeline is as it was, also
+    previous image and draws it again with the linearized model (SDEdit). Afterwards the pipeline is restored, also
     after an error. Sizes, settings, weights and memory are checked before the first step.
 
     Args:
         pipe: a FLUX.1, Stable Diffusion 3 or 3.5 pipeline, text to image or image to image, linearized or not.
         prompt (`str`): text to draw.
         height, width (`int`): pixels; rounded down to whole tokens, with a warning.
-        window, down_factor, schedule, weights, revision, token, backend: as in `linearize`, for all stages. A
+        window, down_factor, schedule, weights, revision, token, backend: arguments of `linearize` for all stages. A
             linearized pipeline keeps its settings if none of the first five is given.
         image (`PIL.Image.Image`, *optional*): starts the cascade instead of a base image; it needs the final image's
             aspect ratio.
@@ -61,9 +61,9 @@ def highres(
         stages (`Stage` or a sequence of them, defaults to `Stage()`): settings of each stage; the last one has the
             final size. One without a size means as few stages as grow by a factor of at most about four.
         seed (`int`, *optional*): seed of the noise, see `HighresPlan`; drawn from torch's generator by default.
-        callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. Setting `_interrupt` on the
-            pipeline that a callback gets, or on ``pipe`` from anywhere, stops after that step; the result has the
-            images finished so far.
+        callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. A callback may set `_interrupt`
+            on the pipeline to stop after the step; so may other threads, on ``pipe``. The result then has the finished
+            images.
         callback_on_stage_end (*optional*): called with the number of each finished image (0 is the first one), the
             image, and the plan.
         **options: further keywords for every call of the pipelines, plain data: `negative_prompt`,
@@ -74,8 +74,8 @@ def highres(
 
     Raises:
         TypeError: the pipeline is not supported; a value has the wrong type; an option is unknown.
-        ValueError: sizes, aspect ratios or settings do not fit each other, the model or memory; the backend is not
-            that of a linearized pipeline that keeps its settings.
+        ValueError: sizes, aspect ratios or settings do not fit each other, the model or memory; a
+            linearized pipeline keeps its settings, and has another backend.
         RuntimeError: the original weights that the base image needs were discarded.
         HighresInterrupted: Ctrl-C; its `result` has the finished images. It is a KeyboardInterrupt.
         HighresError: an error while drawing, its `__cause__`; its `result` has the finished images. The cause is a

@@ -1,4 +1,4 @@
-"""`info`: what a linearized model is."""
+"""`info`: the method, weights, backend and schedule of a linearized model."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Info:
 
     Attributes:
         model (`str`): the transformer class.
-        method (`Method`): with its window.
-        weights (`str`, *optional*): where the distilled weights are from; None for the model's own (training-free).
+        method (`Method`): the method, with its window.
+        weights (`str`, *optional*): the source of the distilled weights; None for the model's own (training-free).
         source (`str`, *optional*): the first origin of the weights, such as the published file; None if not recorded.
-        changed (`int`): the number of attention parameters whose values changed since `linearize`, as by training.
-        backend (`str`, *optional*): what computes attention now; None for a method that takes no backend.
-        backend_reason (`str`): why.
-        schedule (`Schedule`): which steps and layers differ.
+        changed (`int`): the number of attention parameters that changed since `linearize`, such as by training.
+        backend (`str`, *optional*): the backend of calls; None for a method without backends.
+        backend_reason (`str`): the reason for this backend.
+        schedule (`Schedule`): exceptions by step and layer.
         layers (`dict`): the method of each attention layer by name, in calls that the schedule does not make dense.
-        restorable (`bool`): whether the weights that were replaced are kept for `restore`.
+        restorable (`bool`): whether the original weights are kept for `restore`.
         ranks (`int`): the number of processes that share an image.
-        controlnets (tuple of `Info`): those of a pipeline; None for a dense one.
+        controlnets (tuple of `Info`): the ControlNets of a pipeline; None for a dense one.
 
     Examples:
         >>> import clear_attn as clear
@@ -95,7 +95,7 @@ class Info:
 
 
 def info(pipe: Any) -> Info:
-    """Return what a linearized pipeline, transformer or ControlNet is: method, weights, backend, schedule, layers.
+    """Return the method, weights, backend, schedule and layers of a linearized pipeline, transformer or ControlNet.
 
     The backend is that of a call without gradients on the present device. `"auto"` checks it on a GPU before the first
     use, which may take seconds.
@@ -105,7 +105,7 @@ def info(pipe: Any) -> Info:
 
     Raises:
         TypeError: the pipeline is not supported.
-        RuntimeError: it is dense.
+        RuntimeError: the model is dense.
 
     Examples:
         >>> import clear_attn as clear

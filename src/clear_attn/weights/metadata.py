@@ -58,10 +58,10 @@ class Record:
 
 
 def read_method(values: Mapping[str, Any], where: str = IN_CONFIG) -> Method:
-    """Return the method of a record, which errors name as `where`.
+    """Return the method of a record; errors name the record as `where`.
 
     Raises:
-        ValueError: it is not there or cannot be read; an unknown method.
+        ValueError: the method is missing, unknown or cannot be read.
     """
     record = validate_record(values, {"method": dict | None}, where)["method"]
     if record:
@@ -85,7 +85,7 @@ def read_record(file: Path) -> Record:
     """Read a clear_config.json.
 
     Raises:
-        ValueError: it is no such file, or of another format.
+        ValueError: the file is not a record, or has another format.
     """
     where = str(file)
     values = read_json(file)
@@ -113,9 +113,9 @@ def make_metadata(
     """Return the config entry of a linearized transformer.
 
     Args:
-        transformer, method, schedule: what was linearized, and how.
+        transformer, method, schedule: the transformer, and its method and schedule.
         weights: the name of its distilled weights; None for its own.
-        source: their first origin; None for its own.
+        source: the first origin of these weights; None for its own.
     """
     return {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""What the benchmark computes, and what it finds: one case, and one row for each variant of it."""
+"""The cases of the benchmark, and its results: a row for each variant of a case."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASE_FIELDS = ("level", "height", "width", "text", "heads", "head_dim", "window"
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed; sizes in tokens.
+    """One case of the benchmark; sizes are in tokens.
 
     Attributes:
         level: the name of a level, as in `runner.LEVELS`.
@@ -84,12 +84,12 @@ class Case:
 
 
 class Level(Protocol):
-    """What is timed, such as one attention. A module that has these names is a level; `runner.LEVELS` lists them.
+    """A module with these names, which times one attention or one step; `runner.LEVELS` lists them.
 
     Attributes:
-        TITLE: in tables and charts.
-        VARIANTS: names of the ways to compute a case.
-        MAX_ERRORS: the largest error of a right result by dtype, if it is known.
+        TITLE: the title of tables and charts.
+        VARIANTS: the names of the ways to compute a case.
+        MAX_ERRORS: the largest error of a correct result by dtype, if known.
     """
 
     TITLE: str
@@ -126,7 +126,7 @@ class Row(NamedTuple):
 
         `visible_flops` is 4 x (visible pairs) x heads x head_dim forward, 3.5 times that with a backward pass.
         `peak_bytes` is memory beyond weights and inputs; None if only a share of the queries was computed.
-        `matmul_flops_per_s` is of a large matrix product in the same run, in the same dtype, on a CPU in float32.
+        `matmul_flops_per_s` is the rate of a large matrix product in the same run and dtype, on a CPU in float32.
         `error` is relative to the rule in float64, or to the reference backend; None if it was not computed.
         """
         case, subject, timing = self.case, self.subject, self.timing
@@ -158,7 +158,7 @@ HEADER = ("variant", "median ms", "min", "max", "x dense", "TFLOP/s", "of matmul
 
 
 def format_rows(title: str, rows: Sequence[Row]) -> str:
-    """Return the rows of one case as a table, with what it was measured on."""
+    """Return the rows of one case as a table, with the machine and the versions."""
     case, first = rows[0].case, rows[0].to_dict()
     dense = next((row.timing.median_s for row in rows if row.subject.name == "dense"), None)
     heading = (
