@@ -20,7 +20,7 @@ from clear_attn.models.sd3 import SD3, into_tile_order
 
 
 class _ControlNet(Publishing):
-    """The shared part of these ControlNets; list it before the model's adapter among the bases."""
+    """The shared part of these ControlNets. It goes before the model's adapter in the list of bases."""
 
     takes_scale = False
 

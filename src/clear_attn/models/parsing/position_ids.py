@@ -1,4 +1,4 @@
-"""Position ids: the grids that they number, and the ids exactly where their dtype is too coarse."""
+"""Position ids: the grids that they number, and exact ids where the dtype given is too coarse for them."""
 
 from __future__ import annotations
 

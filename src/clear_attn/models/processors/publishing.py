@@ -1,4 +1,4 @@
-"""Support for models that pass no attention keywords to their layers, which read the context from a variable."""
+"""Support for models that pass no attention keywords to their layers: the layers read the context from a variable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 
 
 class Publishing:
-    """The shared part of such models' adapters; list it before the model's adapter among the bases."""
+    """The shared part of such models' adapters. It goes before the model's adapter in the list of bases."""
 
     def carry(self, transformer: Any, context: ClearContext) -> PublishedContext:
         """Publish a context until the object returned here, which the call's keywords hold, is dropped."""

@@ -12,7 +12,7 @@ from clear_attn.tools.bench import model_level, op_level
 from clear_attn.tools.bench.case import Case, Level, Row
 from clear_attn.tools.bench.measure import Subject, Timing, measure
 
-# By the names that --level takes: a new level is a module here, and a name in bench_command.
+# The keys are the names that --level takes: a new level is a module here, and a name in bench_command.
 LEVELS: dict[str, Level] = {"op": op_level, "model": model_level}
 # Side of the square matrices, and how many products.
 MATMUL = {"cpu": (2048, 5), "cuda": (8192, 50)}
