@@ -1,6 +1,7 @@
 """Saving and loading weights: save_pretrained, push_to_hub, and pipelines that diffusers saves."""
 
 import json
+import socket
 import types
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from huggingface_hub import constants
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -166,6 +168,7 @@ def test_push_to_hub(trained, monkeypatch):
         calls.append((set(load_file(f"{folder_path}/clear_weights.safetensors")), kwargs))
         return types.SimpleNamespace(commit_url="address")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     assert clear.push_to_hub(trained, "my-clear", private=True, token="secret") == "address"
@@ -173,6 +176,63 @@ def test_push_to_hub(trained, monkeypatch):
     assert (repo, creation) == ("my-clear", {"private": True, "token": "secret", "exist_ok": True})
     assert names == checkpoint_for(trained, 2).keys()
     assert (upload["repo_id"], upload["token"]) == ("me/my-clear", "secret")
+
+
+class TestUploadsThatFail:
+    """Nothing is uploaded, and the error says what to do."""
+
+    @pytest.mark.parametrize(
+        ("repo", "error", "words"),
+        [
+            ("a/b/c", ValueError, "'a/b/c' is not the id of a Hub repository"),
+            (
+                "me/mine",
+                ConnectionError,
+                r"me/mine cannot be uploaded, because HF_HUB_OFFLINE is set; save on this machine",
+            ),
+        ],
+    )
+    def test_before_anything_is_saved(self, trained, monkeypatch, repo, error, words):
+        monkeypatch.setattr(saving, "save_pretrained", lambda *args: pytest.fail("saved"))
+        with pytest.raises(error, match=words):
+            clear.push_to_hub(trained, repo, token="secret")
+
+    @pytest.mark.parametrize("token", [None, True, False])
+    def test_without_a_token(self, trained, monkeypatch, token):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+        with pytest.raises(PermissionError, match=r"takes a token with write access; run `hf auth login`"):
+            clear.push_to_hub(trained, "me/mine", token=token)
+
+    def test_without_a_network(self, trained, monkeypatch):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        api = huggingface_hub.HfApi(endpoint=closed)
+        monkeypatch.setattr(huggingface_hub, "create_repo", api.create_repo)
+        with pytest.raises(
+            ConnectionError, match=r"^the Hub cannot be reached .* me/mine was not uploaded; save on this"
+        ):
+            clear.push_to_hub(trained, "me/mine", token="secret")
+
+    @pytest.mark.parametrize(
+        ("status", "error", "words"),
+        [
+            (403, PermissionError, "the token has no write access to me/mine"),
+            (500, ConnectionError, "the Hub did not take the files of me/mine"),
+        ],
+    )
+    def test_refused_by_the_hub(self, trained, monkeypatch, status, error, words):
+        def create_repo(*args, **kwargs):
+            refusal = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+            refusal.response = types.SimpleNamespace(status_code=status)
+            raise refusal
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+        with pytest.raises(error, match=words):
+            clear.push_to_hub(trained, "me/mine", token="secret")
 
 
 FORMAT_1 = Path(__file__).parents[1] / "data" / "format_1"

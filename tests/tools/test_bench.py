@@ -124,6 +124,31 @@ def test_plot(bench, tmp_path, suffix):
         assert "<svg" in path.read_text()
 
 
+def test_an_interrupt_keeps_the_rows_so_far(bench, monkeypatch):
+    measure_case = runner._measure_with_matmul
+
+    def interrupted(subjects, case, runs):
+        if case.width == 13:
+            raise KeyboardInterrupt
+        return measure_case(subjects, case, runs)
+
+    monkeypatch.setattr(runner, "_measure_with_matmul", interrupted)
+    options = ["--grid", "9x11", "--grid", "9x13", "--window", "4", "--variant", "dense"]
+    result, rows = bench(*options, expected=130)
+    assert [row["width"] for row in rows] == [11]
+    assert result.stderr.endswith("rows.json has 1 row\n")
+    assert "Interrupted; " in result.stderr
+
+
+def test_a_size_in_pixels_and_a_window_that_covers_it(bench):
+    result, rows = bench("--pixels", "100x150", "--window", "9", "--variant", "dense")
+    assert [(row["height"], row["width"]) for row in rows] == [(6, 9)]
+    assert "Warning: 100 x 150 px is not a multiple of 16 px; it is rounded down to 96 x 144 px" in result.stderr
+    assert "window=9, down_factor=1 covers 6 x 9 tokens: nothing is saved." not in result.stdout
+    result, _ = bench("--pixels", "96x144", "--window", "10", "--variant", "dense", "--overwrite")
+    assert "window=10, down_factor=1 covers 6 x 9 tokens: nothing is saved." in result.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

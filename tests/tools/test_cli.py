@@ -4,23 +4,26 @@ import dataclasses
 import importlib.metadata
 import inspect
 import logging
+import re
 import subprocess
 import sys
 import typing
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import clear_attn as clear
+from clear_attn.profiling import attention_cost
 from clear_attn.tools.bench import runner
 from clear_attn.tools.bench.bench_command import CASE_SETTINGS, bench
 from clear_attn.tools.bench.case import Case
-from clear_attn.tools.cli import app, quiet_imports
+from clear_attn.tools.cli import app
 from clear_attn.tools.evaluate import evaluate
 from clear_attn.tools.evaluate.metric_registry import METRICS
 from clear_attn.tools.evaluate_command import evaluate as evaluate_command
 from clear_attn.tools.generate_command import generate
-from clear_attn.tools.options import spell_options
+from clear_attn.tools.reporting import quiet_imports, spell_options
 
 SIZE = ("--height", 64, "--width", 64)
 HEAVY = ("torch", "diffusers", "transformers", "matplotlib", "torchmetrics")
@@ -78,18 +81,91 @@ def test_what_libraries_log_after_an_import_is_printed(caplog):
     assert [record.message for record in caplog.records] == ["of a call"]
 
 
-def test_messages_name_options():
-    names = ["weights", "num_inference_steps", "window"]
-    message = "weights='auto' needs num_inference_steps=2, or weights=None; linearize(pipe, window=8); my_window=3."
-    assert spell_options(message, names) == (
-        "--weights auto needs --num-inference-steps 2, or --weights none; linearize(pipe, window=8); my_window=3."
-    )
+@pytest.mark.parametrize(
+    ("message", "spelled"),
+    [
+        ("weights='auto' needs window=2.", "--weights auto needs --window 2."),
+        ("give weights=None, or weights= a folder", "give --weights none, or weights= a folder"),
+        (
+            "linearize(pipe, window=8); my_window=3; a window of 3",
+            "linearize(pipe, window=8); my_window=3; a window of 3",
+        ),
+        ("window must be at least 1", "--window must be at least 1"),
+        ("text_tokens has no effect; see out/text_tokens/x", "--text-tokens has no effect; see out/text_tokens/x"),
+        ("there are some for (window, text_tokens) = (8, 1)", "there are some for (window, text_tokens) = (8, 1)"),
+        ("json_file=1", "--json 1"),
+    ],
+)
+def test_messages_name_options(message, spelled):
+    names = {name: f"--{name}" for name in ("weights", "window")}
+    assert spell_options(message, {**names, "text_tokens": "--text-tokens", "json_file": "--json"}) == spelled
+
+
+COMMANDS = typer.main.get_command(app).commands
+OPTIONS = [(name, option) for name, command in COMMANDS.items() for option in command.params]
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS, ids=[f"{name} {option.opts[0]}" for name, option in OPTIONS])
+def test_help_is_sentences_with_defaults(command, option):
+    assert option.help[0].isupper()
+    assert option.help.endswith(".")
+    assert option.required or option.is_flag or option.show_default is not None
+    if option.default is None and not option.required:
+        assert isinstance(option.show_default, str), option.name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_each_option_once_and_in_full(command):
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
+    listed = re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE)
+    assert sorted(listed) == sorted(["--help", *(option.opts[0] for option in COMMANDS[command].params)])
+    assert "..." not in text
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(attention_cost, "_settings_of", lambda transformer: transformer.no_such_name)
+    result = run("cost", *SIZE)
+    assert isinstance(result.exception, AttributeError)
+    monkeypatch.setattr(attention_cost, "_settings_of", lambda transformer: len(3))
+    assert isinstance(run("cost", *SIZE).exception, TypeError)
+    assert "Error" not in run("cost", *SIZE).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cost", "--height", 100, "--width", 64),
+        ("bench", "--pixels", "100x64", "--device", "cpu", "--ranks", 1, "--window", 2),
+    ],
+)
+def test_warnings_are_one_line(arguments):
+    message = "Warning: 100 x 64 px is not a multiple of 16 px; it is rounded down to 96 x 64 px\n"
+    assert run(*arguments).stderr == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (("cost", *SIZE), "clear_attn.profiling.attention_cost.find_transformer"),
+        (("bench", "--device", "cpu"), "clear_attn.tools.bench.runner.select_backend"),
+    ],
+)
+def test_interrupts_say_what_is_kept(arguments, place, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (130, "Interrupted; nothing was saved\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("cost", "--height", 8, "--width", 64), "8 x 64 px is less than one token of 16 px"),
+        (("cost", *SIZE, "--text-tokens", -1), "--text-tokens must be at least 0, got -1"),
+        (("cost", *SIZE, "--model", "no"), "Invalid value for '--model': 'no' is not one of flux"),
+        (("bench", "--variant", "no"), "Invalid value for '--variant': 'no' is none of dense"),
         (("cost", *SIZE, "--method", "Best"), "no attention method is named 'Best'"),
         (("bench", "--grid", "4x4", "--ranks", 3), "3 ranks are too many"),
         (("demo", "--window", 0), "--window"),
@@ -101,7 +177,7 @@ def test_errors_have_one_format(arguments, message, tmp_path, monkeypatch):
     result = run(*arguments)
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
-    assert "Error" in result.stderr
+    assert "\n\nError: Invalid value" in result.stderr
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
 

@@ -425,6 +425,7 @@ class TestEvaluate:
             ({"width": 0}, ValueError, "width must be at least 1, got 0"),
             ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
             ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
+            ({"max_sequence_length": 513}, ValueError, "`max_sequence_length` cannot be greater than 512"),
             ({"seed": -1}, ValueError, "seed must be at least 0"),
             ({"metrics": ["psnr", "nice"]}, ValueError, "'nice' is not a metric; there is fid, lpips"),
             ({"metrics": ["psnr", "fid"]}, RuntimeError, "fid: it takes more images"),

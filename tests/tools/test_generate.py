@@ -175,6 +175,21 @@ def test_saves_finished_images_when_another_rank_failed(tmp_path, start, monkeyp
     assert pixels(tmp_path / "out-0-64x80.png").shape == (64, 80, 3)
 
 
+def test_a_bug_keeps_its_traceback_and_the_images(tmp_path, start, monkeypatch):
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", lambda *args, **kwargs: len(3))
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start)
+    assert isinstance(result.exception, TypeError)
+    assert f"TypeError: object of type 'int' has no len(); saved {tmp_path / 'out-0-64x80.png'}\n" in result.output
+    assert pixels(tmp_path / "out-0-64x80.png").shape == (64, 80, 3)
+
+
+def test_intermediate_images_are_not_overwritten(tmp_path, start):
+    (tmp_path / "out-1-2x2.png").write_text("mine")
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start)
+    assert result.exit_code == 2
+    assert "out-1-2x2.png exists; give another file, or --overwrite" in shown(result)
+
+
 def test_stable_diffusion_3_from_a_folder(tmp_path):
     dummy_models.sd3_pipeline().save_pretrained(tmp_path / "sd3")
     options = (*SMALL, "--height", 128, "--negative-prompt", "rain", "--base-steps", 1, "--base-guidance", 2)
@@ -201,12 +216,12 @@ def test_the_orientation_of_the_first_image(tmp_path):
     [
         (("--prompt", "a red circle"), "--height, --width must be given, or a --plan"),
         ((*SMALL, "--height", 4), "4 x 160 px is less than one token of 8 px"),
-        ((*SMALL, "--height", 128, "--negative-prompt", "rain"), "negative_prompt has no effect without"),
+        ((*SMALL, "--height", 128, "--negative-prompt", "rain"), "--negative-prompt has no effect without"),
         (
             (*SMALL, "--height", 128, "--true-cfg-scale", 4),
-            "--true-cfg-scale 4.0 has no effect without negative_prompt",
+            "--true-cfg-scale 4.0 has no effect without --negative-prompt",
         ),
-        ((*SMALL, "--height", 128, "--strength", 0), "strength must be above 0 and at most 1, got 0"),
+        ((*SMALL, "--height", 128, "--strength", 0), "--strength must be above 0 and at most 1, got 0"),
         ((*SMALL, "--height", 64), "64 x 160 px"),
         (("--plan", "none.json"), "none.json"),
         (("--plan", "plan.json", "--steps", 20), "--plan and --steps both say what to draw"),

@@ -161,7 +161,10 @@ def validate_inputs(pipeline: Any, pipe: Any, given: Mapping[str, Any]) -> None:
     parameters = inspect.signature(pipeline.check_inputs).parameters
     optional = {name: None for name, each in parameters.items() if each.default is each.empty and name != "self"}
     known = {name: value for name, value in given.items() if name in parameters}
-    pipeline.check_inputs(pipe, **{**optional, **known})
+    try:
+        pipeline.check_inputs(pipe, **{**optional, **known})
+    except ValueError as error:
+        raise ValueError(str(error)) from error
 
 
 def validate_guidance(target: CascadeTarget, options: Mapping[str, Any], scales: Sequence[float | None]) -> None:

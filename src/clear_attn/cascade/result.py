@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,12 @@ class HighresResult:
 def stage_file(file: Path, number: int, image: Image.Image) -> Path:
     """Return the file of an intermediate image: out-0-1024x768.png for the first of out.png, height before width."""
     return file.with_name(f"{file.stem}-{number}-{image.height}x{image.width}{file.suffix}")
+
+
+def stage_files(file: Path) -> list[Path]:
+    """Return the files that exist under names of an image's intermediate images."""
+    name = re.compile(rf"{re.escape(file.stem)}-\d+-\d+x\d+{re.escape(file.suffix)}")
+    return sorted(each for each in file.resolve().parent.iterdir() if name.fullmatch(each.name))
 
 
 def plan_file(file: Path) -> Path:

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from clear_attn.distill import Settings, train
+from clear_attn.utils.user_errors import is_user_error
 
 
 def main() -> None:
@@ -17,7 +18,9 @@ def main() -> None:
         parser.error(f"there is no option {unknown[0]}; see --help")
     try:
         folder = train(settings)
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except Exception as error:
+        if not is_user_error(error):
+            raise
         sys.exit(f"error: {error}")
     if PartialState().is_main_process:
         print(f"Saved {folder}: use it with clear_attn.linearize(pipe, weights={str(folder)!r})")

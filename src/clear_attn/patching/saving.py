@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.changes import changed_parameters
 from clear_attn.patching.target import find_target, find_transformer
 from clear_attn.utils.atomic import atomic_file, check_folder
+from clear_attn.weights.hub import check_upload, upload
 from clear_attn.weights.metadata import CONFIG_FILE, Record, metadata_of
 from clear_attn.weights.parameters import (
     DTYPES,
@@ -134,18 +134,18 @@ def push_to_hub(
         The URL of the commit.
 
     Raises:
-        The errors of `save_pretrained` and of huggingface_hub.
+        ValueError: `repo_id` is not an id.
+        PermissionError: there is no token, or it has no write access.
+        ConnectionError: the Hub cannot be reached, or HF_HUB_OFFLINE is set.
+        And the errors of `save_pretrained`.
 
     Example:
         >>> clear.push_to_hub(pipe, "me/my-clear")  # doctest: +SKIP
     """
+    check_upload(repo_id, token)
     with tempfile.TemporaryDirectory() as directory:
         save_pretrained(pipe, directory)
-        repo = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
-        commit = huggingface_hub.upload_folder(
-            repo_id=repo.repo_id, folder_path=directory, token=token, commit_message=commit_message
-        )
-    return str(commit.commit_url)
+        return upload(Path(directory), repo_id, private, token, commit_message)
 
 
 def _card(record: Record) -> str:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.metadata
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from clear_attn.tools.bench.bench_command import bench
 from clear_attn.tools.evaluate_command import evaluate
 from clear_attn.tools.generate_command import generate
-from clear_attn.tools.options import DownFactor, Overwrite, Window, check_image_output, spell_options
+from clear_attn.tools.options import HEIGHT, WIDTH, DownFactor, Overwrite, Window, check_image_output, refused
+from clear_attn.tools.reporting import Command
 
 if TYPE_CHECKING:
     from clear_attn.models import ModelAdapter
@@ -31,44 +26,15 @@ DEMO_CAPTIONS = (
 )
 
 
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Keep what libraries log and warn of while they are imported off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-class Command(TyperCommand):
-    """A command that loads the library first, quietly, and prints errors in arguments and files as one line."""
-
-    def invoke(self, context: Any) -> Any:
-        try:
-            with quiet_imports():
-                importlib.import_module("clear_attn.cascade")
-                importlib.import_module("clear_attn.demo")  # which imports a pipeline of diffusers
-            return super().invoke(context)
-        except (typer.Exit, typer.Abort):  # which are RuntimeErrors
-            raise
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            raise typer.BadParameter(spell_options(str(error), context.params), ctx=context) from error
-
-
 app = typer.Typer(
     name="clear-attn",
     help="Local attention for pre-trained diffusion transformers, after CLEAR (arXiv 2412.16112).",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    # Its boxes cut the names of options and break messages.
+    rich_markup_mode=None,
 )
-app.command(cls=Command)(bench)
-app.command("eval", cls=Command)(evaluate)
-app.command(cls=Command)(generate)
 
 
 def _print_version(wanted: bool) -> None:
@@ -86,15 +52,17 @@ def main(
     pass
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, short_help="Draw with the small FLUX in the package.")
 def demo(
     prompt: Annotated[
-        list[str] | None, typer.Option(help="What to draw; may be repeated.", show_default="four captions")
+        list[str] | None, typer.Option(help="A caption to draw. May be repeated.", show_default="four captions")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Radius in tokens; the image has 16 x 16.")] = 8,
-    down_factor: Annotated[int, typer.Option(min=1, help="Side of pooled cells in tokens; 1 for none.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    output: Annotated[Path, typer.Option(callback=check_image_output, help="Where the image is saved.")] = Path(
+    window: Annotated[int, typer.Option(min=1, help="The radius of the window in tokens; the image has 16 x 16.")] = 8,
+    down_factor: Annotated[
+        int, typer.Option(min=1, help="The side of pooled cells in tokens; 1 means no pooling.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="The seed of the noise.")] = 0,
+    output: Annotated[Path, typer.Option(callback=check_image_output, help="The file of the image.")] = Path(
         "clear-attn-demo.png"
     ),
     overwrite: Overwrite = False,
@@ -114,23 +82,23 @@ def _architectures() -> dict[str, tuple[ModelAdapter, dict[str, Any]]]:
     return {size.name: (adapter, dict(size.config)) for adapter in ADAPTERS for size in adapter.architectures}
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, short_help="Count FLOPs and estimate memory.")
 def cost(
-    height: Annotated[int, typer.Option(help="Height of the image in pixels.")],
-    width: Annotated[int, typer.Option(help="Width of the image in pixels.")],
+    height: Annotated[int, typer.Option(help=HEIGHT)],
+    width: Annotated[int, typer.Option(help=WIDTH)],
     window: Window = None,
     down_factor: DownFactor = None,
     method: Annotated[
-        str | None, typer.Option(help="Another method, such as 'Swin(side=8)'.", show_default="CLEAR")
+        str | None, typer.Option(help="The attention method, such as 'Swin(side=8)'.", show_default="CLEAR")
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(help="Length of the text in tokens.", show_default="512 for flux, 333 for sd3")
+        int | None, typer.Option(help="The length of the text in tokens.", show_default="the model's, 512 for flux")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 1,
+    batch: Annotated[int, typer.Option(help="The number of images in one forward pass.")] = 1,
     model: Annotated[
-        str, typer.Option(help="The architecture, such as flux or sd3.5-large; an unknown name lists all.")
+        str, typer.Option(help="The architecture, such as flux or sd3.5-large. An unknown name lists all.")
     ] = "flux",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Count the FLOPs of attention, dense and linearized, and estimate memory."""
     import diffusers
@@ -141,7 +109,7 @@ def cost(
 
     known = _architectures()
     if model not in known:
-        raise typer.BadParameter(f"{model!r} is not one of {', '.join(known)}", param_hint="--model")
+        raise refused("--model", f"{model!r} is not one of {', '.join(known)}")
     adapter, config = known[model]
     adapter.check_version()
     with torch.device("meta"):
@@ -157,3 +125,8 @@ def cost(
         batch=batch,
     )
     typer.echo(json.dumps(counted.to_dict(), indent=2) if as_json else str(counted))
+
+
+app.command(cls=Command, short_help="Draw a large image.")(generate)
+app.command("eval", cls=Command, short_help="Compare linearized with dense images.")(evaluate)
+app.command(cls=Command, short_help="Time attention and whole steps.")(bench)

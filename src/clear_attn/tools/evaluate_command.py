@@ -19,35 +19,39 @@ PASSED_ON = (
 def evaluate(
     context: typer.Context,
     model: options.Model,
-    prompts: Annotated[Path, options.input_file("A text file with a prompt per line.")],
-    output_dir: Annotated[Path, typer.Option(help="A new or an empty folder for the result.")],
+    prompts: Annotated[Path, options.input_file("A text file with one prompt per line.")],
+    output_dir: Annotated[Path, typer.Option(help="The folder of the result, new or empty.")],
     weights: options.Weights = "auto",
     window: options.Window = None,
     down_factor: options.DownFactor = None,
-    backend: Annotated[str, typer.Option(help="What computes linearized attention.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="The backend of linearized attention: auto, triton, flex, tiled or reference.")
+    ] = "auto",
     max_prompts: Annotated[
-        int | None, typer.Option(min=1, help="Take only the first prompts.", show_default="all")
+        int | None, typer.Option(min=1, help="The number of prompts to take, from the first on.", show_default="all")
     ] = None,
     height: options.Height = None,
     width: options.Width = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; each image has the next.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the first image; each image has the next one.")] = 0,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps.", show_default=options.OF_PIPELINE)
+        int | None, typer.Option(min=1, help="The number of denoising steps.", show_default=options.OF_PIPELINE)
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance.", show_default=options.OF_PIPELINE)] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="The guidance scale.", show_default=options.OF_PIPELINE)
+    ] = None,
     max_sequence_length: options.TextTokens = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="The number of images in one call of the pipeline.")] = 1,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="fid, lpips, clip_i, dino, clip_t, psnr or ssim; may be repeated.",
-            show_default="all that can be",
+            help="A metric: fid, lpips, clip_i, dino, clip_t, psnr or ssim. May be repeated.",
+            show_default="all that can be computed",
         ),
     ] = None,
-    clip: Annotated[str, typer.Option(help="Folder or Hub id of CLIP.")] = "openai/clip-vit-large-patch14",
-    dino: Annotated[str, typer.Option(help="Folder or Hub id of DINO or DINOv2.")] = "facebook/dino-vits16",
-    download: Annotated[bool, typer.Option("--download", help="Download missing weights of metrics.")] = False,
-    save_images: Annotated[bool, typer.Option("--save-images", help="Keep all images as PNG.")] = False,
+    clip: Annotated[str, typer.Option(help="The CLIP model: a folder or a Hub id.")] = "openai/clip-vit-large-patch14",
+    dino: Annotated[str, typer.Option(help="The DINO or DINOv2 model: a folder or a Hub id.")] = "facebook/dino-vits16",
+    download: Annotated[bool, typer.Option("--download", help="Download the missing weights of metrics.")] = False,
+    save_images: Annotated[bool, typer.Option("--save-images", help="Keep all images, as PNG files.")] = False,
     dtype: options.DType = None,
     device: options.Device = None,
 ) -> None:

@@ -18,59 +18,84 @@ GO_WITH_PLAN = {
 PASSED_ON = ("window", "down_factor", "revision", "seed", "negative_prompt", "true_cfg_scale", "max_sequence_length")
 
 
+FROM_PLAN = "from --plan"
+
+
 def _of_base(help: str, **settings: Any) -> Any:
-    return typer.Option(help=help, show_default=options.OF_PIPELINE, rich_help_panel="Base image", **settings)
+    return typer.Option(help=help, show_default=options.OF_PIPELINE, **settings)
 
 
 def _of_stage(help: str, **settings: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel="Each stage", **settings)
+    return typer.Option(help=help, **settings)
 
 
 def generate(
     context: typer.Context,
     model: options.Model,
     output: Annotated[
-        Path, typer.Option(callback=options.check_image_output, help="Where the image is saved, its plan as .json.")
+        Path,
+        typer.Option(
+            callback=options.check_image_output, help="The file of the image; its plan is saved next to it, as .json."
+        ),
     ],
-    prompt: Annotated[str | None, typer.Option(help="What to draw.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height of the image in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width of the image in pixels.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to draw.", show_default=FROM_PLAN)] = None,
+    height: Annotated[int | None, typer.Option(help=options.HEIGHT, show_default=FROM_PLAN)] = None,
+    width: Annotated[int | None, typer.Option(help=options.WIDTH, show_default=FROM_PLAN)] = None,
     window: options.Window = None,
     down_factor: options.DownFactor = None,
     weights: options.Weights = "auto",
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the weights.", show_default="the newest")
+        str | None, typer.Option(help="The branch, tag or commit of the weights on the Hub.", show_default="the newest")
     ] = None,
-    init_image: Annotated[Path | None, options.input_file("Start from this image, instead of a base image.")] = None,
-    plan: Annotated[Path | None, options.input_file("Draw again what the plan in this .json or .png says.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise.", show_default="random")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw, for models guided by it.")] = None,
+    init_image: Annotated[
+        Path | None,
+        options.input_file("The image to start from.", show_default="a base image, drawn at the model's own size"),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        options.input_file("The .json or .png with the plan of an image to draw again.", show_default="none"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The seed of the noise.", show_default="random")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="The text not to draw, for models with such guidance.", show_default="none")
+    ] = None,
     true_cfg_scale: Annotated[
-        float | None, typer.Option(help="Guidance by the negative prompt, for FLUX.1; 1 is off.", show_default="1")
+        float | None,
+        typer.Option(help="The scale of guidance by the negative prompt, for FLUX.1; 1 is off.", show_default="1"),
     ] = None,
     max_sequence_length: options.TextTokens = None,
-    save_stages: Annotated[bool, typer.Option("--save-stages", help="Save the image of each stage as well.")] = False,
-    base_steps: Annotated[int | None, _of_base("Steps.", min=1)] = None,
-    base_guidance: Annotated[float | None, _of_base("Guidance scale.", min=0)] = None,
-    strength: Annotated[float, _of_stage("Share of the steps to run.")] = 0.7,
-    steps: Annotated[int, _of_stage("Steps of the whole schedule.", min=1)] = 20,
-    guidance: Annotated[float, _of_stage("Guidance scale.", min=0)] = 7.5,
-    ntk_factor: Annotated[float | None, _of_stage("Factor of the rotary embedding's theta.", show_default="10")] = None,
-    proportional: Annotated[bool, _of_stage("Proportional attention.")] = True,
-    shift: Annotated[float, _of_stage("Static shift; 0 for the pipeline's own schedule.", min=0)] = 3.0,
-    low_resolution_guidance: Annotated[int, _of_stage("Wavelet levels; 0 is off.", min=0)] = 0,
+    save_stages: Annotated[bool, typer.Option("--save-stages", help="Save the image of each stage, too.")] = False,
+    base_steps: Annotated[int | None, _of_base("The number of steps of the base image.", min=1)] = None,
+    base_guidance: Annotated[float | None, _of_base("The guidance scale of the base image.", min=0)] = None,
+    strength: Annotated[float, _of_stage("The share of the steps that each stage runs.")] = 0.7,
+    steps: Annotated[int, _of_stage("The number of steps of the whole schedule of each stage.", min=1)] = 20,
+    guidance: Annotated[float, _of_stage("The guidance scale of each stage.", min=0)] = 7.5,
+    ntk_factor: Annotated[
+        float | None,
+        _of_stage(
+            "The factor of the rotary embedding's theta in each stage.", show_default="10; 1 without rotary embedding"
+        ),
+    ] = None,
+    proportional: Annotated[bool, _of_stage("Whether stages use proportional attention.")] = True,
+    shift: Annotated[float, _of_stage("The static shift of each stage; 0 keeps the pipeline's schedule.", min=0)] = 3.0,
+    low_resolution_guidance: Annotated[
+        int, _of_stage("The wavelet levels in which stages follow the image before; 0 is off.", min=0)
+    ] = 0,
     device: options.Device = None,
     dtype: options.DType = None,
-    offload: Annotated[bool, typer.Option("--offload", help="Keep only the model at work on the GPU.")] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep only the model at work on the GPU, the others in memory.")
+    ] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Draw an image much larger than the model was trained on; under torchrun, on all its processes together."""
     from clear_attn.cascade import Base, Stage
-    from clear_attn.cascade.result import plan_file, validate_output
+    from clear_attn.cascade.result import plan_file, stage_files, validate_output
     from clear_attn.parallel import launch
     from clear_attn.tools import generation
 
-    options.check_output(context, plan_file(output))
+    for file in (plan_file(output), *stage_files(output)):
+        options.check_output(context, file)
     image = generation.open_image(init_image) if init_image else None
     if plan:
         _check_not_in_plan(context)

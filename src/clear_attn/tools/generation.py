@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
 from clear_attn.patching.linearization import linearize
 from clear_attn.tools import options
+from clear_attn.utils.user_errors import is_out_of_memory, is_user_error
 
 
 def open_image(file: Path) -> Image.Image:
@@ -47,7 +47,7 @@ def select_rank_device(name: str | None) -> torch.device:
     if not launch.launched() or name == "cpu":
         return options.select_device(name)
     if name is not None:
-        raise typer.BadParameter("under torchrun each process takes its own GPU; leave it out", param_hint="--device")
+        raise options.refused("--device", "under torchrun each process takes its own GPU; leave it out")
     return launch.own_device()
 
 
@@ -64,7 +64,7 @@ def differences(planned: dict[str, Any], present: dict[str, Any], prefix: str = 
 def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: bool) -> None:
     """Draw a large image and save it; under torchrun, with all processes.
 
-    After Ctrl-C or an error it saves the images that are finished, and ends the program.
+    After Ctrl-C or an error it saves the images that are finished, and ends the program; bugs keep their traceback.
     """
     if launch.launched():
         arguments = _parallelize(pipe, arguments)
@@ -81,10 +81,11 @@ def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: boo
         _save_finished("Interrupted", stop.result, output)
         raise typer.Exit(130) from None
     except HighresError as failure:
-        cause = failure.__cause__
+        cause = failure.__cause__ or failure
         _save_finished(f"{type(cause).__name__}: {cause}", failure.result, output)
-        # Only CUDA has a class for this.
-        if isinstance(cause, MemoryError) or re.search("allocate memory|out of memory", str(cause)):
+        if not is_user_error(cause):
+            raise cause from None
+        if is_out_of_memory(cause):
             typer.echo("Less memory is needed for a smaller image, or on a GPU with --offload", err=True)
         raise typer.Exit(1) from None
     if launch.is_first():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,28 +15,51 @@ if TYPE_CHECKING:
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 OF_PIPELINE = "the pipeline's"
 
-Model = Annotated[str, typer.Option(help="Folder or Hub id of a diffusers pipeline; demo for the small FLUX.")]
-Window = Annotated[int | None, typer.Option(min=1, help="Radius in tokens.", show_default="the weights', or 16")]
+Model = Annotated[
+    str, typer.Option(help="The diffusers pipeline: a folder or a Hub id; demo is the small FLUX in the package.")
+]
+Window = Annotated[
+    int | None, typer.Option(min=1, help="The radius of the window in tokens.", show_default="the weights', or 16")
+]
 DownFactor = Annotated[
     int | None,
-    typer.Option(min=1, help="Side of pooled cells; 1 for none.", show_default="the weights', or 1"),
+    typer.Option(
+        min=1, help="The side of pooled cells in tokens; 1 means no pooling.", show_default="the weights', or 1"
+    ),
 ]
-Weights = Annotated[str, typer.Option(help="auto (published), none (training-free), or a folder, file or Hub id.")]
-Height = Annotated[int | None, typer.Option(help="Height of the image in pixels.", show_default=OF_PIPELINE)]
-Width = Annotated[int | None, typer.Option(help="Width of the image in pixels.", show_default=OF_PIPELINE)]
-TextTokens = Annotated[int | None, typer.Option(min=1, help="Length of the text in tokens.", show_default=OF_PIPELINE)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU if there is one")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="The distilled weights: auto takes the published ones, none keeps the model's own (training-free); or "
+        "give a folder, a .safetensors file or a Hub id."
+    ),
+]
+HEIGHT = "The height of the image in pixels, rounded down to whole tokens."
+WIDTH = "The width of the image in pixels, rounded down to whole tokens."
+Height = Annotated[int | None, typer.Option(help=HEIGHT, show_default=OF_PIPELINE)]
+Width = Annotated[int | None, typer.Option(help=WIDTH, show_default=OF_PIPELINE)]
+TextTokens = Annotated[
+    int | None, typer.Option(min=1, help="The length of the text in tokens.", show_default=OF_PIPELINE)
+]
+Device = Annotated[
+    str | None, typer.Option(help="The device: cpu, cuda or cuda:N.", show_default="a GPU if there is one")
+]
 DType = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Precision.", show_default="bfloat16; float32 on a CPU"),
+    typer.Option(help="The precision of the weights.", show_default="bfloat16; float32 on a CPU"),
 ]
 # Eager, so that it is known when the outputs are checked.
 Overwrite = Annotated[bool, typer.Option("--overwrite", is_eager=True, help="Replace outputs that exist.")]
 
 
-def input_file(help: str) -> Any:
+def input_file(help: str, **settings: Any) -> Any:
     """Return an option that takes a file that exists."""
-    return typer.Option(exists=True, dir_okay=False, help=help)
+    return typer.Option(exists=True, dir_okay=False, help=help, **settings)
+
+
+def refused(option: str, message: str) -> typer.BadParameter:
+    """Return the error for the value of an option."""
+    return typer.BadParameter(message, param_hint=f"'{option}'")
 
 
 def none_or(weights: str) -> str | None:
@@ -88,7 +109,7 @@ def select_device(name: str | None) -> torch.device:
     name = name or ("cuda" if gpus else "cpu")
     available = ["cpu", *(f"cuda:{number}" for number in range(gpus))]
     if name not in available and not (name == "cuda" and gpus):
-        raise typer.BadParameter(f"{name!r} does not exist; there is {', '.join(available)}", param_hint="--device")
+        raise refused("--device", f"{name!r} does not exist; there is {', '.join(available)}")
     return torch.device(name)
 
 
@@ -110,7 +131,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offlo
 
     Raises:
         BadParameter: there is no GPU to offload from.
-        ValueError: the device has no room for the weights.
+        ValueError: the device has no room for the weights, or diffusers cannot load it.
         OSError: there is no such model.
     """
     from diffusers import DiffusionPipeline
@@ -120,27 +141,13 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offlo
     from clear_attn.weights.packaged import resolve_name
 
     if offload and device.type == "cpu":
-        raise typer.BadParameter("it saves a GPU's memory, and there is no GPU; leave it out", param_hint="--offload")
-    pipe = load_pretrained(DiffusionPipeline, resolve_name(model), dtype=dtype)
+        raise refused("--offload", "it saves a GPU's memory, and there is no GPU; leave it out")
+    try:
+        pipe = load_pretrained(DiffusionPipeline, resolve_name(model), dtype=dtype)
+    except (ValueError, AttributeError) as error:  # of a folder that diffusers cannot read
+        raise ValueError(f"diffusers cannot load {model!r} as a pipeline: {error}") from error
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     check_weights_fit(pipe, device)
     return pipe.to(device)
-
-
-def spell_options(message: str, names: Iterable[str]) -> str:
-    """Write the keyword arguments in a message as a command's options: `weights=None` as `--weights none`.
-
-    Calls, such as `linearize(pipe, window=8)`, stay as they are.
-
-    Examples:
-        >>> spell_options("window=9 and weights=None; linearize(pipe, window=8)", ["window", "weights"])
-        '--window 9 and --weights none; linearize(pipe, window=8)'
-    """
-
-    def spell(match: re.Match[str]) -> str:
-        name, value = match["name"], match["value"]
-        return f"--{name.replace('_', '-')} {'none' if value == 'None' else value.strip(chr(39))}" if name else match[0]
-
-    return re.sub(rf"\w\([^()]*\)|\b(?P<name>{'|'.join(names)})=(?P<value>'[^']*'|[\w./-]*\w)", spell, message)

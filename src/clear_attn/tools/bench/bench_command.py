@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -14,6 +15,8 @@ import typer
 
 from clear_attn.tools import options
 from clear_attn.tools.bench import TOKEN
+from clear_attn.tools.reporting import on_interrupt
+from clear_attn.utils.atomic import atomic_text
 
 if TYPE_CHECKING:
     from clear_attn.tools.bench.case import Case, Row
@@ -47,67 +50,99 @@ def bench(
     level: Annotated[
         Literal["op", "model", "compile"],
         typer.Option(
-            help="Time one attention, or one denoising step of FLUX.1; or compile the fused kernels, without a GPU."
+            help="Whether to time one attention (op) or one denoising step of FLUX.1 (model), or to compile the fused "
+            "kernels without a GPU (compile)."
         ),
     ] = "op",
     arch: Annotated[
         list[str] | None,
-        typer.Option(help="Compile for this GPU, as sm_90 or gfx942 (level compile); may be repeated."),
+        typer.Option(
+            help="The GPU to compile for, as sm_90 or gfx942, with --level compile. May be repeated.",
+            show_default="none",
+        ),
     ] = None,
     device: options.Device = None,
     grid: Annotated[
         list[Any] | None,
-        typer.Option(parser=_parse_size, metavar="HxW", help="Size in tokens, as 128x128; may be repeated."),
+        typer.Option(
+            parser=_parse_size,
+            metavar="HxW",
+            help="A size in tokens, as 128x96. May be repeated.",
+            show_default="64x64",
+        ),
     ] = None,
     pixels: Annotated[
         list[Any] | None,
         typer.Option(
-            parser=_parse_size, metavar="HxW", help="Size in pixels; may be repeated.", show_default="1024x1024"
+            parser=_parse_size,
+            metavar="HxW",
+            help="A size in pixels, rounded down to whole tokens. May be repeated.",
+            show_default="1024x1024, unless --grid is given",
         ),
     ] = None,
     window: Annotated[
-        list[int] | None, typer.Option(min=1, help="Radius in tokens; may be repeated.", show_default="8, 16, 32")
+        list[int] | None,
+        typer.Option(min=1, help="The radius of a window in tokens. May be repeated.", show_default="8, 16, 32"),
     ] = None,
     down_factor: Annotated[
-        list[int] | None, typer.Option(min=1, help="Side of pooled cells; may be repeated.", show_default="1")
+        list[int] | None,
+        typer.Option(min=1, help="The side of pooled cells in tokens. May be repeated.", show_default="1"),
     ] = None,
-    text: Annotated[int, typer.Option(min=0, help="Text tokens.")] = 512,
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 24,
+    text: Annotated[int, typer.Option(min=0, help="The number of text tokens.")] = 512,
+    heads: Annotated[int, typer.Option(min=1, help="The number of attention heads.")] = 24,
     head_dim: Annotated[
         list[int] | None,
-        typer.Option(min=8, help="Size of a head; may be repeated (level compile).", show_default="128"),
+        typer.Option(min=8, help="The channels of a head. May be repeated with --level compile.", show_default="128"),
     ] = None,
     dtype: options.DType = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 1,
-    backward: Annotated[bool, typer.Option("--backward", help="With a backward pass (level op).")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="The number of images in one forward pass.")] = 1,
+    backward: Annotated[bool, typer.Option("--backward", help="Time a backward pass, too, with --level op.")] = False,
     variant: Annotated[
-        list[str] | None, typer.Option(help="Time only this row of the table; may be repeated.", show_default="all")
+        list[str] | None, typer.Option(help="A row of the table to time. May be repeated.", show_default="all")
     ] = None,
     blocks: Annotated[
-        int, typer.Option(min=1, max=19, help="Compute only this many of the 19 double blocks (level model).")
+        int, typer.Option(min=1, max=19, help="The number of double blocks to compute, with --level model.")
     ] = 19,
     runs: Annotated[
-        int | None, typer.Option(min=1, help="Runs of each variant.", show_default="20 on a GPU, 5 on a CPU")
+        int | None,
+        typer.Option(min=1, help="The number of runs of each variant.", show_default="20 on a GPU, 5 on a CPU"),
     ] = None,
     dense_queries: Annotated[
-        int, typer.Option(min=1, help="Time dense attention for at most this many queries (level op).")
+        int, typer.Option(min=1, help="The most queries of dense attention to time, with --level op.")
     ] = 32768,
     ranks: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Time nothing; count what this many ranks send each other. May be repeated."),
+        typer.Option(
+            min=1,
+            help="A number of ranks. Count what they send each other, and time nothing. May be repeated.",
+            show_default="none",
+        ),
     ] = None,
     attention_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Attention's seconds of a step on one rank, with --ranks.")
+        float | None,
+        typer.Option(
+            min=0, help="The seconds of attention in a step on one rank, with --ranks.", show_default="not known"
+        ),
     ] = None,
     rest_seconds: Annotated[
-        float | None, typer.Option(min=0, help="The other seconds of a step on one rank, with --ranks.")
+        float | None,
+        typer.Option(min=0, help="The other seconds of a step on one rank, with --ranks.", show_default="not known"),
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", dir_okay=False, callback=options.check_output, help="Where rows are saved."),
+        typer.Option(
+            "--json",
+            dir_okay=False,
+            callback=options.check_output,
+            help="The file of the rows, as JSON.",
+            show_default="not saved",
+        ),
     ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", dir_okay=False, callback=_check_plot, help="Where a chart is saved.")
+        Path | None,
+        typer.Option(
+            "--plot", dir_okay=False, callback=_check_plot, help="The file of a chart.", show_default="not saved"
+        ),
     ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -127,7 +162,7 @@ def bench(
     for name in names:
         if name not in LEVELS[level].VARIANTS:
             known = ", ".join(LEVELS[level].VARIANTS)
-            raise typer.BadParameter(f"{name!r} is none of {known}", param_hint="--variant")
+            raise options.refused("--variant", f"{name!r} is none of {known}")
     where = options.select_device(device)
     precision, settings = options.select_dtype(dtype, where), {name: context.params[name] for name in CASE_SETTINGS}
     sizes = [round_down(size, TOKEN, stacklevel=1) for size in pixels or ()]
@@ -152,10 +187,11 @@ def _compile(architectures: Sequence[str], head_dims: Sequence[int], json_file: 
     from clear_attn.tools.bench import compile_level
 
     rows: list[Any] = []
-    for row in compile_level.compiled_rows(architectures, head_dims, typer.echo):
-        typer.echo(compile_level.format_row(row, is_first=not rows))
-        rows.append(row)
-        _write(json_file, rows)  # after each row, so that an interruption loses little
+    with _rows_kept(json_file, rows):
+        for row in compile_level.compiled_rows(architectures, head_dims, typer.echo):
+            typer.echo(compile_level.format_row(row, is_first=not rows))
+            rows.append(row)
+            _write(json_file, rows)
     typer.echo(compile_level.FOOTNOTE)
 
 
@@ -170,14 +206,15 @@ def _time(
     if None not in reasons:
         raise typer.BadParameter(f"nothing is left to time: {'; '.join(sorted(map(str, reasons)))}")
     rows: list[Row] = []
-    for of_case in runner.run(cases, names, runs, typer.echo):
-        typer.echo(format_rows(level.TITLE, of_case))
-        rows += of_case
-        _write(json_file, rows)  # after each case, so that an interruption loses little
-        if plot_file:
-            from clear_attn.tools.bench.chart import plot
+    with _rows_kept(json_file, rows):
+        for of_case in runner.run(cases, names, runs, typer.echo):
+            typer.echo(format_rows(level.TITLE, of_case))
+            rows += of_case
+            _write(json_file, rows)
+            if plot_file:
+                from clear_attn.tools.bench.chart import plot
 
-            plot(level.TITLE, rows, plot_file)
+                plot(level.TITLE, rows, plot_file)
     most = level.MAX_ERRORS.get(cases[0].dtype_name, math.inf)
     # Written so that NaN counts as wrong.
     wrong = [row for row in rows if row.timing.error is not None and not row.timing.error < most]
@@ -211,6 +248,13 @@ def _count_between_ranks(
     _write(json_file, list(itertools.chain(*scalings)))
 
 
+def _rows_kept(json_file: Path | None, rows: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """Rows are written as soon as they are measured, so that an interrupt loses little."""
+    return on_interrupt(
+        lambda: f"{json_file} has {len(rows)} row{'s' * (len(rows) > 1)}" if json_file and rows else "nothing was saved"
+    )
+
+
 def _write(file: Path | None, rows: Sequence[Any]) -> None:
     if file:
-        file.write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+        atomic_text(file, json.dumps([row.to_dict() for row in rows], indent=1) + "\n")

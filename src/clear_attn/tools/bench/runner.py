@@ -23,6 +23,8 @@ def run(cases: Iterable[Case], names: Sequence[str], runs: int, report: Callable
     for case in cases:
         torch.manual_seed(0)
         level = LEVELS[case.level]
+        if case.method.covers(case.grid):
+            report(f"{case.method.as_arguments()} covers {case.height} x {case.width} tokens: nothing is saved.")
         reasons = {name: level.unsupported_reason(name, case) for name in names}
         for name, reason in reasons.items():
             if reason:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from clear_attn.cascade.pipelines import validate_inputs
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
@@ -90,7 +91,7 @@ def evaluate(
         TypeError, ValueError: an argument is out of range or unknown; the pipeline is linearized, or was saved so.
         RuntimeError: a metric of ``metrics`` cannot be computed, or none can.
         FileExistsError, NotADirectoryError: ``output_dir`` is not a new or an empty folder.
-        As `linearize` and the pipeline. All but the pipeline's own errors come before anything is drawn.
+        And the errors of `linearize` and of the pipeline's check of its arguments, before anything is drawn.
 
     Examples:
         >>> import tempfile
@@ -123,6 +124,8 @@ def evaluate(
     }
     seed = check_whole_number("seed", seed, "it is the first image's", least=0, most=LARGEST_SEED + 1 - len(prompts))
     seeds = range(seed, seed + len(prompts))
+    if hasattr(pipe, "check_inputs"):
+        validate_inputs(type(pipe), pipe, {**arguments, "prompt": list(prompts[:batch_size])})
     made, missing = make_metrics(metrics, Sources(prompts, clip, dino, download))
     with atomic_contents(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as temporary:
         parent = folder if save_images else Path(temporary)
