@@ -47,11 +47,11 @@ def quiet_imports() -> Iterator[None]:
 def reported(context: Any) -> Iterator[None]:
     """Report the errors that a user can mend as usage errors, and warnings in a line; bugs keep their traceback."""
 
-    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    def show(message: Any, category: Any, *place: Any, **rest: Any) -> None:
         if category is UserWarning:
             typer.echo(f"Warning: {spell_options(str(message), option_names(context))}", err=True)
         else:
-            before(message, category, *rest)
+            before(message, category, *place, **rest)
 
     with warnings.catch_warnings():
         before, warnings.showwarning = warnings.showwarning, show

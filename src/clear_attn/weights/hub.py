@@ -57,7 +57,7 @@ def check_upload(repo: str, token: str | bool | None) -> None:
         ConnectionError: HF_HUB_OFFLINE is set.
     """
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
+        huggingface_hub.utils.validate_repo_id(repo)  # type: ignore[attr-defined]
     except errors.HFValidationError as error:
         raise ValueError(f"{repo!r} is not the id of a Hub repository ({error}); give 'owner/repo'") from error
     if constants.HF_HUB_OFFLINE:

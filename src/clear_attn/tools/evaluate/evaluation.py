@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clear_attn.cascade.pipelines import validate_inputs
+from clear_attn.cascade.pipelines import call_defaults, validate_inputs
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
@@ -125,7 +125,9 @@ def evaluate(
     seed = check_whole_number("seed", seed, "it is the first image's", least=0, most=LARGEST_SEED + 1 - len(prompts))
     seeds = range(seed, seed + len(prompts))
     if hasattr(pipe, "check_inputs"):
-        validate_inputs(type(pipe), pipe, {**arguments, "prompt": list(prompts[:batch_size])})
+        given = {name: value for name, value in arguments.items() if value is not None}
+        defaults = {name: value for name, value in call_defaults(type(pipe)).items() if name != "self"}
+        validate_inputs(type(pipe), pipe, {**defaults, **given, "prompt": list(prompts[:batch_size])})
     made, missing = make_metrics(metrics, Sources(prompts, clip, dino, download))
     with atomic_contents(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as temporary:
         parent = folder if save_images else Path(temporary)
