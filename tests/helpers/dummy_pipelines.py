@@ -17,10 +17,9 @@ def unused_text_encoder():
     return dummy_models.small_sd3().text_encoder_3
 
 
-def flux2():
-    """Return a FLUX.2 pipeline with tokens of 4 x 4 pixels. Call it with `flux2_text`."""
+def _flux2_vae():
     torch.manual_seed(2)
-    vae = AutoencoderKLFlux2(
+    return AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(4, 4),
@@ -28,10 +27,14 @@ def flux2():
         latent_channels=2,
         norm_num_groups=1,
         mid_block_add_attention=False,
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ).eval()
+
+
+def flux2():
+    """Return a FLUX.2 pipeline with tokens of 4 x 4 pixels. Call it with `flux2_text`."""
+    vae, scheduler = _flux2_vae(), FlowMatchEulerDiscreteScheduler(shift=3.0)
     kind = diffusers.Flux2KleinPipeline  # from diffusers 0.37
-    return _quiet(kind(scheduler, vae.eval(), unused_text_encoder(), None, dummy_models.flux2_transformer()))
+    return _quiet(kind(scheduler, vae, unused_text_encoder(), None, dummy_models.flux2_transformer()))
 
 
 def flux2_text(negative=5):
@@ -39,6 +42,30 @@ def flux2_text(negative=5):
     rng = torch.Generator().manual_seed(4)
     text, negative = torch.randn(2, 9, 12, generator=rng), torch.randn(2, negative, 12, generator=rng)
     return {"prompt_embeds": text, "negative_prompt_embeds": negative}
+
+
+def flux3(name="Flux3ModularPipeline"):
+    """Return a modular pipeline of FLUX.3 with tokens of 4 x 4 pixels, without blocks for text. Call it with prompts.
+
+    diffusers has no other pipeline for FLUX.3. The one of the distilled model has a flow map.
+    """
+    kind = getattr(diffusers, name)
+    blocks = getattr(diffusers, kind.default_blocks_name)()
+    for text_block in ("prompt_upsampler", "text_encoder"):
+        blocks.sub_blocks.pop(text_block)
+    pipe = kind(blocks=blocks)
+    transformer = dummy_models.flux3_transformer(flow_map="Distilled" in name)
+    pipe.update_components(
+        vae=_flux2_vae(), transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
+    )
+    return _quiet(pipe)
+
+
+def flux3_text(negative=5):
+    """Return random embeddings of a prompt and a negative prompt, which may have different lengths."""
+    rng = torch.Generator().manual_seed(4)
+    lengths = {"prompt_embeds": 9, "negative_prompt_embeds": negative}
+    return {name: torch.randn(1, length, 12, generator=rng) for name, length in lengths.items()}
 
 
 def qwen(kind, **parts):

@@ -18,6 +18,7 @@ needs_modular_pipelines = pytest.mark.skipif(
 )
 PROMPT = {"prompt": "a red circle", "height": rows.HEIGHT, "width": rows.WIDTH, "max_sequence_length": 20}
 KONTEXT_REFERENCE = 48, 64  # in multiples of 16 pixels, which the blocks round to
+FLUX3_REFERENCES = (48, 64), (64, 64)  # in multiples of 16 pixels, to which the blocks crop
 FLUX2_TEXT = "prompt_embeds", "negative_prompt_embeds"
 QWEN_TEXT = "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask"
 
@@ -44,7 +45,8 @@ class Modular(NamedTuple):
         kind = getattr(diffusers, self.name)
         blocks = getattr(diffusers, kind.default_blocks_name)()
         if not self.encodes_text:
-            blocks.sub_blocks.pop("text_encoder")
+            for name in ("prompt_upsampler", "text_encoder"):
+                blocks.sub_blocks.pop(name, None)
         pipe = kind(blocks=blocks)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -66,6 +68,10 @@ class Modular(NamedTuple):
 
 def _of(text: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: text[name] for name in names}
+
+
+def _flux3_call() -> dict[str, Any]:
+    return {"height": 4 * rows.GRID[0], "width": 4 * rows.GRID[1], **dummy_pipelines.flux3_text()}
 
 
 MODULAR = {
@@ -101,6 +107,20 @@ MODULAR = {
             **_of(dummy_pipelines.flux2_text(), FLUX2_TEXT),
         },
         (rows.GRID, (rows.FLUX2_REFERENCE[0] // 4, rows.FLUX2_REFERENCE[1] // 4)),
+        encodes_text=False,
+    ),
+    "FLUX.3": Modular("Flux3ModularPipeline", dummy_pipelines.flux3, _flux3_call, encodes_text=False),
+    "FLUX.3, two reference images": Modular(
+        "Flux3ModularPipeline",
+        dummy_pipelines.flux3,
+        lambda: {**_flux3_call(), "image": [rows.random_image(*size) for size in FLUX3_REFERENCES]},
+        (rows.GRID, *((height // 4, width // 4) for height, width in FLUX3_REFERENCES)),
+        encodes_text=False,
+    ),
+    "FLUX.3 distilled": Modular(
+        "Flux3DistilledModularPipeline",
+        lambda: dummy_pipelines.flux3("Flux3DistilledModularPipeline"),
+        lambda: {name: value for name, value in _flux3_call().items() if "negative" not in name},
         encodes_text=False,
     ),
     "Qwen-Image": Modular(
