@@ -92,14 +92,15 @@ def quantized(quantize: Operation) -> Refusal:
 
 # These pipelines do not set a cache context for their calls.
 CACHELESS = "image-to-image", "inpaint", "Fill", "Control", "ControlNet", "two ControlNets", "Kontext"
+NO_ENABLE_CACHE = dict.fromkeys(("SD3", "Krea 2", "FLUX.3"), "has no attribute 'enable_cache'")
 NO_CACHE = {
-    **dict.fromkeys(("SD3", "Krea 2"), "has no attribute 'enable_cache'"),
+    **NO_ENABLE_CACHE,
     **{f"FLUX {kind}": "No cache context is set" for kind in CACHELESS},
     "Chroma": "No cache context is set",
 }
 NO_FIRST_BLOCK_CACHE = {**NO_CACHE, "FLUX.2": "unsupported operand type", "Chroma": "Block'> not registered"}
 # It mixes the two calls of guidance, and Qwen-Image does not pad their texts to one length.
-NO_BROADCAST = {**{name: NO_CACHE[name] for name in ("SD3", "Krea 2")}, "Qwen-Image": "must match the size of tensor"}
+NO_BROADCAST = {**NO_ENABLE_CACHE, "Qwen-Image": "must match the size of tensor"}
 STEPS = {"num_inference_steps": 5, "strength": None}
 
 
@@ -157,7 +158,10 @@ COLUMNS = {
         cache_dit,
         changes=True,
         call=STEPS,
-        not_in_diffusers={"SD3 ControlNet": "has no attribute 'context_pre_only'"},
+        not_in_diffusers={
+            "SD3 ControlNet": "has no attribute 'context_pre_only'",
+            "FLUX.3": "not in allowed classes",  # cache-dit's own
+        },
     ),
     "TaylorSeer": Column(taylor_seer, changes=True, call=STEPS, not_in_diffusers=NO_CACHE),
     "int8 (torchao)": Column(int8, changes=True, refusals=for_all(ALL, (BEFORE,), quantized(int8))),

@@ -20,11 +20,13 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 
 from tests.helpers import dummy_models, dummy_pipelines
 from tests.helpers.dummy_controlnets import fill_zeros, sd3_controlnet
+from tests.helpers.flux3_loop import Flux3Loop
 
 HEIGHT, WIDTH, TOKEN = 72, 96, 8  # pixels; the small autoencoder's tokens have a side of 8
 GRID = HEIGHT // TOKEN, WIDTH // TOKEN
 REFERENCE = 56, 64  # pixels of a reference image
 FLUX2_REFERENCE = 64, 80
+FLUX3_REFERENCE = 12, 16  # in tokens
 EDITED = 96, 128  # pixels of the reference image of Qwen-Image, which rounds to 32
 IP_TOKENS, IP_DIM = 4, 20
 
@@ -192,6 +194,16 @@ def _flux2_call(pipe: Any, **others: Any) -> dict[str, Any]:
     return _embedded(pipe, text, 4, guidance_scale=3.0, **others)
 
 
+def flux3() -> Any:
+    """Return a FLUX.3 transformer in a loop, since diffusers has modular pipelines only."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return Flux3Loop(dummy_models.flux3_transformer(), scheduler)
+
+
+def _flux3_call(pipe: Any, *grids: tuple[int, int]) -> dict[str, Any]:
+    return _embedded(pipe, dummy_pipelines.flux3_text(), 4, grids=grids)
+
+
 def _small_references() -> AbstractContextManager[Any]:
     """Make diffusers resize reference images to the area of `EDITED` instead of 1024 x 1024."""
     return mock.patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", math.prod(EDITED))
@@ -281,6 +293,14 @@ ROWS = {
         (GRID, (EDITED[0] // 16, EDITED[1] // 16)),
         keywords="attention_kwargs",
         around=_small_references,
+    ),
+    "FLUX.3 text-to-image": Row("FLUX.3", flux3, lambda pipe: _flux3_call(pipe, GRID), keywords="attention_kwargs"),
+    "FLUX.3 a reference image": Row(
+        "FLUX.3",
+        flux3,
+        lambda pipe: _flux3_call(pipe, GRID, FLUX3_REFERENCE),
+        (GRID, FLUX3_REFERENCE),
+        keywords="attention_kwargs",
     ),
     "Krea 2 text-to-image": Row(
         "Krea 2",

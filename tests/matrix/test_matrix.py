@@ -82,7 +82,7 @@ def test_cell(row, column, order, tmp_path, record_property):
     cell, reference_cell = Cell(row, tmp_path, linearize), Cell(row, tmp_path / "reference", linearize)
     if missing:
         pipe = row.pipeline()
-        with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError), match=missing):  # noqa: PT012
+        with pytest.raises((AssertionError, AttributeError, RuntimeError, TypeError, ValueError), match=missing):  # noqa: PT012
             column.do(pipe, cell)
             row.draw(pipe, **column.call)
         return

@@ -25,6 +25,7 @@ WIDE_MODELS = {
     "flux": {**WIDE, "axes_dims_rope": (8, 12, 12)},
     "sd3": {**WIDE, "caption_projection_dim": 256},
     "flux2": {**WIDE, "axes_dims_rope": (8, 8, 8, 8)},
+    "flux3": {**WIDE, "axes_dims_rope": (8, 8, 8, 8)},
     "krea2": {**WIDE, "axes_dims_rope": (8, 12, 12), "num_key_value_heads": 2, "intermediate_size": 683},
 }
 

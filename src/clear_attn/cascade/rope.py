@@ -19,7 +19,8 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
     can be nested; their factors multiply.
 
     Args:
-        pipe: a pipeline or transformer with a rotary embedding computed from theta (FLUX.1, FLUX.2, Chroma or Krea 2),
+        pipe: a pipeline or transformer with a rotary embedding computed from theta (FLUX.1, FLUX.2, FLUX.3, Chroma or
+            Krea 2),
             linearized or not.
         factor (`float`): factor of theta; 1 changes nothing.
 

@@ -93,6 +93,7 @@ class Flux3(Publishing, ModelAdapter):
     default_text_tokens = 80  # its pipeline pads to multiples of it
     keywords = "attention_kwargs"
     output_images = IMAGE
+    activation_factor = 32  # its modulations have a row per token: measured 29
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         layers = super().attention_layers(transformer)

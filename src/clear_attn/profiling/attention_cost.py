@@ -49,7 +49,8 @@ def cost(
         method (`Method`, *optional*): defaults to that of a linearized pipeline, else CLEAR.
         schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.
         text_tokens (`int`, *optional*): length of the text sequence. Defaults to that of the model's pipelines: 512
-            for FLUX, Chroma, Krea 2 and Qwen-Image (its maximum), 333 for SD3; or what the tokenizer takes if less.
+            for FLUX, Chroma, Krea 2 and Qwen-Image (its maximum), 333 for SD3, 80 for FLUX.3; or what the tokenizer
+            takes if less.
         batch (`int`, defaults to 1): images in one forward pass.
 
     Returns:
