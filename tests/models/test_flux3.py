@@ -181,7 +181,7 @@ def test_theta_is_scaled_and_scores_are_sharpened(transformer):
 def test_errors_for_unsupported_features(transformer):
     with pytest.raises(TypeError, match="highres does not support a Flux3ModularPipeline"):
         clear.highres(dummy_pipelines.flux3(), "a red circle", height=64, width=64)
-    with pytest.raises(ValueError, match="this is a Flux3Transformer2DModel; give weights=None"):
+    with pytest.raises(ValueError, match="finds none for this model, a Flux3Transformer2DModel; give weights=None"):
         clear.linearize(transformer, 8)
     clear.linearize(transformer, method=clear.methods.Swin(4), weights=None)
     with pytest.raises(ValueError, match="attends in one image, and this call has 2"):
