@@ -85,6 +85,11 @@ def test_a_fine_tune_that_is_linearized_is_another_model(pipe):
         clear.linearize(pipe)
 
 
+def test_the_same_values_with_another_config_are_another_model(pipe):
+    pipe.transformer.register_to_config(axes_dims_rope=[12, 12, 8])
+    assert not is_packaged(pipe.transformer, {})
+
+
 def test_other_models():
     config = dict(demo.pipeline().transformer.config)
     for other in (FluxTransformer2DModel(**config), FluxTransformer2DModel.from_config({**config, "num_layers": 3})):
