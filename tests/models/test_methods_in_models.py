@@ -264,6 +264,16 @@ def test_with_an_ip_adapter(method):
     assert torch.equal(run(clear.restore(ours), call), before)
 
 
+def test_an_ip_adapter_stays_frozen():
+    transformer = dummy_models.flux_transformer()
+    for block in transformer.transformer_blocks:
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 6, num_tokens=(3,), scale=0.7).requires_grad_(False))
+    clear.linearize(transformer, window=3, down_factor=2, weights=None)
+    trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    assert any(name.endswith("processor.spatial_weight") for name in trained)
+    assert not any("_ip" in name for name in trained)
+
+
 def test_reference_images():
     transformer = clear.linearize(dummy_models.flux_transformer(), method=methods.Swin(), weights=None)
     with pytest.raises(ValueError, match="attends in one image, and this call has 2"):

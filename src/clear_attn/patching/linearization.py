@@ -270,7 +270,10 @@ def _build_change(target: Target, original: State, settings: Settings) -> Change
             for name, parameter in learned.items():
                 parameter.copy_(source.values[name])
     for layer, attn in target.layers.items():
-        match_device_and_dtype(processors[layer], attn).requires_grad_(next(attn.parameters()).requires_grad)
+        match_device_and_dtype(processors[layer], attn)
+        trainable = next(attn.parameters()).requires_grad
+        for parameter in processors[layer].parameters(recurse=False):  # the rest is an IP-Adapter's
+            parameter.requires_grad_(trainable)
     new = {name: value.to(parameters[name].dtype) for name, value in sample({**original.values, **values}).items()}
     hook.samples = {**sample({**parameters, **learned}), **new}
     weights = (source.label, source.origin) if source else recorded
