@@ -71,8 +71,8 @@ class _ScaleHook:
         for layer, processor in processors_of(self.adapter.attention_layers(transformer)).items():
             _check_takes_scale(layer, processor)
         call = self.adapter.bind_call(transformer, args, kwargs)
-        grids, text_tokens, _ = self.adapter.parse_call(transformer, call)
-        tokens = text_tokens + sum(height * width for height, width in grids)
+        parsed = self.adapter.parse_call(transformer, call)
+        tokens = parsed.text_tokens + sum(height * width for height, width in parsed.grids)
         hook = entry_hook_of(transformer)
         multiplier = hook.method_of(call).scale_multiplier(tokens) if hook else proportional_scale(tokens)
         keywords = {**(call.get(self.adapter.keywords) or {}), SCALE_MULTIPLIER: multiplier}

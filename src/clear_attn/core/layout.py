@@ -44,10 +44,12 @@ class TokenLayout:
 
     Args:
         grids: (height, width) in tokens of each segment; usually one, more with reference images.
-        text_tokens (`int`): the number of text tokens, 0 or more.
+        text_tokens (`int`): the number of text tokens and of others off the grid, 0 or more.
         text_first (`bool`, defaults to `True`): whether the joint sequence is [text, image] or [image, text].
         device (`torch.device` or `str`, defaults to `"cpu"`): the device of the tensors.
         unit (*optional*, defaults to the first grid): the grid with the tokens in which distances are measured.
+        padding_tokens (`int`, defaults to 0): how many of the text tokens next to the image are learned padding, which
+            layers without text have too.
 
     Attributes:
         image_tokens, tokens (`int`): the number of image tokens, and of all tokens.
@@ -75,6 +77,7 @@ class TokenLayout:
         text_first: bool = True,
         device: torch.device | str = "cpu",
         unit: Grid | None = None,
+        padding_tokens: int = 0,
     ) -> None:
         if not grids:
             raise ValueError("a layout needs at least one grid, got none")
@@ -87,7 +90,7 @@ class TokenLayout:
             for height, width in grids
         )
         self.text_tokens = check_whole_number("text_tokens", text_tokens, "it is the number of text tokens", least=0)
-        self.text_first, self.device = text_first, torch.device(device)
+        self.text_first, self.device, self.padding_tokens = text_first, torch.device(device), padding_tokens
         self._on_other_devices: dict[torch.device, TokenLayout] = {}
         self._of_images: dict[Images, TokenLayout] = {}
         self.unit = unit or self.grids[0]
@@ -112,10 +115,10 @@ class TokenLayout:
 
     @functools.cached_property
     def without_text(self) -> TokenLayout:
-        """The layout of a layer that attends among image tokens alone."""
-        if not self.text_tokens:
+        """The layout of a layer that attends among image tokens, and their padding, alone."""
+        if self.text_tokens == self.padding_tokens:
             return self
-        return self._like_this(self.grids, 0, self.device)
+        return self._like_this(self.grids, self.padding_tokens, self.device)
 
     def of_images(self, images: Images) -> TokenLayout | None:
         """Return the layout of a layer that attends among some of the images, or None if the call has none of them."""
@@ -127,4 +130,11 @@ class TokenLayout:
         return self._of_images[images]
 
     def _like_this(self, grids: Sequence[Grid], text_tokens: int, device: torch.device) -> TokenLayout:
-        return TokenLayout(grids, text_tokens, text_first=self.text_first, device=device, unit=self.unit)
+        return TokenLayout(
+            grids,
+            text_tokens,
+            text_first=self.text_first,
+            device=device,
+            unit=self.unit,
+            padding_tokens=self.padding_tokens,
+        )

@@ -6,7 +6,7 @@ import abc
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,17 +19,25 @@ from clear_attn.methods import Layer, Method
 from clear_attn.models._diffusers import diffusers_version
 from clear_attn.models.class_names import DIFFUSERS, class_of
 from clear_attn.models.context.context import ClearContext
+from clear_attn.models.hooked import InnerHook
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project, project_out
 from clear_attn.models.training import TrainingAdapter
-from clear_attn.utils._torch import forward_hooks
 
 
 class Call(NamedTuple):
-    """The tokens of one call of a transformer."""
+    """The tokens of one call of a transformer.
+
+    Attributes:
+        grids: (height, width) in tokens of each image in the sequence.
+        text_tokens: the number of tokens off the grid: text, and learned padding.
+        device: the device of the image tokens.
+        padding_tokens: how many of the text tokens, those next to the image, are learned padding of the image.
+    """
 
     grids: tuple[Grid, ...]
     text_tokens: int
     device: torch.device
+    padding_tokens: int = 0
 
 
 class HighresPipelines(NamedTuple):
@@ -55,17 +63,6 @@ class Architecture(NamedTuple):
 
     name: str
     config: Mapping[str, Any] = MappingProxyType({})
-
-
-class InnerHook(NamedTuple):
-    """A hook on the output of a module inside a transformer."""
-
-    module: nn.Module
-    hook: Callable[..., Any]
-
-    def installed(self) -> bool:
-        """Return whether the hook is in place."""
-        return any(hook is self.hook for hook in forward_hooks(self.module).values())
 
 
 class ModelAdapter(abc.ABC):
@@ -204,7 +201,7 @@ class ModelAdapter(abc.ABC):
         """Return the side of a token in latent pixels."""
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
-        """Return the hooks on modules inside the transformer, for changes that its entry hook cannot make."""
+        """Return the hooks inside the transformer, for changes that its entry hook cannot make."""
         return []
 
     def carry(self, transformer: Any, context: ClearContext) -> Any:
@@ -226,6 +223,15 @@ class ModelAdapter(abc.ABC):
         Raises:
             ValueError: the keywords of the call contradict each other.
         """
+
+    def image_input(self, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return a tensor of the call's image, which has the dtype of its layers."""
+        tokens: Tensor = kwargs["hidden_states"]
+        return tokens
+
+    def padded(self, grid: Grid, text_tokens: int) -> tuple[int, int]:
+        """Return the length of a text after the model has padded it, and the number of the image's padding tokens."""
+        return text_tokens, 0
 
     def text_bias(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return the bias of padded text keys and the weight of text queries, see `ScoreBias.on_plan`.

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
-from clear_attn.models.adapter import Call, InnerHook
+from clear_attn.models.adapter import Call
 from clear_attn.models.context.context_variable import current
 from clear_attn.models.flux import Flux
+from clear_attn.models.hooked import InnerHook, OutputHook
 from clear_attn.models.processors.publishing import Publishing
 from clear_attn.models.sd3 import SD3, into_tile_order
 
@@ -33,7 +34,7 @@ class FluxControlNet(_ControlNet, Flux):
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         # Permute the condition after its embedder: before, it may still be an image.
-        return [InnerHook(transformer.controlnet_x_embedder, permute_condition)]
+        return [OutputHook(transformer.controlnet_x_embedder, permute_condition)]
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         call = super().parse_call(transformer, kwargs)
@@ -49,7 +50,7 @@ class SD3ControlNet(_ControlNet, SD3):
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         embedders = [transformer.pos_embed, transformer.pos_embed_input]
-        return [InnerHook(embedder, into_tile_order) for embedder in embedders if embedder is not None]
+        return [OutputHook(embedder, into_tile_order) for embedder in embedders if embedder is not None]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import TokenLayout, grid_permutation
-from clear_attn.models.adapter import Architecture, Call, InnerHook, ModelAdapter
+from clear_attn.models.adapter import Architecture, Call, ModelAdapter
 from clear_attn.models.context.context import ClearContext
+from clear_attn.models.hooked import InnerHook, OutputHook
 from clear_attn.models.parsing.padding import HIDDEN, check_mask
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 from clear_attn.models.training import TrainingAdapter
@@ -99,7 +100,7 @@ class QwenImage(ModelAdapter):
         return int(transformer.config.patch_size)
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
-        return [InnerHook(transformer.pos_embed, join_positions)]
+        return [OutputHook(transformer.pos_embed, join_positions)]
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]

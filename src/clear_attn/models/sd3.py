@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout, grid_permutation
-from clear_attn.models.adapter import Architecture, Call, HighresPipelines, InnerHook, ModelAdapter
+from clear_attn.models.adapter import Architecture, Call, HighresPipelines, ModelAdapter
+from clear_attn.models.hooked import InnerHook, OutputHook
 from clear_attn.models.training import TrainingAdapter
 
 
@@ -71,7 +72,7 @@ class SD3(ModelAdapter):
         return int(transformer.config.patch_size)
 
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
-        return [InnerHook(transformer.pos_embed, into_tile_order)]
+        return [OutputHook(transformer.pos_embed, into_tile_order)]
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs.get("encoder_hidden_states")
@@ -93,10 +94,7 @@ class SD3(ModelAdapter):
         return self.permute_residuals(kwargs, layout)
 
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        (rows, columns), (height, width) = layout.grids[0], sample.shape[-2:]
-        patches = sample.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
-        tokens = patches.transpose(3, 4).flatten(2, 3)[:, :, layout.inverse_permutation]
-        return tokens.unflatten(2, (rows, columns)).transpose(3, 4).reshape(sample.shape)
+        return unpermute_patches(sample, layout)
 
     training: TrainingAdapter | None = SD3Training()
     highres_pipelines: HighresPipelines | None = HighresPipelines(
@@ -110,6 +108,14 @@ class SD3(ModelAdapter):
 
     def max_grid_side(self, transformer: Any) -> int | None:
         return getattr(transformer.pos_embed, "pos_embed_max_size", None)
+
+
+def unpermute_patches(sample: Tensor, layout: TokenLayout) -> Tensor:
+    """Return an image `[batch, channels, height, width]` with its patches in raster order."""
+    (rows, columns), (height, width) = layout.grids[0], sample.shape[-2:]
+    patches = sample.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
+    tokens = patches.transpose(3, 4).flatten(2, 3)[:, :, layout.inverse_permutation]
+    return tokens.unflatten(2, (rows, columns)).transpose(3, 4).reshape(sample.shape)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -178,7 +178,8 @@ class Shard:
     @functools.cached_property
     def without_text(self) -> Shard:
         """The shard for layers without text."""
-        return Shard(self.whole.without_text, self.rank, self.ranks) if self.text_tokens else self
+        whole = self.whole.without_text
+        return self if whole is self.whole else Shard(whole, self.rank, self.ranks)
 
     def of_images(self, images: Images) -> Shard | None:
         """Return the shard for layers that attend among some of the images, or None if the call has none of them."""

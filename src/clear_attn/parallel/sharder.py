@@ -15,7 +15,7 @@ from clear_attn.core.layout import Images, TokenLayout
 from clear_attn.methods import Method
 from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import hooks_in, is_first_block_cache
-from clear_attn.models.adapter import InnerHook
+from clear_attn.models.hooked import InnerHook, OutputHook
 from clear_attn.models.qwen_image import join_positions
 from clear_attn.models.sd3 import into_tile_order
 from clear_attn.parallel.communicator import Communicator
@@ -93,11 +93,11 @@ class RankSharder:
     def inner_hooks(self, adapter: ModelAdapter, transformer: Any) -> list[InnerHook]:
         """Return hooks that select the rank's tokens after the model permutes them, and gather the output."""
         inside = [(inner.module, TAKE.get(inner.hook)) for inner in adapter.inner_hooks(transformer)]
-        entrances = [InnerHook(module, take) for module, take in inside if take]
+        entrances = [OutputHook(module, take) for module, take in inside if take]
         last: Any = adapter.output_layer(transformer)  # `parallelize` refuses a model without one
         if adapter.output_images not in self.gathers:
             self.gathers[adapter.output_images] = Gather(self.communicator, adapter.output_images)
-        return [*entrances, InnerHook(last, self.gathers[adapter.output_images])]
+        return [*entrances, OutputHook(last, self.gathers[adapter.output_images])]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -122,7 +122,7 @@ TAKE: dict[Callable[..., Any], Callable[..., Any]] = {into_tile_order: take_shar
 
 
 class Gather:
-    """A forward hook that concatenates the tokens of all ranks.
+    """A forward hook that concatenates the image tokens of all ranks.
 
     Args:
         communicator: of the ranks.
@@ -140,4 +140,7 @@ class Gather:
         shard = _current()
         _shard.set(None)
         part = shard.of_images(self.images) if shard else None
-        return output if part is None else torch.cat(self.communicator.all_gather(output, part.counts, dim=1)(), dim=1)
+        if part is None:
+            return output
+        image = output[:, part.image] if output.shape[1] == part.tokens else output
+        return torch.cat(self.communicator.all_gather(image.contiguous(), part.counts, dim=1)(), dim=1)

@@ -22,8 +22,8 @@ from clear_attn.methods import Dense, Layer, Method, ScoreBias
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models import ModelAdapter
 from clear_attn.models._diffusers import innermost_forward, is_hooked, set_innermost_forward
-from clear_attn.models.adapter import InnerHook
 from clear_attn.models.context.context import CONTEXT, RECORDER, ROLE, SCALE_MULTIPLIER, TEACHER, ClearContext, Group
+from clear_attn.models.hooked import InnerHook
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.conflicts import check_hooks
 from clear_attn.patching.plan_cache import PlanCache
@@ -120,7 +120,9 @@ class EntryHook:
         call = self.adapter.bind_call(transformer, args, kwargs)
         parsed = self.adapter.parse_call(transformer, call)
         with outside_transforms():
-            layout: Any = self.cache.layout(parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device)
+            layout: Any = self.cache.layout(
+                parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device, parsed.padding_tokens
+            )
         backend = self._select_backend(transformer, call, parsed.device)
         if self.sharder:
             settings = f"{self.method}, {self.schedule}, backend {self.backend}"
@@ -177,7 +179,7 @@ class EntryHook:
             with outside_transforms():
                 plan = self.cache.plan(method, own, self.sharder.plan if self.sharder else type(method).plan)
                 plan.prepare(backend)
-            groups.append(Group(method, plan, ScoreBias.on_plan(plan, bias, weight)))
+            groups.append(Group(method, plan, ScoreBias.on_plan(plan, bias if layer.has_text else None, weight)))
         return groups
 
     def _select_backend(self, transformer: Any, call: dict[str, Any], device: torch.device) -> str:
@@ -186,7 +188,7 @@ class EntryHook:
             return self.backend
         tensors = itertools.chain(leaves_of(call), transformer.parameters())
         needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
-        dtype, head_dim = call["hidden_states"].dtype, self.representatives[0].head_dim
+        dtype, head_dim = self.adapter.image_input(call).dtype, self.representatives[0].head_dim
         return select_backend(device, dtype, head_dim, needs_grad).backend
 
     def validate_installed(self, transformer: Any) -> None:
@@ -204,9 +206,8 @@ class EntryHook:
         for inner in self.inner_hooks(transformer):
             if not inner.installed():
                 raise RuntimeError(
-                    f"a {type(inner.module).__name__} of this {type(transformer).__name__} was replaced after "
-                    "clear_attn.linearize() (a pipeline does that to SD3.5's ControlNets); call clear_attn.linearize() "
-                    "again after the change"
+                    f"{inner.name} of this {type(transformer).__name__} was replaced after clear_attn.linearize() (a "
+                    "pipeline does that to SD3.5's ControlNets); call clear_attn.linearize() again after the change"
                 )
 
 

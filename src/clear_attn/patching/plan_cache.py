@@ -24,12 +24,19 @@ class PlanCache:
         self._layouts: OrderedDict[Any, TokenLayout] = OrderedDict()
         self._plans: weakref.WeakKeyDictionary[Any, dict[Method, Plan]] = weakref.WeakKeyDictionary()
 
-    def layout(self, grids: tuple[Grid, ...], text_tokens: int, text_first: bool, device: torch.device) -> TokenLayout:
+    def layout(
+        self,
+        grids: tuple[Grid, ...],
+        text_tokens: int,
+        text_first: bool,
+        device: torch.device,
+        padding_tokens: int = 0,
+    ) -> TokenLayout:
         """Return the layout of calls that agree in the arguments."""
-        key = grids, text_tokens, text_first, device
+        key = grids, text_tokens, text_first, device, padding_tokens
         found = self._layouts.pop(key, None)
         if found is None:
-            found = TokenLayout(grids, text_tokens, text_first=text_first, device=device)
+            found = TokenLayout(grids, text_tokens, text_first=text_first, device=device, padding_tokens=padding_tokens)
         self._layouts[key] = found
         while len(self._layouts) > LAYOUTS:
             try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -127,10 +125,10 @@ def install_hooks(transformer: Any, hook: EntryHook) -> None:
     present = [key for key, each in forward_pre_hooks(transformer).items() if isinstance(each, EntryHook)]
     # The entry hook first: it finds the others if an interrupt leaves some out.
     if present:
-        wanted = [(inner.module, inner.hook) for inner in hook.inner_hooks(transformer)]
+        wanted = hook.inner_hooks(transformer)
         for inner in forward_pre_hooks(transformer)[present[0]].inner_hooks(transformer):
-            if (inner.module, inner.hook) not in wanted:
-                remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
+            if inner not in wanted:
+                inner.remove()
         forward_pre_hooks(transformer)[present[0]] = hook
     else:
         transformer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -138,7 +136,7 @@ def install_hooks(transformer: Any, hook: EntryHook) -> None:
         transformer.register_forward_hook(ExitHook(hook.adapter), with_kwargs=True, prepend=True)
     for inner in hook.inner_hooks(transformer):
         if not inner.installed():
-            inner.module.register_forward_hook(inner.hook)
+            inner.install()
 
 
 def _remove_hooks_of_ours(transformer: Any) -> None:
@@ -148,5 +146,5 @@ def _remove_hooks_of_ours(transformer: Any) -> None:
         hook.adapter.release(transformer)
         unwrap_forward(transformer)
     for inner in hook.inner_hooks(transformer) if hook else ():
-        remove_forward_hooks(inner.module, functools.partial(operator.is_, inner.hook))
+        inner.remove()
     remove_forward_hooks(transformer, lambda each: isinstance(each, (EntryHook, ExitHook)))

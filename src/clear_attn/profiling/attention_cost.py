@@ -77,7 +77,8 @@ def cost(
     method = override_method(own_method, window, down_factor, method)
     grid, schedule = (height // pixels, width // pixels), own_schedule if schedule is None else schedule
     counted = _count(transformer, adapter, grid, text_tokens, batch, method, schedule)
-    elements = batch * (text_tokens + counted.image_tokens) * counted.heads * counted.head_dim
+    tokens = counted.text_tokens + counted.padding_tokens + counted.image_tokens
+    elements = batch * tokens * counted.heads * counted.head_dim
     models = models_of(pipe) or {"transformer": transformer}
     return dataclasses.replace(
         counted,
@@ -113,7 +114,9 @@ def _count(
         if layer.has_image
     )
     groups = tuple(LayerGroup(own, has_text, number, named) for (own, has_text, named), number in counts.items())
-    return Cost(*grid, text, batch, layers[0].heads, layers[0].head_dim, method, groups, schedule.dense_above_sigma)
+    text, padding = adapter.padded(grid, text)
+    above = schedule.dense_above_sigma
+    return Cost(*grid, text, batch, layers[0].heads, layers[0].head_dim, method, groups, above, padding_tokens=padding)
 
 
 def _count_controlnet(controlnet: Any, counted: Cost) -> tuple[int, int]:

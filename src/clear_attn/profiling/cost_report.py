@@ -14,7 +14,8 @@ from clear_attn.profiling.memory import Memory
 from clear_attn.utils.units import FLOPS, format_bytes, in_units
 
 # What `Cost.to_dict` copies: fields, and properties computed from them.
-FIELDS = ("height", "width", "text_tokens", "batch", "heads", "head_dim", "dense_above_sigma", "controlnets")
+SIZES = ("height", "width", "text_tokens", "padding_tokens", "batch", "heads", "head_dim")
+FIELDS = (*SIZES, "dense_above_sigma", "controlnets")
 TOKENS_AND_LAYERS = ("image_tokens", "pooled_tokens", "layers", "layers_without_text")
 DERIVED = (*TOKENS_AND_LAYERS, "layer_gflops", "dense_layer_gflops", "ratio", "block_list_bytes")
 
@@ -49,6 +50,7 @@ class Cost:
     Attributes:
         height, width (`int`): the grid in tokens.
         text_tokens, batch (`int`): the numbers of text tokens and of images.
+        padding_tokens (`int`): the number of learned padding tokens of the image, which count as text in all layers.
         heads, head_dim (`int`): the heads of a layer.
         method (`Method`): the method of layers that the schedule does not name.
         groups (tuple of `LayerGroup`): all attention layers.
@@ -70,6 +72,7 @@ class Cost:
     dense_above_sigma: float | None = None
     controlnets: tuple[tuple[int, int], ...] = ()
     memory: Memory | None = None
+    padding_tokens: int = 0
 
     @classmethod
     def of_layer(
@@ -103,7 +106,7 @@ class Cost:
 
     def layer_work(self, method: Method, has_text: bool = True) -> dict[str, int]:
         """Return the FLOPs of one layer with a method for one image, by kind."""
-        text = self.text_tokens if has_text else 0
+        text = self.padding_tokens + (self.text_tokens if has_text else 0)
         of_text = {"text queries, all keys": self.flops(text * (text + self.image_tokens))}
         return {**of_text, **method.flops((self.height, self.width), text, self.heads, self.head_dim)}
 
@@ -143,7 +146,7 @@ class Cost:
     @property
     def block_list_bytes(self) -> int:
         """Memory of FlexAttention's block lists, shared by all layers; it grows with the square of the tokens."""
-        keys = self.text_tokens + self.image_tokens + self.pooled_tokens
+        keys = self.text_tokens + self.padding_tokens + self.image_tokens + self.pooled_tokens
         query_blocks, key_blocks = -(-self.image_tokens // BLOCK), -(-keys // BLOCK)
         return 2 * 4 * query_blocks * (key_blocks + 1)
 
