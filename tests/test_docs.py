@@ -85,6 +85,8 @@ def test_the_reference_names_all_that_is_public():
         "FLUX.2, FLUX.2 klein": "Flux2Transformer2DModel",
         "Qwen-Image": "QwenImageTransformer2DModel",
         "Chroma": "ChromaTransformer2DModel",
+        "Krea 2": "Krea2Transformer2DModel",
+        "Z-Image": "ZImageTransformer2DModel",
         "Stable Diffusion 3, 3.5": "SD3Transformer2DModel",
         "DiT": "DiTTransformer2DModel",
     }.items(),

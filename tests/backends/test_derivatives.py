@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 import clear_attn as clear
 from clear_attn.backends.attention import pool
 from tests.helpers import reference_attention
 from tests.helpers.families import each_family
-from tests.helpers.reference_model import in_raster_order, run
+from tests.helpers.reference_model import in_raster_order, joined, run
 
 GRID, TEXT = (9, 11), 5
 PLAN = clear.methods.Clear(3).plan(clear.TokenLayout([GRID], TEXT))
@@ -93,16 +94,15 @@ def test_second_derivatives():
 def test_whole_models(family):
     transformer = family.transformer().double()
     grid = family.grid(7, 9)
-    call = {
-        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for name, x in family.call(transformer, grid).items()
-        if "mask" not in name
-    }
-    hidden_states = call.pop("hidden_states")
-    tangent = torch.randn_like(hidden_states)
+    call = tree_map(
+        lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x,
+        {name: x for name, x in family.call(transformer, grid).items() if "mask" not in name},
+    )
+    image = call.pop(family.image)
+    tangent = tree_map(torch.randn_like, image)
 
     def derivative(model):
-        return torch.func.jvp(lambda x: model(hidden_states=x, **call).sample, (hidden_states,), (tangent,))[1]
+        return torch.func.jvp(lambda x: joined(model(**{family.image: x}, **call)), (image,), (tangent,))[1]
 
     expected = derivative(in_raster_order(transformer, [grid], clear.methods.Clear(3, 2)))
     clear.linearize(transformer, 3, 2, weights=None, backend="reference")
@@ -110,7 +110,7 @@ def test_whole_models(family):
     clear.linearize(transformer, 3, 2, weights=None)
     with pytest.raises(RuntimeError, match=REFUSAL):
         derivative(transformer)
-    assert run(transformer, {"hidden_states": hidden_states, **call}).isfinite().all()
+    assert run(transformer, {family.image: image, **call}).isfinite().all()
 
 
 @pytest.mark.parametrize("factor", [2, 3, 5, 7])

@@ -1,5 +1,6 @@
 """Small random ControlNets, whose outputs are not zero."""
 
+import diffusers
 import torch
 from diffusers import FluxControlNetModel, SD3ControlNetModel
 
@@ -21,3 +22,21 @@ def flux_controlnet(**changes):
 
 def sd3_controlnet(**changes):
     return fill_zeros(SD3ControlNetModel(**{**dummy_models.SD3_CONFIG, **changes}))
+
+
+Z_IMAGE_CONTROLNET_CONFIG = {
+    "control_layers_places": (0, 1),
+    "control_refiner_layers_places": (0,),
+    "control_in_dim": 4,
+    "add_control_noise_refiner": "control_noise_refiner",
+    "dim": 32,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+}
+
+
+def z_image_controlnet():
+    """A ControlNet that has no layers for image and caption alone; a pipeline gives it those of its transformer."""
+    torch.manual_seed(5)
+    return fill_zeros(diffusers.ZImageControlNetModel(**Z_IMAGE_CONTROLNET_CONFIG))

@@ -106,6 +106,17 @@ DIT_CONFIG = {
     "num_attention_heads": 2,
     "num_embeds_ada_norm": 10,
 }
+Z_IMAGE_CONFIG = {
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 12,
+    "axes_dims": (4, 6, 6),
+    "axes_lens": (256, 64, 64),
+}
 
 
 def flux_transformer(guidance=False, **changes):
@@ -342,6 +353,30 @@ def flux3_call(transformer, grid, *references, text=7, batch=1, seed=0, controln
     if references:
         call["image_cond_ids"] = torch.cat([ids(-1 - i, *reference) for i, reference in enumerate(references)])
         call["image_cond_hidden_states"] = random(batch, len(call["image_cond_ids"]), config.cond_in_channels)
+    return call
+
+
+def z_image_transformer(**changes):
+    """A random Z-Image of one refining and two joint layers, 2 heads of 16."""
+    torch.manual_seed(1)
+    transformer = randomize(diffusers.ZImageTransformer2DModel(**{**Z_IMAGE_CONFIG, **changes}).eval())
+    with torch.no_grad():
+        transformer.all_final_layer["2-1"].linear.weight.mul_(0.2)  # so that outputs are about 1
+    return transformer
+
+
+def z_image_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False, padded=None):
+    """Keywords of a forward call with random values; `padded` tells how much shorter than `text` each caption is."""
+    random, config = _random(seed), transformer.config
+    lengths = [text - each for each in padded or [0] * batch]
+    call = {
+        "x": [random(config.in_channels, 1, 2 * grid[0], 2 * grid[1]) for _ in range(batch)],
+        "t": torch.full((batch,), 0.3),
+        "cap_feats": [random(length, config.cap_feat_dim) for length in lengths],
+    }
+    if controlnet:
+        tokens = sum(32 * -(-each // 32) for each in (grid[0] * grid[1], max(lengths)))
+        call["controlnet_block_samples"] = {layer: random(batch, tokens, config.dim) for layer in (0, 1)}
     return call
 
 

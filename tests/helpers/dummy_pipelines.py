@@ -141,3 +141,25 @@ def chroma(kind):
             transformer=dummy_models.chroma_transformer(in_channels=channels, joint_attention_dim=32),
         )
     )
+
+
+def z_image(kind="ZImagePipeline", **parts):
+    """A Z-Image pipeline of the class of this name around the small FLUX's autoencoder, to be called with captions."""
+    return _quiet(
+        getattr(diffusers, kind)(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=dummy_models.small_flux().vae,
+            text_encoder=unused_text_encoder(),
+            tokenizer=None,
+            transformer=dummy_models.z_image_transformer(),
+            **parts,
+        )
+    )
+
+
+def z_image_captions(batch=2):
+    """Keywords of a call that tell what to draw and what not, random; each caption has a length of its own."""
+    rng = torch.Generator().manual_seed(4)
+    lengths = {"prompt_embeds": (9, 40), "negative_prompt_embeds": (33, 5)}
+    captions = {name: [torch.randn(n, 12, generator=rng) for n in each[:batch]] for name, each in lengths.items()}
+    return {**captions, "guidance_scale": 3.0}

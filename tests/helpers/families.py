@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+from torch.utils._pytree import tree_leaves, tree_map
 
 from clear_attn.models._diffusers import diffusers_version
 from tests.helpers import dummy_models
@@ -31,6 +32,7 @@ class Family(NamedTuple):
         training: whether it can be distilled.
         first_version: of diffusers, the first in which the model works here.
         timestep_of_sigma_1: the timestep of a call at sigma 1; None if its timestep is not a sigma.
+        image: the keyword of the image in a call, a tensor or a list of them.
         blocks: the name of a list of its blocks.
         reference_layers: the number of its layers that attend among references alone.
     """
@@ -52,6 +54,15 @@ class Family(NamedTuple):
     first_version: tuple = (0, 36)
     blocks: str = "transformer_blocks"
     reference_layers: int = 0
+    image: str = "hidden_states"
+
+    def images(self, call):
+        """Return the tensors of the image in a call."""
+        return tree_leaves(call[self.image])
+
+    def without_tokens(self, call):
+        """Return a call with an image that has no tokens."""
+        return {**call, self.image: tree_map(lambda x: x[:, :0], call[self.image])}
 
     def grid(self, height, width):
         """Return a grid of this size, or the square one of this height if images must be square."""
@@ -145,6 +156,19 @@ FLUX3 = Family(
     blocks="single_transformer_blocks",
     first_version=(0, 42),
 )
+Z_IMAGE = Family(
+    dummy_models.z_image_transformer,
+    [{}, {"n_refiner_layers": 2}],
+    dummy_models.z_image_call,
+    layers=3,
+    residuals=True,
+    fused=False,
+    training=True,
+    timestep_of_sigma_1=None,
+    first_version=(0, 42),
+    image="x",
+    blocks="layers",
+)
 ALL = {
     "flux": FLUX,
     "sd3": SD3,
@@ -154,6 +178,7 @@ ALL = {
     "dit": DIT,
     "krea2": KREA2,
     "flux3": FLUX3,
+    "z_image": Z_IMAGE,
 }
 FAMILIES = {name: family for name, family in ALL.items() if family.first_version <= diffusers_version()}
 # Text first and text last, reference images, two-dimensional latents: enough if the model makes no difference.

@@ -17,6 +17,7 @@ needs_modular_pipelines = pytest.mark.skipif(
     diffusers_version() < FIRST_VERSION, reason="diffusers has no such modular pipelines"
 )
 PROMPT = {"prompt": "a red circle", "height": rows.HEIGHT, "width": rows.WIDTH, "max_sequence_length": 20}
+ROUND = {"height": 80, "width": 96}  # Z-Image's blocks take multiples of 16 pixels
 KONTEXT_REFERENCE = 48, 64  # in multiples of 16 pixels, which the blocks round to
 FLUX3_REFERENCES = (48, 64), (64, 64)  # in multiples of 16 pixels, to which the blocks crop
 FLUX2_TEXT = "prompt_embeds", "negative_prompt_embeds"
@@ -141,6 +142,13 @@ MODULAR = {
             "width": 16 * rows.GRID[1],
             **_of(dummy_pipelines.krea2_text(), QWEN_TEXT),
         },
+        encodes_text=False,
+    ),
+    "Z-Image": Modular(
+        "ZImageModularPipeline",
+        dummy_pipelines.z_image,
+        lambda: {**ROUND, **_of(dummy_pipelines.z_image_captions(batch=1), FLUX2_TEXT)},
+        ((ROUND["height"] // rows.TOKEN, ROUND["width"] // rows.TOKEN),),
         encodes_text=False,
     ),
     "Stable Diffusion 3": Modular(

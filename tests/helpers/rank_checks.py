@@ -83,6 +83,9 @@ def equal_in_all_families():
     if families.FLUX3 in families.FAMILIES.values():
         check_equal(families.FLUX3, [(height, 7)], 6, 2, batch=2)
         check_equal(families.FLUX3, [(height, 7), (9, 5), (2, 3)], 6, 2)  # ranks without tokens of a reference
+    if families.Z_IMAGE in families.FAMILIES.values():
+        check_equal(families.Z_IMAGE, [(height, 7)], 6, 2, batch=2, controlnet=True)
+        check_equal(families.Z_IMAGE, [(height + 9, 8)], 3, 1, batch=2, text=40, padded=(0, 35))
 
 
 def equal_with_flex():

@@ -28,7 +28,17 @@ def attention_of(processor):
     return SD3_ATTENTION
 
 
+def roll_mask(mask, shift):
+    """Return a mask `[batch, 1, queries or 1, keys]` in the order of tokens that are rolled."""
+    if mask is None:
+        return None
+    mask = mask.roll(shift, -1)
+    return mask.roll(shift, -2) if mask.shape[-2] > 1 else mask
+
+
 class RasterProcessor(torch.nn.Module):
+    in_use = True  # false while a module that shares layers runs
+
     def __init__(self, original, grids, config, weight, text_first, unit=None):
         super().__init__()
         self.original, self.rule, self.text_first = original, (grids, config, weight), text_first
@@ -50,11 +60,14 @@ class RasterProcessor(torch.nn.Module):
         # The reference has text first.
         shift = 0 if self.text_first else text
         qkv = (x.to(torch.promote_types(x.dtype, torch.float32)).roll(shift, 2) for x in qkv)
-        output, _ = reference_attention.attention(*qkv, grids, text, *rule, bias=attn_mask, unit=self.unit)
+        bias = roll_mask(attn_mask, shift)
+        output, _ = reference_attention.attention(*qkv, grids, text, *rule, bias=bias, unit=self.unit)
         output = output.roll(-shift, 2).to(query.dtype)
         return output if self.heads_first else output.transpose(1, 2)
 
     def __call__(self, *args, **kwargs):
+        if not RasterProcessor.in_use:
+            return self.original(*args, **kwargs)
         with mock.patch(self.called, self.attend):
             return self.original(*args, **kwargs)
 
@@ -68,6 +81,16 @@ def put_in_raster_order(transformer, grids, config, weight=None):
         first, last = adapter.images_of(transformer, name)
         rule = grids[first:last], config, weight
         layer.set_processor(RasterProcessor(layer.processor, *rule, adapter.text_first, unit=grids[0]))
+
+
+def keep_dense(module):
+    """Make a module that shares layers with a transformer compute their original attention."""
+
+    def use(in_use):
+        RasterProcessor.in_use = in_use
+
+    module.register_forward_pre_hook(lambda *_: use(False))
+    module.register_forward_hook(lambda *_: use(True), always_call=True)
 
 
 def in_raster_order(transformer, grids, config):
@@ -100,7 +123,7 @@ class RuledProcessor(RasterProcessor):
         text = qkv[0].shape[2] - grid[0] * grid[1]
         shift = 0 if self.text_first else text
         query, key, value = (x.roll(shift, 2) for x in qkv)
-        of_text, of_image = biases(attn_mask, text)
+        of_text, of_image = biases(roll_mask(attn_mask, shift), text)
         output = torch.cat(
             [
                 softmax(query[:, :, :text], key, value, bias=of_text).nan_to_num(),  # padding queries have no keys
@@ -123,11 +146,16 @@ def put_rule(transformer, grid, linearized, rule_of=None):
     return transformer
 
 
+def joined(output):
+    """The only tensor of an output, or all in one."""
+    parts = tree_leaves(output if isinstance(output, tuple | list) else output.sample)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def run(model, call):
     """Return the output of a transformer, or all outputs of a ControlNet in one tensor."""
     with torch.no_grad():
-        parts = tree_leaves(model(**call, return_dict=False))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return joined(model(**call, return_dict=False))
 
 
 def check_pipeline(pipe, grids, draw):

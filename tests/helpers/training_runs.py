@@ -11,6 +11,7 @@ from clear_attn import demo
 from clear_attn.demo.scenes import draw, training_scenes
 from clear_attn.distill import Settings
 from clear_attn.distill.step import Batch
+from clear_attn.models import training_adapter_for
 from clear_attn.weights.sources import WEIGHTS_FILE
 
 
@@ -53,13 +54,18 @@ def weights_of(settings):
     return load_file(Path(settings.output_dir) / WEIGHTS_FILE)
 
 
+def text_dim_of(config):
+    """The channels of text before a model's own projection."""
+    return next(config[name] for name in ("joint_attention_dim", "cap_feat_dim") if name in config)
+
+
 def training_batch(transformer, grid, batch=2, seed=3):
     """Return random latents of a grid of tokens, and random texts; the last has two tokens of padding."""
     rng = torch.Generator().manual_seed(seed)
-    config, packed = transformer.config, "SD3" not in type(transformer).__name__
+    config, packed = transformer.config, training_adapter_for(transformer).pack(torch.zeros(1, 1, 2, 2)).ndim == 3
     channels = config.in_channels // (4 if packed else 1)
     krea2 = "num_text_layers" in config
-    shape = (config.num_text_layers, config.text_hidden_dim) if krea2 else (config.joint_attention_dim,)
+    shape = (config.num_text_layers, config.text_hidden_dim) if krea2 else (text_dim_of(config),)
     text = {"text": torch.randn(batch, 5, *shape, generator=rng)}
     if "pooled_projection_dim" in config:
         text["pooled"] = torch.randn(batch, config.pooled_projection_dim, generator=rng)

@@ -92,7 +92,7 @@ def quantized(quantize: Operation) -> Refusal:
 
 # These pipelines do not set a cache context for their calls.
 CACHELESS = "image-to-image", "inpaint", "Fill", "Control", "ControlNet", "two ControlNets", "Kontext"
-NO_ENABLE_CACHE = dict.fromkeys(("SD3", "Krea 2", "FLUX.3"), "has no attribute 'enable_cache'")
+NO_ENABLE_CACHE = dict.fromkeys(("SD3", "Krea 2", "FLUX.3", "Z-Image"), "has no attribute 'enable_cache'")
 NO_CACHE = {
     **NO_ENABLE_CACHE,
     **{f"FLUX {kind}": "No cache context is set" for kind in CACHELESS},
@@ -121,6 +121,7 @@ COLUMNS = {
     "`fuse_qkv_projections`": Column(
         fuse_projections,
         same=nothing,
+        not_in_diffusers={"Z-Image": "has no attribute 'fuse_qkv_projections'"},
         refusals={
             ("SD3", AFTER): Refusal(
                 r"was replaced by a FusedJointAttnProcessor2_0 .* call clear_attn\.linearize\(\) again",
@@ -161,6 +162,7 @@ COLUMNS = {
         not_in_diffusers={
             "SD3 ControlNet": "has no attribute 'context_pre_only'",
             "FLUX.3": "not in allowed classes",  # cache-dit's own
+            "Z-Image ControlNet": "unexpected keyword argument 'joint_attention_kwargs'",
         },
     ),
     "TaylorSeer": Column(taylor_seer, changes=True, call=STEPS, not_in_diffusers=NO_CACHE),

@@ -39,7 +39,16 @@ def nothing(pipe: Any, cell: Cell) -> None:
 
 # LoRA
 
-ADAPTED = "attn.to_q", "attn.to_v", "attn.to_out.0", "ff.net.2", "proj_mlp", "to_qkv_mlp_proj", "img_mlp.net.2"
+ADAPTED = (
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "ff.net.2",
+    "proj_mlp",
+    "to_qkv_mlp_proj",
+    "img_mlp.net.2",
+    "attention.to_q",
+)
 
 
 def lora(seed: int, name: str, adapter_scale: float | None = None) -> Operation:
@@ -168,6 +177,10 @@ def taylor_seer(pipe: Any, cell: Cell) -> None:
 # Quantization
 
 
+def _is_in_a_block(name: str) -> bool:
+    return "blocks" in name or "layers." in name
+
+
 def int8(pipe: Any, cell: Cell) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
@@ -177,7 +190,7 @@ def nf4(pipe: Any, cell: Cell) -> None:
     """Install layers of bitsandbytes by hand: diffusers does it only on GPUs."""
     bnb = pytest.importorskip("bitsandbytes")
     for name, module in list(pipe.transformer.named_modules()):
-        if type(module) is nn.Linear and "blocks" in name:
+        if type(module) is nn.Linear and _is_in_a_block(name):
             layer = bnb.nn.Linear4bit(
                 module.in_features, module.out_features, module.bias is not None, torch.float32, quant_type="nf4"
             )
@@ -197,7 +210,7 @@ def gguf_file(pipe: Any, cell: Cell) -> None:
     ):  # without adapters, which are in other files
         value = values[name]
         module = transformer.get_submodule(name.rpartition(".")[0])
-        fits = "blocks" in name and type(module) is nn.Linear and value.ndim == 2 and value.shape[1] % 32 == 0
+        fits = _is_in_a_block(name) and type(module) is nn.Linear and value.ndim == 2 and value.shape[1] % 32 == 0
         kind = gguf.GGMLQuantizationType.Q8_0 if fits else gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(value.float().numpy(), kind), raw_dtype=kind)
     for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):

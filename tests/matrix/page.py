@@ -29,8 +29,8 @@ installed by hand, because diffusers loads them on GPUs only. A GGUF file takes 
 quantized models, below). Offloading goes from the CPU to the CPU.
 
 Refused everywhere: perturbed attention guidance (its pipelines, and hooks that skip attention inside a layer), smoothed
-energy guidance, attention masks other than those for the padding of Qwen-Image's, Chroma's and Krea 2's text,
-diffusers' context parallelism, and SD3's IP-Adapter.
+energy guidance, attention masks other than those for the padding of Qwen-Image's, Chroma's, Krea 2's and
+Z-Image's text, diffusers' context parallelism, and SD3's IP-Adapter.
 """
 
 

@@ -16,10 +16,11 @@ from diffusers import FluxControlNetModel, FluxMultiControlNetModel, ReduxImageE
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from tests.helpers import dummy_models, dummy_pipelines
-from tests.helpers.dummy_controlnets import fill_zeros, sd3_controlnet
+from tests.helpers.dummy_controlnets import fill_zeros, sd3_controlnet, z_image_controlnet
 from tests.helpers.flux3_loop import Flux3Loop
 
 HEIGHT, WIDTH, TOKEN = 72, 96, 8  # pixels; the small autoencoder's tokens have a side of 8
@@ -185,7 +186,7 @@ def controlled(pipe: Any) -> dict[str, Any]:
 def _embedded(pipe: Any, text: dict[str, Any], token: int, **others: Any) -> dict[str, Any]:
     """Return arguments for a pipeline without a text encoder, with tokens of `token` pixels a side."""
     dtype = pipe.transformer.dtype
-    text = {name: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for name, x in text.items()}
+    text = tree_map(lambda x: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x, text)
     return {"prompt": None, "height": GRID[0] * token, "width": GRID[1] * token, **text, **others}
 
 
@@ -202,6 +203,11 @@ def flux3() -> Any:
 
 def _flux3_call(pipe: Any, *grids: tuple[int, int]) -> dict[str, Any]:
     return _embedded(pipe, dummy_pipelines.flux3_text(), 4, grids=grids)
+
+
+def _z_image_call(pipe: Any, **others: Any) -> dict[str, Any]:
+    batch = 1 if "image" in others else 2
+    return _embedded(pipe, dummy_pipelines.z_image_captions(batch), TOKEN, **others)
 
 
 def _small_references() -> AbstractContextManager[Any]:
@@ -307,6 +313,22 @@ ROWS = {
         dummy_pipelines.krea2,
         lambda pipe: _embedded(pipe, dummy_pipelines.krea2_text(batch=2), 16),
         keywords="attention_kwargs",
+    ),
+    "Z-Image text-to-image": Row("Z-Image", dummy_pipelines.z_image, _z_image_call),
+    "Z-Image image-to-image": Row(
+        "Z-Image",
+        lambda: dummy_pipelines.z_image("ZImageImg2ImgPipeline"),
+        lambda pipe: _z_image_call(pipe, image=random_image(), strength=0.9),
+    ),
+    "Z-Image inpaint": Row(
+        "Z-Image",
+        lambda: dummy_pipelines.z_image("ZImageInpaintPipeline"),
+        lambda pipe: _z_image_call(pipe, image=random_image(), mask_image=_mask(), strength=0.9),
+    ),
+    "Z-Image ControlNet": Row(
+        "Z-Image",
+        lambda: dummy_pipelines.z_image("ZImageControlNetPipeline", controlnet=z_image_controlnet()),
+        lambda pipe: {**_z_image_call(pipe), **controlled(pipe)},
     ),
     "Chroma text-to-image": Row(
         "Chroma",

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import clear_attn as clear
 from clear_attn.weights.parameters import POOLED, copy_values
-from tests.helpers.reference_model import put_in_raster_order
+from tests.helpers.reference_model import keep_dense, put_in_raster_order
 from tests.helpers.snapshots import checkpoint_for, layers_of, snapshot
 from tests.matrix.columns import BEFORE, COLUMNS
 from tests.matrix.operations import Cell, nothing
@@ -60,6 +60,8 @@ def draw_reference(cell, column, operation, call):
     if column.trained:
         copy_values(distilled(transformer)[0], layers_of(transformer))
     pipe = operation(pipe, cell) or pipe
+    if getattr(pipe, "controlnet", None) is not None:  # Z-Image's has layers of its transformer, and is dense
+        keep_dense(pipe.controlnet)
     weight = pooled_weight() if column.trained else None
     put_in_raster_order(pipe.transformer, cell.row.grids, clear.methods.Clear(WINDOW, FACTOR), weight)
     return cell.row.draw(pipe, **call)

@@ -17,7 +17,7 @@ from clear_attn.distill.student import add_student, student_values
 from clear_attn.patching.saving import save_values
 from tests.helpers import dummy_models
 from tests.helpers.families import each_family
-from tests.helpers.reference_model import put_rule, run
+from tests.helpers.reference_model import joined, put_rule, run
 from tests.helpers.snapshots import assert_same, layers_of, snapshot, train
 
 GRID = (9, 13)
@@ -79,7 +79,7 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
     own = [parameter for processor in own_processors(ours) for parameter in processor.parameters()]
 
     def gradients(models):
-        loss = sum(model(**call).sample.square().mean() for model, call in zip(models, calls, strict=True))
+        loss = sum(joined(model(**call)).square().mean() for model, call in zip(models, calls, strict=True))
         each = [dict(model.named_parameters()) for model in dict.fromkeys(models)]
         found = torch.autograd.grad(loss, [p[n] for p in each for n in names] + own, allow_unused=True)
         found = [0 if x is None else x for x in found]
@@ -322,7 +322,7 @@ def test_student(family, method, tmp_path):
     call = family.call(transformer, GRID)
     if not method.supports_bias and "attention_mask" in call:
         call["attention_mask"] = None
-    output = transformer(**call).sample
+    output = joined(transformer(**call))
     gradients = torch.autograd.grad(output.square().mean(), parameters)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     save_values(transformer, method, student_values(transformer), tmp_path)

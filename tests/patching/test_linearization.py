@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save, save_file
+from torch.utils._pytree import tree_map
 
 import clear_attn as clear
 from clear_attn.patching import state
 from tests.helpers.families import each_family
+from tests.helpers.reference_model import joined
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 
 
@@ -99,13 +101,13 @@ def test_processors_take_dtype_and_attention_backend(transformer):
 @each_family()
 def test_in_bfloat16(family, transformer):
     transformer.to(torch.bfloat16)
-    call = {
-        name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
-        for name, value in family.call(transformer, (11, 20)).items()
-    }
-    expected = transformer(**call).sample
+    call = tree_map(
+        lambda x: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x,
+        family.call(transformer, (11, 20)),
+    )
+    expected = joined(transformer(**call))
     clear.linearize(transformer, 40, weights=None)
-    output = transformer(**call).sample
+    output = joined(transformer(**call))
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, expected, atol=0.05, rtol=0)
 
@@ -440,16 +442,16 @@ class TestLora:
 
     def test_is_kept(self, family, transformer, checkpoint):
         call = family.call(transformer, (5, 7))
-        before = transformer(**call).sample
+        before = joined(transformer(**call))
         clear.linearize(transformer, 30, weights=None)
-        torch.testing.assert_close(transformer(**call).sample, before, atol=1e-5, rtol=0)
+        torch.testing.assert_close(joined(transformer(**call)), before, atol=1e-5, rtol=0)
         clear.linearize(transformer, 30, weights=checkpoint)
-        with_lora = transformer(**call).sample
+        with_lora = joined(transformer(**call))
         transformer.disable_lora()
-        assert not torch.allclose(transformer(**call).sample, with_lora, atol=1e-3)
+        assert not torch.allclose(joined(transformer(**call)), with_lora, atol=1e-3)
         transformer.enable_lora()
         clear.restore(transformer)
-        assert torch.equal(transformer(**call).sample, before)
+        assert torch.equal(joined(transformer(**call)), before)
 
     def test_fused_inside_a_block_is_not_overwritten(self, transformer, checkpoint):
         clear.linearize(transformer, 4, weights=checkpoint)
@@ -522,11 +524,11 @@ def test_parameters_made_in_other_modes_are_normal(transformer):
 def test_other_hooks_get_raster_order(family, transformer):
     call, seen = family.call(transformer, (5, 7)), []
     transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        lambda _, args, kwargs: seen.append(joined([kwargs[family.image]])), with_kwargs=True
     )
-    transformer.register_forward_hook(lambda _, args, output: seen.append(output.sample))
+    transformer.register_forward_hook(lambda _, args, output: seen.append(joined(output)))
     clear.linearize(transformer, 3, weights=None)
-    transformer.register_forward_hook(lambda _, args, output: seen.append(output.sample))
-    output = transformer(**call).sample
-    expected = [call["hidden_states"], output, output]
+    transformer.register_forward_hook(lambda _, args, output: seen.append(joined(output)))
+    output = joined(transformer(**call))
+    expected = [joined([call[family.image]]), output, output]
     assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))

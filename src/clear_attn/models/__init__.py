@@ -16,6 +16,7 @@ from clear_attn.models.krea2 import Krea2
 from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3
 from clear_attn.models.training import TrainingAdapter
+from clear_attn.models.z_image import ZImage
 
 ADAPTERS: list[ModelAdapter] = [
     Flux(),
@@ -26,6 +27,7 @@ ADAPTERS: list[ModelAdapter] = [
     DiT(),
     Krea2(),
     Flux3(),
+    ZImage(),
     FluxControlNet(),
     QwenControlNet(),
     SD3ControlNet(),

@@ -149,6 +149,12 @@ def reset_interrupt(pipe: Any) -> None:
     pipe._interrupt = False
 
 
+def name_of_sequence_method(model: Any) -> str:
+    """Return the method that makes the sequences of Z-Image, which 0.36 does not have (diffusers 0.36 to 0.42)."""
+    _private(model, "_prepare_sequence")
+    return "_prepare_sequence"
+
+
 def checkpointing_function(model: Any) -> Any:
     """Return the function with which a model checkpoints its blocks, None if disabled (diffusers 0.36 to 0.42)."""
     return getattr(model, "_gradient_checkpointing_func", None) if model.gradient_checkpointing else None

@@ -9,7 +9,7 @@ from typing import Any
 from clear_attn.core.coordinates import Grid
 from clear_attn.methods import Clear, Method
 from clear_attn.methods.schedule import Schedule
-from clear_attn.models import ModelAdapter
+from clear_attn.models import ModelAdapter, adapter_for
 from clear_attn.models.pipeline_defaults import longest_text, pixels_per_token
 from clear_attn.patching.description import controlnets_of
 from clear_attn.patching.resolve import override_method
@@ -23,6 +23,7 @@ from clear_attn.profiling.memory import (
     tiled_decode_bytes,
     weight_bytes,
 )
+from clear_attn.utils._torch import unwrap_compiled
 from clear_attn.utils.image_sizes import round_down
 from clear_attn.utils.validation import check_whole_number
 from clear_attn.weights.metadata import metadata_of, read_method, read_schedule
@@ -49,8 +50,8 @@ def cost(
         method (`Method`, *optional*): defaults to that of a linearized pipeline, else CLEAR.
         schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.
         text_tokens (`int`, *optional*): length of the text sequence. Defaults to that of the model's pipelines: 512
-            for FLUX, Chroma, Krea 2 and Qwen-Image (its maximum), 333 for SD3, 80 for FLUX.3; or what the tokenizer
-            takes if less.
+            for FLUX, Chroma, Krea 2, and Qwen-Image and Z-Image (their maximum), 333 for SD3, 80 for FLUX.3; or what
+            the tokenizer takes if less.
         batch (`int`, defaults to 1): images in one forward pass.
 
     Returns:
@@ -77,12 +78,15 @@ def cost(
     method = override_method(own_method, window, down_factor, method)
     grid, schedule = (height // pixels, width // pixels), own_schedule if schedule is None else schedule
     counted = _count(transformer, adapter, grid, text_tokens, batch, method, schedule)
+    controlnets = controlnets_of(pipe)
+    known = [net for net in controlnets if adapter_for(unwrap_compiled(net))]
     tokens = counted.text_tokens + counted.padding_tokens + counted.image_tokens
     elements = batch * tokens * counted.heads * counted.head_dim
     models = models_of(pipe) or {"transformer": transformer}
     return dataclasses.replace(
         counted,
-        controlnets=tuple(_count_controlnet(net, counted) for net in controlnets_of(pipe)),
+        controlnets=tuple(_count_controlnet(net, counted) for net in known),
+        uncounted_controlnets=len(controlnets) - len(known),
         memory=Memory(
             {name: weight_bytes(model) for name, model in models.items()},
             activation_bytes(transformer, elements, adapter.activation_factor),

@@ -15,7 +15,7 @@ from clear_attn.utils.units import FLOPS, format_bytes, in_units
 
 # What `Cost.to_dict` copies: fields, and properties computed from them.
 SIZES = ("height", "width", "text_tokens", "padding_tokens", "batch", "heads", "head_dim")
-FIELDS = (*SIZES, "dense_above_sigma", "controlnets")
+FIELDS = (*SIZES, "dense_above_sigma", "controlnets", "uncounted_controlnets")
 TOKENS_AND_LAYERS = ("image_tokens", "pooled_tokens", "layers", "layers_without_text")
 DERIVED = (*TOKENS_AND_LAYERS, "layer_gflops", "dense_layer_gflops", "ratio", "block_list_bytes")
 
@@ -50,6 +50,7 @@ class Cost:
     Attributes:
         height, width (`int`): the grid in tokens.
         text_tokens, batch (`int`): the numbers of text tokens and of images.
+        uncounted_controlnets (`int`): the number of ControlNets that are not supported and always dense, as Z-Image's.
         padding_tokens (`int`): the number of learned padding tokens of the image, which count as text in all layers.
         heads, head_dim (`int`): the heads of a layer.
         method (`Method`): the method of layers that the schedule does not name.
@@ -73,6 +74,7 @@ class Cost:
     controlnets: tuple[tuple[int, int], ...] = ()
     memory: Memory | None = None
     padding_tokens: int = 0
+    uncounted_controlnets: int = 0
 
     @classmethod
     def of_layer(
@@ -215,6 +217,8 @@ class Cost:
                 "Linearize a dense ControlNet with linearize(pipe.controlnet, ..., weights=None), several with a call "
                 "for each of pipe.controlnet.nets."
             )
+        if self.uncounted_controlnets:
+            remarks.append(f"Not counted: {self.uncounted_controlnets} ControlNets, which stay dense.")
         if self.layers_without_text:
             remarks.append(f"{self.layers_without_text} of the layers do not attend to text.")
         if self.memory:
