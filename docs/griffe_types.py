@@ -1,39 +1,56 @@
-"""An extension of griffe for types in the style of diffusers: `name (`int`, *optional*, defaults to 1): ...`.
+"""An extension of griffe for docstrings in the style of diffusers: `name (`int`, *optional*, defaults to 1): ...`.
 
-mkdocstrings would print that text as the type. With this extension the type is the annotation in the signature, with
-links, and what else the parentheses say begins the description.
+griffe would print that text as the type, and reads one name per line. With this extension the type is the annotation in
+the signature, with links, and a line with several names becomes one line for each.
 """
 
 import re
+from collections.abc import Container
 from typing import Any
 
 import griffe
 
-ARGUMENT = re.compile(r"^(?P<name> {4}\w[\w, ]*) \((?P<type>[^)\n]*(?:\n[^)\n]*)?)\):", re.MULTILINE)
+# A line of a section and what is indented under it.
+ENTRY = re.compile(
+    r"^ {4}(?P<names>[\w*][\w*., ]*?)(?: \((?P<type>(?:[^()]|\(\))*)\))?:(?P<text>.*(?:\n {5}.*)*)", re.MULTILINE
+)
+# What a section says of no name: `And the errors of ...`.
+SENTENCE = re.compile(r"^ {4}(?P<text>And .*(?:\n {5}.*)*)\n?", re.MULTILINE)
+# A default that the signature does not show, for it is no literal.
+DEFAULT = re.compile(r"defaults to (?!`|\d|none$)(?P<words>.*)", re.DOTALL)
 
 
-def move_note(match: re.Match[str]) -> str:
-    """Return an argument's line without its type."""
-    _, _, note = match["type"].partition(", ")
-    return f"{match['name']}: ({note})" if note else f"{match['name']}:"
+def split_names(section: str, untyped: Container[str] = ()) -> str:
+    """Return a section with a line for each name, and types only for the names without annotation."""
+
+    def lines(entry: re.Match[str]) -> str:
+        kind = entry["type"] or ""
+        default = DEFAULT.search(kind)
+        text = f"{entry['text']} Defaults to {default['words']}." if default else entry["text"]
+        plain = f" ({kind.replace('`', '').partition(',')[0]})" if kind else ""
+        return "\n".join(f"    {name}{plain if name in untyped else ''}:{text}" for name in entry["names"].split(", "))
+
+    return ENTRY.sub(lines, section)
 
 
-class DiffusersTypes(griffe.Extension):
-    """Remove types from the arguments in docstrings of functions and classes, and from annotated attributes."""
+def rewrite(section: str, obj: griffe.Object) -> str:
+    """Return a section of a docstring as griffe reads it."""
+    match section.partition(":\n")[0]:
+        case "Args":
+            return split_names(section)
+        case "Raises":
+            sentences = [found["text"] for found in SENTENCE.finditer(section)]
+            return "\n".join([split_names(SENTENCE.sub("", section)), *sentences, ""])
+        case "Attributes":
+            names = re.findall(r"\w+", section)
+            return split_names(section, untyped={name for name in names if name not in obj.members})
+    return section
+
+
+class DiffusersDocstrings(griffe.Extension):
+    """Rewrite the docstrings of functions and classes."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        if not obj.docstring or not (obj.is_function or obj.is_class):
-            return
-
-        def without_type(match: re.Match[str]) -> str:
-            names = match["name"].strip().split(", ")
-            return move_note(match) if all(name in obj.members for name in names) else match[0]
-
-        replacements = {"Args:": move_note, "Attributes:": without_type}
-        sections = re.split(r"(?m)^(?=\w+:$)", obj.docstring.value)
-        obj.docstring.value = "".join(
-            ARGUMENT.sub(replacements[name], section)
-            if (name := section.partition("\n")[0]) in replacements
-            else section
-            for section in sections
-        )
+        if obj.docstring and (obj.is_function or obj.is_class):
+            sections = re.split(r"(?m)^(?=\w+:$)", obj.docstring.value)
+            obj.docstring.value = "".join(rewrite(section, obj) for section in sections)

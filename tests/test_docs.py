@@ -5,9 +5,11 @@ import doctest
 import importlib
 import inspect
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
+import griffe
 import pytest
 import torch
 import yaml
@@ -116,3 +118,42 @@ def test_citation():
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])
+
+
+def test_the_reference_reads_types():
+    """From annotations: not a type's markup in a docstring."""
+    extensions = griffe.load_extensions(str(ROOT / "docs" / "griffe_types.py"))
+    package = griffe.load("clear_attn", search_paths=[SOURCE], extensions=extensions, docstring_parser="google")
+
+    def elements(thing):
+        for section in thing.docstring.parsed if thing.docstring else ():
+            yield from section.value if isinstance(section.value, list) else ()
+        for member in thing.members.values():
+            if not member.is_alias:
+                yield from elements(member)
+
+    types = [str(element.annotation) for element in elements(package) if hasattr(element, "annotation")]
+    assert len(types) > 200
+    assert [kind for kind in types if "`" in kind or "optional" in kind] == []
+
+
+def test_public_docstrings_have_examples():
+    """And in a section that the reference shows as code."""
+    missing = [name for name in clear.__all__ if ">>> " not in (inspect.getdoc(getattr(clear, name)) or "")]
+    assert missing == []
+    assert [file for file in SOURCE.rglob("*.py") if re.search(r"^ *Example:$", file.read_text(), re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("https://user:token@example.com/owner/repo.git", "https://example.com/owner/repo"),
+        ("git@example.com:owner/repo.git", "https://example.com/owner/repo"),
+        ("ssh://git@example.com/owner/repo", "https://example.com/owner/repo"),
+        ("../repo", None),
+        ("", None),
+    ],
+)
+def test_the_sites_link_to_the_repository(remote, address):
+    hooks = runpy.run_path(str(ROOT / "docs" / "site_hooks.py"))
+    assert hooks["web_address"](remote) == address

@@ -88,7 +88,7 @@ def clear_attention(
             `"reference"`.
         RuntimeError: the backend cannot run on this device, dtype or head_dim.
 
-    Example:
+    Examples:
         >>> from clear_attn import TokenLayout, methods
         >>> plan = methods.Clear(window=4).plan(TokenLayout([(16, 24)], text_tokens=7))
         >>> query, key, value = torch.randn(3, 1, 2, 391, 16).unbind()

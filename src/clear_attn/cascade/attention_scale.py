@@ -35,7 +35,7 @@ def proportional_attention(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTr
         RuntimeError: attention processors are of another library, or of a method without scores; dense layers are not
             of FLUX.1 or SD3; during a call, also if processors were replaced inside the block.
 
-    Example:
+    Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
         >>> pipe = clear.linearize(demo.pipeline(), window=4, weights=None)

@@ -82,7 +82,7 @@ def highres(
             FloatingPointError for latents or pixels with NaN or infinity.
         And the errors of `linearize`.
 
-    Example:
+    Examples:
         >>> from clear_attn import demo
         >>> result = highres(
         ...     demo.pipeline(),

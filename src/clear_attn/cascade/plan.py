@@ -89,7 +89,8 @@ class HighresPlan:
     """All settings of an image by `highres`. With the same software and device they give the same image.
 
     Attributes:
-        prompt (`str`), height, width (`int`): the prompt and the size of the final image in pixels.
+        prompt (`str`): the prompt.
+        height, width (`int`): the size of the final image in pixels.
         base (`Base`, *optional*): settings of the base image, with size, steps and guidance resolved; None if an image
             was given.
         stages (tuple of `Stage`): settings of each stage, with size and NTK factor resolved.
@@ -101,7 +102,7 @@ class HighresPlan:
             and config; `adapters`, the names of active LoRAs.
         made_with: versions of clear_attn, diffusers and torch.
 
-    Example:
+    Examples:
         >>> plan = HighresPlan("a lighthouse", 2048, 2048, Base(), (Stage(),), 0, 8, 4, None)
         >>> HighresPlan.from_json(plan.to_json()) == plan
         True

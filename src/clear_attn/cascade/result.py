@@ -25,6 +25,13 @@ class HighresResult:
     Attributes:
         images: RGB images: the first one, drawn or given, and that of each finished stage.
         plan (`HighresPlan`): what they were drawn from.
+
+    Examples:
+        >>> import clear_attn as clear
+        >>> plan = HighresPlan("a lighthouse", 2048, 2048, clear.Base(), (clear.Stage(),), 0, 8, 4, None)
+        >>> result = HighresResult([Image.new("RGB", (1024, 1024))], plan)
+        >>> result.finished, result.image.size
+        (False, (1024, 1024))
     """
 
     images: list[Image.Image]
@@ -154,6 +161,18 @@ class HighresInterrupted(KeyboardInterrupt):
 
     Attributes:
         result (`HighresResult`): the images that were finished.
+
+    Examples:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> def press(number, image, plan):
+        ...     raise KeyboardInterrupt
+        >>> size, base = {"height": 128, "width": 128}, clear.Base(height=64, width=64, steps=1)
+        >>> try:
+        ...     clear.highres(demo.pipeline(), "a cross", **size, base=base, weights=None, callback_on_stage_end=press)
+        ... except clear.HighresInterrupted as interrupted:
+        ...     [image.size for image in interrupted.result.images]
+        [(64, 64)]
     """
 
     def __init__(self, result: HighresResult) -> None:
@@ -166,6 +185,18 @@ class HighresError(RuntimeError):
 
     Attributes:
         result (`HighresResult`): the images that were finished.
+
+    Examples:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> def fail(number, image, plan):
+        ...     raise OSError("no space left")
+        >>> size, base = {"height": 128, "width": 128}, clear.Base(height=64, width=64, steps=1)
+        >>> try:
+        ...     clear.highres(demo.pipeline(), "a cross", **size, base=base, weights=None, callback_on_stage_end=fail)
+        ... except clear.HighresError as error:
+        ...     print(error)
+        OSError: no space left; 1 of 2 images are finished, in this error's result
     """
 
     def __init__(self, result: HighresResult, cause: Exception) -> None:

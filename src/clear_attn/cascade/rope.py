@@ -28,7 +28,7 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
         TypeError: the pipeline is not supported.
         ValueError: the factor is not a finite number above 0; the model has no rotary embedding.
 
-    Example:
+    Examples:
         >>> from clear_attn import demo
         >>> pipe = demo.pipeline()
         >>> with ntk_scaling(pipe, 10):

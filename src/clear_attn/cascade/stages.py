@@ -44,13 +44,13 @@ class Base(_Sized):
         height, width (`int`, *optional*): pixels. By default the longer side is the model's native one (1024 for
             FLUX.1) and the aspect ratio is that of the final image, as in CLEAR's published run: 512 x 1024 for
             2048 x 4096.
-        steps (`int`, *optional*), guidance (`float`, *optional*): number of steps and guidance scale; default to those
-            of the pipeline.
+        steps (`int`, *optional*): number of steps; by default the pipeline's.
+        guidance (`float`, *optional*): guidance scale; by default the pipeline's.
 
     Raises:
         TypeError, ValueError: a value has the wrong type or is out of range.
 
-    Example:
+    Examples:
         >>> Base(height=512, width=1024, steps=28).size
         (512, 1024)
     """
@@ -94,7 +94,7 @@ class Stage(_Sized):
     Raises:
         TypeError, ValueError: a value has the wrong type or is out of range.
 
-    Example:
+    Examples:
         >>> Stage(strength=0.4, low_resolution_guidance=2).steps
         20
     """

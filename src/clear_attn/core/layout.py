@@ -63,7 +63,7 @@ class TokenLayout:
         TypeError: a number is not a whole number.
         ValueError: there is no grid, a grid is empty, or the number of text tokens is negative.
 
-    Example:
+    Examples:
         >>> layout = TokenLayout([(16, 24)], text_tokens=7)
         >>> layout.image_tokens, layout.tokens
         (384, 391)

@@ -1,4 +1,12 @@
-"""Attention methods for `clear_attn.linearize(pipe, method=...)`, one file each."""
+"""Attention methods for `clear_attn.linearize(pipe, method=...)`, one file each.
+
+Examples:
+    >>> import clear_attn as clear
+    >>> from clear_attn import demo
+    >>> report = clear.cost(demo.pipeline(), 1024, 1024, method=clear.methods.Swin(side=16))
+    >>> report.ratio > 1
+    True
+"""
 
 from clear_attn.methods.agent import Agent
 from clear_attn.methods.clear import Clear

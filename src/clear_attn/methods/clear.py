@@ -36,7 +36,7 @@ class Clear(Method):
         TypeError: a value is not a whole number.
         ValueError: a value is below 1.
 
-    Example:
+    Examples:
         >>> Clear(window=8).plan(TokenLayout([(16, 24)], text_tokens=7)).key_tokens
         391
     """

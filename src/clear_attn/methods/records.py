@@ -51,7 +51,7 @@ def parse(text: str) -> Method:
     Raises:
         ValueError: the text cannot be parsed, no method or several have that name, or the method has other settings.
 
-    Example:
+    Examples:
         >>> parse("Swin(side=8)")
         Swin(side=8)
     """

@@ -42,7 +42,7 @@ class Schedule:
         TypeError: a value has the wrong type.
         ValueError: a sigma is outside 0 to 1, a window is below 1, or a layer is in both `dense_layers` and `windows`.
 
-    Example:
+    Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
         >>> schedule = clear.Schedule(dense_above_sigma=0.9, dense_layers=["single_transformer_blocks.0"])
@@ -191,7 +191,7 @@ def sigma_after_step(scheduler: Any, steps: int) -> float:
         TypeError: the scheduler has no sigmas, or steps is not a whole number.
         ValueError: the scheduler has no timesteps yet, or too few of them.
 
-    Example:
+    Examples:
         >>> from diffusers import FlowMatchEulerDiscreteScheduler
         >>> scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         >>> scheduler.set_timesteps(10)

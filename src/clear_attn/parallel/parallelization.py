@@ -45,10 +45,12 @@ def parallelize(
         RuntimeError: the process was not started by torchrun, and torch.distributed is not initialized; a rank does not
             call it.
 
-    Example (under torchrun, on every rank)::
+    Examples:
+        Under torchrun, on every rank:
 
-        pipe = clear.parallelize(clear.linearize(pipe, window=8))
-        image = pipe(prompt, height=8192, width=8192, generator=torch.Generator().manual_seed(0)).images[0]
+        >>> pipe = clear.parallelize(clear.linearize(pipe, window=8))  # doctest: +SKIP
+        >>> seeded = torch.Generator().manual_seed(0)  # doctest: +SKIP
+        >>> image = pipe(prompt, height=8192, width=8192, generator=seeded).images[0]  # doctest: +SKIP
     """
     transformer, adapter = find_transformer(pipe)
     if adapter.output_layer(transformer) is None:
@@ -80,6 +82,13 @@ def deparallelize(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
 
     Raises:
         TypeError: the pipeline is not supported.
+
+    Examples:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> pipe = demo.pipeline()
+        >>> clear.deparallelize(pipe) is pipe
+        True
     """
     transformer, _ = find_transformer(pipe)
     if hook := entry_hook_of(transformer):

@@ -36,7 +36,7 @@ def linearized(
 
     Arguments and errors are those of `linearize`.
 
-    Example:
+    Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
         >>> pipe = demo.pipeline()

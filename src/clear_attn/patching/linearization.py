@@ -137,7 +137,7 @@ def linearize(
             parameters are on the meta device; weights are given for a model that is quantized or has a fused LoRA; its
             original weights were discarded.
 
-    Example:
+    Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
         >>> pipe = clear.linearize(demo.pipeline())

@@ -28,7 +28,7 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
         RuntimeError: the original weights were discarded with `keep_original=False`, or cannot be copied back because
             parameters are on the meta device or have a fused LoRA.
 
-    Example:
+    Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
         >>> pipe = clear.linearize(demo.pipeline(), window=8, weights=None)
@@ -67,6 +67,12 @@ def is_linearized(pipe: Any) -> bool:
 
     Raises:
         TypeError: the pipeline is not supported.
+
+    Examples:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> clear.is_linearized(clear.linearize(demo.pipeline(), window=8, weights=None))
+        True
     """
     transformer, _ = find_transformer(pipe)
     _warn_if_left_dense(transformer)

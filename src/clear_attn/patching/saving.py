@@ -51,7 +51,7 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
             was trained; its parameters are on the meta device, stored in eight bits, or mixed with a fused LoRA.
         NotADirectoryError: ``directory`` is a file.
 
-    Example:
+    Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
         >>> pipe = clear.linearize(demo.pipeline())
@@ -139,7 +139,7 @@ def push_to_hub(
         ConnectionError: the Hub cannot be reached, or HF_HUB_OFFLINE is set.
         And the errors of `save_pretrained`.
 
-    Example:
+    Examples:
         >>> clear.push_to_hub(pipe, "me/my-clear")  # doctest: +SKIP
     """
     check_upload(repo_id, token)

@@ -62,7 +62,7 @@ def cost(
         ValueError: a size is below one token; another number is out of range; both a method and a window are given;
             the schedule names layers that do not exist.
 
-    Example:
+    Examples:
         >>> from clear_attn import demo
         >>> round(cost(demo.pipeline(), 1024, 1024, window=8).ratio, 1)
         71.1

@@ -60,6 +60,13 @@ class Cost:
         controlnets: for each ControlNet of the pipeline, the FLOPs of its attention, dense and with its own method. The
             other numbers do not include them.
         memory (`Memory`, *optional*): the memory of weights, a forward pass and decoding.
+
+    Examples:
+        >>> import clear_attn as clear
+        >>> from clear_attn import demo
+        >>> report = clear.cost(demo.pipeline(), 1024, 1024, window=8, text_tokens=24)
+        >>> f"{report.ratio:.0f} times fewer at {report.height} x {report.width} tokens"
+        '71 times fewer at 128 x 128 tokens'
     """
 
     height: int

@@ -43,7 +43,7 @@ def plot_window(
         ImportError: matplotlib is not installed.
         TypeError, ValueError: a number is not whole or out of range; the token is outside the grid.
 
-    Example:
+    Examples:
         >>> figure = plot_window(64, 64, window=16, token=(32, 32))
         >>> figure.axes[0].get_title()
         'token 32, 32 attends to 793 of 4,096 image tokens'

@@ -48,7 +48,7 @@ def validate_record(values: Any, fields: Fields, where: str) -> dict[str, Any]:
     Raises:
         ValueError: the record is not a JSON object, or a field is missing or has another type.
 
-    Example:
+    Examples:
         >>> validate_record({"window": 8}, {"window": int, "source": str | None}, "clear_config.json")
         {'window': 8, 'source': None}
         >>> validate_record({"window": [8]}, {"window": int}, "clear_config.json")

@@ -25,7 +25,7 @@ def check_whole_number(name: str, value: object, remedy: str, least: int = 1, mo
         TypeError: it is not a whole number.
         ValueError: it is out of range.
 
-    Example:
+    Examples:
         >>> check_whole_number("window", 0, "it is a radius in tokens")
         Traceback (most recent call last):
         ValueError: window must be at least 1, got 0; it is a radius in tokens

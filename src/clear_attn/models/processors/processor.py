@@ -39,7 +39,7 @@ class ClearAttnProcessor(nn.Module):
     Raises:
         RuntimeError: when called without a context, with an attention mask, or under diffusers' context parallelism.
 
-    Example:
+    Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
         >>> pipe = clear.linearize(demo.pipeline(), window=4, weights=None)
