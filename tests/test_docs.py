@@ -50,6 +50,13 @@ def test_code_on_pages(page):
             assert hasattr(clear, name), name
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.stem)
+def test_code_fits_the_page(page):
+    """At 1300 px it has room for 98 characters."""
+    blocks = re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 96] == []
+
+
 @each_family()
 def test_the_guides_method(family, transformer):
     page = (ROOT / "docs" / "adding-a-method.md").read_text()
@@ -106,9 +113,11 @@ def test_the_table_of_models(title, transformer):
 
 
 def test_links_between_pages():
+    """Those to notebooks are as in the site, where `examples/` is next to the pages."""
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+            folder = ROOT if target.endswith(".ipynb") else page.parent
+            assert (folder / target).exists(), f"{page.name}: {target}"
 
 
 def test_citation():

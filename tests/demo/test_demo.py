@@ -7,12 +7,10 @@ import sys
 import types
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from nbclient import NotebookClient
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -271,14 +269,3 @@ class TestCommand:
         result = self.run("cost", "--height", 8, "--width", 1024)
         assert result.exit_code == 2
         assert "8 x 1024 px is less than one token of 16 px" in result.output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda file: file.stem)
-def test_notebooks_run(file, tmp_path):
-    notebook = nbformat.read(file, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
-    images = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-    ]
-    assert images

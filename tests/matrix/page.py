@@ -14,6 +14,27 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 HEAD = """# Compatibility
 
+## Versions
+
+Python 3.11 to 3.14, torch 2.9, diffusers 0.36, transformers 4.57, huggingface_hub 0.36, accelerate 1.10, safetensors
+0.6.2 and peft 0.17, or later ones. Tested on Python 3.11, as this table says; the other versions in between are not
+run.
+
+| torch | diffusers | transformers | huggingface_hub | what was run |
+|---|---|---|---|---|
+| 2.13 (CPU) | 0.42.1 | 5.24 | 2.4 | all tests, in CI |
+| 2.13 (CPU) | 0.36.0 | 4.57.1 | 0.36.0 | the core tests, in CI |
+| 2.13 (CPU) | 0.38.0 | 4.57.1 | 0.36.0 | the tests of Qwen-Image, once by hand; those of its ControlNet fail |
+
+- Before diffusers 0.40, the keyword for the dtype is `torch_dtype=`. A pipeline ignores `dtype=` there, with a line in
+  the log, and is loaded in float32. A model raises a `TypeError`.
+- Qwen-Image needs diffusers 0.39, and is refused with earlier ones.
+- `Flux2KleinPipeline` and `ChromaInpaintPipeline` came with 0.37, Krea 2 with 0.39, FLUX.3
+  and Z-Image with 0.42.
+- Group offload on a machine without an accelerator needs 0.41.
+
+## How to read the tables
+
 `python -m tests.matrix` writes this page. It runs the tests behind each table, and writes nothing if one fails
 (`--family SD3` runs and writes one table). A cell is a tiny random pipeline of its kind, run on a CPU with a window of
 3 tokens and pooled keys. It is compared with the same set-up in which diffusers' own processors compute the rule
@@ -29,8 +50,8 @@ installed by hand, because diffusers loads them on GPUs only. A GGUF file takes 
 quantized models, below). Offloading goes from the CPU to the CPU.
 
 Refused everywhere: perturbed attention guidance (its pipelines, and hooks that skip attention inside a layer), smoothed
-energy guidance, attention masks other than those for the padding of Qwen-Image's, Chroma's, Krea 2's and
-Z-Image's text, diffusers' context parallelism, and SD3's IP-Adapter.
+energy guidance, attention masks other than those for padded text, diffusers' context parallelism, and IP-Adapters of
+models other than FLUX.1.
 """
 
 
