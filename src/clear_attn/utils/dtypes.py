@@ -8,7 +8,7 @@ import torch
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without its module.
 
-    Example:
+    Examples:
         >>> dtype_name(torch.bfloat16)
         'bfloat16'
     """
