@@ -59,7 +59,15 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
     """
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     name = settings.pretrained_model_name_or_path
-    pipe = load_pretrained(DiffusionPipeline, resolve_name(name), dtype=dtype, revision=settings.revision)
+    try:
+        pipe = load_pretrained(DiffusionPipeline, resolve_name(name), dtype=dtype, revision=settings.revision)
+    except OSError as error:
+        if "file named model_index.json" not in str(error):
+            raise
+        raise TypeError(
+            f"{name} has no model_index.json, as a modular pipeline; give an ordinary pipeline, or train the "
+            "transformer with clear_attn.distill.trainer.Run"
+        ) from error
     transformer, _ = find_transformer(pipe)
     supported = training_adapter_for(transformer).pipelines
     if not is_instance(pipe, supported):
