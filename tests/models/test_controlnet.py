@@ -98,7 +98,7 @@ def test_gradients_with_checkpointing_and_two_sizes_in_flight():
 
 
 def test_only_training_free():
-    with pytest.raises(ValueError, match=r"this is a FluxControlNetModel; give weights=None"):
+    with pytest.raises(ValueError, match=r"finds none for this model, a FluxControlNetModel; give weights=None"):
         clear.linearize(flux_controlnet())
 
 

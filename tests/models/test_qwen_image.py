@@ -160,5 +160,5 @@ def test_unsupported_features(transformer):
         clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="has none that it would change"), clear.ntk_scaling(transformer, 10):
         pass
-    with pytest.raises(ValueError, match="this is a QwenImageTransformer2DModel; give weights=None"):
+    with pytest.raises(ValueError, match="finds none for this model, a QwenImageTransformer2DModel; give weights=None"):
         clear.linearize(transformer, 8)
