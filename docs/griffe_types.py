@@ -40,7 +40,7 @@ def rewrite(section: str, obj: griffe.Object) -> str:
             return split_names(section)
         case "Raises":
             sentences = [found["text"] for found in SENTENCE.finditer(section)]
-            return "\n".join([split_names(SENTENCE.sub("", section)), *sentences, ""])
+            return "\n\n".join([split_names(SENTENCE.sub("", section)).rstrip(), *sentences, ""])
         case "Attributes":
             names = re.findall(r"\w+", section)
             return split_names(section, untyped={name for name in names if name not in obj.members})

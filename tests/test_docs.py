@@ -4,6 +4,7 @@ import copy
 import doctest
 import importlib
 import inspect
+import json
 import re
 import runpy
 import tomllib
@@ -13,6 +14,7 @@ import griffe
 import pytest
 import torch
 import yaml
+from diffusers import FluxTransformer2DModel
 
 import clear_attn as clear
 from clear_attn.models import ADAPTERS
@@ -22,6 +24,7 @@ from tests.helpers.reference_model import put_rule, run
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = ROOT / "src"
+SIDES = (1024, 2048, 4096, 8192)
 MODULES = [
     ".".join(file.relative_to(SOURCE).with_suffix("").parts)
     for file in sorted(SOURCE.rglob("*.py"))
@@ -87,6 +90,48 @@ def test_the_reference_names_all_that_is_public():
     assert all(inspect.getdoc(getattr(clear, name)) for name in named)
 
 
+def test_the_pages_name_all_methods():
+    pages = "\n".join(page.read_text() for page in PAGES)
+    named = re.findall(r"^::: clear_attn\.methods\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(named) == sorted(clear.methods.__all__)
+
+
+def test_the_numbers_of_the_readme():
+    """FLOPs and memory by `cost`, seconds from the result files, badges from pyproject.toml."""
+    readme = (ROOT / "README.md").read_text()
+    with torch.device("meta"):
+        flux_dev = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
+    costs = {side: [clear.cost(flux_dev, side, side, window=16, down_factor=f) for f in (4, 1)] for side in SIDES}
+    pooled, plain = ([round(costs[side][n].ratio, 1) for side in (2048, 8192)] for n in (0, 1))
+    assert f"{pooled[0]} times fewer operations at 2048 x 2048 px, and {pooled[1]} times fewer at 8192 px" in readme
+    assert f"`down_factor=1` it is {plain[0]} and {plain[1]:.0f} times" in readme.replace("\n", " ")
+    activations = [costs[side][0].memory.activations for side in SIDES]
+    cells = " | ".join(f"{least / 2**30:.1f} to {likely / 2**30:.1f}" for least, likely in activations)
+    assert f"| activations of the transformer | {cells} |" in readme
+
+    def seconds(level, side):
+        rows = json.loads((ROOT / "benchmarks" / "results" / f"{level}-cpu.json").read_text())
+        return [
+            row["median_s"]
+            for name in ("dense", "tiled")
+            for row in rows
+            if (row["variant"], row["height"]) == (name, side)
+        ]
+
+    for side in (64, 128):
+        (dense, ours), (dense_step, our_step) = seconds("op", side), seconds("model", side)
+        steps = [f"{step:.0f} s" if step >= 100 else f"{step:.1f} s" for step in (dense_step, our_step)]
+        assert f"{dense:.2f} s | {ours:.2f} s | {' | '.join(steps)} |" in readme, side
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name in ("torch", "diffusers"):
+        (floor,) = (line.partition(">=")[2] for line in project["dependencies"] if line.startswith(f"{name}>="))
+        assert f"![{name} {floor} or later](https://img.shields.io/badge/{name}-{floor}_or_later-blue)" in readme
+    pythons = [line.rpartition(" ")[2] for line in project["classifiers"] if ":: Python ::" in line]
+    assert f"python-{pythons[0]}_to_{pythons[-1]}-blue" in readme
+    assert f"license-{project['license'].replace('-', '--')}-blue" in readme
+
+
 @pytest.mark.parametrize(
     ("title", "transformer"),
     {
@@ -135,7 +180,11 @@ def test_the_reference_reads_types():
     package = griffe.load("clear_attn", search_paths=[SOURCE], extensions=extensions, docstring_parser="google")
 
     def elements(thing):
-        for section in thing.docstring.parsed if thing.docstring else ():
+        sections = thing.docstring.parsed if thing.docstring else ()
+        assert ("\n    >>> " in thing.docstring.value if thing.docstring else False) == any(
+            section.kind is griffe.DocstringSectionKind.examples for section in sections
+        ), thing.path
+        for section in sections:
             yield from section.value if isinstance(section.value, list) else ()
         for member in thing.members.values():
             if not member.is_alias:
