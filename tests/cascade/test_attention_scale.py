@@ -14,7 +14,9 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 import clear_attn as clear
 from clear_attn.methods import Clear
 from clear_attn.methods.method import proportional_scale
+from clear_attn.models import adapter_for
 from tests.helpers import dummy_models
+from tests.helpers.families import each_family
 from tests.helpers.reference_model import FLUX_ATTENTION, SD3_ATTENTION, run
 from tests.helpers.snapshots import assert_same, snapshot
 
@@ -48,6 +50,29 @@ class TestNtkScaling:
             for axis, size in enumerate(dummy_models.FLUX_CONFIG["axes_dims_rope"])
         ]
         assert torch.equal(cos, torch.cat(expected, dim=-1))
+
+    @each_family()
+    @pytest.mark.parametrize("linearized", [False, True])
+    def test_equals_an_embedding_that_was_made_with_a_larger_theta(self, family, linearized):
+        transformer, other = family.transformer(), family.transformer()
+        embedding = adapter_for(transformer).rotary_embedding(transformer)
+        if embedding is None:
+            with pytest.raises(ValueError, match="ntk_factor=10 needs a rotary embedding"):
+                clear.ntk_scaling(transformer, 10).__enter__()
+            return
+        name = next(name for name, module in transformer.named_modules() if module is embedding)
+        settings = {"scale_rope": embedding.scale_rope} if hasattr(embedding, "scale_rope") else {}
+        setattr(other, name, type(embedding)(theta=10 * embedding.theta, axes_dim=embedding.axes_dim, **settings))
+        if linearized:
+            clear.linearize(transformer, 4, weights=None)
+            clear.linearize(other, 4, weights=None)
+        call = family.call(transformer, GRID)
+        plain, expected = run(transformer, call), run(other, call)
+        assert (plain - expected).abs().max() > 1e-4
+        for _ in range(2):
+            with clear.ntk_scaling(transformer, 2), clear.ntk_scaling(transformer, 5):
+                torch.testing.assert_close(run(transformer, call), expected, atol=1e-6, rtol=0)
+            assert torch.equal(run(transformer, call), plain)
 
     def test_restores_everything_also_after_an_error(self, pipe):
         before = snapshot(pipe.transformer), pipe.transformer.pos_embed.theta

@@ -60,9 +60,10 @@ def test_every_named_class_exists_and_has_one_adapter():
     names = [adapter.transformer_class for adapter in present]
     assert len({getattr(diffusers, name) for name in names}) == len(names)
     for adapter in present:
-        if adapter.highres_pipelines:
-            assert getattr(diffusers, adapter.highres_pipelines.text_to_image)
-            assert getattr(diffusers, adapter.highres_pipelines.image_to_image)
+        for pipelines in adapter.highres_pipelines:
+            modular = pipelines.modular if diffusers_version() >= (0, 42) else ()
+            for name in (pipelines.text_to_image, pipelines.image_to_image, *modular):
+                assert getattr(diffusers, name)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,6 @@ def test_distilled_weights_have_the_projections_of_single_blocks(trained, transf
 
 
 def test_unsupported_features(pipe):
-    with pytest.raises(TypeError, match="highres does not support a Flux2KleinPipeline"):
-        clear.highres(pipe, "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="finds none for this model, a Flux2Transformer2DModel; give weights=None"):
         clear.linearize(pipe, 8)
 

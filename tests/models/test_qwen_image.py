@@ -155,10 +155,5 @@ class TestControlNet:
 
 
 def test_unsupported_features(transformer):
-    pipe = dummy_pipelines.qwen(QwenImagePipeline)
-    with pytest.raises(TypeError, match="highres does not support a QwenImagePipeline"):
-        clear.highres(pipe, "a red circle", height=64, width=64)
-    with pytest.raises(ValueError, match="has none that it would change"), clear.ntk_scaling(transformer, 10):
-        pass
     with pytest.raises(ValueError, match="finds none for this model, a QwenImageTransformer2DModel; give weights=None"):
         clear.linearize(transformer, 8)

@@ -24,6 +24,7 @@ FUNCTIONS = [
     clear.deparallelize,
     lambda pipe: clear.cost(pipe, 1024, 1024),
     lambda pipe: clear.save_pretrained(pipe, "never-written"),
+    lambda pipe: clear.highres(pipe, "a red circle", height=2048, width=2048),
 ]
 
 

@@ -50,7 +50,8 @@ def highres(
     after an error. Sizes, settings, weights and memory are checked before the first step.
 
     Args:
-        pipe: a FLUX.1, Stable Diffusion 3 or 3.5 pipeline, text to image or image to image, linearized or not.
+        pipe: a FLUX.1, FLUX.2, Qwen-Image, Chroma, Krea 2 or Stable Diffusion 3 pipeline, text to image or image to
+            image, modular or not, linearized or not.
         prompt (`str`): text to draw.
         height, width (`int`): pixels; rounded down to whole tokens, with a warning.
         window, down_factor, schedule, weights, revision, token, backend: arguments of `linearize` for all stages. A
@@ -62,8 +63,8 @@ def highres(
             final size. One without a size means as few stages as grow by a factor of at most about four.
         seed (`int`, *optional*): seed of the noise, see `HighresPlan`; drawn from torch's generator by default.
         callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. A callback may set `_interrupt`
-            on the pipeline to stop after the step; so may other threads, on ``pipe``. The result then has the finished
-            images.
+            on the pipeline to stop after the step; so may other threads, on ``pipe`` unless it is modular. The result
+            then has the finished images.
         callback_on_stage_end (*optional*): called with the number of each finished image (0 is the first one), the
             image, and the plan.
         **options: further keywords for every call of the pipelines, plain data: `negative_prompt`,
@@ -76,7 +77,8 @@ def highres(
         TypeError: the pipeline is not supported; a value has the wrong type; an option is unknown.
         ValueError: sizes, aspect ratios or settings do not fit each other, the model or memory; a
             linearized pipeline keeps its settings, and has another backend.
-        RuntimeError: the original weights that the base image needs were discarded.
+        RuntimeError: the original weights that the base image needs were discarded; components of a modular pipeline
+            are not loaded.
         HighresInterrupted: Ctrl-C; its `result` has the finished images. It is a KeyboardInterrupt.
         HighresError: an error while drawing, its `__cause__`; its `result` has the finished images. The cause is a
             FloatingPointError for latents or pixels with NaN or infinity.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -43,7 +44,10 @@ def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
         base, (height, width) = each is plan.base, each.size
         tokens, batch = (height // target.token) * (width // target.token), target.batch(each.guidance)
         activations = activation_bytes(transformer, batch * tokens * channels, factor)
-        ranks, tiled = 1 if base else target.ranks, not base and max(each.size) > pipe.vae.tile_sample_min_size
+        ranks, tiled = (
+            1 if base else target.ranks,
+            not base and max(each.size) > getattr(pipe.vae, "tile_sample_min_size", math.inf),
+        )
         work = {"transformer": Bytes(*(size // ranks for size in activations))}
         if decode := (tiled_decode_bytes if tiled else decode_bytes)(pipe.vae, height, width):
             work["vae"] = decode

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import diffusers
 
 from clear_attn.cascade.stages import validate_number
-from clear_attn.models import ADAPTERS, ModelAdapter
-from clear_attn.models.class_names import is_instance
+from clear_attn.models import ADAPTERS, HighresPipelines, ModelAdapter
+from clear_attn.models._diffusers import progress_bar_config_of
+from clear_attn.models.class_names import is_exactly, is_instance
 from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
 from clear_attn.patching.hooks import EntryHook
-from clear_attn.patching.target import Target, find_target
+from clear_attn.patching.target import Target, find_target, find_transformer
 from clear_attn.utils.validation import check_whole_number
 
 # Keywords of the pipelines' calls that `highres` sets itself, and the argument to give instead.
 REPLACED = {
     "num_inference_steps": "steps of Base and Stage",
-    "guidance_scale": "guidance of Base and Stage",
     "strength": "strength of Stage",
     "generator": "seed",
     "sigmas": "shift and steps of Stage",
@@ -41,14 +41,14 @@ class CascadeTarget(NamedTuple):
 
     Attributes:
         patched: the pipeline, its transformer and adapter.
+        pipelines: knows how the model's pipelines are called.
         text_to_image, image_to_image: classes of the pipelines that draw the base image and the stages.
-        batched_guidance: whether guidance runs two images in one forward pass.
     """
 
     patched: Target
+    pipelines: HighresPipelines
     text_to_image: Any
     image_to_image: Any
-    batched_guidance: bool
 
     @property
     def pipe(self) -> Any:
@@ -75,6 +75,8 @@ class CascadeTarget(NamedTuple):
     @property
     def native_side(self) -> int:
         """The longer side in pixels of the images that the model was trained on."""
+        if not hasattr(self.pipe, "default_sample_size"):
+            return self.pipelines.native_side
         return native_side(self.pipe, self.transformer)
 
     @property
@@ -90,22 +92,41 @@ class CascadeTarget(NamedTuple):
 
     def batch(self, guidance: float | None) -> int:
         """Return how many images one forward pass computes at a guidance scale."""
-        return 2 if self.batched_guidance and (guidance or 0) > 1 else 1
+        return 2 if self.pipelines.batched_guidance and (guidance or 0) > self.pipelines.unguided else 1
 
 
 def find_cascade_target(pipe: Any) -> CascadeTarget:
-    """Return what `highres` needs of a pipeline.
+    """Return what `highres` needs of a pipeline. A modular one's components are drawn with in an ordinary one.
 
     Raises:
         TypeError: `highres` does not support the pipeline.
+        RuntimeError: components of a modular pipeline are not loaded.
     """
-    supported = [adapter.highres_pipelines for adapter in ADAPTERS if adapter.highres_pipelines is not None]
-    for text_to_image, image_to_image, batched_guidance in supported:
-        if is_instance(pipe, (text_to_image, image_to_image)):
-            classes = getattr(diffusers, text_to_image), getattr(diffusers, image_to_image)
-            return CascadeTarget(find_target(pipe), *classes, batched_guidance)
-    names = ", ".join(name for each in supported for name in (each.text_to_image, each.image_to_image))
-    raise TypeError(f"highres does not support a {type(pipe).__name__}; give one of: {names}")
+    supported = [each for adapter in ADAPTERS for each in adapter.highres_pipelines]
+    for each in supported:
+        modular = is_exactly(pipe, each.modular)
+        if modular or is_instance(pipe, (each.text_to_image, each.image_to_image)):
+            classes = getattr(diffusers, each.text_to_image), getattr(diffusers, each.image_to_image)
+            return CascadeTarget(find_target(_as_pipeline(pipe, classes[0]) if modular else pipe), each, *classes)
+    names = [name for each in supported for name in (each.text_to_image, each.image_to_image, *each.modular)]
+    raise TypeError(f"highres does not support a {type(pipe).__name__}; give one of: {', '.join(dict.fromkeys(names))}")
+
+
+def _as_pipeline(modular: Any, cls: Any) -> Any:
+    """Return a pipeline of a class with the components of a modular one, of which it takes the settings too."""
+    find_transformer(modular)  # raises if it is not loaded
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    given = {**modular.config, **modular.components}
+    parts = {each.name: given.get(each.name) for each in parameters if given.get(each.name) is not None}
+    missing = [each.name for each in parameters if each.default is each.empty and each.name not in parts]
+    if missing:
+        raise RuntimeError(
+            f"this {type(modular).__name__} has not loaded its {', '.join(missing)} yet; call "
+            f"pipe.load_components({missing!r}) first"
+        )
+    pipe = cls(**parts)
+    pipe.set_progress_bar_config(**progress_bar_config_of(modular))
+    return pipe
 
 
 def call_defaults(pipeline: Any) -> dict[str, Any]:
@@ -131,10 +152,11 @@ def validate_shift(scheduler: Any, shift: float | None) -> None:
 def validate_options(target: CascadeTarget, options: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError for a keyword that not both pipelines take, or a value that they refuse."""
     common = call_defaults(target.text_to_image).keys() & call_defaults(target.image_to_image).keys()
-    known = {name for name in common - OWN - REPLACED.keys() if not any(part in name for part in TENSORS)}
+    replaced = {**REPLACED, target.pipelines.guidance: "guidance of Base and Stage"}
+    known = {name for name in common - OWN - replaced.keys() if not any(part in name for part in TENSORS)}
     for name, value in options.items():
-        if name in REPLACED:
-            raise TypeError(f"highres takes no {name}; see {REPLACED[name]}")
+        if name in replaced:
+            raise TypeError(f"highres takes no {name}; see {replaced[name]}")
         if name not in known:
             raise TypeError(
                 f"highres got an unknown keyword {name!r}; the keywords that it passes on to the pipelines are "
@@ -158,6 +180,8 @@ def validate_inputs(pipeline: Any, pipe: Any, given: Mapping[str, Any]) -> None:
         pipe: the pipeline that has its components.
         given: arguments of a call.
     """
+    if not hasattr(pipeline, "check_inputs"):
+        return
     parameters = inspect.signature(pipeline.check_inputs).parameters
     optional = {name: None for name, each in parameters.items() if each.default is each.empty and name != "self"}
     known = {name: value for name, value in given.items() if name in parameters}
@@ -170,10 +194,12 @@ def validate_inputs(pipeline: Any, pipe: Any, given: Mapping[str, Any]) -> None:
 def validate_guidance(target: CascadeTarget, options: Mapping[str, Any], scales: Sequence[float | None]) -> None:
     """Raise ValueError for a negative prompt, or a scale of its guidance, that would have no effect."""
     negative = [name for name, value in options.items() if name.startswith("negative_prompt") and value is not None]
-    if target.batched_guidance:
-        if negative and all(target.batch(scale) == 1 for scale in scales):
+    if "true_cfg_scale" not in call_defaults(target.text_to_image).keys() - {target.pipelines.guidance}:
+        most = target.pipelines.unguided
+        if negative and all((scale or 0) <= most for scale in scales):
             raise ValueError(
-                f"{negative[0]} has no effect without guidance; give Base or Stage a guidance above 1, or leave it out"
+                f"{negative[0]} has no effect without guidance; give Base or Stage a guidance above {most:g}, or leave "
+                "it out"
             )
         return
     true_scale = options.get("true_cfg_scale", 1)

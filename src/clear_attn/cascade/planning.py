@@ -105,7 +105,8 @@ def validate_calls(target: CascadeTarget, plan: HighresPlan, tensor_inputs: Sequ
     given = {**plan.options, "prompt": plan.prompt, "callback_on_step_end_tensor_inputs": tensor_inputs}
     for each in plan.drawn:
         pipeline = target.image_to_image if isinstance(each, Stage) else target.text_to_image
-        validate_inputs(pipeline, target.pipe, {**given, **dataclasses.asdict(each)})
+        guidance = {target.pipelines.guidance: each.guidance}
+        validate_inputs(pipeline, target.pipe, {**given, **guidance, **dataclasses.asdict(each)})
 
 
 def random_seed(device: torch.device | str = "cpu") -> Tensor:
@@ -229,7 +230,7 @@ def _resolve_base(target: CascadeTarget, base: Base, last: Size) -> Base:
     base = _resolve_size(base, base_size(last, target.native_side, target.token), target.token)
     defaults = call_defaults(target.text_to_image)
     steps = defaults["num_inference_steps"] if base.steps is None else base.steps
-    guidance = defaults["guidance_scale"] if base.guidance is None else base.guidance
+    guidance = defaults[target.pipelines.guidance] if base.guidance is None else base.guidance
     return dataclasses.replace(base, steps=steps, guidance=guidance)
 
 

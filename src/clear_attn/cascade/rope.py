@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from clear_attn.patching.target import PipelineOrTransformer, find_transformer
 
@@ -19,8 +18,7 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
     can be nested; their factors multiply.
 
     Args:
-        pipe: a pipeline or transformer with a rotary embedding computed from theta (FLUX.1, FLUX.2, FLUX.3, Chroma or
-            Krea 2),
+        pipe: a pipeline or transformer with a rotary embedding computed from theta (not Stable Diffusion 3 or DiT),
             linearized or not.
         factor (`float`): factor of theta; 1 changes nothing.
 
@@ -36,14 +34,9 @@ def ntk_scaling(pipe: PipelineOrTransformer, factor: float) -> Iterator[Pipeline
         100000
     """
     transformer, adapter = find_transformer(pipe)
-    embedding: Any = adapter.rotary_embedding(transformer)
-    validate_ntk_factor(transformer, embedding, factor)
-    before = embedding.theta
-    embedding.theta = before * factor
-    try:
+    validate_ntk_factor(transformer, adapter.rotary_embedding(transformer), factor)
+    with adapter.scaled_theta(transformer, factor):
         yield pipe
-    finally:
-        embedding.theta = before
 
 
 def validate_ntk_factor(transformer: object, embedding: object | None, factor: object) -> None:

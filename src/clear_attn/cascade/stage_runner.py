@@ -88,11 +88,11 @@ class Cascade(NamedTuple):
                 stack.enter_context(ntk_scaling(pipe, factor))
             if stage.proportional:
                 stack.enter_context(proportional_attention(pipe))
-            latents = _encode(runner, image, stage, generator)
+            latents = self._encode(runner, image, stage, generator)
             if stage.low_resolution_guidance:
                 guide(scheduler, latents, stage.low_resolution_guidance)
-            schedule = {"strength": stage.strength, "num_inference_steps": stage.steps}
-            return self._run(runner, number, stage, {"image": latents, "generator": generator, **schedule})
+            start = self.target.pipelines.start(runner, latents, stage.strength, stage.steps, generator)
+            return self._run(runner, number, stage, {**start, "generator": generator})
 
     def _run(self, runner: Any, number: int, drawn: Base | Stage, settings: dict[str, Any]) -> Image.Image:
         pipe, options = self.target.pipe, self.plan.options
@@ -109,11 +109,10 @@ class Cascade(NamedTuple):
 
         try:
             decoded = runner(
-                self.plan.prompt,
+                prompt=self.plan.prompt,
                 height=drawn.height,
                 width=drawn.width,
-                guidance_scale=drawn.guidance,
-                **{**options, **settings},
+                **{**options, **settings, self.target.pipelines.guidance: drawn.guidance},
                 callback_on_step_end=after_step,
                 callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *self.tensor_inputs])),
                 output_type="pt",
@@ -124,6 +123,14 @@ class Cascade(NamedTuple):
         _validate_finite(decoded, f"{title}: the decoded pixels")
         images: list[Image.Image] = runner.image_processor.numpy_to_pil(runner.image_processor.pt_to_numpy(decoded))
         return images[0]
+
+    @torch.no_grad()
+    def _encode(self, runner: Any, image: Image.Image, stage: Stage, generator: torch.Generator) -> Tensor:
+        """Return the latents of an enlarged image, `[1, channels, height, width]`."""
+        height, width = stage.size
+        enlarged = image.resize((width, height), Image.Resampling.LANCZOS)
+        pixels = runner.image_processor.preprocess(enlarged).to(execution_device_of(runner), runner.vae.dtype)
+        return self.target.pipelines.encode(runner, pixels, generator)
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(self.plan.seed + number)
@@ -147,14 +154,3 @@ def _validate_finite(values: Tensor, where: str) -> None:
 def _stop_if_interrupted(*pipes: Any) -> None:
     if any(each.interrupt for each in pipes):
         raise Interrupted
-
-
-@torch.no_grad()
-def _encode(runner: Any, image: Image.Image, stage: Stage, generator: torch.Generator) -> Tensor:
-    """Return the latents of an enlarged image as image-to-image pipelines make them, `[1, channels, height, width]`."""
-    vae, (height, width) = runner.vae, stage.size
-    enlarged = image.resize((width, height), Image.Resampling.LANCZOS)
-    pixels = runner.image_processor.preprocess(enlarged).to(execution_device_of(runner), vae.dtype)
-    encoded = vae.encode(pixels)
-    latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor

@@ -79,7 +79,7 @@ class Stage(_Sized):
         strength (`float`, defaults to 0.7): share of the steps that run, in (0, 1]. Lower values keep more of the
             previous image.
         steps (`int`, defaults to 20): length of the whole schedule; strength x steps of them run.
-        guidance (`float`, defaults to 7.5): guidance scale.
+        guidance (`float`, defaults to 7.5): guidance scale; `true_cfg_scale` for Qwen-Image.
         ntk_factor (`float`, *optional*): factor of the rotary embedding's theta, see `ntk_scaling`. Defaults to 10, and
             to 1 for models without rotary embedding, which allow no other value.
         proportional (`bool`, defaults to `True`): whether attention is proportional, see `proportional_attention`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clear_attn.models.adapter import Call, HighresPipelines, ModelAdapter
+from clear_attn.models.adapter import Call, ModelAdapter
 from clear_attn.models.chroma import Chroma
 from clear_attn.models.class_names import is_instance
 from clear_attn.models.controlnet import FluxControlNet, SD3ControlNet
@@ -12,6 +12,7 @@ from clear_attn.models.dit import DiT
 from clear_attn.models.flux import Flux
 from clear_attn.models.flux2 import Flux2
 from clear_attn.models.flux3 import Flux3
+from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.krea2 import Krea2
 from clear_attn.models.qwen_image import QwenControlNet, QwenImage
 from clear_attn.models.sd3 import SD3

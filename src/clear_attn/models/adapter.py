@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import inspect
 import itertools
 from collections import defaultdict
@@ -20,6 +21,7 @@ from clear_attn.models._diffusers import diffusers_version
 from clear_attn.models.class_names import DIFFUSERS, class_of
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.hooked import InnerHook
+from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project, project_out
 from clear_attn.models.training import TrainingAdapter
 
@@ -38,19 +40,6 @@ class Call(NamedTuple):
     text_tokens: int
     device: torch.device
     padding_tokens: int = 0
-
-
-class HighresPipelines(NamedTuple):
-    """The pipelines that `highres` runs for a transformer class.
-
-    Attributes:
-        text_to_image, image_to_image: names of pipeline classes in diffusers that share their components.
-        batched_guidance: whether guidance runs two images in one forward pass.
-    """
-
-    text_to_image: str
-    image_to_image: str
-    batched_guidance: bool = False
 
 
 class Architecture(NamedTuple):
@@ -88,7 +77,7 @@ class ModelAdapter(abc.ABC):
         takes_scale: whether the scores of its dense layers can be scaled, see `proportional_attention`.
         output_images: the images that the output has.
         training: the training adapter, not inherited; None if the model cannot be distilled.
-        highres_pipelines: the pipelines of `highres`, not inherited; None if it does not support the model.
+        highres_pipelines: the pipelines of `highres`, not inherited; none if it does not support the model.
         architectures: published sizes for `clear-attn cost --model`, not inherited.
     """
 
@@ -107,7 +96,7 @@ class ModelAdapter(abc.ABC):
     takes_scale: bool = False
     output_images: Images = Images()
     training: TrainingAdapter | None = None
-    highres_pipelines: HighresPipelines | None = None
+    highres_pipelines: tuple[HighresPipelines, ...] = ()
     architectures: tuple[Architecture, ...] = ()
 
     def __init_subclass__(cls) -> None:
@@ -281,8 +270,19 @@ class ModelAdapter(abc.ABC):
         return getattr(transformer, "proj_out", None)
 
     def rotary_embedding(self, transformer: Any) -> Any | None:
-        """Return the module of the rotary embedding, which reads its `theta` in each call, or None."""
+        """Return the rotary embedding, which has a `theta`, or None."""
         return None
+
+    @contextlib.contextmanager
+    def scaled_theta(self, transformer: Any, factor: float) -> Iterator[None]:
+        """Multiply theta of the rotary embedding for a `with` block. By default the embedding reads it in each call."""
+        embedding: Any = self.rotary_embedding(transformer)
+        before = embedding.theta
+        embedding.theta = before * factor
+        try:
+            yield
+        finally:
+            embedding.theta = before
 
     def max_grid_side(self, transformer: Any) -> int | None:
         """Return the largest number of rows or columns of tokens that have a position, or None for no limit."""

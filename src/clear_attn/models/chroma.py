@@ -15,6 +15,7 @@ from torch import Tensor
 from clear_attn.core.layout import TokenLayout
 from clear_attn.models.adapter import Architecture, Call
 from clear_attn.models.flux import Flux, FluxTraining, image_ids
+from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.parsing.padding import HIDDEN, check_mask
 from clear_attn.models.parsing.tensor_cache import ReadOnce
 from clear_attn.models.processors.publishing import Publishing
@@ -86,6 +87,7 @@ class Chroma(Publishing, Flux):
         return {**super().permute_inputs(kwargs, layout), "attention_mask": None}
 
     training = ChromaTraining()
+    highres_pipelines = (HighresPipelines("ChromaPipeline", "ChromaImg2ImgPipeline"),)
     architectures = (Architecture("chroma"),)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout
 from clear_attn.methods import Layer, Method
-from clear_attn.models.adapter import Architecture, Call, HighresPipelines, ModelAdapter
+from clear_attn.models.adapter import Architecture, Call, ModelAdapter
 from clear_attn.models.class_names import is_instance
+from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.parsing.position_ids import read_ids
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.models.training import TrainingAdapter
@@ -106,7 +107,9 @@ class Flux(ModelAdapter):
         return sample[:, layout.inverse_permutation]
 
     training: TrainingAdapter | None = FluxTraining()
-    highres_pipelines: HighresPipelines | None = HighresPipelines("FluxPipeline", "FluxImg2ImgPipeline")
+    highres_pipelines: tuple[HighresPipelines, ...] = (
+        HighresPipelines("FluxPipeline", "FluxImg2ImgPipeline", modular=("FluxModularPipeline",)),
+    )
     architectures: tuple[Architecture, ...] = (Architecture("flux", {"guidance_embeds": True}),)
 
     def rotary_embedding(self, transformer: Any) -> Any | None:

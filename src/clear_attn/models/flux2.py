@@ -12,6 +12,7 @@ from torch import Tensor, cat
 from clear_attn.models.adapter import Architecture, Call
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.flux import Flux, FluxTraining, image_ids
+from clear_attn.models.image_to_image import FromNoisedLatents
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, normalize, rotate, split_heads
 
 
@@ -51,6 +52,18 @@ class Flux2Training(FluxTraining):
             "txt_ids": F.pad(text_tokens[:, None], (3, 0)),
             "joint_attention_kwargs": attention_kwargs,
         }
+
+
+class Flux2Highres(FromNoisedLatents):
+    """The pipelines of FLUX.2, which has no image-to-image pipeline."""
+
+    def dynamic_shift(self, pipe: Any, tokens: int, steps: int) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return float(compute_empirical_mu(tokens, steps))
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return F.pixel_unshuffle(latents, 2)
 
 
 class ParallelProcessor(ClearAttnProcessor):
@@ -103,4 +116,12 @@ class Flux2(Flux):
         return super().parse_call(transformer, kwargs)
 
     training = Flux2Training()
+    highres_pipelines = (
+        Flux2Highres("Flux2Pipeline", training, modular=("Flux2ModularPipeline",)),
+        Flux2Highres(
+            "Flux2KleinPipeline",
+            training,
+            modular=("Flux2KleinModularPipeline", "Flux2KleinBaseModularPipeline"),
+        ),
+    )
     architectures = (Architecture("flux2"),)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from clear_attn.core.layout import TokenLayout
 from clear_attn.models.adapter import Architecture, Call, ModelAdapter
 from clear_attn.models.flux import image_ids
+from clear_attn.models.image_to_image import FromNoisedLatents
 from clear_attn.models.parsing.padding import HIDDEN, check_mask
 from clear_attn.models.parsing.position_ids import IdFormat, Positions, read_ids
 from clear_attn.models.processors.processor import Inputs, normalize, rotate, split_heads
 from clear_attn.models.processors.publishing import PublishedProcessor, Publishing
 from clear_attn.models.qwen_image import QwenTraining
-from clear_attn.models.training import TrainingAdapter
 
 
 class Krea2Training(QwenTraining):
@@ -49,6 +49,19 @@ class Krea2Training(QwenTraining):
             "encoder_attention_mask": text["mask"].bool(),
             "attention_kwargs": attention_kwargs,
         }
+
+
+class Krea2Highres(FromNoisedLatents):
+    """The pipeline of Krea 2, which has no image-to-image pipeline."""
+
+    def dynamic_shift(self, pipe: Any, tokens: int, steps: int) -> float:
+        if pipe.config.is_distilled:
+            return 1.15
+        from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
+
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 6400, "base_shift": 0.5, "max_shift": 1.15}
+        config = pipe.scheduler.config
+        return float(calculate_shift(tokens, *(config.get(name, default) for name, default in names.items())))
 
 
 class Krea2Processor(PublishedProcessor):
@@ -130,7 +143,8 @@ class Krea2(Publishing, ModelAdapter):
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return sample[:, layout.inverse_permutation]
 
-    training: TrainingAdapter | None = Krea2Training()
+    training = Krea2Training()
+    highres_pipelines = (Krea2Highres("Krea2Pipeline", training, unguided=0),)
     architectures: tuple[Architecture, ...] = (Architecture("krea2"),)
 
     def output_layer(self, transformer: Any) -> nn.Module:

@@ -5,11 +5,13 @@ Each further image in a sequence, a reference (Edit) or a layer (Layered), is a 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from clear_attn.core.layout import TokenLayout, grid_permutation
 from clear_attn.models.adapter import Architecture, Call, ModelAdapter
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.hooked import InnerHook, OutputHook
+from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.parsing.padding import HIDDEN, check_mask
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs
 from clear_attn.models.training import TrainingAdapter
@@ -67,6 +70,17 @@ class QwenTraining(TrainingAdapter):
         }
 
 
+class QwenHighres(HighresPipelines):
+    """The pipelines of Qwen-Image, with an autoencoder of videos that normalizes each channel."""
+
+    def encode(self, pipe: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        latents, config = pipe.vae.encode(pixels[:, :, None]).latent_dist.sample(generator)[:, :, 0], pipe.vae.config
+        center, scale = (
+            torch.tensor(x).view(1, -1, 1, 1).to(latents) for x in (config.latents_mean, config.latents_std)
+        )
+        return (latents - center) * (1 / scale)  # as diffusers' pipelines compute it, bit for bit
+
+
 class QwenProcessor(ClearAttnProcessor):
     """The processor with Qwen-Image's mask keyword, which is None: the entry hook turns the mask into a score bias."""
 
@@ -102,6 +116,24 @@ class QwenImage(ModelAdapter):
     def inner_hooks(self, transformer: Any) -> list[InnerHook]:
         return [OutputHook(transformer.pos_embed, join_positions)]
 
+    def rotary_embedding(self, transformer: Any) -> Any:
+        return transformer.pos_embed
+
+    @contextlib.contextmanager
+    def scaled_theta(self, transformer: Any, factor: float) -> Iterator[None]:
+        # The embedding has tables, made from theta once. Its hook stays, and its `forward` is another one's.
+        embedding = transformer.pos_embed
+        before, kind = vars(embedding).get("forward"), cast(Any, type(embedding))
+        with super().scaled_theta(transformer, factor):
+            settings = embedding.theta, tuple(embedding.axes_dim), embedding.scale_rope
+            embedding.forward = _embedding_of(kind, *settings).forward
+            try:
+                yield
+            finally:
+                del embedding.forward
+                if before is not None:
+                    embedding.forward = before
+
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
         grids = _grids(_shapes(kwargs.get("img_shapes")))
@@ -132,6 +164,14 @@ class QwenImage(ModelAdapter):
         return sample[:, layout.inverse_permutation]
 
     training: TrainingAdapter | None = QwenTraining()
+    highres_pipelines: tuple[HighresPipelines, ...] = (
+        QwenHighres(
+            "QwenImagePipeline",
+            "QwenImageImg2ImgPipeline",
+            guidance="true_cfg_scale",
+            modular=("QwenImageModularPipeline",),
+        ),
+    )
     architectures: tuple[Architecture, ...] = (Architecture("qwen-image"),)
 
 
@@ -147,6 +187,11 @@ class QwenControlNet(QwenImage):
             **super().permute_inputs(kwargs, layout),
             "controlnet_cond": kwargs["controlnet_cond"][:, layout.permutation],
         }
+
+
+@functools.lru_cache(maxsize=4)  # diffusers keeps the tables of every embedding that was called
+def _embedding_of(cls: Any, theta: float, axes_dim: tuple[int, ...], scale_rope: bool) -> Any:
+    return cls(theta, list(axes_dim), scale_rope)
 
 
 def _shapes(img_shapes: Any) -> Sequence[Shape]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from clear_attn.core.layout import TokenLayout, grid_permutation
-from clear_attn.models.adapter import Architecture, Call, HighresPipelines, ModelAdapter
+from clear_attn.models.adapter import Architecture, Call, ModelAdapter
 from clear_attn.models.hooked import InnerHook, OutputHook
+from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.training import TrainingAdapter
 
 
@@ -97,8 +98,13 @@ class SD3(ModelAdapter):
         return unpermute_patches(sample, layout)
 
     training: TrainingAdapter | None = SD3Training()
-    highres_pipelines: HighresPipelines | None = HighresPipelines(
-        "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", batched_guidance=True
+    highres_pipelines: tuple[HighresPipelines, ...] = (
+        HighresPipelines(
+            "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            batched_guidance=True,
+            modular=("StableDiffusion3ModularPipeline",),
+        ),
     )
     architectures: tuple[Architecture, ...] = (
         Architecture("sd3-medium", SD3_MEDIUM),
