@@ -167,9 +167,10 @@ class HighresInterrupted(KeyboardInterrupt):
         >>> from clear_attn import demo
         >>> def press(number, image, plan):
         ...     raise KeyboardInterrupt
-        >>> size, base = {"height": 128, "width": 128}, clear.Base(height=64, width=64, steps=1)
+        >>> base = clear.Base(height=64, width=64, steps=1)
+        >>> settings = {"height": 128, "width": 128, "weights": None, "callback_on_stage_end": press}
         >>> try:
-        ...     clear.highres(demo.pipeline(), "a cross", **size, base=base, weights=None, callback_on_stage_end=press)
+        ...     clear.highres(demo.pipeline(), "a cross", base=base, **settings)
         ... except clear.HighresInterrupted as interrupted:
         ...     [image.size for image in interrupted.result.images]
         [(64, 64)]
@@ -191,9 +192,10 @@ class HighresError(RuntimeError):
         >>> from clear_attn import demo
         >>> def fail(number, image, plan):
         ...     raise OSError("no space left")
-        >>> size, base = {"height": 128, "width": 128}, clear.Base(height=64, width=64, steps=1)
+        >>> base = clear.Base(height=64, width=64, steps=1)
+        >>> settings = {"height": 128, "width": 128, "weights": None, "callback_on_stage_end": fail}
         >>> try:
-        ...     clear.highres(demo.pipeline(), "a cross", **size, base=base, weights=None, callback_on_stage_end=fail)
+        ...     clear.highres(demo.pipeline(), "a cross", base=base, **settings)
         ... except clear.HighresError as error:
         ...     print(error)
         OSError: no space left; 1 of 2 images are finished, in this error's result
