@@ -53,6 +53,9 @@ KINDS = {
         embeddings=((1, 9, 12), True),
         first_version=(0, 39),
     ),
+    "z_image": Kind(
+        dummy_pipelines.z_image, "ZImageImg2ImgPipeline", embeddings=((9, 12), False), first_version=(0, 42)
+    ),
     "flux2": Kind(dummy_pipelines.flux2, side=32, embeddings=((1, 9, 12), False), options={}, first_version=(0, 37)),
     "krea2": Kind(dummy_pipelines.krea2, embeddings=((1, 9, 3, 12), True), first_version=(0, 39)),
 }
@@ -88,12 +91,17 @@ def make(monkeypatch):
 
 
 def embed(plain, shape, masked):
+    def captions(self, prompt, negative_prompt=None, do_classifier_free_guidance=True, **kwargs):
+        texts = [prompt], [negative_prompt] if do_classifier_free_guidance else []
+        rngs = [[torch.Generator().manual_seed(len(str(text))) for text in each] for each in texts]
+        return tuple([torch.randn(shape, generator=rng) for rng in each] for each in rngs)
+
     def encode_prompt(self, *args, prompt=None, prompt_embeds=None, **kwargs):
         rng = torch.Generator().manual_seed(len(str(prompt)))
         mask = {"prompt_embeds_mask": torch.ones(1, shape[1], dtype=torch.bool)} if masked else {}
         return plain(self, prompt="", prompt_embeds=torch.randn(shape, generator=rng), **{**kwargs, **mask})
 
-    return encode_prompt
+    return captions if len(shape) == 2 else encode_prompt
 
 
 def settings(kind, **changes):

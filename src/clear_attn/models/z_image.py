@@ -21,6 +21,7 @@ from clear_attn.models.class_names import is_instance
 from clear_attn.models.context.context_variable import PUBLISHED, current
 from clear_attn.models.context.dense_attention import dense_attention
 from clear_attn.models.hooked import InnerHook, MethodHook
+from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.parsing.padding import HIDDEN
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project
 from clear_attn.models.processors.publishing import PublishedProcessor, Publishing
@@ -194,6 +195,15 @@ class ZImage(Publishing, ModelAdapter):
         return unpermute_patches(sample, layout)
 
     training = ZImageTraining()
+    highres_pipelines = (
+        HighresPipelines(
+            "ZImagePipeline",
+            "ZImageImg2ImgPipeline",
+            batched_guidance=True,
+            unguided=0,
+            modular=("ZImageModularPipeline",),
+        ),
+    )
     architectures = (Architecture("z-image"),)
 
     def output_layer(self, transformer: Any) -> nn.Module | None:
