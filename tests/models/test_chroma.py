@@ -3,7 +3,6 @@
 import diffusers
 import pytest
 import torch
-from diffusers import ChromaPipeline
 from PIL import Image
 
 import clear_attn as clear
@@ -85,8 +84,6 @@ def test_pipelines_with_guidance(name):
 
 
 def test_unsupported_features(transformer):
-    with pytest.raises(TypeError, match="highres does not support a ChromaPipeline"):
-        clear.highres(dummy_pipelines.chroma(ChromaPipeline), "a red circle", height=64, width=64)
     refused = pytest.raises(RuntimeError, match=r"a FluxAttnProcessor, whose scores .* cannot scale while")
     with refused, clear.proportional_attention(transformer):
         pass
