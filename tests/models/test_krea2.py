@@ -149,7 +149,5 @@ def test_theta_is_scaled_and_scores_are_sharpened(transformer):
 
 
 def test_errors_for_unsupported_features(transformer):
-    with pytest.raises(TypeError, match="highres does not support a Krea2Pipeline"):
-        clear.highres(dummy_pipelines.krea2(), "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="finds none for this model, a Krea2Transformer2DModel; give weights=None"):
         clear.linearize(transformer, 8)
