@@ -14,8 +14,8 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.methods import Clear
-from clear_attn.tools.tables import format_table
 from clear_attn.utils.image_sheets import contact_sheet, draw_window
+from clear_attn.utils.tables import format_table
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
 
 # The larger image is not decoded: it shows the time of its steps, and is too large for this model to draw well.

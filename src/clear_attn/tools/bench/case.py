@@ -14,8 +14,8 @@ from clear_attn.methods import Clear
 from clear_attn.profiling.cost_report import Cost
 from clear_attn.tools.bench import TOKEN
 from clear_attn.tools.bench.measure import Subject, Timing
-from clear_attn.tools.tables import format_table
 from clear_attn.utils.dtypes import dtype_name
+from clear_attn.utils.tables import format_table
 
 CASE_FIELDS = ("level", "height", "width", "text", "heads", "head_dim", "window", "down_factor", "batch", "backward")
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from clear_attn.parallel.communication_volume import CommunicationVolume, count_volume
 from clear_attn.tools.bench.case import Case
-from clear_attn.tools.tables import format_table
+from clear_attn.utils.tables import format_table
 
 
 class Network(NamedTuple):

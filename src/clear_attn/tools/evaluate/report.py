@@ -13,8 +13,8 @@ from PIL import Image
 from clear_attn.methods.records import method_from_dict
 from clear_attn.tools.evaluate.metric_registry import METRICS
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER
-from clear_attn.tools.tables import format_table
 from clear_attn.utils.image_sheets import contact_sheet
+from clear_attn.utils.tables import format_table
 
 IMAGES_ON_SHEET = 6
 ARROWS = {"higher": "↑", "lower": "↓"}
