@@ -17,14 +17,15 @@ HEAD = """# Compatibility
 ## Versions
 
 Python 3.11 to 3.14, torch 2.9, diffusers 0.36, transformers 4.57, huggingface_hub 0.36, accelerate 1.10, safetensors
-0.6.2 and peft 0.17, or later ones. Tested on Python 3.11, as this table says; the other versions in between are not
-run.
+0.6.2 and peft 0.17, or later ones. Tested on Python 3.11 unless this table says otherwise; the other versions in
+between are not run.
 
 | torch | diffusers | transformers | huggingface_hub | what was run |
 |---|---|---|---|---|
 | 2.13 (CPU) | 0.42.1 | 5.24 | 2.4 | all tests, in CI |
 | 2.13 (CPU) | 0.36.0 | 4.57.1 | 0.36.0 | the core tests, in CI |
 | 2.13 (CPU) | 0.38.0 | 4.57.1 | 0.36.0 | the tests of Qwen-Image, once by hand; those of its ControlNet fail |
+| 2.11 (CUDA, H200) | 0.41.0 | 5.17 | 1.33 | on Python 3.12, the tests on a GPU and those of the fused kernels, once by hand |
 
 - Before diffusers 0.40, the keyword for the dtype is `torch_dtype=`. A pipeline ignores `dtype=` there, with a line in
   the log, and is loaded in float32. A model raises a `TypeError`.
