@@ -25,7 +25,7 @@ between are not run.
 | 2.13 (CPU) | 0.42.1 | 5.24 | 2.4 | all tests, in CI |
 | 2.13 (CPU) | 0.36.0 | 4.57.1 | 0.36.0 | the core tests, in CI |
 | 2.13 (CPU) | 0.38.0 | 4.57.1 | 0.36.0 | the tests of Qwen-Image, once by hand; those of its ControlNet fail |
-| 2.11 (CUDA, H200) | 0.41.0 | 5.17 | 1.33 | on Python 3.12, the tests on a GPU and those of the fused kernels, once by hand |
+| 2.11 (CUDA, H200) | 0.41.0 | 5.17 | 1.33 | Python 3.12, the tests on a GPU and of the kernels, once by hand |
 
 - Before diffusers 0.40, the keyword for the dtype is `torch_dtype=`. A pipeline ignores `dtype=` there, with a line in
   the log, and is loaded in float32. A model raises a `TypeError`.

@@ -51,7 +51,11 @@ Table = dict[str, dict[int, Configuration]]
 # By kernel, then by the largest head_dim that a configuration serves.
 _AMPERE: Table = {
     "forward": {128: Configuration(128, 64, 8, 3), 256: Configuration(64, 32, 8, 2)},
-    "query_gradient": {128: Configuration(128, 64, 8, 2), 256: Configuration(64, 16, 4, 2)},
+    "query_gradient": {
+        64: Configuration(128, 64, 8, 2),
+        128: Configuration(128, 32, 8, 2),
+        256: Configuration(64, 16, 4, 2),
+    },
     "key_gradients": {
         64: Configuration(128, 32, 8, 2),
         128: Configuration(64, 32, 4, 2),

@@ -12,7 +12,9 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def linearized(family, backend, dtype, **arguments):
-    transformer = family.transformer().to(DEVICE, dtype)
+    # The kernels take a head_dim from 16 on.
+    heads = {"attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)} if family is families.KREA2 else {}
+    transformer = family.transformer(**heads).to(DEVICE, dtype)
     return clear.linearize(transformer, window=3, weights=None, backend=backend, **arguments)
 
 
@@ -28,7 +30,8 @@ def call_of(family, transformer, dtype, grid=(9, 11), **arguments):
 def output_of(family, backend, dtype, grid=(9, 11), **arguments):
     transformer = linearized(family, backend, dtype, **arguments)
     with torch.no_grad():
-        return transformer(**call_of(family, transformer, dtype, grid))[0]
+        output = transformer(**call_of(family, transformer, dtype, grid))[0]
+    return torch.stack(output) if isinstance(output, list) else output  # Z-Image returns a list
 
 
 QUICK = "flux", "chroma"  # one for each carrier of the context
