@@ -30,7 +30,7 @@ def grid_permutation(grid: Grid, device: torch.device) -> Tensor:
 
 
 class Images(NamedTuple):
-    """Some of a sequence's images, `grids[first:last]`: by default all, of which the later ones are references."""
+    """Some of a sequence's images, `grids[first:last]`: by default all, the image and its references."""
 
     first: int = 0
     last: int | None = None

@@ -259,9 +259,9 @@ class ModelAdapter(abc.ABC):
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         """Return the keywords with the image tokens, and every tensor with a row per image token, in tile order."""
 
-    @abc.abstractmethod
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        """Return the transformer's output in raster order."""
+        """Return the transformer's output in raster order. By default it is `[batch, image tokens, channels]`."""
+        return sample[:, layout.inverse_permutation]
 
     # The model
 

@@ -103,9 +103,6 @@ class Flux(ModelAdapter):
             "img_ids": ids[layout.permutation],
         }
 
-    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        return sample[:, layout.inverse_permutation]
-
     training: TrainingAdapter | None = FluxTraining()
     highres_pipelines: tuple[HighresPipelines, ...] = (
         HighresPipelines("FluxPipeline", "FluxImg2ImgPipeline", modular=("FluxModularPipeline",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 from typing import Any
 
@@ -59,7 +60,7 @@ class HighresPipelines:
         return {"image": latents, "strength": strength, "num_inference_steps": steps}
 
 
-class FromNoisedLatents(HighresPipelines):
+class FromNoisedLatents(HighresPipelines, abc.ABC):
     """For a model without an image-to-image pipeline: text to image, from noised latents and inside the schedule.
 
     Args:
@@ -88,9 +89,9 @@ class FromNoisedLatents(HighresPipelines):
         noised = scheduler.scale_noise(latents, scheduler.timesteps[:1], noise)
         return {"latents": self.pack(noised), "sigmas": sigmas, "num_inference_steps": steps}
 
+    @abc.abstractmethod
     def dynamic_shift(self, pipe: Any, tokens: int, steps: int) -> float:
         """Return the `mu` that the pipeline computes for its scheduler."""
-        raise NotImplementedError
 
     def pack(self, latents: Tensor) -> Tensor:
         """Return latents as the pipeline's `latents` argument."""

@@ -1,6 +1,7 @@
 """Krea 2 in diffusers: text first, positions of text and image in `position_ids`, grouped-query attention with a gate.
 
-The transformer first fuses the layers of the text encoder. These blocks see text alone and keep their own processors.
+The transformer first fuses the layers of the text encoder. These blocks attend to text alone, and keep their own
+processors.
 """
 
 from __future__ import annotations
@@ -139,9 +140,6 @@ class Krea2(Publishing, ModelAdapter):
             "hidden_states": kwargs["hidden_states"][:, layout.permutation],
             "position_ids": torch.cat([positions[:text], positions[text:][layout.permutation]]),
         }
-
-    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        return sample[:, layout.inverse_permutation]
 
     training = Krea2Training()
     highres_pipelines = (Krea2Highres("Krea2Pipeline", training, unguided=0),)

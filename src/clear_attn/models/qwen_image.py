@@ -160,9 +160,6 @@ class QwenImage(ModelAdapter):
             "encoder_hidden_states_mask": None,
         }
 
-    def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
-        return sample[:, layout.inverse_permutation]
-
     training: TrainingAdapter | None = QwenTraining()
     highres_pipelines: tuple[HighresPipelines, ...] = (
         QwenHighres(
