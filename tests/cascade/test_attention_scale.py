@@ -16,7 +16,7 @@ from clear_attn.methods import Clear
 from clear_attn.methods.method import proportional_scale
 from clear_attn.models import adapter_for
 from tests.helpers import dummy_models
-from tests.helpers.families import each_family
+from tests.helpers.families import FAMILIES, each_family
 from tests.helpers.reference_model import FLUX_ATTENTION, SD3_ATTENTION, run
 from tests.helpers.snapshots import assert_same, snapshot
 
@@ -175,6 +175,20 @@ class TestProportionalAttention:
         with pytest.raises(RuntimeError, match="has a Own, whose scores proportional attention cannot scale"):
             clear.proportional_attention(transformer).__enter__()
         assert layer.processor is own
+
+    @pytest.mark.parametrize("name", [name for name in ("krea2", "flux3") if name in FAMILIES])
+    def test_scales_linearized_layers_alone(self, name):
+        """Their own processors take no scale."""
+        transformer = FAMILIES[name].transformer()
+        call = FAMILIES[name].call(transformer, (9, 12))
+        refused = pytest.raises(RuntimeError, match=r"has a (Krea2|Flux3)AttnProcessor")
+        with refused, clear.proportional_attention(transformer):
+            pass
+        clear.linearize(transformer, 4, weights=None)
+        local = run(transformer, call)
+        with clear.proportional_attention(transformer):
+            assert (run(transformer, call) - local).abs().max() > 1e-4
+        assert torch.equal(run(transformer, call), local)
 
     def test_refuses_a_controlnet(self):
         net = FluxControlNetModel(**dummy_models.FLUX_CONFIG)

@@ -172,21 +172,6 @@ def test_the_cost_does_not_count_layers_of_references(transformer):
     assert (counted.layers, counted.layers_without_text) == (4, 2)
 
 
-def test_theta_is_scaled_and_scores_are_sharpened(transformer):
-    call = dummy_models.flux3_call(transformer, (9, 12))
-    original = run(transformer, call)
-    with clear.ntk_scaling(transformer, 10):
-        assert (run(transformer, call) - original).abs().max() > 1e-4
-    refused = pytest.raises(RuntimeError, match="has a Flux3AttnProcessor")
-    with refused, clear.proportional_attention(transformer):
-        pass
-    clear.linearize(transformer, 4, weights=None)
-    local = run(transformer, call)
-    with clear.proportional_attention(transformer):
-        assert (run(transformer, call) - local).abs().max() > 1e-4
-    assert torch.equal(run(transformer, call), local)
-
-
 def test_errors_for_unsupported_features(transformer):
     with pytest.raises(TypeError, match="highres does not support a Flux3ModularPipeline"):
         clear.highres(dummy_pipelines.flux3(), "a red circle", height=64, width=64)

@@ -133,21 +133,6 @@ def test_distilled_weights_have_no_gate(trained, transformer):
     assert changed == {f"transformer_blocks.{i}.attn.{name}.weight" for i in range(3) for name in names}
 
 
-def test_theta_is_scaled_and_scores_are_sharpened(transformer):
-    call = dummy_models.krea2_call(transformer, (9, 12))
-    original = run(transformer, call)
-    with clear.ntk_scaling(transformer, 10):
-        assert (run(transformer, call) - original).abs().max() > 1e-4
-    refused = pytest.raises(RuntimeError, match="has a Krea2AttnProcessor")
-    with refused, clear.proportional_attention(transformer):
-        pass
-    clear.linearize(transformer, 4, weights=None)
-    local = run(transformer, call)
-    with clear.proportional_attention(transformer):
-        assert (run(transformer, call) - local).abs().max() > 1e-4
-    torch.testing.assert_close(run(transformer, call), local, atol=0, rtol=0)
-
-
 def test_errors_for_unsupported_features(transformer):
     with pytest.raises(ValueError, match="finds none for this model, a Krea2Transformer2DModel; give weights=None"):
         clear.linearize(transformer, 8)
