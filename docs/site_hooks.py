@@ -1,7 +1,8 @@
-"""Hooks of mkdocs: a link to the repository that the clone came from, and the notebooks in `examples/` as pages."""
+"""Hooks of mkdocs: a link to the clone's repository; pages for the notebooks in `examples/` and the command line."""
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -27,10 +28,17 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     return config
 
 
+def command_line() -> str:
+    """Return the help of all commands as Markdown."""
+    command = [sys.executable, "-m", "typer", "clear_attn.tools.cli", "utils", "docs", "--name", "clear-attn"]
+    return subprocess.run([*command, "--title", "Command line"], capture_output=True, text=True, check=True).stdout
+
+
 @event_priority(100)  # before mkdocs-jupyter, which renders them
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     root = Path(config.config_file_path).parent
     for notebook in sorted(root.glob("examples/*.ipynb")):
         path = notebook.relative_to(root).as_posix()
         files.append(File(path, str(root), config.site_dir, config.use_directory_urls))
+    files.append(File.generated(config, "command-line.md", content=command_line()))
     return files

@@ -109,17 +109,20 @@ def test_the_numbers_of_the_readme():
     cells = " | ".join(f"{least / 2**30:.1f} to {likely / 2**30:.1f}" for least, likely in activations)
     assert f"| activations of the transformer | {cells} |" in readme
 
-    def seconds(level, side):
-        rows = json.loads((ROOT / "benchmarks" / "results" / f"{level}-cpu.json").read_text())
-        return [
-            row["median_s"]
-            for name in ("dense", "tiled")
-            for row in rows
-            if (row["variant"], row["height"]) == (name, side)
-        ]
+    def seconds(file, side, *variants):
+        rows = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
+        return [row["median_s"] for name in variants for row in rows if (row["variant"], row["height"]) == (name, side)]
+
+    for side, decimals in {64: 2, 128: 2, 256: 1, 512: 1}.items():
+        cells = " | ".join(f"{1000 * each:.{decimals}f}" for each in seconds("op-h200", side, "triton"))
+        assert re.search(rf"^\| {16 * side} px \|.*\| {re.escape(cells)} \|$", readme, re.MULTILINE), cells
+    (pooled_ms,) = (1000 * each for each in seconds("op-pooled-h200", 256, "triton"))
+    assert f"one attention at 4096 px takes {pooled_ms:.1f} ms" in readme
 
     for side in (64, 128):
-        (dense, ours), (dense_step, our_step) = seconds("op", side), seconds("model", side)
+        (dense, ours), (dense_step, our_step) = (
+            seconds(file, side, "dense", "tiled") for file in ("op-cpu", "model-cpu")
+        )
         steps = [f"{step:.0f} s" if step >= 100 else f"{step:.1f} s" for step in (dense_step, our_step)]
         assert f"{dense:.2f} s | {ours:.2f} s | {' | '.join(steps)} |" in readme, side
 
