@@ -185,11 +185,41 @@ FAMILIES = {name: family for name, family in ALL.items() if family.first_version
 USUAL = ("flux", "sd3")
 
 
-def each_family(**properties):
-    """Run a test for every family, or for those with these properties."""
-    selected = {
-        name: family
+def each_family(quick=tuple(ALL), **properties):
+    """Run a test for every family, or for those with these properties; slow are those that are not in `quick`."""
+    return pytest.mark.parametrize(
+        "family",
+        [pytest.param(family, id=name, marks=_slow_unless(name in quick)) for name, family in _with(properties)],
+    )
+
+
+def each_family_with_each(name, values, **properties):
+    """Run a test for every family with every value.
+
+    Slow are all but every value for the first family, and one value for each of the others.
+    """
+    return pytest.mark.parametrize(
+        ("family", name),
+        [
+            pytest.param(
+                family,
+                value,
+                id=f"{each}-{getattr(value, '__name__', value)}",
+                marks=_slow_unless(i == 0 or i % len(values) == j),
+            )
+            for i, (each, family) in enumerate(_with(properties))
+            for j, value in enumerate(values)
+        ],
+    )
+
+
+def _with(properties):
+    return [
+        (name, family)
         for name, family in FAMILIES.items()
         if all(getattr(family, field) == value for field, value in properties.items())
-    }
-    return pytest.mark.parametrize("family", selected.values(), ids=selected)
+    ]
+
+
+def _slow_unless(quick):
+    return () if quick else pytest.mark.slow

@@ -21,7 +21,7 @@ from clear_attn.models.parsing import position_ids
 from clear_attn.patching import plan_cache
 from clear_attn.patching.target import entry_hook_of
 from tests.helpers import hardware
-from tests.helpers.families import FLUX, SD3, each_family
+from tests.helpers.families import FLUX, SD3, each_family, each_family_with_each
 from tests.helpers.reference_model import check_compiled_blocks, in_raster_order, joined, run
 
 GRID = st.sampled_from([(1, 1), (3, 5), (8, 8), (13, 7), (17, 23), (16, 24)])
@@ -102,8 +102,7 @@ def test_portrait_and_landscape_in_turn(family, transformer):
             torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
 
 
-@each_family()
-@pytest.mark.parametrize("backend", hardware.BACKENDS)
+@each_family_with_each("backend", hardware.BACKENDS)
 def test_threads_use_their_own_layouts(family, transformer, backend):
     clear.linearize(transformer, 4, 2, weights=None, backend=backend)
     calls = [family.call(transformer, family.grid(*grid)) for grid in ((5, 12), (12, 5), (9, 9), (4, 16))]
@@ -142,8 +141,7 @@ def test_a_deep_copy_is_independent(family, transformer):
     assert torch.equal(run(transformer, call), expected)
 
 
-@each_family()
-@pytest.mark.parametrize("factor", [1, 2])
+@each_family_with_each("factor", [1, 2])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transformer, use_reentrant, factor):
     sizes = family.grid(11, 20), family.grid(6, 11)
@@ -174,7 +172,7 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
         torch.testing.assert_close(ours, expected_one, atol=1e-6, rtol=1e-5)
 
 
-@each_family()
+@each_family(quick=("flux", "chroma"))  # one for each way of a context to the layers
 def test_compiled_blocks(family, transformer):
     """With references and padding, if the model has them."""
     grids = [(13, 7), (4, 6)][: family.most_grids]
@@ -183,6 +181,7 @@ def test_compiled_blocks(family, transformer):
 
 
 @hardware.needs_compiler
+@pytest.mark.slow
 def test_compiled_transformer(family, transformer):
     call = family.call(transformer, (13, 7))
     clear.linearize(transformer, 4, 2, weights=None)

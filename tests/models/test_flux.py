@@ -18,9 +18,8 @@ def transformer():
 
 
 @hardware.needs_compiler
-@pytest.mark.parametrize(
-    "backend", ["tiled", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flex", "reference"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tiled", "flex", "reference"])
 def test_regional_compilation(backend):
     """With more blocks than torch would compile one by one."""
     torch.compiler.reset()  # compilations are counted per line of code, over all tests
@@ -48,7 +47,8 @@ def graphs_of(transformer, calls):
 
 
 @hardware.needs_compiler
-@pytest.mark.parametrize("backend", ["tiled", pytest.param("flex", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
 def test_compiled_blocks_are_not_recompiled(backend):
     """Ten sizes and three text lengths take as many compilations as the original model, and two of FlexAttention."""
     transformer = families.FLUX.transformer()

@@ -16,7 +16,7 @@ from clear_attn import methods
 from clear_attn.distill.student import add_student, student_values
 from clear_attn.patching.saving import save_values
 from tests.helpers import dummy_models
-from tests.helpers.families import each_family
+from tests.helpers.families import each_family, each_family_with_each
 from tests.helpers.reference_model import joined, put_rule, run
 from tests.helpers.snapshots import assert_same, layers_of, snapshot, train
 
@@ -47,8 +47,7 @@ def own_processors(transformer):
     return [module for module in transformer.modules() if isinstance(module, clear.ClearAttnProcessor)]
 
 
-@each_family()
-@each_method
+@each_family_with_each("method", METHODS)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_equals_the_rule_in_raster_order(family, method, batch):
     original, grid = family.transformer(), family.grid(*GRID)
@@ -68,8 +67,7 @@ def test_a_method_that_leaves_nothing_out_equals_the_original_model(family, tran
     torch.testing.assert_close(run(transformer, call), original, atol=1e-5, rtol=0)
 
 
-@each_family()
-@each_method
+@each_family_with_each("method", METHODS)
 def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transformer, method):
     sizes = family.grid(11, 6), family.grid(4, 9)
     calls = [family.call_without_mask(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
@@ -93,8 +91,7 @@ def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transfor
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@each_family()
-@each_method
+@each_family_with_each("method", METHODS)
 def test_restore_is_bit_for_bit(family, transformer, method):
     call = family.call_without_mask(transformer, GRID)
     before, original = snapshot(transformer), run(transformer, call)
@@ -111,8 +108,7 @@ def test_restore_is_bit_for_bit(family, transformer, method):
 
 
 class TestSaved:
-    @each_family()
-    @each_method
+    @each_family_with_each("method", METHODS)
     def test_and_loaded(self, family, transformer, method, tmp_path):
         call = family.call_without_mask(transformer, GRID)
         perturb(clear.linearize(transformer, method=method, weights=None))
@@ -229,8 +225,7 @@ def test_arguments_that_do_not_go_together(transformer, given, error, message):
 MASKS = {"added": torch.float32, "boolean": torch.bool}
 
 
-@each_family(padding=True)
-@each_method
+@each_family_with_each("method", METHODS, padding=True)
 @pytest.mark.parametrize("dtype", MASKS.values(), ids=MASKS)
 def test_padded_text(family, method, dtype):
     """Equals the rule with the original model's own mask, or the method refuses padded text."""
@@ -309,8 +304,7 @@ def test_in_half_precision(family, method):
     assert (output - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-@each_family(training=True)
-@each_method
+@each_family_with_each("method", METHODS, training=True)
 def test_student(family, method, tmp_path):
     """The trained parameters of a method are saved, and give the same output when loaded."""
     transformer = clear.linearize(family.transformer(), method=method, weights=None)

@@ -71,6 +71,7 @@ def test_all_image_tokens_attend_to_the_learned_padding(transformer):
         assert plan.radius_sq[plan.text].isinf().all()
 
 
+@pytest.mark.slow
 def test_captions_of_unequal_length_in_compiled_blocks(transformer):
     check_compiled_blocks(transformer, dummy_models.z_image_call(transformer, GRID, **UNEQUAL, controlnet=True))
 

@@ -20,6 +20,7 @@ from clear_attn.parallel.communication_volume import count_volume
 from clear_attn.parallel.shard import TILE_ROW, Shard, ShardPlan, halo_from, tokens_of
 from clear_attn.parallel.weights_digest import digest_of
 from tests.helpers import dummy_models, hardware, reference_attention
+from tests.helpers.workers import once_in_all_workers
 
 
 @st.composite
@@ -153,19 +154,20 @@ SLOW_STOPPED = ["a_rank_hangs", "a_rank_never_calls"]
 
 
 def _run_checks(checks, stopped):
-    """Run checks on ranks, with one start of the processes."""
+    """Run checks on ranks, with one start of the processes, and return their output and errors."""
     jobs = [f"{ranks}:{','.join(names)}" for ranks, names in checks.items()]
-    return _run(sys.executable, "-m", "tests.helpers.rank_checks", *jobs, *(f"3:{check}" for check in stopped))
+    ran = _run(sys.executable, "-m", "tests.helpers.rank_checks", *jobs, *(f"3:{check}" for check in stopped))
+    return ran.stdout, ran.stderr
 
 
 @pytest.fixture(scope="module")
-def ran():
-    return _run_checks(CHECKS, STOPPED)
+def ran(tmp_path_factory):
+    return once_in_all_workers(tmp_path_factory, "rank_checks", lambda: _run_checks(CHECKS, STOPPED))
 
 
 @pytest.fixture(scope="module")
-def ran_slow():
-    return _run_checks(SLOW_CHECKS, SLOW_STOPPED)
+def ran_slow(tmp_path_factory):
+    return once_in_all_workers(tmp_path_factory, "slow_rank_checks", lambda: _run_checks(SLOW_CHECKS, SLOW_STOPPED))
 
 
 def _each(checks):
@@ -174,40 +176,36 @@ def _each(checks):
     )
 
 
-# A group shares one start of the processes, so one worker runs it.
-in_one_start = pytest.mark.xdist_group("ranks")
-
-
-@in_one_start
 @_each(CHECKS)
 def test_on_ranks(ran, ranks, check):
-    assert f"{check} on {ranks}: " in ran.stdout, ran.stderr[-6000:]
+    output, errors = ran
+    assert f"{check} on {ranks}: " in output, errors[-6000:]
 
 
-@in_one_start
 @pytest.mark.slow
 @_each(SLOW_CHECKS)
 def test_more_on_ranks(ran_slow, ranks, check):
-    assert f"{check} on {ranks}: " in ran_slow.stdout, ran_slow.stderr[-6000:]
+    output, errors = ran_slow
+    assert f"{check} on {ranks}: " in output, errors[-6000:]
 
 
-@in_one_start
 @pytest.mark.parametrize("check", STOPPED)
 def test_a_rank_that_dies_is_named(ran, check):
-    assert ran.stdout.count(f"{check}: rank 1 was named") == 2, ran.stderr[-6000:]
+    output, errors = ran
+    assert output.count(f"{check}: rank 1 was named") == 2, errors[-6000:]
 
 
-@in_one_start
 @pytest.mark.slow
 @pytest.mark.parametrize("check", SLOW_STOPPED)
 def test_a_rank_that_does_not_answer_is_named(ran_slow, check):
-    assert ran_slow.stdout.count(f"{check}: rank 1 was named") == 2, ran_slow.stderr[-6000:]
+    output, errors = ran_slow
+    assert output.count(f"{check}: rank 1 was named") == 2, errors[-6000:]
 
 
-@in_one_start
 @pytest.mark.slow
 def test_a_rank_that_comes_late_says_so(ran_slow):
-    assert "a_rank_hangs: rank 1 came late" in ran_slow.stdout, ran_slow.stderr[-6000:]
+    output, errors = ran_slow
+    assert "a_rank_hangs: rank 1 came late" in output, errors[-6000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8])

@@ -47,6 +47,7 @@ def test_help_imports_nothing_heavy():
     assert subprocess_output(code).stdout.endswith("imported []\n")
 
 
+@pytest.mark.slow
 def test_commands_print_nothing_of_other_libraries():
     code = "from clear_attn.tools.cli import app; app(['cost', '--height', '64', '--width', '64', '--json'])"
     output = subprocess_output(code)

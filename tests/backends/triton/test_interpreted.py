@@ -9,6 +9,7 @@ import sys
 import pytest
 
 FILES = sorted((pathlib.Path(__file__).parent / "kernels").glob("test_*.py"))
+QUICK = ("test_kernels", "test_operator")
 
 
 def run(file, marks):
@@ -21,8 +22,7 @@ def run(file, marks):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(file, marks=pytest.mark.slow if file.stem == "test_bench" else ()) for file in FILES],
-    ids=lambda file: file.stem,
+    [pytest.param(file, marks=() if file.stem in QUICK else pytest.mark.slow, id=file.stem) for file in FILES],
 )
 def test_in_a_process_of_its_own(file):
     run(file, "not slow")

@@ -294,6 +294,7 @@ def count_graphs(model, calls):
     return counts
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_as_often_as_in_the_original_model(kind):
     """They are not compiled again for each layer, each context or a third size."""
     calls = [kind[1](grid) for grid in (SMALL, LARGE, SMALL, WIDE)]
@@ -484,7 +485,7 @@ def test_deep_copies_and_unwrapping(kind):
     assert twin._gradient_checkpointing_func is checkpoint
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_autocast(kind, backend):
     """Compiled code and the backward pass run with autocast off; attention must still use it."""
     calls = [kind[1](SMALL, seed=1), kind[1](LARGE, seed=2)]
