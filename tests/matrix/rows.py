@@ -17,11 +17,12 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from tests.helpers import dummy_models, dummy_pipelines
 from tests.helpers.dummy_controlnets import fill_zeros, sd3_controlnet, z_image_controlnet
 from tests.helpers.flux3_loop import Flux3Loop
+from tests.helpers.image_processors import pillow_processor
 
 HEIGHT, WIDTH, TOKEN = 72, 96, 8  # pixels; the small autoencoder's tokens have a side of 8
 GRID = HEIGHT // TOKEN, WIDTH // TOKEN
@@ -155,7 +156,7 @@ def _redux_prior() -> Any:
     encoder = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8))
     return diffusers.FluxPriorReduxPipeline(
         image_encoder=encoder.eval(),
-        feature_extractor=SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+        feature_extractor=pillow_processor("Siglip")(size={"height": 16, "width": 16}),
         image_embedder=ReduxImageEncoder(redux_dim=16, txt_in_features=128).eval(),
         **{name: parts[name] for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")},
     )

@@ -17,12 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
     ViTConfig,
-    ViTImageProcessorPil,
     ViTModel,
 )
 from transformers.models.auto import auto_factory
@@ -39,6 +37,7 @@ from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr,
 from clear_attn.utils import optional_dependencies, seeded_images
 from clear_attn.utils.image_sheets import CELL
 from tests.helpers import dummy_models
+from tests.helpers.image_processors import pillow_processor
 
 PROMPTS = ["a red circle on a blue ground, in the middle", "a white cross", "a green square on a black ground"]
 CALL = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 24}
@@ -65,10 +64,10 @@ def feature_models(tmp_path_factory):
     Dinov2Model(Dinov2Config(**vision)).save_pretrained(folder / "dinov2")
     ViTModel(ViTConfig(**vision), add_pooling_layer=False).save_pretrained(folder / "dino")
     for name in ("clip", "dinov2"):
-        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        pillow_processor("CLIP")(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
             folder / name
         )
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "dino")
+    pillow_processor("ViT")(size={"height": 32, "width": 32}).save_pretrained(folder / "dino")
     return folder
 
 
@@ -164,9 +163,9 @@ class TestMetrics:
         metric = make_metrics(["dino"], Sources(PROMPTS, "", str(feature_models / name), False))[0]["dino"]
         with torch.inference_mode():
             metric.update(Batch(teacher, student, PROMPTS))
-        maker, kind = (ViTImageProcessorPil, ViTModel) if name == "dino" else (CLIPImageProcessorPil, Dinov2Model)
+        maker, kind = ("ViT", ViTModel) if name == "dino" else ("CLIP", Dinov2Model)
         processor, model = (
-            maker.from_pretrained(feature_models / name),
+            pillow_processor(maker).from_pretrained(feature_models / name),
             kind.from_pretrained(feature_models / name).eval(),
         )
 
@@ -188,7 +187,7 @@ class TestMetrics:
         with torch.inference_mode():
             for metric in metrics.values():
                 metric.update(Batch(teacher, student, PROMPTS))
-        processor = CLIPImageProcessorPil.from_pretrained(feature_models / "clip")
+        processor = pillow_processor("CLIP").from_pretrained(feature_models / "clip")
         model, tokenizer = (
             CLIPModel.from_pretrained(feature_models / "clip").eval(),
             dummy_models.flux_pipeline().tokenizer,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.target import find_transformer
 from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.json_records import Fields, parse_json, validate_record
+from clear_attn.utils.versions import installed_versions
 from clear_attn.weights.published import shared_name_of
 from clear_attn.weights.sources import shared_name
 
@@ -52,7 +52,7 @@ RESERVED = {*ARGUMENTS, "pipe", "image", "token", "options", "self"}
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that an image depends on."""
-    return {name: importlib.metadata.version(name) for name in ("clear_attn", "diffusers", "torch")}
+    return installed_versions("clear_attn", "diffusers", "torch")
 
 
 def fingerprint(image: Image.Image) -> dict[str, Any]:

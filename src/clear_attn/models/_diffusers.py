@@ -48,7 +48,8 @@ def diffusers_version() -> tuple[int, int]:
 def load_pretrained(loader: Any, name: str | os.PathLike[str], *, dtype: torch.dtype, **options: Any) -> Any:
     """Load a pipeline or model of a class of diffusers in a dtype (diffusers 0.36 to 0.42).
 
-    Before 0.40, diffusers calls the dtype `torch_dtype`, and ignores `dtype` without a warning.
+    Before 0.40, diffusers calls the dtype `torch_dtype`. A pipeline there ignores `dtype`, with a line in the log; a
+    model raises a TypeError.
     """
     keyword = "dtype" if diffusers_version() >= (0, 40) else "torch_dtype"
     return loader.from_pretrained(name, **{keyword: dtype}, **options)

@@ -13,7 +13,7 @@ from clear_attn.methods import Method
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import Change, prepare
 from clear_attn.patching.restoration import restored_state
-from clear_attn.patching.state import apply, capture, check_writable, original_state
+from clear_attn.patching.state import apply, apply_or_fall_back, capture, check_writable, original_state
 from clear_attn.patching.target import PipelineOrTransformer, find_target
 from clear_attn.utils._torch import hook_tables
 from clear_attn.weights.parameters import check_in_memory
@@ -126,10 +126,6 @@ def _restore_point(pipe: Any) -> Callable[[], None]:
         original = original_state(target)
         wanted = before._replace(values={**original.values, **before.values}) if before.hook else original
         check_writable(target, wanted)
-        try:
-            apply(target, wanted)
-        except BaseException:
-            apply(target, wanted)
-            raise
+        apply_or_fall_back(target, wanted, wanted)
 
     return back

@@ -20,7 +20,7 @@ from clear_attn.patching.changes import warn_if_changed
 from clear_attn.patching.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.patching.hooks import EntryHook, Original
 from clear_attn.patching.resolve import parameters_lost, resolve_method, resolve_saved
-from clear_attn.patching.state import State, apply, capture, match_device_and_dtype, original_state
+from clear_attn.patching.state import State, apply_or_fall_back, capture, match_device_and_dtype, original_state
 from clear_attn.patching.target import PipelineOrTransformer, Target, find_target
 from clear_attn.weights.metadata import make_metadata, read_schedule
 from clear_attn.weights.packaged import is_packaged
@@ -57,11 +57,7 @@ class Change(NamedTuple):
         before = capture(self.target, values)
         kept = {name: self.original.values.get(name, before.values[name]) for name in self.kept}
         hook.original = Original(self.original.processors, kept, self.original.metadata)
-        try:
-            apply(self.target, self.state)
-        except BaseException:
-            apply(self.target, before)
-            raise
+        apply_or_fall_back(self.target, self.state, before)
         values.clear()
 
 

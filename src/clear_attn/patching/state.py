@@ -98,6 +98,15 @@ def apply(target: Target, state: State) -> None:
         _remove_hooks_of_ours(transformer)
 
 
+def apply_or_fall_back(target: Target, state: State, fallback: State) -> None:
+    """Replace the present state. After an error or an interrupt, apply the fallback in full, then raise."""
+    try:
+        apply(target, state)
+    except BaseException:
+        apply(target, fallback)
+        raise
+
+
 def _free_kept_processors(transformer: Any) -> None:
     """Replace the library's processors in the copy that SD3 keeps while its projections are fused."""
     hook, kept = entry_hook_of(transformer), getattr(transformer, "original_attn_processors", None) or {}

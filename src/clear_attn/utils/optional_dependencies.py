@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import os
 import pickle
 from collections.abc import Iterator
@@ -13,7 +13,12 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
+
+# transformers 4 has no backends of image processors, and calls those of torchvision fast.
+PILLOW: dict[str, Any] = (
+    {"backend": "pil"} if importlib.util.find_spec("transformers.image_processing_backends") else {"use_fast": False}
+)
 
 # A torchvision for another build of torch breaks transformers and diffusers, so no extra installs it.
 REMEDIES = {
@@ -101,6 +106,15 @@ def pretrained(loader: Any, name: str, download: bool, **options: Any) -> Any:
             f"{name} is no folder and not in the cache of the Hugging Face Hub; download=True or --download "
             "downloads it"
         ) from None
+
+
+def pretrained_image_processor(name: str, download: bool) -> Any:
+    """Load an image processor that resizes with Pillow, so the same whether torchvision is installed or not.
+
+    Raises:
+        Missing: as `pretrained`.
+    """
+    return pretrained(AutoImageProcessor, name, download, **PILLOW)
 
 
 def pretrained_model(name: str, download: bool) -> Any:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
-from clear_attn.utils.optional_dependencies import Missing, pretrained, pretrained_model
+from clear_attn.utils.optional_dependencies import Missing, pretrained, pretrained_image_processor, pretrained_model
 
 
 class Embedding(ABC):
@@ -25,8 +25,7 @@ class Embedding(ABC):
 
     def __init__(self, name: str, download: bool) -> None:
         self.model = pretrained_model(name, download)
-        # Pillow resizes the same whether torchvision is installed or not.
-        self.processor = pretrained(AutoImageProcessor, name, download, backend="pil")
+        self.processor = pretrained_image_processor(name, download)
 
     def images(self, images: Tensor) -> Tensor:
         """Return uint8 `[images, 3, height, width]` as float32 `[images, features]` of length 1, on their device."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.metadata
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,6 +31,7 @@ from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.image_sizes import Size, round_down
 from clear_attn.utils.seeded_images import generate_with_seeds, save_images_with_seeds
 from clear_attn.utils.validation import LARGEST_SEED, check_whole_number
+from clear_attn.utils.versions import installed_versions
 from clear_attn.weights.metadata import metadata_of
 from clear_attn.weights.published import shared_name_of
 
@@ -164,7 +163,7 @@ def evaluate(
                 "clip": clip,
                 "dino": dino,
             },
-            versions=_versions(),
+            versions=installed_versions(*LIBRARIES),
             seconds=seconds,
             means={name: metric.compute() for name, metric in made.items()},
             missing=missing,
@@ -220,11 +219,3 @@ def read_images(files: Sequence[Path]) -> Tensor:
 def _numbers(metrics: Mapping[str, Metric], row: str, number: int) -> dict[str, float]:
     """Return the numbers of one image by metric."""
     return {name: metric.per_image[row][number] for name, metric in metrics.items() if row in metric.per_image}
-
-
-def _versions() -> dict[str, str]:
-    versions = dict.fromkeys(LIBRARIES, "not installed")
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
