@@ -51,6 +51,12 @@ class TestPlan:
         assert (plan.weights, plan.revision, plan.backend) == (None, None, "auto")
         assert set(plan.made_with) == {"clear_attn", "diffusers", "torch"}
 
+    def test_leaves_the_pipeline_as_it_is(self, pipe):
+        pipe.scheduler.config["_diffusers_version"] = "0.1.0"  # of the folder it was loaded from
+        before = everything(pipe)
+        describe(pipe)
+        assert_as_it_was(pipe, before)
+
     def test_has_the_settings_of_a_linearized_pipeline(self, pipe, monkeypatch):
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="toy")
         assert describe(pipe)["adapters"] == ["toy"]

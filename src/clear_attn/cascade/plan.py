@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -14,6 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
+from clear_attn.models._diffusers import replace_config
 from clear_attn.patching.target import find_transformer
 from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.json_records import Fields, parse_json, validate_record
@@ -64,13 +66,15 @@ def fingerprint(image: Image.Image) -> dict[str, Any]:
 def describe(pipe: Any) -> dict[str, Any]:
     """Return what an image depends on of a pipeline, except for its weights."""
     transformer, _ = find_transformer(pipe)
-    schedule = json.loads(pipe.scheduler.to_json_string())
+    scheduler = copy.copy(pipe.scheduler)
+    replace_config(scheduler, scheduler.config)  # to_json_string() writes the version of diffusers into it
+    schedule = json.loads(scheduler.to_json_string())
     return {
         "pipeline": type(pipe).__name__,
         "name": shared_name_of(pipe, transformer),
         "dtype": dtype_name(transformer.dtype),
         "scheduler": {
-            "class": type(pipe.scheduler).__name__,
+            "class": type(scheduler).__name__,
             "config": {name: value for name, value in schedule.items() if not name.startswith("_")},
         },
         "adapters": _active_adapters(pipe),

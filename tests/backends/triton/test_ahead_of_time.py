@@ -8,10 +8,11 @@ from typer.testing import CliRunner
 
 from clear_attn.backends.triton.ahead_of_time import SHARED_LIMIT, compile_kernel
 from clear_attn.backends.triton.configurations import CHOSEN, KERNELS, Configuration, configuration
-from clear_attn.backends.triton.support import triton_version
+from clear_attn.backends.triton.support import triton_version, unsupported_triton
 from clear_attn.tools.cli import app
 
-pytest.importorskip("triton")
+if obstacle := unsupported_triton():
+    pytest.skip(f"the kernels cannot be compiled: {obstacle}", allow_module_level=True)
 pinned = pytest.mark.skipif(triton_version() != (3, 6), reason="limits hold for Triton 3.6")
 MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 # head_dim 256 may spill in the gradients of keys, on Hopper and Blackwell.

@@ -1,6 +1,5 @@
 """Run the tests in `kernels`, in processes where Triton interprets the kernels on the CPU."""
 
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -8,8 +7,12 @@ import sys
 
 import pytest
 
+from clear_attn.backends.triton.support import unsupported_triton
+
 FILES = sorted((pathlib.Path(__file__).parent / "kernels").glob("test_*.py"))
 QUICK = ("test_kernels", "test_operator")
+obstacle = unsupported_triton()
+needs_triton = pytest.mark.skipif(obstacle is not None, reason=f"the kernels cannot run: {obstacle}")
 
 
 def run(file, marks):
@@ -19,7 +22,7 @@ def run(file, marks):
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize(
     "file",
     [pytest.param(file, marks=() if file.stem in QUICK else pytest.mark.slow, id=file.stem) for file in FILES],
@@ -28,6 +31,7 @@ def test_in_a_process_of_its_own(file):
     run(file, "not slow")
 
 
+@needs_triton
 @pytest.mark.slow
 def test_the_slow_ones_in_a_process_of_their_own():
     run(FILES[0].parent, "slow")

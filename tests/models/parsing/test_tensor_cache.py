@@ -5,6 +5,7 @@ import gc
 import torch
 
 from clear_attn.models.parsing.tensor_cache import ReadOnce
+from clear_attn.utils._torch import is_transformed
 
 
 def counted():
@@ -53,6 +54,19 @@ def test_tensors_of_inference_mode_are_not_cached():
         assert once(tensor) == 3
         tensor.add_(1)
         assert once(tensor) == 6
+    assert not once.recent
+
+
+def test_results_outlive_the_transform_in_which_a_tensor_is_read():
+    once, ids, x = ReadOnce(lambda tensor: tensor + 1), torch.ones(3), torch.ones(3)
+    torch.func.jvp(lambda x: x * once(ids), (x,), (x,))
+    assert not is_transformed(once(ids))
+    assert len(once.recent) == 1
+
+
+def test_transformed_tensors_are_not_cached():
+    once, x = ReadOnce(lambda tensor: tensor + 1), torch.ones(3)
+    assert torch.equal(torch.func.jvp(once, (x,), (x,))[1], x)
     assert not once.recent
 
 

@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from clear_attn.utils._torch import version_of
+from clear_attn.utils._torch import is_transformed, outside_transforms, version_of
 
 Result = TypeVar("Result")
 
@@ -54,8 +54,12 @@ class ReadOnce(Generic[Result]):
         self.recent: deque[Entry[Result]] = deque(maxlen=16)
 
     def __call__(self, tensor: Tensor, *options: object) -> Result:
-        if tensor.is_inference():
+        if tensor.is_inference() or is_transformed(tensor):
             return self.read(tensor, *options)
+        with outside_transforms():
+            return self._read_once(tensor, *options)
+
+    def _read_once(self, tensor: Tensor, *options: object) -> Result:
         for entry in tuple(self.recent):
             if entry.holds(tensor, options):
                 return entry.result
