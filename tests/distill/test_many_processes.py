@@ -72,7 +72,8 @@ def test_two_processes_equal_one_with_two_batches_a_step(kind, settings, tmp_pat
 
 
 def test_fsdp2_rounds_no_more_than_autocast_does(settings):
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
     state = SimpleNamespace(fsdp_plugin=plugin)
     prepare_plugins(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state), settings)

@@ -33,6 +33,12 @@ def random_transformer(family):
     return transformer
 
 
+def test_flux2_embeds_guidance_where_its_config_does_not_say():
+    training = adapter_for(families.FLUX2.transformer()).training
+    for config, expected in (({}, True), ({"guidance_embeds": True}, True), ({"guidance_embeds": False}, False)):
+        assert training.embeds_guidance(SimpleNamespace(config=config)) is expected
+
+
 class Data:
     """A replacement of `Cache` with the same random latents and texts in each step; the noise differs."""
 

@@ -69,13 +69,18 @@ def batch_for(transformer):
     return batch, torch.randn(batch.latents.shape, generator=rng), torch.tensor([0.3, 0.8])
 
 
+def guidance_of(transformer):
+    return 3.5 if training_adapter_for(transformer).embeds_guidance(transformer) else None
+
+
 def step(transformer, weights=PAPER, matched=None, wrap=lambda module: module):
     training = training_adapter_for(transformer)
     batch, noise, sigma = batch_for(transformer)
     layers = trained_layers(transformer)
     matched = training.matched_layers(layers) if matched is None else matched
+    guidance = guidance_of(transformer)
     return distillation_losses(
-        wrap(transformer), training, batch, noise, sigma, weights=weights, matched=matched, guidance=None
+        wrap(transformer), training, batch, noise, sigma, weights=weights, matched=matched, guidance=guidance
     )
 
 
@@ -168,7 +173,7 @@ def test_the_losses_of_a_step(family):
     layers = trained_layers(transformer)
     found = step(transformer, Weights(2.0, 3.0, 5.0), layers)
     noisy = torch.stack([(1 - s) * x + s * n for x, n, s in zip(batch.latents, noise, sigma, strict=True)])
-    call = training.training_call(noisy, sigma, batch.text, None)
+    call = training.training_call(noisy, sigma, batch.text, guidance_of(transformer))
     outputs = {role: Outputs(layers) for role in (TEACHER, STUDENT)}
 
     def predict(role):

@@ -31,7 +31,7 @@ from clear_attn.patching.target import entry_hook_of
 from clear_attn.tools.bench import measure
 from tests.helpers import dummy_models, dummy_pipelines, families
 from tests.helpers.reference_model import run
-from tests.matrix.rows import ROWS
+from tests.matrix.rows import PRESENT
 
 TIMEOUT = 12  # seconds
 CPU = torch.device("cpu")
@@ -283,7 +283,7 @@ def pipelines():
 
 def all_kinds_of_pipelines():
     """Check the pipelines of the compatibility matrix, with adapters, references and residuals."""
-    for kind, row in ROWS.items():
+    for kind, row in PRESENT.items():
         pipe = row.pipeline()
         clear.linearize(pipe, 4, 2, weights=None)
         one = row.draw(pipe)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from clear_attn.models._diffusers import diffusers_version
 from tests.helpers import dummy_models, dummy_pipelines
 from tests.helpers.dummy_controlnets import fill_zeros, sd3_controlnet, z_image_controlnet
 from tests.helpers.flux3_loop import Flux3Loop
@@ -35,6 +36,10 @@ IP_TOKENS, IP_DIM = 4, 20
 
 # Parts of the small FLUX that all pipelines share.
 FLUX_PARTS = "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"
+
+
+# The first version of diffusers in which the pipelines of a family work here, where it is not the oldest supported.
+FIRST_VERSIONS = {"FLUX.2": (0, 37), "Qwen-Image": (0, 39), "Krea 2": (0, 39), "FLUX.3": (0, 42), "Z-Image": (0, 42)}
 
 
 class Row(NamedTuple):
@@ -337,3 +342,5 @@ ROWS = {
         lambda _: {"negative_prompt": "blue", "guidance_scale": 3.0},
     ),
 }
+# The rows that the installed diffusers has.
+PRESENT = {name: row for name, row in ROWS.items() if FIRST_VERSIONS.get(row.family, (0, 36)) <= diffusers_version()}

@@ -22,6 +22,10 @@ class Flux2Training(FluxTraining):
     pipelines: tuple[str, ...] = ("Flux2Pipeline", "Flux2KleinPipeline")
     negative_prompt = ""
 
+    def embeds_guidance(self, transformer: Any) -> bool:
+        # diffusers 0.36 has no such entry, and always embeds it.
+        return bool(transformer.config.get("guidance_embeds", True))
+
     def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         vae = pipe.vae
         moments = vae.encode(pixels).latent_dist

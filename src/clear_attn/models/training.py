@@ -32,6 +32,10 @@ class TrainingAdapter(abc.ABC):
         """Raise TypeError if this variant of the model cannot be distilled."""
         return
 
+    def embeds_guidance(self, transformer: Any) -> bool:
+        """Return whether the model takes an embedded guidance scale."""
+        return bool(transformer.config.get("guidance_embeds"))
+
     def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and standard deviation of the latents of pixels `[batch, 3, height, width]` in -1..1."""
         moments = pipe.vae.encode(pixels).latent_dist

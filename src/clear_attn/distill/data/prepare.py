@@ -113,7 +113,7 @@ def generation_of(settings: Settings, pipe: Any) -> Generation:
 
 def guidance_of(settings: Settings, transformer: Any) -> float | None:
     """Return the embedded guidance scale; None for a model without it."""
-    return settings.guidance_scale if transformer.config.get("guidance_embeds") else None
+    return settings.guidance_scale if training_adapter_for(transformer).embeds_guidance(transformer) else None
 
 
 def data(settings: Settings, accelerator: Accelerator, pipe: Any, images: list[Example]) -> Cache:
