@@ -1,6 +1,7 @@
 """NTK scaling and proportional attention."""
 
 import contextlib
+import inspect
 import math
 from unittest import mock
 
@@ -60,9 +61,10 @@ class TestNtkScaling:
             with pytest.raises(ValueError, match="ntk_factor=10 needs a rotary embedding"):
                 clear.ntk_scaling(transformer, 10).__enter__()
             return
-        name = next(name for name, module in transformer.named_modules() if module is embedding)
-        settings = {"scale_rope": embedding.scale_rope} if hasattr(embedding, "scale_rope") else {}
-        setattr(other, name, type(embedding)(theta=10 * embedding.theta, axes_dim=embedding.axes_dim, **settings))
+        parts = {**dict(transformer.named_modules()), **vars(transformer)}  # Z-Image's is no module
+        name = next(name for name, part in parts.items() if part is embedding)
+        settings = {name: getattr(embedding, name) for name in inspect.signature(type(embedding)).parameters}
+        setattr(other, name, type(embedding)(**{**settings, "theta": 10 * embedding.theta}))
         if linearized:
             clear.linearize(transformer, 4, weights=None)
             clear.linearize(other, 4, weights=None)
@@ -73,6 +75,30 @@ class TestNtkScaling:
             with clear.ntk_scaling(transformer, 2), clear.ntk_scaling(transformer, 5):
                 torch.testing.assert_close(run(transformer, call), expected, atol=1e-6, rtol=0)
             assert torch.equal(run(transformer, call), plain)
+
+    @pytest.mark.parametrize("called", [False, True])
+    def test_z_images_table_is_made_again_and_put_back(self, called):
+        family = FAMILIES.get("z_image") or pytest.skip("diffusers is too old for Z-Image")
+        transformer = family.transformer()
+        embedding = transformer.rope_embedder
+        if called:
+            run(transformer, family.call(transformer, GRID))
+        table = embedding.freqs_cis
+        assert (table is not None) == called
+        ids = torch.tensor([[0, 0, 0], [3, 1, 7], [40, 11, 2]])
+        for factor in (2, 20):
+            fails = pytest.raises(ZeroDivisionError) if factor == 20 else contextlib.nullcontext()
+            with fails, clear.ntk_scaling(transformer, factor):
+                angles = [
+                    ids[:, axis, None] * (256 * factor) ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+                    for axis, dim in enumerate(dummy_models.Z_IMAGE_CONFIG["axes_dims"])
+                ]
+                expected = torch.polar(torch.ones(()).double(), torch.cat(angles, dim=1)).to(torch.complex64)
+                torch.testing.assert_close(embedding(ids), expected)
+                if factor == 20:
+                    raise ZeroDivisionError
+            assert embedding.theta == 256
+            assert embedding.freqs_cis is table
 
     def test_restores_everything_also_after_an_error(self, pipe):
         before = snapshot(pipe.transformer), pipe.transformer.pos_embed.theta

@@ -275,7 +275,10 @@ class ModelAdapter(abc.ABC):
 
     @contextlib.contextmanager
     def scaled_theta(self, transformer: Any, factor: float) -> Iterator[None]:
-        """Multiply theta of the rotary embedding for a `with` block. By default the embedding reads it in each call."""
+        """Multiply theta of the rotary embedding for a `with` block. By default the embedding reads it in each call.
+
+        Override it for an embedding with tables that are made from theta.
+        """
         embedding: Any = self.rotary_embedding(transformer)
         before = embedding.theta
         embedding.theta = before * factor

@@ -6,7 +6,8 @@ different lengths; the model pads and masks the shorter ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -209,6 +210,21 @@ class ZImage(Publishing, ModelAdapter):
     def output_layer(self, transformer: Any) -> nn.Module | None:
         layers = list(transformer.all_final_layer.values())
         return layers[0] if len(layers) == 1 else None
+
+    def rotary_embedding(self, transformer: Any) -> Any:
+        return transformer.rope_embedder
+
+    @contextlib.contextmanager
+    def scaled_theta(self, transformer: Any, factor: float) -> Iterator[None]:
+        # The embedding makes its table from theta in its first call, and again if it has none.
+        embedding = transformer.rope_embedder
+        before = embedding.freqs_cis
+        with super().scaled_theta(transformer, factor):
+            embedding.freqs_cis = None
+            try:
+                yield
+            finally:
+                embedding.freqs_cis = before
 
     def max_grid_side(self, transformer: Any) -> int | None:
         return min(transformer.axes_lens[1:])
