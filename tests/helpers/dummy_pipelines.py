@@ -44,21 +44,43 @@ def flux2_text(negative=5):
     return {"prompt_embeds": text, "negative_prompt_embeds": negative}
 
 
-def flux3(name="Flux3ModularPipeline"):
-    """Return a modular pipeline of FLUX.3 with tokens of 4 x 4 pixels, without blocks for text. Call it with prompts.
+def flux3(name="Flux3ModularPipeline", text_blocks=()):
+    """Return a modular pipeline of FLUX.3 with tokens of 4 x 4 pixels.
 
-    diffusers has no other pipeline for FLUX.3. The one of the distilled model has a flow map.
+    diffusers has no other pipeline for FLUX.3. The one of the distilled model has a flow map. Without blocks for text
+    it is called with `flux3_text`, with "text_encoder" or "prompt_upsampler" among them after `fake_flux3_text`.
     """
     kind = getattr(diffusers, name)
     blocks = getattr(diffusers, kind.default_blocks_name)()
-    for text_block in ("prompt_upsampler", "text_encoder"):
-        blocks.sub_blocks.pop(text_block)
+    for block in {"prompt_upsampler", "text_encoder"} - {*text_blocks}:
+        blocks.sub_blocks.pop(block)
     pipe = kind(blocks=blocks)
-    transformer = dummy_models.flux3_transformer(flow_map="Distilled" in name)
-    pipe.update_components(
-        vae=_flux2_vae(), transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
-    )
+    encoder, tokenizer = unused_text_encoder(), dummy_models.small_sd3().tokenizer_3
+    parts = {
+        "vae": _flux2_vae(),
+        "transformer": dummy_models.flux3_transformer(flow_map="Distilled" in name),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "prompt_upsampler": encoder,
+        "prompt_upsampler_processor": tokenizer,
+    }
+    pipe.update_components(**{name: part for name, part in parts.items() if name in pipe.components})
     return _quiet(pipe)
+
+
+def fake_flux3_text(set_attribute):
+    """Replace FLUX.3's text encoder by random embeddings of each text, and its upsampler by one that adds a word."""
+    from diffusers.modular_pipelines.flux3 import encoders, prompt_upsampler
+
+    def embed(text_encoder, tokenizer, prompt, **settings):
+        rng = torch.Generator().manual_seed(len(prompt))
+        return torch.randn(1, 5 + len(prompt) % 7, 12, generator=rng)
+
+    set_attribute(encoders.Flux3TextEncoderStep, "_get_qwen3_vl_prompt_embeds", staticmethod(embed))
+    set_attribute(
+        prompt_upsampler, "upsample_prompt", lambda upsampler, processor, request, **settings: f"{request}!!!"
+    )
 
 
 def flux3_text(negative=5):

@@ -321,10 +321,20 @@ def decoding():
 
 
 def cascade():
-    pipe = dummy_models.flux_pipeline()
+    check_cascade(dummy_models.flux_pipeline(), clear.Base(steps=2))
+
+
+def cascade_of_a_modular_pipeline():
+    dummy_pipelines.fake_flux3_text(setattr)
+    for name in ("Flux3ModularPipeline", "Flux3DistilledModularPipeline"):
+        check_cascade(dummy_pipelines.flux3(name, ["text_encoder"]), clear.Base(height=48, width=32, steps=2))
+
+
+def check_cascade(pipe, base):
+    """Check that a pipeline that is split over ranks draws the same large image as on one process."""
     stage = Stage(steps=2, strength=0.5, low_resolution_guidance=1)
     options = {"height": 192, "width": 128, "window": 4, "down_factor": 2, "weights": None, "stages": stage, "seed": 1}
-    draw = functools.partial(clear.highres, pipe, "a red circle", **options, base=clear.Base(steps=2))
+    draw = functools.partial(clear.highres, pipe, "a red circle", **options, base=base)
     one = draw().images
     clear.linearize(pipe, 3, weights=None)
     clear.parallelize(pipe)
@@ -404,6 +414,7 @@ CHECKS = {
         all_kinds_of_pipelines,
         decoding,
         cascade,
+        cascade_of_a_modular_pipeline,
         too_many_ranks_for_a_stage,
         a_rank_dies,
         a_rank_hangs,

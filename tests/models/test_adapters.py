@@ -65,9 +65,12 @@ def test_every_named_class_exists_and_has_one_adapter():
     assert len({getattr(diffusers, name) for name in names}) == len(names)
     for adapter in present:
         for pipelines in adapter.highres_pipelines:
-            modular = pipelines.modular if diffusers_version() >= (0, 42) else ()
-            for name in (pipelines.text_to_image, pipelines.image_to_image, *modular):
+            modular = () if diffusers_version() >= (0, 42) else pipelines.modular
+            for name in {*pipelines.supported} - {*modular}:
                 assert hasattr(diffusers, name) == (LATER_PIPELINES.get(name, (0, 0)) <= diffusers_version())
+            names = [pipelines.text_to_image, pipelines.image_to_image]
+            if LATER_PIPELINES.get(names[0], (0, 0)) <= diffusers_version():
+                assert [cls.__name__ for cls in pipelines.classes()] == names
 
 
 @pytest.mark.parametrize(

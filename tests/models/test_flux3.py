@@ -173,8 +173,6 @@ def test_the_cost_does_not_count_layers_of_references(transformer):
 
 
 def test_errors_for_unsupported_features(transformer):
-    with pytest.raises(TypeError, match="highres does not support a Flux3ModularPipeline"):
-        clear.highres(dummy_pipelines.flux3(), "a red circle", height=64, width=64)
     with pytest.raises(ValueError, match="finds none for this model, a Flux3Transformer2DModel; give weights=None"):
         clear.linearize(transformer, 8)
     clear.linearize(transformer, method=clear.methods.Swin(4), weights=None)

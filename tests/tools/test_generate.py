@@ -1,6 +1,7 @@
 """The command `clear-attn generate`."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -18,7 +19,8 @@ from clear_attn import demo
 from clear_attn.cascade.plan import describe
 from clear_attn.tools import generation
 from clear_attn.tools.cli import app
-from tests.helpers import dummy_models
+from tests.helpers import dummy_models, dummy_pipelines
+from tests.helpers.modular_pipelines import MODULAR, needs_modular_pipelines
 
 FEW_STEPS = (
     *("--prompt", "a red circle", "--width", 160),
@@ -199,6 +201,40 @@ def test_stable_diffusion_3_from_a_folder(tmp_path):
     assert (plan.base.steps, plan.base.guidance, plan.stages[-1].guidance) == (1, 2, 3)
     assert plan.options == {"negative_prompt": "rain", "max_sequence_length": 24}
     assert plan.model["pipeline"] == "StableDiffusion3Pipeline"
+
+
+@needs_modular_pipelines
+@pytest.mark.parametrize("name", ["Flux3ModularPipeline", "Flux3DistilledModularPipeline"])
+def test_a_modular_pipeline_from_a_folder(tmp_path, start, monkeypatch, name):
+    dummy_pipelines.fake_flux3_text(monkeypatch.setattr)
+    model = tmp_path / "model"
+    pipe = dummy_pipelines.flux3(name, ["prompt_upsampler", "text_encoder"])
+    pipe.save_pretrained(str(model), overwrite_modular_index=True)
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start, model=model)
+    assert result.exit_code == 0, result.output
+    assert clear.HighresPlan.load(tmp_path / "out.png").model["pipeline"] == name.replace("Modular", "")
+    again = generate(tmp_path / "again.png", "--plan", tmp_path / "out.png.json", "--init-image", start, model=model)
+    assert again.exit_code == 0, again.output
+    assert "Warning: the image will differ" not in again.output
+    assert np.array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "out.png"))
+    shutil.rmtree(model / "prompt_upsampler")
+    result = generate(tmp_path / "no.png", *SMALL, "--height", 128, "--init-image", start, model=model)
+    assert result.exit_code == 2
+    assert "has not loaded its prompt_upsampler yet" in shown(result)
+
+
+@needs_modular_pipelines
+def test_modular_pipelines_of_other_tasks_are_refused(tmp_path):
+    MODULAR["FLUX.1 Kontext"].pipeline().save_pretrained(str(tmp_path / "model"), overwrite_modular_index=True)
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, model=tmp_path / "model")
+    assert result.exit_code == 2
+    assert "highres does not support a FluxKontextModularPipeline; give one of: FluxPipeline," in shown(result)
+
+
+def test_a_folder_without_a_pipeline(tmp_path):
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, model=tmp_path)
+    assert "no file named model_index.json" in shown(result)
+    assert result.exit_code == 2
 
 
 def test_the_orientation_of_the_first_image(tmp_path):

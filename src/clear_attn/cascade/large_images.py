@@ -50,8 +50,8 @@ def highres(
     after an error. Sizes, settings, weights and memory are checked before the first step.
 
     Args:
-        pipe: a FLUX.1, FLUX.2, Qwen-Image, Chroma, Krea 2, Z-Image or Stable Diffusion 3 pipeline, text or image to
-            image, modular or not, linearized or not.
+        pipe: a FLUX.1, FLUX.2, FLUX.3, Qwen-Image, Chroma, Krea 2, Z-Image or Stable Diffusion 3 pipeline, text or
+            image to image, modular or not, linearized or not.
         prompt (`str`): text to draw.
         height, width (`int`): pixels; rounded down to whole tokens, with a warning.
         window, down_factor, schedule, weights, revision, token, backend: arguments of `linearize` for all stages. A

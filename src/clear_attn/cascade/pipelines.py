@@ -8,12 +8,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import diffusers
-
 from clear_attn.cascade.stages import validate_number
 from clear_attn.models import ADAPTERS, HighresPipelines, ModelAdapter
 from clear_attn.models._diffusers import progress_bar_config_of
-from clear_attn.models.class_names import is_exactly, is_instance
 from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.patching.target import Target, find_target, find_transformer
@@ -104,12 +101,12 @@ def find_cascade_target(pipe: Any) -> CascadeTarget:
     """
     supported = [each for adapter in ADAPTERS for each in adapter.highres_pipelines]
     for each in supported:
-        modular = is_exactly(pipe, each.modular)
-        if modular or is_instance(pipe, (each.text_to_image, each.image_to_image)):
-            classes = getattr(diffusers, each.text_to_image), getattr(diffusers, each.image_to_image)
-            return CascadeTarget(find_target(_as_pipeline(pipe, classes[0]) if modular else pipe), each, *classes)
-    names = [name for each in supported for name in (each.text_to_image, each.image_to_image, *each.modular)]
-    raise TypeError(f"highres does not support a {type(pipe).__name__}; give one of: {', '.join(dict.fromkeys(names))}")
+        if each.takes(pipe):
+            classes = each.classes()
+            ordinary = _as_pipeline(pipe, classes[0]) if each.is_modular(pipe) else pipe
+            return CascadeTarget(find_target(ordinary), each, *classes)
+    names = dict.fromkeys(name for each in supported for name in each.supported)
+    raise TypeError(f"highres does not support a {type(pipe).__name__}; give one of: {', '.join(names)}")
 
 
 def _as_pipeline(modular: Any, cls: Any) -> Any:
@@ -118,11 +115,12 @@ def _as_pipeline(modular: Any, cls: Any) -> Any:
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     given = {**modular.config, **modular.components}
     parts = {each.name: given.get(each.name) for each in parameters if given.get(each.name) is not None}
-    missing = [each.name for each in parameters if each.default is each.empty and each.name not in parts]
+    needed = [each.name for each in parameters if each.default is each.empty or each.name in modular.components]
+    missing = [name for name in needed if name not in parts]
     if missing:
         raise RuntimeError(
             f"this {type(modular).__name__} has not loaded its {', '.join(missing)} yet; call "
-            f"pipe.load_components({missing!r}) first"
+            f"pipe.load_components({missing!r}) first, or give one whose blocks do not use them"
         )
     pipe = cls(**parts)
     pipe.set_progress_bar_config(**progress_bar_config_of(modular))

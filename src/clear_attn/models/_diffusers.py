@@ -55,6 +55,21 @@ def load_pretrained(loader: Any, name: str | os.PathLike[str], *, dtype: torch.d
     return loader.from_pretrained(name, **{keyword: dtype}, **options)
 
 
+def load_modular(name: str | os.PathLike[str], *, dtype: torch.dtype) -> Any | None:
+    """Load a modular pipeline with its components; None if there is none of this name (diffusers 0.36 to 0.42).
+
+    Before 0.42, diffusers has no modular pipelines of the models here.
+    """
+    if diffusers_version() < (0, 42):
+        return None
+    try:
+        pipe = diffusers.ModularPipeline.from_pretrained(name)
+    except OSError:
+        return None
+    pipe.load_components(dtype=dtype)
+    return pipe
+
+
 def active_attention_backend() -> AttentionBackendName:
     """Return the attention backend of layers without their own (diffusers 0.36 to 0.42)."""
     return _AttentionBackendRegistry.get_active_backend()[0]
@@ -148,6 +163,11 @@ def progress_bar_config_of(pipe: Any) -> dict[str, Any]:
 def reset_interrupt(pipe: Any) -> None:
     """Reset the interrupt of an earlier call, as a call of the pipeline does (diffusers 0.36 to 0.42)."""
     pipe._interrupt = False
+
+
+def is_interrupted(pipe: Any) -> bool:
+    """Return whether a callback or another thread stopped a call of the pipeline (diffusers 0.36 to 0.42)."""
+    return bool(getattr(pipe, "_interrupt", False))
 
 
 def name_of_sequence_method(model: Any) -> str:

@@ -18,10 +18,10 @@ from clear_attn.models.adapter import Architecture, Call, ModelAdapter
 from clear_attn.models.context.context_variable import PUBLISHED
 from clear_attn.models.flux import image_ids
 from clear_attn.models.flux2 import Flux2Training
+from clear_attn.models.image_to_image import FromNoisedLatents, HighresPipelines
 from clear_attn.models.parsing.position_ids import IdFormat, read_ids
 from clear_attn.models.processors.processor import Inputs, rotate, split_heads
 from clear_attn.models.processors.publishing import PublishedProcessor, Publishing
-from clear_attn.models.training import TrainingAdapter
 
 # The distance of neighboring rows and columns in the ids.
 ROPE_SCALE = 0.5
@@ -70,6 +70,25 @@ class Flux3Training(Flux2Training):
             "txt_ids": F.pad(text_tokens[:, None], (3, 0)),
             "attention_kwargs": attention_kwargs,
         }
+
+
+class Flux3Highres(FromNoisedLatents):
+    """The pipelines of FLUX.3, which are this package's: diffusers has modular ones alone."""
+
+    packages = ("clear_attn",)
+
+    @property
+    def supported(self) -> tuple[str, ...]:
+        return self.modular
+
+    def classes(self) -> tuple[Any, Any]:
+        from clear_attn.models import flux3_pipeline
+
+        cls = getattr(flux3_pipeline, self.text_to_image)
+        return cls, cls
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return F.pixel_unshuffle(latents, 2)
 
 
 class Flux3Processor(PublishedProcessor):
@@ -165,7 +184,11 @@ class Flux3(Publishing, ModelAdapter):
         image: Any = layout.of_images(IMAGE)
         return sample[:, image.inverse_permutation]
 
-    training: TrainingAdapter | None = Flux3Training()
+    training = Flux3Training()
+    highres_pipelines: tuple[HighresPipelines, ...] = (
+        Flux3Highres("Flux3Pipeline", training, modular=("Flux3ModularPipeline",)),
+        Flux3Highres("Flux3DistilledPipeline", training, modular=("Flux3DistilledModularPipeline",)),
+    )
     architectures: tuple[Architecture, ...] = (Architecture("flux3"),)
 
     def rotary_embedding(self, transformer: Any) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import abc
 import copy
+from collections.abc import Collection
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from clear_attn.models.class_names import DIFFUSERS, is_exactly, is_instance
 from clear_attn.models.training import TrainingAdapter
 
 
@@ -18,6 +20,7 @@ class HighresPipelines:
     """Name the pipelines that draw a base image and its stages, and give a stage its first image.
 
     Attributes:
+        packages: the top-level packages that define the pipelines.
         text_to_image: the name of a pipeline class in diffusers.
         image_to_image: the name of one that shares its components and takes an image and `strength`.
         batched_guidance: whether guidance runs two images in one forward pass.
@@ -26,6 +29,8 @@ class HighresPipelines:
         modular: names of the modular pipelines that have the components of `text_to_image`.
         native_side: pixels of the longer side that the model was trained on, where the pipeline names none.
     """
+
+    packages: Collection[str] = DIFFUSERS
 
     def __init__(
         self,
@@ -41,6 +46,23 @@ class HighresPipelines:
         self.text_to_image, self.image_to_image = text_to_image, image_to_image
         self.batched_guidance, self.guidance, self.unguided = batched_guidance, guidance, unguided
         self.modular, self.native_side = modular, native_side
+
+    @property
+    def supported(self) -> tuple[str, ...]:
+        """The names of the pipelines of diffusers that `highres` takes."""
+        return (self.text_to_image, self.image_to_image, *self.modular)
+
+    def takes(self, pipe: Any) -> bool:
+        """Return whether a pipeline is one of these."""
+        return self.is_modular(pipe) or is_instance(pipe, (self.text_to_image, self.image_to_image), self.packages)
+
+    def is_modular(self, pipe: Any) -> bool:
+        """Return whether a pipeline is one of these modular ones."""
+        return is_exactly(pipe, self.modular)
+
+    def classes(self) -> tuple[Any, Any]:
+        """Return the classes that draw the base image and the stages. They are imported here."""
+        return getattr(diffusers, self.text_to_image), getattr(diffusers, self.image_to_image)
 
     def encode(self, pipe: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the latents of pixels in -1..1 as the transformer takes them, `[1, channels, height, width]`."""
@@ -60,7 +82,7 @@ class HighresPipelines:
         return {"image": latents, "strength": strength, "num_inference_steps": steps}
 
 
-class FromNoisedLatents(HighresPipelines, abc.ABC):
+class FromNoisedLatents(HighresPipelines):
     """For a model without an image-to-image pipeline: text to image, from noised latents and inside the schedule.
 
     Args:
@@ -89,9 +111,9 @@ class FromNoisedLatents(HighresPipelines, abc.ABC):
         noised = scheduler.scale_noise(latents, scheduler.timesteps[:1], noise)
         return {"latents": self.pack(noised), "sigmas": sigmas, "num_inference_steps": steps}
 
-    @abc.abstractmethod
-    def dynamic_shift(self, pipe: Any, tokens: int, steps: int) -> float:
-        """Return the `mu` that the pipeline computes for its scheduler."""
+    def dynamic_shift(self, pipe: Any, tokens: int, steps: int) -> float | None:
+        """Return the `mu` that the pipeline computes for its scheduler. By default it computes none."""
+        return None
 
     def pack(self, latents: Tensor) -> Tensor:
         """Return latents as the pipeline's `latents` argument."""

@@ -133,11 +133,13 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offlo
         BadParameter: there is no GPU to offload from.
         ValueError: the device has no room for the weights, or diffusers cannot load it.
         OSError: there is no such model.
+        TypeError, RuntimeError: it is a modular pipeline that is not supported, or lacks components.
     """
     from diffusers import DiffusionPipeline
 
     from clear_attn.cascade.memory_check import check_weights_fit
-    from clear_attn.models._diffusers import load_pretrained
+    from clear_attn.cascade.pipelines import find_cascade_target
+    from clear_attn.models._diffusers import load_modular, load_pretrained
     from clear_attn.weights.packaged import resolve_name
 
     if offload and device.type == "cpu":
@@ -146,6 +148,12 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offlo
         pipe = load_pretrained(DiffusionPipeline, resolve_name(model), dtype=dtype)
     except (ValueError, AttributeError) as error:  # of a folder that diffusers cannot read
         raise ValueError(f"diffusers cannot load {model!r} as a pipeline: {error}") from error
+    except OSError as error:
+        if "file named model_index.json" not in str(error):
+            raise
+        if (modular := load_modular(model, dtype=dtype)) is None:
+            raise
+        pipe = find_cascade_target(modular).pipe
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
