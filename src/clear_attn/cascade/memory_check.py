@@ -10,6 +10,7 @@ import torch
 
 from clear_attn.cascade.pipelines import CascadeTarget
 from clear_attn.cascade.plan import HighresPlan
+from clear_attn.cascade.stages import Base, Stage
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.profiling.memory import (
     Bytes,
@@ -33,24 +34,13 @@ def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
     Raises:
         ValueError: the least memory that an image needs is more than the device has.
     """
-    pipe, transformer = target.pipe, target.transformer
+    pipe = target.pipe
     device = execution_device_of(pipe)
     total, free = available_memory(device)
     held = pipeline_bytes(pipe, device)
     free = min(free, total - held)
-    channels = next(iter(target.adapter.describe_layers(transformer).values())).channels
-    factor = target.adapter.activation_factor
     for each in plan.drawn:
-        base, (height, width) = each is plan.base, each.size
-        tokens, batch = (height // target.token) * (width // target.token), target.batch(each.guidance)
-        activations = activation_bytes(transformer, batch * tokens * channels, factor)
-        ranks, tiled = (
-            1 if base else target.ranks,
-            not base and max(each.size) > getattr(pipe.vae, "tile_sample_min_size", math.inf),
-        )
-        work = {"transformer": Bytes(*(size // ranks for size in activations))}
-        if decode := (tiled_decode_bytes if tiled else decode_bytes)(pipe.vae, height, width):
-            work["vae"] = decode
+        work = _work_of(target, each, is_base=each is plan.base)
         need = peak_memory(pipe, device, work)
         if need.least > total:
             raise ValueError(
@@ -63,6 +53,20 @@ def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
                 f"holds, and {format_bytes(free)} are free; if memory runs out, {_remedy(pipe, device, work, total)}",
                 stacklevel=3,
             )
+
+
+def _work_of(target: CascadeTarget, drawn: Base | Stage, *, is_base: bool) -> dict[str, Bytes]:
+    """Return what the models allocate for one image. Ranks share stages alone, and tiles are for stages alone."""
+    transformer, vae, (height, width) = target.transformer, target.pipe.vae, drawn.size
+    tokens = (height // target.token) * (width // target.token)
+    channels = next(iter(target.adapter.describe_layers(transformer).values())).channels
+    elements = target.batch(drawn.guidance) * tokens * channels
+    activations = activation_bytes(transformer, elements, target.adapter.activation_factor)
+    ranks = 1 if is_base else target.ranks
+    tiled = not is_base and max(drawn.size) > getattr(vae, "tile_sample_min_size", math.inf)
+    decode = (tiled_decode_bytes if tiled else decode_bytes)(vae, height, width)
+    work = {"transformer": Bytes(*(size // ranks for size in activations))}
+    return {**work, "vae": decode} if decode else work
 
 
 def check_weights_fit(pipe: Any, device: torch.device) -> None:
