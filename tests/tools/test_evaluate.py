@@ -36,8 +36,9 @@ from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_
 from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
 from clear_attn.utils import optional_dependencies, seeded_images
 from clear_attn.utils.image_sheets import CELL
-from tests.helpers import dummy_models
+from tests.helpers import dummy_models, dummy_pipelines
 from tests.helpers.image_processors import pillow_processor
+from tests.helpers.modular_pipelines import needs_modular_pipelines
 
 PROMPTS = ["a red circle on a blue ground, in the middle", "a white cross", "a green square on a black ground"]
 CALL = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 24}
@@ -527,3 +528,20 @@ def test_the_time_of_an_image_is_its_share_of_its_batch(monkeypatch, tmp_path):
     assert seconds == [2.0, 2.0, 3.0, 3.0, 1.0]
     assert calls == [(["a", "b"], [7, 8], 3), (["c", "d"], [9, 10], 3), (["e"], [11], 3)]
     assert sorted(tmp_path.iterdir()) == files
+
+
+@needs_modular_pipelines
+def test_a_modular_pipeline_from_a_folder(tmp_path, monkeypatch):
+    """It draws one prompt in a call."""
+    dummy_pipelines.fake_flux3_text(monkeypatch.setattr)
+    pipe = dummy_pipelines.flux3(text_blocks=["prompt_upsampler", "text_encoder"])
+    pipe.save_pretrained(str(tmp_path / "model"), overwrite_modular_index=True)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    command = ["eval", "--model", tmp_path / "model", "--prompts", tmp_path / "prompts.txt", "--window", 4]
+    command += ["--weights", "none", "--metric", "psnr", "--height", 64, "--width", 48, "--num-inference-steps", 1]
+    command += ["--output-dir", tmp_path / "out"]
+    result = CliRunner().invoke(app, list(map(str, [*command, "--batch-size", 2])))
+    assert "FLUX.3 draws one prompt in a call, got 2; give them one by one" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["metrics"]["psnr"]["student"] > 5

@@ -169,8 +169,10 @@ class Flux3Pipeline(_Flux3):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 8192,
     ) -> Any:
-        guider = self.guider or ClassifierFreeGuidance()
-        self.guider = guider.new(guidance_scale=guidance_scale)
+        guider = self.guider or ClassifierFreeGuidance(guidance_scale=guidance_scale)
+        # diffusers warns of each new guider.
+        changes = guider.config["guidance_scale"] != guidance_scale
+        self.guider = guider.new(guidance_scale=guidance_scale) if changes else guider
         return self._draw(
             prompt,
             callback_on_step_end,
