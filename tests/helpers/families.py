@@ -30,6 +30,7 @@ class Family(NamedTuple):
         default_device: whether diffusers creates all tensors of a call on the device of its inputs.
         lora: whether diffusers can load a LoRA into it.
         training: whether it can be distilled.
+        reentrant: whether diffusers supports reentrant gradient checkpointing of it.
         first_version: of diffusers, the first in which the model works here.
         timestep_of_sigma_1: the timestep of a call at sigma 1; None if its timestep is not a sigma.
         image: the keyword of the image in a call, a tensor or a list of them.
@@ -51,6 +52,7 @@ class Family(NamedTuple):
     lora: bool = True
     training: bool = False
     timestep_of_sigma_1: float | None = 1.0
+    reentrant: bool = True
     first_version: tuple = (0, 36)
     blocks: str = "transformer_blocks"
     reference_layers: int = 0
@@ -99,6 +101,7 @@ FLUX2 = Family(
     layers=4,
     most_grids=3,
     training=True,
+    reentrant=diffusers_version() >= (0, 37),
 )
 QWEN = Family(
     dummy_models.qwen_transformer,

@@ -73,7 +73,8 @@ def test_positional_arguments_and_dataclass_output(family, transformer):
     call = family.call(transformer, (6, 5))
     clear.linearize(transformer, 3, weights=None)
     expected = run(transformer, call)
-    call.pop("guidance", None)
+    if call.get("guidance") is None:
+        call.pop("guidance", None)
     with torch.no_grad():
         assert torch.equal(joined(transformer(*call.values())), expected)
 
@@ -144,6 +145,8 @@ def test_a_deep_copy_is_independent(family, transformer):
 @each_family_with_each("factor", [1, 2])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradients_under_checkpointing_with_two_sizes_in_flight(family, transformer, use_reentrant, factor):
+    if use_reentrant and not family.reentrant:
+        pytest.skip("the dense model fails too: this diffusers passes its blocks tuples, which are not detached")
     sizes = family.grid(11, 20), family.grid(6, 11)
     calls = [family.call(transformer, grid, seed=seed) for seed, grid in enumerate(sizes)]
     inputs = [image.requires_grad_() for call in calls for image in family.images(call)]
