@@ -30,9 +30,13 @@ between are not run.
 - Before diffusers 0.40, the keyword for the dtype is `torch_dtype=`. A pipeline ignores `dtype=` there, with a line in
   the log, and is loaded in float32. A model raises a `TypeError`.
 - Qwen-Image needs diffusers 0.39, and is refused with earlier ones.
-- `Flux2KleinPipeline` and `ChromaInpaintPipeline` came with 0.37, Krea 2 with 0.39, FLUX.3
-  and Z-Image with 0.42.
+- `Flux2KleinPipeline` and `ChromaInpaintPipeline` came with 0.37, Krea 2 with 0.39, FLUX.3 with 0.42. Z-Image needs
+  0.42, and is refused with earlier ones.
+- FLUX.2 of diffusers 0.36 embeds a guidance scale in every model. There reentrant gradient checkpointing of it fails, in
+  the dense model too.
+- SeaCache came with 0.41. Modular pipelines are tested with 0.42.
 - Group offload on a machine without an accelerator needs 0.41.
+- `backend="triton"` needs Triton 3.6, which torch brings from 2.10 on, and is refused with earlier ones.
 
 ## How to read the tables
 
