@@ -188,6 +188,12 @@ FAMILIES = {name: family for name, family in ALL.items() if family.first_version
 USUAL = ("flux", "sd3")
 
 
+def needs(name):
+    """Skip a test, or a file by its `pytestmark`, where the installed diffusers is older than a family."""
+    first = ".".join(map(str, ALL[name].first_version))
+    return pytest.mark.skipif(name not in FAMILIES, reason=f"{name} is supported with diffusers {first} and later")
+
+
 def each_family(quick=tuple(ALL), **properties):
     """Run a test for every family, or for those with these properties; slow are those that are not in `quick`."""
     return pytest.mark.parametrize(

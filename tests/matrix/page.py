@@ -32,8 +32,8 @@ between are not run.
 - Qwen-Image needs diffusers 0.39, and is refused with earlier ones.
 - `Flux2KleinPipeline` and `ChromaInpaintPipeline` came with 0.37, Krea 2 with 0.39, FLUX.3 with 0.42. Z-Image needs
   0.42, and is refused with earlier ones.
-- FLUX.2 of diffusers 0.36 embeds a guidance scale in every model. There reentrant gradient checkpointing of it fails, in
-  the dense model too.
+- In diffusers 0.36 every FLUX.2 embeds a guidance scale, and its reentrant gradient checkpointing fails, in the dense
+  model too.
 - SeaCache came with 0.41. Modular pipelines are tested with 0.42.
 - Group offload on a machine without an accelerator needs 0.41.
 - `backend="triton"` needs Triton 3.6, which torch brings from 2.10 on, and is refused with earlier ones.

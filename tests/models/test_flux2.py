@@ -1,5 +1,6 @@
 """What is special to FLUX.2: ids of four axes, layers with one projection for everything."""
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +28,8 @@ def test_three_images_of_different_size(transformer, backend):
 
 @pytest.fixture
 def pipe():
+    if not hasattr(diffusers, "Flux2KleinPipeline"):
+        pytest.skip("Flux2KleinPipeline came with diffusers 0.37")
     return dummy_pipelines.flux2()
 
 

@@ -17,6 +17,8 @@ from tests.helpers.dummy_controlnets import fill_zeros
 from tests.helpers.reference_model import check_pipeline, in_raster_order, run
 from tests.helpers.snapshots import assert_same, snapshot
 
+pytestmark = families.needs("qwen")
+
 
 @pytest.fixture
 def family():

@@ -14,9 +14,7 @@ from tests.helpers.dummy_controlnets import z_image_controlnet
 from tests.helpers.reference_model import check_compiled_blocks, check_pipeline, in_raster_order, joined, put_rule, run
 from tests.helpers.snapshots import snapshot
 
-pytestmark = pytest.mark.skipif(
-    families.Z_IMAGE not in families.FAMILIES.values(), reason="this diffusers has no Z-Image that takes keywords"
-)
+pytestmark = families.needs("z_image")
 GRIDS = {"padded": (13, 7), "whole": (8, 12)}  # 91 tokens and 5 of padding; 96 tokens
 GRID = GRIDS["padded"]
 UNEQUAL = {"text": 70, "batch": 3, "padded": (0, 38, 69)}  # 96, 32 and 32 tokens with their own padding
