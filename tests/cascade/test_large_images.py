@@ -23,6 +23,7 @@ from tests.helpers import dummy_models
 from tests.helpers.large_images import BASE, PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 from tests.helpers.placement import by_group
 from tests.helpers.snapshots import assert_same, snapshot
+from tests.matrix import operations
 
 
 class TestImages:
@@ -169,6 +170,22 @@ class TestImages:
 def test_refuses_a_base_image_after_originals_were_discarded(pipe):
     clear.linearize(pipe, weights=demo.distilled(), keep_original=False)
     with pytest.raises(RuntimeError, match="the original weights of this pipeline were discarded"):
+        draw(pipe, window=None, weights="auto")
+    assert draw(pipe, window=None, weights="auto", image=noise(64, 64)).finished
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pipe: operations.int8(pipe, None), "to_q.weight has the type Int8Tensor"),
+        (lambda pipe: operations.offload_sequentially(pipe, None), "more parameters are on the meta device"),
+    ],
+    ids=["quantized", "sequential offload"],
+)
+def test_refuses_a_base_image_whose_weights_cannot_come_back(pipe, change, message):
+    clear.linearize(pipe, weights=demo.distilled())
+    change(pipe)
+    with pytest.raises(RuntimeError, match=f"the base image needs the original weights: .*{message}.* with image="):
         draw(pipe, window=None, weights="auto")
     assert draw(pipe, window=None, weights="auto", image=noise(64, 64)).finished
 

@@ -97,13 +97,14 @@ def sections(texts: Mapping[str, str]) -> str:
 def page(ran: Container[str], errors: Mapping[str, str], before: str) -> str:
     """Return the whole page.
 
-    Tables of families that ran and errors that were raised are new. The others are taken from the previous page, if it
-    has them.
+    Tables of families that ran are new, and errors are if the first family ran, which has the names that users know.
+    The others are taken from the previous page, if it has them.
     """
     recorded = dict(part.split("\n\n", 1) for part in before.split("\n## ")[1:])
     texts = {family: table if family in ran else recorded.get(family) for family, table in tables().items()}
     lines = recorded.get("Errors", "").splitlines()
     known = [line.partition(" ")[2] for line in lines]
-    messages = {words: errors.get(words) or next((x for x in known if re.search(words, x)), None) for words in notes()}
+    sources = [errors.values(), known] if next(iter(texts)) in ran else [known, errors.values()]
+    messages = {words: next((x for each in sources for x in each if re.search(words, x)), None) for words in notes()}
     texts["Errors"] = "".join(f"{number}. {messages[words]}\n" for words, number in notes().items() if messages[words])
     return f"{HEAD}\n{sections({title: text for title, text in texts.items() if text})}"

@@ -19,6 +19,7 @@ from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.linearization import prepare
 from clear_attn.patching.restoration import restored_state
+from clear_attn.patching.target import Target
 
 
 def highres(
@@ -77,8 +78,8 @@ def highres(
         TypeError: the pipeline is not supported; a value has the wrong type; an option is unknown.
         ValueError: sizes, aspect ratios or settings do not fit each other, the model or memory; a
             linearized pipeline keeps its settings, and has another backend.
-        RuntimeError: the original weights that the base image needs were discarded; components of a modular pipeline
-            are not loaded.
+        RuntimeError: the original weights that the base image needs were discarded, or cannot be copied back into a
+            model that was quantized or offloaded sequentially since; components of a modular pipeline are not loaded.
         HighresInterrupted: Ctrl-C; its `result` has the finished images. It is a KeyboardInterrupt.
         HighresError: an error while drawing, its `__cause__`; its `result` has the finished images. The cause is a
             FloatingPointError for latents or pixels with NaN or infinity.
@@ -115,7 +116,7 @@ def highres(
     change = None if runs_as_it_is(target, plan) else prepare(pipe, **attention, token=token)
     plan = resolve_attention(target, plan, change)
     if plan.base:
-        restored_state(target.patched)  # raises if the original weights were discarded
+        _check_original_weights(target.patched)
     check_fits(target, plan)
     result = HighresResult([], plan)
 
@@ -132,3 +133,13 @@ def highres(
     except Exception as error:
         raise HighresError(result, error) from error
     return result
+
+
+def _check_original_weights(target: Target) -> None:
+    """Raise RuntimeError if the base image cannot have the original weights."""
+    try:
+        restored_state(target)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the base image needs the original weights: {error}; or start from an image of your own, with image="
+        ) from None

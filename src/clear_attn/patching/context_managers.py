@@ -84,9 +84,7 @@ def restored(pipe: PipelineOrTransformer) -> Iterator[PipelineOrTransformer]:
     before, dense = [dict(table) for table in tables], [dict[int, Any]() for _ in tables]
     try:
         if target.hook:
-            original = restored_state(target)
-            check_writable(target, original)
-            apply(target, original)
+            apply(target, restored_state(target))
         dense = [dict(table) for table in tables]
         yield pipe
     finally:

@@ -26,7 +26,7 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     Raises:
         TypeError: the pipeline is not supported.
         RuntimeError: the original weights were discarded with `keep_original=False`, or cannot be copied back because
-            parameters are on the meta device or have a fused LoRA.
+            parameters are quantized, on the meta device, or have a fused LoRA.
 
     Examples:
         >>> import clear_attn as clear
@@ -39,17 +39,16 @@ def restore(pipe: PipelineOrTransformer) -> PipelineOrTransformer:
     _warn_if_left_dense(target.transformer)
     if target.hook:
         original = restored_state(target)
-        check_writable(target, original)
         warn_if_changed(target, stacklevel=2)
         apply(target, original)
     return pipe
 
 
 def restored_state(target: Target) -> State:
-    """Return the state with the original weights.
+    """Return the state with the original weights, ready to be applied.
 
     Raises:
-        RuntimeError: they were discarded, or the pipeline was loaded without them.
+        RuntimeError: they were discarded, the pipeline was loaded without them, or they cannot be copied back.
     """
     original = original_state(target)
     if original.metadata and original.metadata["weights"]:
@@ -57,6 +56,7 @@ def restored_state(target: Target) -> State:
             f"this pipeline was loaded with distilled weights in it ({original.metadata['weights']}), because it was "
             "saved while it was linearized; load the original pipeline instead"
         )
+    check_writable(target, original)
     return original
 
 

@@ -82,9 +82,9 @@ def check_replaceable(layers: Mapping[str, Any]) -> None:
     for name, parameter in replaced_parameters(layers).items():
         if type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point:
             raise RuntimeError(
-                f"{name} is a {type(parameter).__name__} of {parameter.dtype}, as in a quantized model, and cannot "
-                "take other values; load the model again in bfloat16, linearize it, then quantize it, or keep its own "
-                "weights with weights=None"
+                f"{name} has the type {type(parameter).__name__} and {parameter.dtype}, as in a quantized model, and "
+                "cannot take other values; load the model again in bfloat16, linearize it, then quantize it (after that "
+                "it cannot be restored), or keep its own weights with weights=None"
             )
     for layer, attn in layers.items():
         if attn.fused_projections:
