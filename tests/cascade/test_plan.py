@@ -205,6 +205,7 @@ BAD = [
     ({"image": noise(256, 256)}, ValueError, "is smaller than the 256 x 256 px before it"),
     ({"image": "base.png"}, TypeError, "image must be a PIL image, got a str"),
     ({"stages": []}, ValueError, "stages is empty"),
+    ({"stages": 3}, TypeError, "stages must be a clear_attn.Stage or a list of them, got 3"),
     ({"stages": ["4x"]}, TypeError, "stages must be clear_attn.Stage each, got a str"),
     ({"stages": clear.Stage(128, 128)}, ValueError, "has a size; give it in a list"),
     ({"stages": [clear.Stage(96, 96)]}, ValueError, "the last stage draws 96 x 96 px, and the image is to be 128"),

@@ -242,6 +242,8 @@ def _resolve_stages(
             raise ValueError(f"stages={stages} has a size; give it in a list, or leave its height and width out")
         sizes = stage_sizes(first, last, target.token)
         stages = [dataclasses.replace(stages, height=size[0], width=size[1]) for size in sizes]
+    if not isinstance(stages, Sequence):
+        raise TypeError(f"stages must be a clear_attn.Stage or a list of them, got {stages!r}")
     if not stages:
         raise ValueError("stages is empty; give at least one Stage, or leave it out")
     for stage in stages:
