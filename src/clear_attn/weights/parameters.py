@@ -83,8 +83,8 @@ def check_replaceable(layers: Mapping[str, Any]) -> None:
         if type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point:
             raise RuntimeError(
                 f"{name} has the type {type(parameter).__name__} and {parameter.dtype}, as in a quantized model, and "
-                "cannot take other values; load the model again in bfloat16, linearize it, then quantize it (after that "
-                "it cannot be restored), or keep its own weights with weights=None"
+                "cannot take other values; load the model again in bfloat16, linearize it, then quantize it (after "
+                "that it cannot be restored), or keep its own weights with weights=None"
             )
     for layer, attn in layers.items():
         if attn.fused_projections:
