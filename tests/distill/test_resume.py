@@ -13,7 +13,7 @@ import torch
 
 from clear_attn.distill import checkpoint, train
 from clear_attn.distill import trainer as run_module
-from clear_attn.weights.sources import WEIGHTS_FILE
+from clear_attn.weights.metadata import WEIGHTS_FILE
 from tests.helpers.training_runs import change, fill, small_settings, weights_of
 
 

@@ -24,7 +24,7 @@ from clear_attn.distill.student import STUDENT, student_values
 from clear_attn.distill.validation import Validation
 from clear_attn.models.flux import FluxTraining
 from clear_attn.utils.image_sheets import contact_sheet
-from clear_attn.weights.sources import WEIGHTS_FILE
+from clear_attn.weights.metadata import WEIGHTS_FILE
 from tests.helpers.reference_model import run
 from tests.helpers.training_runs import change, fill, small_settings, weights_of
 
@@ -54,6 +54,26 @@ def test_a_run_and_its_result(settings, student):
     }  # fmt: skip
     clear.restore(pipe)
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
+
+
+def test_the_record_says_how_the_weights_were_trained(settings, tmp_path):
+    record = json.loads((train(change(settings, use_ema=True)) / "clear_config.json").read_text())
+    assert (record["architecture"], record["model"]) == ("FluxTransformer2DModel", "small_flux")
+    assert record["training"] == {
+        "steps": 4,
+        "images_per_step": 2,
+        "resolution": 64,
+        "images": 6,
+        "data": "data",
+        "loss_weights": {"flow_matching": 1.0, "prediction": 0.5, "attention": 0.5},
+        "student": "full",
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "use_ema": True,
+        "mixed_precision": "no",
+        "seed": 0,
+    }
+    assert str(tmp_path) not in json.dumps(record)
 
 
 @pytest.mark.parametrize("model", ["demo", MODEL])

@@ -12,7 +12,7 @@ from clear_attn.demo.scenes import draw, training_scenes
 from clear_attn.distill import Settings
 from clear_attn.distill.step import Batch
 from clear_attn.models import training_adapter_for
-from clear_attn.weights.sources import WEIGHTS_FILE
+from clear_attn.weights.metadata import WEIGHTS_FILE
 
 
 def fill(folder, count=5, sizes=((64, 64),)):

@@ -69,7 +69,9 @@ def test_distilled_weights_have_the_projections_of_single_blocks(trained, transf
 
 
 def test_unsupported_features(pipe):
-    with pytest.raises(ValueError, match="finds none for this model, a Flux2Transformer2DModel; give weights=None"):
+    with pytest.raises(
+        ValueError, match="finds none for this model, a Flux2Transformer2DModel in a Flux2KleinPipeline; give"
+    ):
         clear.linearize(pipe, 8)
 
 

@@ -42,7 +42,9 @@ def test_save_and_load(family, trained, folder, transformer):
         "schedule": {"dense_above_sigma": None, "dense_layers": [], "windows": {}},
         "architecture": type(transformer).__name__,
         "base_model": None,
+        "model": None,
         "source": None,
+        "training": None,
         "library_version": "0.1.0",
     }
     call = family.call(transformer, (11, 20))

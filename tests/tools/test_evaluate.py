@@ -432,7 +432,7 @@ class TestEvaluate:
             ({"metrics": []}, RuntimeError, "none was asked for"),
             ({"metrics": ["lpips"]}, RuntimeError, "metrics cannot be computed: lpips: "),
             ({"metrics": ["clip_t"], "clip": "no/clip"}, RuntimeError, "no/clip is no folder and not in the cache"),
-            ({"weights": "auto", "window": 5}, ValueError, "window=5, down_factor=1 does not fit weights that were"),
+            ({"weights": "auto", "window": 5}, ValueError, "no weights are published for window=5, down_factor=1"),
             ({"weights": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
             ({"window": 0}, ValueError, "window must be at least 1"),
             ({"backend": "fast"}, ValueError, "fast"),
@@ -497,7 +497,7 @@ class TestCommand:
             ({"metric": "nice"}, "'nice' is not a metric"),
             ({"metric": "fid"}, "metrics cannot be computed: fid"),
             ({"weights": "nowhere"}, "nowhere"),
-            ({"weights": "auto", "window": 5}, "--window 5, --down-factor 1 does not fit weights that were"),
+            ({"weights": "auto", "window": 5}, "no weights are published for --window 5, --down-factor 1"),
             ({"height": 7}, "is less than one token of 8 px"),
         ],
     )

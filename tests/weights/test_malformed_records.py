@@ -12,7 +12,7 @@ from tests.helpers import dummy_models
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot, train
 
 VALUES = [None, [], [1], {}, {"a": [{}]}, 0, -1, 10**155, 1.5, float("nan"), True, "", "x" * 300]
-KEYS = ("format", "method", "architecture", "schedule", "base_model", "source", "library_version")
+KEYS = ("format", "method", "architecture", "schedule", "base_model", "model", "source", "training", "library_version")
 INNER = {
     "method": ("name", "settings"),
     "method.settings": ("window", "down_factor", "other"),

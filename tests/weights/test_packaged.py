@@ -11,7 +11,8 @@ from clear_attn.methods import Clear
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.patching.target import find_target
 from clear_attn.weights.metadata import read_record
-from clear_attn.weights.packaged import is_packaged
+from clear_attn.weights.published import PUBLISHED
+from clear_attn.weights.recognition import Model
 from tests.helpers import dummy_models, families
 from tests.helpers.snapshots import assert_same, snapshot
 
@@ -19,6 +20,10 @@ from tests.helpers.snapshots import assert_same, snapshot
 def has_distilled_weights(transformer):
     state, values = transformer.state_dict(), load_file(demo.distilled() / "clear_weights.safetensors")
     return all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in values.items())
+
+
+def is_small_flux(transformer):
+    return PUBLISHED[1].recognizer.recognizes(Model(transformer, transformer, {}))
 
 
 def method_of(pipe):
@@ -45,7 +50,7 @@ def test_settings_that_fit(pipe, settings):
 @pytest.mark.parametrize("settings", [{"window": 16}, {"down_factor": 4}, {"method": clear.methods.Swin(8)}], ids=str)
 def test_settings_that_do_not_fit(pipe, settings):
     before = snapshot(pipe.transformer)
-    message = r"does not fit weights that were distilled for window=8, down_factor=1; leave it out, or .*None for"
+    message = r"no weights are published for .*; for the small FLUX there are some for window=8, down_factor=1; .*None"
     with pytest.raises(ValueError, match=message):
         clear.linearize(pipe, **settings)
     assert_same(pipe.transformer, before)
@@ -87,17 +92,17 @@ def test_a_fine_tune_that_is_linearized_is_another_model(pipe):
 
 def test_the_same_values_with_another_config_are_another_model(pipe):
     pipe.transformer.register_to_config(axes_dims_rope=[12, 12, 8])
-    assert not is_packaged(pipe.transformer, {})
+    assert not is_small_flux(pipe.transformer)
 
 
 def test_other_models():
     config = dict(demo.pipeline().transformer.config)
     for other in (FluxTransformer2DModel(**config), FluxTransformer2DModel.from_config({**config, "num_layers": 3})):
-        assert not is_packaged(other, {})
+        assert not is_small_flux(other)
     for family in families.FAMILIES.values():
-        assert not is_packaged(family.transformer(), {})
+        assert not is_small_flux(family.transformer())
     with torch.device("meta"):
-        assert not is_packaged(FluxTransformer2DModel(**config), {})
+        assert not is_small_flux(FluxTransformer2DModel(**config))
 
 
 def test_what_it_is_saved_as(pipe, tmp_path):

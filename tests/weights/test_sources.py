@@ -1,5 +1,6 @@
 """Sources of weights: published weights, the Hub, folders; and errors."""
 
+import dataclasses
 import json
 import types
 
@@ -17,7 +18,8 @@ from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 SECRET = "hf_secret"
 
 
-PAIRS = {(method.window, method.down_factor): name for method, name in published.FILES.items()}
+FLUX_DEV, SMALL_FLUX = published.PUBLISHED
+PAIRS = {(method.window, method.down_factor): name for method, name in FLUX_DEV.files.items()}
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def repos(transformer):
         "clear_weights.safetensors": files["clear_local_16.safetensors"],
     }
     return {
-        published.REPO: {"files": files},
+        FLUX_DEV.location.id: {"files": files},
         "someone/weights": {"files": mine},
         "someone/secret": {"files": mine, "token": SECRET},
         "someone/gated": {"files": mine, "gated": True},
@@ -78,8 +80,10 @@ def server(repos, monkeypatch, tmp_path):
 @pytest.fixture
 def as_flux(transformer, monkeypatch):
     """Return a function that names the small transformer, which counts as FLUX.1's architecture."""
-    own = {name: transformer.config[name] for name in published.ARCHITECTURE}
-    monkeypatch.setattr(published, "ARCHITECTURE", own)
+    own = {name: transformer.config[name] for name in FLUX_DEV.recognizer.config}
+    recognizer = dataclasses.replace(FLUX_DEV.recognizer, config=own)
+    entry = dataclasses.replace(FLUX_DEV, recognizer=recognizer)
+    monkeypatch.setattr(published, "PUBLISHED", [entry, SMALL_FLUX])
 
     def named(name):
         transformer.register_to_config(_name_or_path=name)
@@ -125,7 +129,7 @@ def test_the_second_time_the_cache_is_used(server, as_flux):
 def test_a_fine_tune_gets_a_warning(server, as_flux, caplog, name):
     transformer = as_flux(name)
     clear.linearize(transformer, 16)
-    assert f"{name or 'an unnamed FLUX.1 transformer'} is not black-forest-labs/FLUX.1-dev by name" in caplog.text
+    assert f"{name or 'an unnamed FluxTransformer2DModel'} is not black-forest-labs/FLUX.1-dev by name" in caplog.text
     assert "to_q, to_k, to_v and to_out.0" in caplog.text
 
 
@@ -168,16 +172,17 @@ class TestRefusals:
 
     @pytest.mark.parametrize("settings", [{"window": 12}, {"down_factor": 4, "window": 32}, {"down_factor": 2}])
     def test_pairs_that_are_not_published(self, as_flux, settings):
-        with pytest.raises(ValueError, match=r"no weights are published for .*\(8, 1\), \(8, 4\), \(16, 1\)"):
+        existing = "window=16, down_factor=1; window=8, down_factor=1; window=32"
+        with pytest.raises(ValueError, match=rf"no weights are published for .* there are some for {existing}"):
             clear.linearize(as_flux("black-forest-labs/FLUX.1-dev"), **settings)
 
     def test_another_method(self, as_flux):
-        with pytest.raises(ValueError, match=r"no weights are published for LiT.*, only for CLEAR"):
+        with pytest.raises(ValueError, match=r"no weights are published for method=LiT.* there are some for window=16"):
             clear.linearize(as_flux("black-forest-labs/FLUX.1-dev"), method=clear.methods.LiT())
 
     def test_kontext(self, as_flux):
         with pytest.raises(
-            ValueError, match=r"finds none for this model, FLUX\.1 Kontext; give weights=None"
+            ValueError, match=r"a FluxTransformer2DModel, black-forest-labs/FLUX\.1-Kontext-dev; give weights=None"
         ) as raised:
             clear.linearize(as_flux("black-forest-labs/FLUX.1-Kontext-dev"))
         assert_recommends_no_published_weights(raised.value)
@@ -248,7 +253,8 @@ class TestRefusals:
 
 
 def assert_recommends_no_published_weights(error):
-    assert not any(word in str(error) for word in (published.BASE, published.REPO, *published.FILES.values()))
+    words = {each.base_model for each in published.PUBLISHED} | {FLUX_DEV.location.id, *FLUX_DEV.files.values()}
+    assert not any(word in str(error) for word in words)
 
 
 @pytest.mark.parametrize("settings", [{}, {"window": 12}, {"down_factor": 2}, {"method": clear.methods.LiT()}], ids=str)

@@ -16,8 +16,7 @@ from torch import Tensor
 from clear_attn.utils.atomic import UNFINISHED, atomic_directory, unfinished_directory
 from clear_attn.utils.json_records import read_json
 from clear_attn.utils.tensor_files import read_tensors
-from clear_attn.weights.metadata import CONFIG_FILE
-from clear_attn.weights.sources import WEIGHTS_FILE
+from clear_attn.weights.metadata import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "checkpoint-"
 SETTINGS = "settings.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +16,12 @@ from tqdm.auto import tqdm
 from clear_attn.distill import checkpoint
 from clear_attn.distill.data import prepare
 from clear_attn.distill.optimizers import check_optimizer
-from clear_attn.distill.settings import Settings
+from clear_attn.distill.settings import WEIGHTS, Settings
 from clear_attn.distill.trainer import RUN, Run, shared
 from clear_attn.distill.validation import Validation
 from clear_attn.patching.saving import save_values
 from clear_attn.utils.atomic import check_folder
+from clear_attn.weights.sources import shared_name
 
 # Types of settings that every tracker supports.
 LOGGABLE = (bool, int, float, str)
@@ -76,7 +78,7 @@ def _train(settings: Settings, folder: Path, accelerator: Accelerator) -> None:
     _run_steps(run, settings, accelerator, validation)
     values = run.result()
     if accelerator.is_main_process:
-        save_values(pipe, settings.attention, values, folder)
+        save_values(pipe, settings.attention, values, folder, training=_facts(settings, accelerator, pipe, len(images)))
     accelerator.end_training()
 
 
@@ -93,6 +95,27 @@ def _run_steps(run: Run, settings: Settings, accelerator: Accelerator, validatio
             if run.step % settings.validation_steps == 0 or run.step == last:
                 with run.averaged(), run.autocast():
                     validation.draw(run.step)
+
+
+def _facts(settings: Settings, accelerator: Accelerator, pipe: Any, images: int) -> dict[str, Any]:
+    """Return what `clear_config.json` says about a finished run."""
+    given = settings.dataset_name or settings.train_data_dir
+    return {
+        "steps": settings.max_train_steps,
+        "images_per_step": (
+            settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+        ),
+        "resolution": prepare.resolution(settings, pipe),
+        "images": images,
+        "data": "images of the model" if settings.generate else shared_name(str(given)),
+        "loss_weights": {name.removesuffix("_weight"): getattr(settings, name) for name in WEIGHTS},
+        "student": f"lora, rank {settings.rank}" if settings.student == "lora" else settings.student,
+        "optimizer": settings.optimizer,
+        "learning_rate": settings.rate,
+        "use_ema": settings.use_ema,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": settings.seed,
+    }
 
 
 def _precision(settings: Settings) -> str | None:

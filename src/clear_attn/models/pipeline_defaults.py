@@ -6,6 +6,10 @@ import inspect
 import sys
 from typing import Any
 
+from clear_attn.models.class_names import is_instance
+
+# The side of images, in pixels, where a pipeline does not say it.
+DEFAULT_SIDE = 1024
 # The scale of an autoencoder, for transformers without a pipeline.
 DEFAULT_VAE_SCALE = 8
 
@@ -26,8 +30,31 @@ def native_side(pipe: Any, transformer: Any) -> int:
     in_latents, in_pixels = (getattr(model, "config", {}).get("sample_size") for model in (transformer, vae))
     if in_latents or not in_pixels or in_pixels == _class_default(type(vae), "sample_size"):
         latents = in_latents or getattr(pipe, "default_sample_size", None)
-        return int(latents * scale if latents else inspect.signature(pipe.__call__).parameters["height"].default)
+        return int(latents * scale if latents else _default_height(pipe))
     return int(in_pixels)
+
+
+def _default_height(pipe: Any) -> int:
+    """Return the default height of a pipeline's calls, which a modular pipeline has as an attribute or in a block."""
+    return int(getattr(pipe, "default_height", None) or call_defaults(pipe).get("height") or DEFAULT_SIDE)
+
+
+def call_defaults(pipe: Any) -> dict[str, Any]:
+    """Return the keywords of a pipeline's call with their defaults; a modular pipeline has them in its blocks."""
+    if is_instance(pipe, ("ModularPipeline",)):
+        return {each.name: each.default for each in pipe.blocks.inputs if each.name}
+    return {each.name: each.default for each in inspect.signature(pipe.__call__).parameters.values()}
+
+
+def native_grid(pipe: Any, transformer: Any, adapter: Any) -> tuple[int, int] | None:
+    """Return the image tokens, in rows and columns, that a pipeline's model was trained on.
+
+    None for a transformer without a pipeline, which does not know the size of its images.
+    """
+    if getattr(pipe, "vae_scale_factor", None) is None:
+        return None
+    side = native_side(pipe, transformer) // pixels_per_token(pipe, transformer, adapter)
+    return side, side
 
 
 def _class_default(model: type, name: str) -> Any:
@@ -51,5 +78,5 @@ def default_text_tokens(pipe: Any) -> int | None:
 
     That is the default of its class, unless the tokenizer takes less.
     """
-    parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
-    return None if parameter is None else min(int(parameter.default), longest_text(pipe))
+    defaults = call_defaults(pipe)
+    return min(int(defaults["max_sequence_length"]), longest_text(pipe)) if "max_sequence_length" in defaults else None

@@ -5,8 +5,9 @@ After an error or an interrupt half-way, `Change.apply` puts the earlier state b
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,10 @@ from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.changes import warn_if_changed
 from clear_attn.patching.conflicts import check_hooks, check_parallelism, check_pipeline, check_processors
 from clear_attn.patching.hooks import EntryHook, Original
-from clear_attn.patching.resolve import parameters_lost, resolve_method, resolve_saved
+from clear_attn.patching.resolve import fits_arguments, parameters_lost, resolve_method, resolve_saved
 from clear_attn.patching.state import State, apply_or_fall_back, capture, match_device_and_dtype, original_state
 from clear_attn.patching.target import PipelineOrTransformer, Target, find_target
 from clear_attn.weights.metadata import make_metadata, read_schedule
-from clear_attn.weights.packaged import is_packaged
 from clear_attn.weights.parameters import (
     check_checkpoint,
     check_in_memory,
@@ -31,8 +31,9 @@ from clear_attn.weights.parameters import (
     own_parameters,
     replaced_parameters,
 )
+from clear_attn.weights.recognition import Model
 from clear_attn.weights.samples import sample
-from clear_attn.weights.sources import Checkpoint, load, load_packaged
+from clear_attn.weights.sources import Checkpoint, load
 
 
 class Change(NamedTuple):
@@ -107,8 +108,8 @@ def linearize(
             method of `clear_attn.methods`, instead of window and down_factor. It needs distilled weights to draw well.
         schedule (`Schedule`, *optional*, defaults to that saved with the weights, else none): steps and layers that
             stay dense, and layers with another window.
-        weights (`str` or path, *optional*, defaults to `"auto"`): distilled weights. `"auto"` fetches those
-            published for FLUX.1-dev, window and down_factor, and for the small FLUX takes those in the package; on a
+        weights (`str` or path, *optional*, defaults to `"auto"`): distilled weights. `"auto"` takes those published
+            for the very model, window and down_factor: there are some for FLUX.1-dev and for the small FLUX. On a
             pipeline that was saved while it was linearized, it uses the weights in the pipeline. None keeps the model's
             own (training-free). Or a `.safetensors` file, a directory that `save_pretrained` wrote, or a Hub id,
             `owner/repo` or `owner/repo/file.safetensors`.
@@ -186,7 +187,8 @@ def prepare(
         saved = resolve_saved(window, down_factor, method, metadata)
         settings = Settings(saved, schedule or read_schedule(metadata), backend, keep_original, None, saved=True)
     else:
-        source = _load_weights(target, original, weights, wanted, revision, token)
+        fits = functools.partial(fits_arguments, window, down_factor, method)
+        source = _load_weights(target, original, weights, wanted, fits, revision, token)
         resolved = resolve_method(window, down_factor, method, source)
         schedule = schedule or (source.schedule if source else Schedule())
         settings = Settings(resolved, schedule, backend, keep_original, source, saved=False)
@@ -218,15 +220,14 @@ def _load_weights(
     original: State,
     weights: str | os.PathLike[str] | None,
     wanted: Method,
+    fits: Callable[[Method], bool],
     revision: str | None,
     token: str | bool | None,
 ) -> Checkpoint | None:
     if weights is None:
         return None
     check_replaceable(target.layers)
-    if weights == "auto" and is_packaged(target.transformer, original.values):
-        return load_packaged()
-    return load(weights, target.pipe, target.transformer, wanted, revision, token)
+    return load(weights, Model(target.pipe, target.transformer, original.values), wanted, fits, revision, token)
 
 
 def _build_change(target: Target, original: State, settings: Settings) -> Change:
@@ -244,7 +245,7 @@ def _build_change(target: Target, original: State, settings: Settings) -> Change
     if original.values and not source:  # `_load_weights` checked it for a source
         check_replaceable(target.layers)
     metadata = original.metadata
-    recorded = (metadata["weights"], metadata["source"]) if metadata else (None, None)
+    recorded = (metadata["weights"], metadata["source"], metadata["training"]) if metadata else (None, None, None)
     hook = EntryHook(
         target.adapter,
         method,
@@ -272,7 +273,7 @@ def _build_change(target: Target, original: State, settings: Settings) -> Change
             parameter.requires_grad_(trainable)
     new = {name: value.to(parameters[name].dtype) for name, value in sample({**original.values, **values}).items()}
     hook.samples = {**sample({**parameters, **learned}), **new}
-    weights = (source.label, source.origin) if source else recorded
+    weights = (source.label, source.origin, source.training) if source else recorded
     entry = make_metadata(target.transformer, method, schedule, *weights)
     state = State(hook, dict(processors), {**original.values, **values}, entry)
     return Change(target, original, state, kept=tuple(values) if settings.keep_original else ())

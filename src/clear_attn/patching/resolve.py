@@ -36,6 +36,12 @@ def resolve_method(
     return asked
 
 
+def fits_arguments(window: int | None, down_factor: int | None, method: Method | None, own: Method) -> bool:
+    """Return whether the arguments name a method, or leave open what it differs in."""
+    given = {"window": window, "down_factor": down_factor}
+    return method in (None, own) and all(value in (None, getattr(own, name, None)) for name, value in given.items())
+
+
 def override_method(own: Method, window: int | None, down_factor: int | None, method: Method | None) -> Method:
     """Return a model's own method with the given arguments applied."""
     if method is None:

@@ -19,7 +19,7 @@ from clear_attn.patching.changes import changed_parameters
 from clear_attn.patching.target import find_target, find_transformer
 from clear_attn.utils.atomic import atomic_file, check_folder
 from clear_attn.weights.hub import check_upload, upload
-from clear_attn.weights.metadata import CONFIG_FILE, Record, metadata_of
+from clear_attn.weights.metadata import CONFIG_FILE, WEIGHTS_FILE, Record, metadata_of
 from clear_attn.weights.parameters import (
     DTYPES,
     METHOD,
@@ -28,8 +28,7 @@ from clear_attn.weights.parameters import (
     own_parameters,
     replaced_parameters,
 )
-from clear_attn.weights.published import BASE, LICENSE_TEXT, base_model_of, is_published
-from clear_attn.weights.sources import WEIGHTS_FILE
+from clear_attn.weights.published import base_model_of, license_of, shared_name_of
 
 CARD_FILE = "README.md"
 
@@ -81,7 +80,9 @@ def save_pretrained(pipe: Any, directory: str | os.PathLike[str]) -> None:
             "enable_layerwise_casting()"
         )
     values |= {name: own.detach() for name, own in own_parameters(target.processors).items()}
-    save_values(pipe, hook.method, values, folder, hook.schedule)
+    # What was trained since is not in the record of the training before.
+    training = metadata["training"] if metadata and not changed_parameters(target) else None
+    save_values(pipe, hook.method, values, folder, hook.schedule, training)
 
 
 def save_values(
@@ -90,13 +91,25 @@ def save_values(
     values: Mapping[str, Tensor],
     folder: Path,
     schedule: Schedule = Schedule(),  # noqa: B008, for it is frozen
+    training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write distilled weights, by their names in a checkpoint, as `save_pretrained` does."""
+    """Write distilled weights, by their names in a checkpoint, as `save_pretrained` does.
+
+    `training` has facts about their training for the record, as values of JSON.
+    """
     transformer, _ = find_transformer(pipe)
     values = {name: value.to("cpu").contiguous() for name, value in values.items()}
     metadata = metadata_of(transformer)
     source = metadata["source"] if metadata else None
-    record = Record(method, type(transformer).__name__, base_model_of(pipe, transformer), source, schedule)
+    record = Record(
+        method,
+        type(transformer).__name__,
+        base_model_of(pipe, transformer),
+        source,
+        schedule,
+        model=shared_name_of(pipe, transformer) or None,
+        training=training,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     # An existing card may be the user's own.
     card = {} if (folder / CARD_FILE).exists() else {CARD_FILE: _card(record)}
@@ -155,9 +168,11 @@ def _card(record: Record) -> str:
     if record.base_model:
         head += [f"base_model: {record.base_model}"]
         model = f"[{record.base_model}](https://huggingface.co/{record.base_model})"
-    if record.base_model == BASE or is_published(record.source):
-        head += ["license: other", "license_name: flux-1-dev-non-commercial-license"]
-        license = f"\nThe weights are {LICENSE_TEXT}.\n"
+    if known := license_of(record.base_model, record.source):
+        head += ["license: other", f"license_name: {known.name}"]
+        license = f"\nThe weights are {known.text}.\n"
+    facts = "\n".join(f"- {fact.replace('_', ' ')}: {value}" for fact, value in (record.training or {}).items())
+    training = f"\nTraining:\n\n{facts}\n" if facts else ""
     return f"""---
 {chr(10).join(head)}
 ---
@@ -165,7 +180,7 @@ def _card(record: Record) -> str:
 # {name} weights for {model}
 
 Projections of query, key, value and output {record.method.purpose(model)}
-{license}
+{license}{training}
 ```python
 import clear_attn as clear
 

@@ -18,8 +18,17 @@ from clear_attn.methods.schedule import Schedule
 from clear_attn.utils.json_records import read_json, shorten, validate_record
 
 CONFIG_FILE = "clear_config.json"
+WEIGHTS_FILE = "clear_weights.safetensors"
 FORMAT = 2
 READABLE = (1, 2)
+RECORD_FIELDS = {
+    "architecture": str,
+    "base_model": str | None,
+    "model": str | None,
+    "source": str | None,
+    "training": dict | None,
+}
+ENTRY_FIELDS = {"architecture": str, "weights": str | None, "source": str | None, "training": dict | None}
 # The entry in a linearized transformer's config. It identifies a pipeline that was saved while it was linearized.
 CONFIG_ENTRY = "clear_attn"
 IN_CONFIG = f"the entry {CONFIG_ENTRY} in the config of this transformer"
@@ -33,8 +42,10 @@ class Record:
         method (`Method`): the method that they were distilled for.
         architecture (`str`): the transformer class in diffusers.
         base_model (`str`, *optional*): the Hub id of their model.
+        model (`str`, *optional*): the Hub id of their model, or the name of its folder.
         source (`str`, *optional*): their first origin, such as the published file, which sets their license.
         schedule (`Schedule`): the schedule that they are used with.
+        training (`dict`, *optional*): facts about their training, such as its steps, data and resolution.
     """
 
     method: Method
@@ -42,6 +53,8 @@ class Record:
     base_model: str | None = None
     source: str | None = None
     schedule: Schedule = Schedule()
+    model: str | None = None
+    training: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Return the text of a clear_config.json."""
@@ -51,7 +64,9 @@ class Record:
             "architecture": self.architecture,
             "schedule": self.schedule.to_dict(),
             "base_model": self.base_model,
+            "model": self.model,
             "source": self.source,
+            "training": self.training,
             "library_version": importlib.metadata.version("clear_attn"),
         }
         return json.dumps(values, indent=2) + "\n"
@@ -90,9 +105,12 @@ def read_record(file: Path) -> Record:
     where = str(file)
     values = read_json(file)
     check_format(values, where)
-    fields = validate_record(values, {"architecture": str, "base_model": str | None, "source": str | None}, where)
-    names = fields["architecture"], fields["base_model"], fields["source"]
-    return Record(read_method(values, where), *names, read_schedule(values, where))
+    fields = validate_record(values, RECORD_FIELDS, where)
+    return Record(
+        read_method(values, where),
+        schedule=read_schedule(values, where),
+        **{name: fields[name] for name in RECORD_FIELDS},
+    )
 
 
 def check_format(values: Any, where: str) -> None:
@@ -108,7 +126,12 @@ def check_format(values: Any, where: str) -> None:
 
 
 def make_metadata(
-    transformer: Any, method: Method, schedule: Schedule, weights: str | None, source: str | None
+    transformer: Any,
+    method: Method,
+    schedule: Schedule,
+    weights: str | None,
+    source: str | None,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the config entry of a linearized transformer.
 
@@ -116,6 +139,7 @@ def make_metadata(
         transformer, method, schedule: the transformer, and its method and schedule.
         weights: the name of its distilled weights; None for its own.
         source: the first origin of these weights; None for its own.
+        training: facts about their training.
     """
     return {
         "format": FORMAT,
@@ -124,6 +148,7 @@ def make_metadata(
         "schedule": schedule.to_dict(),
         "weights": weights,
         "source": source,
+        "training": training,
     }
 
 
@@ -138,7 +163,7 @@ def metadata_of(transformer: Any) -> dict[str, Any] | None:
         return None
     try:
         check_format(entry, IN_CONFIG)
-        metadata = validate_record(entry, {"architecture": str, "weights": str | None, "source": str | None}, IN_CONFIG)
+        metadata = validate_record(entry, ENTRY_FIELDS, IN_CONFIG)
     except ValueError as error:
         remedy = f"or remove the entry by transformer.register_to_config({CONFIG_ENTRY}=None)"
         raise ValueError(f"{error}, {remedy}") from error

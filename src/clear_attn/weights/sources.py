@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +14,18 @@ from torch import Tensor
 from clear_attn.methods import Method
 from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
-from clear_attn.weights import packaged
-from clear_attn.weights.hub import HUB_ID, fetch
-from clear_attn.weights.metadata import CONFIG_FILE, read_record
+from clear_attn.weights.hub import HUB_ID
+from clear_attn.weights.metadata import CONFIG_FILE, WEIGHTS_FILE, read_record
 from clear_attn.weights.parameters import pooled_factor, read_checkpoint
 from clear_attn.weights.published import (
-    BASE,
-    FILES,
-    LICENSE_TEXT,
-    REPO,
-    fine_tune_served,
-    published_file,
-    published_method,
+    HubRepository,
+    PublishedWeights,
+    published_as,
+    published_for,
+    published_in,
 )
+from clear_attn.weights.recognition import Model
 
-WEIGHTS_FILE = "clear_weights.safetensors"
 HUB_FILE = re.compile(rf"({HUB_ID})(?:/(.+\.safetensors))?")
 
 logger = logging.getLogger(__name__)
@@ -45,6 +43,7 @@ class Checkpoint(NamedTuple):
         architecture: the transformer class that they are for; None if not recorded.
         origin: where they first came from, such as the published file that `name` is a copy of.
         schedule: the schedule that they were saved with.
+        training: facts about their training; None if not recorded.
     """
 
     values: dict[str, Tensor]
@@ -55,6 +54,7 @@ class Checkpoint(NamedTuple):
     architecture: str | None = None
     origin: str | None = None
     schedule: Schedule = Schedule()
+    training: Mapping[str, Any] | None = None
 
 
 def with_absolute_path(weights: str | os.PathLike[str] | None) -> str | None:
@@ -75,15 +75,21 @@ def shared_name(weights: str) -> str:
 
 def load(
     weights: str | os.PathLike[str],
-    pipe: Any,
-    transformer: Any,
+    model: Model,
     wanted: Method,
+    fits: Callable[[Method], bool],
     revision: str | None,
     token: str | bool | None,
 ) -> Checkpoint:
     """Find and read the weights that the arguments of `linearize` name.
 
-    Of several published files it takes the one for the wanted method.
+    Args:
+        weights: the argument.
+        model: the model to load them for.
+        wanted: the method that the other arguments name, with defaults.
+        fits: whether the other arguments name a method or leave it open; of several published files the first that
+            fits is read.
+        revision, token: the arguments.
 
     Raises:
         TypeError: `weights` is not a path or name.
@@ -94,39 +100,47 @@ def load(
             f"weights must be a path, a Hub id, 'auto' or None, got {weights!r} of type {type(weights).__name__}"
         )
     if weights == "auto":
-        return _load_auto(pipe, transformer, wanted, revision, token)
+        published = published_for(model)
+        file = published.files[published.select(fits, wanted)]
+        _warn_of_fine_tune(published, file, model)
+        return _load_published(published, file, revision, token)
     path = Path(weights).expanduser()
     on_hub = HUB_FILE.fullmatch(weights) if isinstance(weights, str) else None
     # "folder/file.safetensors" has the form of a repository id, but means a file.
     if path.exists() or not on_hub or (on_hub[2] is None and path.suffix == ".safetensors"):
         return _load_local(path)
-    repo, file = on_hub.groups()
-    if file is None and repo == REPO:
-        file = published_file(wanted)
-    return _load_hub_folder(repo, revision, token) if file is None else _load_hub_file(repo, file, revision, token)
+    repo, file_in_repo = on_hub.groups()
+    known = published_in(repo)
+    if known:
+        return _load_published(known, file_in_repo or known.files[known.select(fits, wanted)], revision, token)
+    return _load_hub(repo, file_in_repo, revision, token)
 
 
-def load_packaged() -> Checkpoint:
-    """Read the distilled weights of the small FLUX in the package, which are named "auto", as on any machine."""
-    return _load_local(packaged.WEIGHTS)._replace(name="auto", origin=packaged.WEIGHTS.name)
-
-
-def _load_auto(
-    pipe: Any, transformer: Any, wanted: Method, revision: str | None, token: str | bool | None
-) -> Checkpoint:
-    fine_tune = fine_tune_served(pipe, transformer)
-    file = published_file(wanted)
-    if fine_tune:
+def _warn_of_fine_tune(published: PublishedWeights, file: str, model: Model) -> None:
+    if published.recognizer.is_fine_tune(model):
         logger.warning(
             "%s is not %s by name: the published weights replace its own to_q, to_k, to_v and to_out.0 in every "
             "attention layer, and a fine-tune's changes there are lost while it is linearized. weights=None keeps "
-            "them; weights='%s/%s' does the same without this warning.",
-            fine_tune,
-            BASE,
-            REPO,
-            file,
+            "them; weights='%s' does the same without this warning.",
+            model.name or f"an unnamed {type(model.transformer).__name__}",
+            published.base_model,
+            published.location.name(file),
         )
-    return _load_hub_file(REPO, file, revision, token)
+
+
+def _load_published(
+    published: PublishedWeights, file: str, revision: str | None, token: str | bool | None
+) -> Checkpoint:
+    location = published.location
+    if published.license:
+        logger.warning("%s: weights %s", location.name(file), published.license.text)
+    path = location.fetch(file, revision, token)
+    if path.name == WEIGHTS_FILE:
+        config = location.fetch(f"{file.removesuffix(WEIGHTS_FILE)}{CONFIG_FILE}", revision, token)
+        found = _load_folder(config, path, location.name(file))
+    else:
+        found = _load_file(path, location.name(file), published.method_of(file))
+    return found._replace(label=location.origin(file), origin=location.origin(file))
 
 
 def _load_local(path: Path) -> Checkpoint:
@@ -134,33 +148,28 @@ def _load_local(path: Path) -> Checkpoint:
     if path.is_dir() or (path.name == WEIGHTS_FILE and (folder / CONFIG_FILE).is_file()):
         found = _load_folder(folder / CONFIG_FILE, weights, str(path))
     else:
-        origin = f"{REPO}/{path.name}" if path.name in FILES.values() else None
-        found = _load_file(path, str(path), published_method(path.name), origin)
+        published, origin = published_as(path.name)
+        found = _load_file(path, str(path), published)._replace(origin=origin)
     return found._replace(label=path.resolve().name)
 
 
-def _load_file(path: Path, name: str, published: Method | None, origin: str | None) -> Checkpoint:
+def _load_file(path: Path, name: str, published: Method | None = None) -> Checkpoint:
     """Read a file that has no clear_config.json. Its method may be recorded in the file's own metadata."""
     values, recorded = read_checkpoint(path)
     factor = pooled_factor(values)
-    method = published and published.with_settings(None, factor)
+    pools = published is not None and published.pooled_factor is not None
+    method = published.with_settings(None, factor) if published and pools else published
     if recorded is not None:
         method = method_from_dict(recorded, str(path))
-    return Checkpoint(values, name, name, method, factor, origin=origin)
+    return Checkpoint(values, name, name, method, factor)
 
 
-def _load_hub_file(repo: str, file: str, revision: str | None, token: str | bool | None) -> Checkpoint:
-    if repo == REPO:
-        logger.warning("%s/%s: weights %s", repo, file, LICENSE_TEXT)
-    name = f"{repo}/{file}"
-    return _load_file(
-        Path(fetch(repo, file, revision, token)), name, published_method(file) if repo == REPO else None, origin=name
-    )
-
-
-def _load_hub_folder(repo: str, revision: str | None, token: str | bool | None) -> Checkpoint:
-    config, weights = (fetch(repo, file, revision, token) for file in (CONFIG_FILE, WEIGHTS_FILE))
-    return _load_folder(config, weights, repo)
+def _load_hub(repo: str, file: str | None, revision: str | None, token: str | bool | None) -> Checkpoint:
+    location = HubRepository(repo)
+    if file is None:
+        config, weights = (location.fetch(each, revision, token) for each in (CONFIG_FILE, WEIGHTS_FILE))
+        return _load_folder(config, weights, repo)
+    return _load_file(location.fetch(file, revision, token), location.name(file))._replace(origin=location.origin(file))
 
 
 def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint:
@@ -177,4 +186,5 @@ def _load_folder(config_file: Path, weights_file: Path, name: str) -> Checkpoint
             f"{config_file} says {record.method.as_arguments()}, and the weights next to it were distilled for "
             f"down_factor={factor}; save or fetch both again"
         )
-    return Checkpoint(values, name, name, record.method, factor, record.architecture, record.source, record.schedule)
+    recorded = record.architecture, record.source, record.schedule, record.training
+    return Checkpoint(values, name, name, record.method, factor, *recorded)
