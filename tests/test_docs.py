@@ -142,6 +142,7 @@ def test_the_numbers_of_the_readme():
         "FLUX.2, FLUX.2 klein": "Flux2Transformer2DModel",
         "Qwen-Image": "QwenImageTransformer2DModel",
         "Chroma": "ChromaTransformer2DModel",
+        "FLUX.3": "Flux3Transformer2DModel",
         "Krea 2": "Krea2Transformer2DModel",
         "Z-Image": "ZImageTransformer2DModel",
         "Stable Diffusion 3, 3.5": "SD3Transformer2DModel",

@@ -1,13 +1,11 @@
 """What is particular to FLUX.3: layers of one kind of tokens, references as an input of their own, half steps."""
 
 import inspect
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import clear_attn as clear
-from clear_attn.distill.data import prepare
 from clear_attn.models import adapter_for, training_adapter_for
 from clear_attn.models.context.context import ClearContext
 from clear_attn.patching.target import entry_hook_of
@@ -145,13 +143,6 @@ def test_prompts_are_encoded_by_the_pipelines_own_block(transformer, monkeypatch
     text = training_adapter_for(transformer).encode_prompts(parts, ["a cat", "a circle"], 4)
     assert asked == [("a cat", 4, 4), ("a circle", 4, 4)]
     assert torch.equal(text["text"][:, 0, 0], torch.tensor([5.0, 8.0]))
-
-
-def test_the_command_line_loads_no_modular_pipeline(tmp_path):
-    dummy_pipelines.flux3().save_pretrained(str(tmp_path), overwrite_modular_index=True)
-    settings = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path), revision=None)
-    with pytest.raises(TypeError, match=r"has no model_index\.json, as a modular pipeline; give an ordinary"):
-        prepare.load(settings, SimpleNamespace(mixed_precision="no"))
 
 
 def test_a_flow_map_is_not_distilled():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from clear_attn.cascade.stages import validate_number
 from clear_attn.models import ADAPTERS, HighresPipelines, ModelAdapter
-from clear_attn.models._diffusers import progress_bar_config_of
+from clear_attn.models.loading import with_components_of
 from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
 from clear_attn.patching.hooks import EntryHook
 from clear_attn.patching.target import Target, find_target, find_transformer
@@ -103,28 +103,12 @@ def find_cascade_target(pipe: Any) -> CascadeTarget:
     for each in supported:
         if each.takes(pipe):
             classes = each.classes()
-            ordinary = _as_pipeline(pipe, classes[0]) if each.is_modular(pipe) else pipe
-            return CascadeTarget(find_target(ordinary), each, *classes)
+            if each.is_modular(pipe):
+                find_transformer(pipe)  # raises if it is not loaded
+                pipe = with_components_of(pipe, classes[0])
+            return CascadeTarget(find_target(pipe), each, *classes)
     names = dict.fromkeys(name for each in supported for name in each.supported)
     raise TypeError(f"highres does not support a {type(pipe).__name__}; give one of: {', '.join(names)}")
-
-
-def _as_pipeline(modular: Any, cls: Any) -> Any:
-    """Return a pipeline of a class with the components of a modular one, of which it takes the settings too."""
-    find_transformer(modular)  # raises if it is not loaded
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    given = {**modular.config, **modular.components}
-    parts = {each.name: given.get(each.name) for each in parameters if given.get(each.name) is not None}
-    needed = [each.name for each in parameters if each.default is each.empty or each.name in modular.components]
-    missing = [name for name in needed if name not in parts]
-    if missing:
-        raise RuntimeError(
-            f"this {type(modular).__name__} has not loaded its {', '.join(missing)} yet; call "
-            f"pipe.load_components({missing!r}) first, or give one whose blocks do not use them"
-        )
-    pipe = cls(**parts)
-    pipe.set_progress_bar_config(**progress_bar_config_of(modular))
-    return pipe
 
 
 def call_defaults(pipeline: Any) -> dict[str, Any]:

@@ -37,11 +37,11 @@ class Validation:
         self.settings, self.accelerator, self.pipe = settings, accelerator, pipe
         self.prompts = settings.validation_prompts or []
         transformer, adapter = find_transformer(pipe)
-        training, self.keywords = training_adapter_for(transformer), adapter.keywords
+        self.training, self.keywords = training_adapter_for(transformer), adapter.keywords
         self.generation = generation_of(settings, pipe)
         length = self.generation.text_tokens
         with torch.no_grad():
-            self.texts = [training.pipeline_arguments(pipe, [prompt], length) for prompt in self.prompts]
+            self.texts = [self.training.pipeline_arguments(pipe, [prompt], length) for prompt in self.prompts]
         self.rows: dict[str, list[Image.Image]] = {}
 
     def draw(self, step: int) -> None:
@@ -72,6 +72,6 @@ class Validation:
             # The seed differs from that of the training image with the same number.
             seed = hash_of("validation", self.generation.seed, number)
             text = {name: tensor.to(device) for name, tensor in text.items()}
-            images += self.generation.run(self.pipe, [seed], text, **arguments)
+            images += self.generation.run(self.pipe, self.training, [seed], text, **arguments)
         self.pipe.vae.to("cpu")
         return images

@@ -55,7 +55,7 @@ def load_pretrained(loader: Any, name: str | os.PathLike[str], *, dtype: torch.d
     return loader.from_pretrained(name, **{keyword: dtype}, **options)
 
 
-def load_modular(name: str | os.PathLike[str], *, dtype: torch.dtype) -> Any | None:
+def load_modular(name: str | os.PathLike[str], *, dtype: torch.dtype, **options: Any) -> Any | None:
     """Load a modular pipeline with its components; None if there is none of this name (diffusers 0.36 to 0.42).
 
     Before 0.42, diffusers has no modular pipelines of the models here.
@@ -63,7 +63,7 @@ def load_modular(name: str | os.PathLike[str], *, dtype: torch.dtype) -> Any | N
     if diffusers_version() < (0, 42):
         return None
     try:
-        pipe = diffusers.ModularPipeline.from_pretrained(name)
+        pipe = diffusers.ModularPipeline.from_pretrained(name, **options)
     except OSError:
         return None
     pipe.load_components(dtype=dtype)

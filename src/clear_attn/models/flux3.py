@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from clear_attn.models.processors.publishing import PublishedProcessor, Publishi
 ROPE_SCALE = 0.5
 # References have numbers of their own on the last axis.
 IMAGE_IDS, REFERENCE_IDS = IdFormat("img_ids", 0, ROPE_SCALE), IdFormat("image_cond_ids", 3, ROPE_SCALE)
+# The blocks of the pipeline that need a prompt.
+TEXT_BLOCKS = "prompt_upsampler", "text_encoder"
 IMAGE, REFERENCES = Images(0, 1), Images(1)
 
 
@@ -34,6 +37,7 @@ class Flux3Training(Flux2Training):
     """Train FLUX.3: the model attends to padded text, so all texts are padded to one length by the text encoder."""
 
     pipelines = ("Flux3ModularPipeline",)
+    text_tokens = 80  # the pipeline pads to a multiple of it; its maximum is 8192
 
     def validate_model(self, transformer: Any) -> None:
         if transformer.config.flow_map:
@@ -52,6 +56,22 @@ class Flux3Training(Flux2Training):
             for prompt in prompts
         ]
         return {"text": torch.cat(texts)}
+
+    def drawing(self, pipe: Any) -> Any:
+        """Return a pipeline with the same components, without the blocks that need a prompt."""
+        blocks = pipe.blocks
+        for name in TEXT_BLOCKS:
+            blocks.sub_blocks.pop(name, None)
+        drawing = blocks.init_pipeline()
+        components = {name: getattr(pipe, name, None) for name in drawing.component_names}
+        drawing.update_components(**{name: part for name, part in components.items() if part is not None})
+        drawing.set_progress_bar_config(disable=True)
+        return drawing
+
+    def draw(self, pipe: Any, **arguments: Any) -> Any:
+        drawing = self.drawing(pipe)
+        given = {name: value for name, value in arguments.items() if name in drawing.blocks.input_names}
+        return SimpleNamespace(images=drawing(**given, output="images"))
 
     def training_call(
         self,

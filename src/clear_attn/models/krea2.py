@@ -142,7 +142,7 @@ class Krea2(Publishing, ModelAdapter):
         }
 
     training = Krea2Training()
-    highres_pipelines = (Krea2Highres("Krea2Pipeline", training, unguided=0),)
+    highres_pipelines = (Krea2Highres("Krea2Pipeline", training, unguided=0, modular=("Krea2ModularPipeline",)),)
     architectures: tuple[Architecture, ...] = (Architecture("krea2"),)
 
     def output_layer(self, transformer: Any) -> nn.Module:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-import inspect
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
+
+from clear_attn.models.pipeline_defaults import call_defaults
 
 
 class TrainingAdapter(abc.ABC):
@@ -20,11 +21,13 @@ class TrainingAdapter(abc.ABC):
 
     Attributes:
         pipelines: names of the text-to-image pipelines in diffusers.
+        text_tokens: the default length that prompts are padded to; None for that of the pipeline.
         text_keywords: the pipeline's keyword for each tensor of `encode_prompts`.
         negative_prompt: the negative prompt that the pipeline's guidance needs, or None.
     """
 
     pipelines: tuple[str, ...]
+    text_tokens: int | None = None
     text_keywords: Mapping[str, str] = MappingProxyType({"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"})
     negative_prompt: str | None = None
 
@@ -53,11 +56,19 @@ class TrainingAdapter(abc.ABC):
         """Return the encoded prompts, and negative prompts for guidance, as keywords of the pipeline."""
         encoded = self.encode_prompts(pipe, prompts, text_tokens)
         arguments = {self.text_keywords[name]: tensor for name, tensor in encoded.items()}
-        takes_negative = "negative_prompt_embeds" in inspect.signature(pipe.__call__).parameters
+        takes_negative = "negative_prompt_embeds" in call_defaults(self.drawing(pipe))
         if self.negative_prompt is None or not takes_negative:
             return arguments
         negative = self.encode_prompts(pipe, [self.negative_prompt] * len(prompts), text_tokens)
         return arguments | {f"negative_{self.text_keywords[name]}": tensor for name, tensor in negative.items()}
+
+    def drawing(self, pipe: Any) -> Any:
+        """Return the pipeline that draws from encoded prompts."""
+        return pipe
+
+    def draw(self, pipe: Any, **arguments: Any) -> Any:
+        """Draw from encoded prompts; the result has `images`. Arguments are those of an ordinary pipeline."""
+        return self.drawing(pipe)(**arguments)
 
     def pack(self, latents: Tensor) -> Tensor:
         """Return latents in the shape of the transformer's prediction.

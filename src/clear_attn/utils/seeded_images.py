@@ -19,7 +19,7 @@ def generate_with_seeds(pipe: Any, seeds: Iterable[int], **arguments: Any) -> li
     Each image has its own generator on the CPU, so that its noise depends only on its seed, not on device or batch.
 
     Args:
-        pipe: a diffusers pipeline.
+        pipe: a diffusers pipeline, or a function that is called like one.
         seeds: one per image.
         arguments: arguments of the pipeline; None means its default.
     """

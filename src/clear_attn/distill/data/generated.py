@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -42,10 +43,12 @@ class Generation(NamedTuple):
     guidance: float | None
     seed: int
 
-    def run(self, pipe: Any, seeds: Sequence[int], text: dict[str, Tensor], **arguments: Any) -> list[Image.Image]:
+    def run(
+        self, pipe: Any, training: TrainingAdapter, seeds: Sequence[int], text: dict[str, Tensor], **arguments: Any
+    ) -> list[Image.Image]:
         """Return an image per seed, given text encoded as keywords of the pipeline."""
         return generate_with_seeds(
-            pipe,
+            functools.partial(training.draw, pipe),
             seeds,
             height=self.resolution,
             width=self.resolution,
@@ -120,7 +123,7 @@ def generate(
         with torch.no_grad():
             prompts = [wanted[number].prompt for number in batch]
             text = training.pipeline_arguments(pipe, prompts, generation.text_tokens)
-        images = generation.run(pipe, [hash_of(generation.seed, number) for number in batch], text)
+        images = generation.run(pipe, training, [hash_of(generation.seed, number) for number in batch], text)
         for number, image in zip(batch, images, strict=True):
             with atomic_file(folder / wanted[number].name) as unfinished:
                 image.save(unfinished)

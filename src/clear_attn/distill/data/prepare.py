@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -18,8 +17,8 @@ from clear_attn.distill.data.examples import Example, from_dataset, from_folder
 from clear_attn.distill.data.generated import Generation
 from clear_attn.distill.settings import Settings
 from clear_attn.models import training_adapter_for
-from clear_attn.models._diffusers import load_pretrained
 from clear_attn.models.class_names import is_instance
+from clear_attn.models.loading import load_pipeline
 from clear_attn.models.pipeline_defaults import default_text_tokens, native_side
 from clear_attn.patching.target import find_transformer
 from clear_attn.utils.prompts import read_prompts
@@ -54,20 +53,14 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
     """Return the pipeline on the CPU, in the dtype of mixed precision.
 
     Raises:
+        OSError: there is no such model.
+        RuntimeError: components of a modular pipeline cannot be loaded.
         TypeError: the pipeline is not supported, or needs more than text.
         ValueError: the model was saved while it was linearized, but the teacher must be dense.
     """
     dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
     name = settings.pretrained_model_name_or_path
-    try:
-        pipe = load_pretrained(DiffusionPipeline, resolve_name(name), dtype=dtype, revision=settings.revision)
-    except OSError as error:
-        if "file named model_index.json" not in str(error):
-            raise
-        raise TypeError(
-            f"{name} has no model_index.json, as a modular pipeline; give an ordinary pipeline, or train the "
-            "transformer with clear_attn.distill.trainer.Run"
-        ) from error
+    pipe = load_pipeline(resolve_name(name), dtype, settings.revision)
     transformer, _ = find_transformer(pipe)
     supported = training_adapter_for(transformer).pipelines
     if not is_instance(pipe, supported):
@@ -81,7 +74,8 @@ def load(settings: Settings, accelerator: Accelerator) -> Any:
 
 def text_tokens(settings: Settings, pipe: Any) -> int:
     """Return the length that prompts are padded to: the pipeline's `max_sequence_length`."""
-    tokens = default_text_tokens(pipe) if settings.max_sequence_length is None else settings.max_sequence_length
+    own = training_adapter_for(find_transformer(pipe)[0]).text_tokens or default_text_tokens(pipe)
+    tokens = own if settings.max_sequence_length is None else settings.max_sequence_length
     assert tokens is not None  # every pipeline that can be distilled takes text
     return tokens
 
@@ -164,7 +158,7 @@ def _parts(
 
 def drop_text_encoders(pipe: Any) -> None:
     """Free the text encoders, which neither training nor saving needs."""
-    for name in [name for name in pipe.components if name.startswith("text_encoder")]:
+    for name in [name for name in pipe.components if name.startswith(("text_encoder", "prompt_upsampler"))]:
         setattr(pipe, name, None)
 
 
