@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,45 +112,56 @@ def guidance_of(settings: Settings, transformer: Any) -> float | None:
 
 def data(settings: Settings, accelerator: Accelerator, pipe: Any, images: list[Example]) -> Cache:
     """Generate missing images and encode missing shards, split over the processes."""
-    transformer, _ = find_transformer(pipe)
-    training = training_adapter_for(transformer)
     if settings.generate:
-        into, generation = _generated_folder(settings), generation_of(settings, pipe)
-        for todo in _parts(
-            accelerator,
-            lambda: generated.begin(into, images, generation),
-            lambda: generated.missing(into, images),
-            _modules(pipe),
-        ):
-            pipe.set_progress_bar_config(disable=True)
-            size = settings.train_batch_size
-            generated.generate(pipe, training, into, images, todo, generation, size, lambda it: tqdm(it, "generating"))
+        _generate_images(settings, accelerator, pipe, images)
+    return _encode_images(settings, accelerator, pipe, images)
+
+
+def _generate_images(settings: Settings, accelerator: Accelerator, pipe: Any, images: list[Example]) -> None:
+    folder, generation = _generated_folder(settings), generation_of(settings, pipe)
+    training = training_adapter_for(find_transformer(pipe)[0])
+
+    def generate(numbers: list[int]) -> None:
+        pipe.set_progress_bar_config(disable=True)
+        size = settings.train_batch_size
+        generated.generate(pipe, training, folder, images, numbers, generation, size, lambda it: tqdm(it, "generating"))
+
+    _begin(accelerator, lambda: generated.begin(folder, images, generation))
+    _split(accelerator, generated.missing(folder, images), _modules(pipe), generate)
+
+
+def _encode_images(settings: Settings, accelerator: Accelerator, pipe: Any, images: list[Example]) -> Cache:
     folder = Path(settings.latents_dir or Path(settings.output_dir, "cache"))
     model, length = settings.pretrained_model_name_or_path, text_tokens(settings, pipe)
     origin = Origin.of(model, settings.revision, resolution(settings, pipe), length, images)
-    for todo in _parts(
-        accelerator,
-        lambda: cache.begin(folder, origin, len(images)),
-        lambda: cache.missing(folder, images),
-        [part for part in _modules(pipe) if part is not transformer],
-    ):
-        cache.build(pipe, training, images, folder, origin, tqdm(todo, "encoding"))
+    transformer, _ = find_transformer(pipe)
+    training = training_adapter_for(transformer)
+
+    def encode(shards: list[int]) -> None:
+        cache.build(pipe, training, images, folder, origin, tqdm(shards, "encoding"))
+
+    _begin(accelerator, lambda: cache.begin(folder, origin, len(images)))
+    modules = [part for part in _modules(pipe) if part is not transformer]
+    _split(accelerator, cache.missing(folder, images), modules, encode)
     return Cache(folder)
 
 
-def _parts(
-    accelerator: Accelerator, begin: Callable[[], None], missing: Callable[[], list[int]], modules: list[nn.Module]
-) -> Iterator[list[int]]:
-    """Yield this process's part of the missing items, if it has any, and meanwhile move modules to its device."""
+def _begin(accelerator: Accelerator, begin: Callable[[], None]) -> None:
+    """Create a folder in the main process, while the others wait."""
     if accelerator.is_main_process:
         begin()
     accelerator.wait_for_everyone()
-    everything = missing()
+
+
+def _split(
+    accelerator: Accelerator, missing: list[int], modules: list[nn.Module], make: Callable[[list[int]], None]
+) -> None:
+    """Make missing items, split over the processes. A process that has some moves the modules to its device for it."""
     accelerator.wait_for_everyone()  # every process lists the missing items before one of them adds any
-    if todo := everything[accelerator.process_index :: accelerator.num_processes]:
+    if mine := missing[accelerator.process_index :: accelerator.num_processes]:
         for module in modules:
             module.to(accelerator.device)
-        yield todo
+        make(mine)
         for module in modules:
             module.to("cpu")
     accelerator.wait_for_everyone()
