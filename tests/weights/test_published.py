@@ -193,7 +193,10 @@ def test_a_model_without_weights(family):
     ids=["Stable Diffusion 3", "Krea 2", "Qwen-Image"],
 )
 def test_the_window_that_covers_the_native_grid(make, side):
-    pipe = make()
+    try:
+        pipe = make()
+    except AttributeError as error:
+        pytest.skip(f"diffusers has no such pipeline yet: {error}")
     with pytest.raises(ValueError, match=f"for its {side} x {side} tokens") as raised:
         clear.linearize(pipe)
     window = int(str(raised.value).split("window=")[1].split()[0])
