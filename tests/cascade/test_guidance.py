@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from clear_attn.cascade.guidance import _pack, _unpack, guide, guided, low_frequencies, weight_at
+from clear_attn.cascade.guidance import guide, guided, low_frequencies, weight_at
+from clear_attn.cascade.latents import pack, unpack
 
 
 @pytest.mark.parametrize(("height", "width", "level"), [(8, 12, 1), (8, 12, 2), (7, 10, 2), (3, 5, 3)])
@@ -37,8 +38,8 @@ def test_full_weight_sets_the_low_frequencies_to_the_target():
 def test_packs_as_flux_does():
     latents = torch.randn(2, 4, 6, 10)
     packed = FluxPipeline._pack_latents(latents, 2, 4, 6, 10)
-    assert torch.equal(_unpack(packed, latents), latents)
-    assert torch.equal(_pack(latents), packed)
+    assert torch.equal(unpack(packed, (6, 10)), latents)
+    assert torch.equal(pack(latents), packed)
 
 
 @pytest.mark.parametrize("begin", [0, 3])
@@ -56,9 +57,9 @@ def test_every_step_is_guided_by_its_own_weight(begin, packed):
         weight = (1 + math.cos(math.pi * number / (8 - begin))) / 2
         flow = guided(velocity, sample, target, float(plain.sigmas[begin + number]), weight, 1)
         expected = plain.step(flow, timestep, sample, return_dict=False)[0]
-        given = (_pack(velocity), _pack(sample)) if packed else (velocity, sample)
+        given = (pack(velocity), pack(sample)) if packed else (velocity, sample)
         found = own.step(given[0], timestep, given[1], return_dict=False)[0]
-        torch.testing.assert_close(_unpack(found, target), expected)
+        torch.testing.assert_close(unpack(found, (6, 8)), expected)
         sample = expected
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from clear_attn.cascade.latents import Step, change_velocity
 
 
 def low_frequencies(latents: Tensor, level: int) -> Tensor:
@@ -51,36 +52,14 @@ def weight_at(progress: float) -> float:
 def guide(scheduler: Any, target: Tensor, level: int) -> None:
     """Make a scheduler step along the guided flow. The scheduler must not be shared.
 
-    Every pipeline passes its final velocity to the scheduler, in raster order and after its own guidance.
-
     Args:
         scheduler: a flow matching scheduler with timesteps of sigma x num_train_timesteps.
         target: `[1, channels, height, width]`, scaled like the pipeline's latents.
         level: see `low_frequencies`.
     """
-    plain_step = scheduler.step
 
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sigma = float(timestep) / scheduler.config.num_train_timesteps
-        steps = len(scheduler.timesteps) - (scheduler.begin_index or 0)
-        done = steps - int((scheduler.timesteps <= timestep).sum())
-        velocity, latents = (_unpack(x, target) for x in (model_output, sample))
-        flow = guided(velocity, latents, target.to(sample.device), sigma, weight_at(done / steps), level)
-        return plain_step(_pack(flow) if model_output.ndim == 3 else flow, timestep, sample, *args, **kwargs)
+    def change(velocity: Tensor, latents: Tensor, step: Step) -> Tensor:
+        weight = weight_at(step.done / step.steps)
+        return guided(velocity, latents, target.to(latents.device), step.sigma, weight, level)
 
-    scheduler.step = step
-
-
-def _unpack(tokens: Tensor, like: Tensor) -> Tensor:
-    """Return FLUX's tokens of 2 x 2 latents, `[batch, tokens, 4 channels]`, as `[batch, channels, height, width]`."""
-    if tokens.ndim == 4:
-        return tokens
-    height, width = like.shape[-2:]
-    cells = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))
-    return torch.einsum("bhwcyx->bchywx", cells).reshape(len(tokens), -1, height, width)
-
-
-def _pack(latents: Tensor) -> Tensor:
-    """Return latents as tokens, the inverse of `_unpack`."""
-    cells = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    return torch.einsum("bchywx->bhwcyx", cells).flatten(3).flatten(1, 2)
+    change_velocity(scheduler, (target.shape[-2], target.shape[-1]), change)
