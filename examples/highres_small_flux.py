@@ -8,7 +8,8 @@
 
 Images are drawn directly at that size, dense and linearized, and by `clear_attn.highres`. It runs with the published
 settings and with settings for this model, which has memorized its 16 x 16 positions and must stay close to the base
-image. The base images, only enlarged, are included for comparison.
+image: guided by the image, step by step by its run, continuing its run, and both. The base images, only enlarged, are
+included for comparison.
 """
 
 import contextlib
@@ -30,7 +31,16 @@ from clear_attn.demo.scenes import Scene, held_out_scenes, read
 from clear_attn.utils.image_sheets import contact_sheet
 
 PUBLISHED = clear.Stage()
-FOR_THE_SMALL_FLUX = clear.Stage(strength=0.4, ntk_factor=1, proportional=False, low_resolution_guidance=1)
+GENTLE = clear.Stage(strength=0.4, ntk_factor=1, proportional=False)
+FOR_THE_SMALL_FLUX = dataclasses.replace(GENTLE, low_resolution_guidance=1)
+STEPWISE = dataclasses.replace(GENTLE, stepwise_guidance=clear.StepwiseGuidance())
+STAGES = {
+    "highres, published settings": PUBLISHED,
+    "highres": FOR_THE_SMALL_FLUX,
+    "highres, step by step": STEPWISE,
+    "highres, continued": dataclasses.replace(GENTLE, strength=0.2, continues=True),
+    "highres, continued, step by step": dataclasses.replace(STEPWISE, continues=True),
+}
 
 Draw = Callable[[Scene, int, Image.Image], Image.Image]
 
@@ -46,10 +56,13 @@ def direct(pipe: FluxPipeline, side: int) -> Draw:
 
 
 def by_stage(pipe: FluxPipeline, side: int, stage: clear.Stage) -> Draw:
-    """Return a function that runs one stage on the base image, with a linearized pipeline."""
+    """Return a function that runs one stage on the base image, with a linearized pipeline.
+
+    A stage that needs the base image's run draws the same base image again.
+    """
 
     def draw(scene: Scene, seed: int, base: Image.Image) -> Image.Image:
-        call = {"stages": stage, "seed": seed, "image": base}
+        call = {"stages": stage, "seed": seed, "image": None if stage.needs_recording else base}
         return clear.highres(pipe, scene.caption, height=side, width=side, **call).image
 
     return draw
@@ -79,8 +92,7 @@ def main(
             ("base image, enlarged", False, enlarged(pixels)),
             ("direct, dense", False, direct(pipe, pixels)),
             (f"direct, window {window}", True, direct(pipe, pixels)),
-            ("highres, published settings", True, by_stage(pipe, pixels, PUBLISHED)),
-            ("highres", True, by_stage(pipe, pixels, FOR_THE_SMALL_FLUX)),
+            *((name, True, by_stage(pipe, pixels, stage)) for name, stage in STAGES.items()),
         ):
             with clear.linearized(pipe, window, weights=weights) if local else contextlib.nullcontext():
                 drawn = [draw(*each) for each in zip(scenes, range(captions), bases, strict=True)]
@@ -89,8 +101,7 @@ def main(
             print(json.dumps(rows[-1]), flush=True)
             sheet[f"{name}, {pixels} px"] = drawn[:shown]
     if output:
-        stages = {"highres, published settings": PUBLISHED, "highres": FOR_THE_SMALL_FLUX}
-        settings = {name: dataclasses.asdict(stage) for name, stage in stages.items()}
+        settings = {name: dataclasses.asdict(stage) for name, stage in STAGES.items()}
         record = {"window": window, "weights": weights, "stages": settings, "rows": rows}
         output.write_text(json.dumps(record, indent=1) + "\n")
     if sheet_file:

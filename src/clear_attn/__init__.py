@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from clear_attn.cascade.plan import HighresPlan
     from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
     from clear_attn.cascade.rope import ntk_scaling
-    from clear_attn.cascade.stages import Base, Stage
+    from clear_attn.cascade.stages import Base, Stage, StepwiseGuidance
     from clear_attn.core.layout import TokenLayout
     from clear_attn.methods.schedule import Schedule, sigma_after_step
     from clear_attn.models.processors.processor import ClearAttnProcessor
@@ -40,6 +40,7 @@ __all__ = [
     "Info",
     "Schedule",
     "Stage",
+    "StepwiseGuidance",
     "TokenLayout",
     "clear_attention",
     "cost",
@@ -72,6 +73,7 @@ _MODULES = {
     "Info": "patching.description",
     "Schedule": "methods.schedule",
     "Stage": "cascade.stages",
+    "StepwiseGuidance": "cascade.stages",
     "TokenLayout": "core.layout",
     "clear_attention": "backends.attention",
     "cost": "profiling.attention_cost",

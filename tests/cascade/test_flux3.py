@@ -1,6 +1,7 @@
 """FLUX.3 in a cascade: its images are those of diffusers' modular pipelines, which stop after no step."""
 
 import copy
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 import clear_attn as clear
+from clear_attn.cascade.latents import unpack
 from clear_attn.cascade.pipelines import find_cascade_target
 from tests.helpers import dummy_pipelines
 from tests.helpers.large_images import PROMPT, draw, noise, same
@@ -61,6 +63,36 @@ def noised(pipe, image, sigmas, seed):
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(sigmas=sigmas)
     return scheduler.sigmas[0] * patches + (1 - scheduler.sigmas[0]) * clean
+
+
+def test_runs_are_recorded_and_continued(make):
+    pipe, stage = make(), replace(STAGE, shift=3.0)
+    guided = replace(stage, stepwise_guidance=clear.StepwiseGuidance())
+    lasts = []
+
+    def stop(number, image, plan):
+        raise KeyboardInterrupt
+
+    def keep(runner, step, timestep, tensors):
+        lasts.append(tensors["latents"])
+        return tensors
+
+    with pytest.raises(clear.HighresInterrupted) as caught:
+        draw(pipe, **SETTINGS | {"stages": guided}, callback_on_stage_end=stop, callback_on_step_end=keep)
+    recording = caught.value.result.runs[0]
+    last = unpack(lasts[-1], recording.size).float()
+    torch.testing.assert_close(recording.prediction(0.0), last, atol=1e-4, rtol=0)
+    images = [draw(pipe, **SETTINGS | {"stages": each}) for each in (stage, guided, replace(stage, continues=True))]
+    assert all(image.finished for image in images)
+    assert not any(same(first.image, second.image) for first, second in itertools.combinations(images, 2))
+
+
+def test_a_flow_map_predicts_no_clean_image(make):
+    for changes in ({"stepwise_guidance": clear.StepwiseGuidance()}, {"continues": True}):
+        with pytest.raises(
+            ValueError, match=r"stage 1 has .* this Flux3Transformer2DModel is a flow map, which predic"
+        ):
+            draw(make(FLOW_MAP), **SETTINGS | {"stages": replace(STAGE, shift=3.0, **changes)})
 
 
 @each_kind

@@ -350,7 +350,7 @@ class TestAfterwards:
             copy_values(values, layers)
 
         monkeypatch.setattr(state, "copy_values", interrupted)
-        monkeypatch.setattr(Cascade, "_run", lambda self, runner, number, drawn, settings: noise(*drawn.size))
+        monkeypatch.setattr(Cascade, "_run", lambda self, runner, number, drawn, *rest: noise(*drawn.size))
         with pytest.raises(KeyboardInterrupt) as caught:
             draw(pipe, **distilled)
         result = getattr(caught.value, "result", None)

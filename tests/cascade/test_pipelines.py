@@ -1,6 +1,7 @@
 """The pipelines of each model in a cascade: their images are those of diffusers' pipelines, one after the other."""
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import clear_attn as clear
+from clear_attn.cascade.latents import unpack
 from clear_attn.models._diffusers import diffusers_version
 from tests.helpers import dummy_pipelines
 from tests.helpers.large_images import PROMPT, draw, noise, same
@@ -211,6 +213,32 @@ def test_settings_of_a_stage_take_effect(kind, change, make):
     pipe, start = make(kind), {"image": noise(kind.side, kind.side), "base": None}
     plain = draw(pipe, **{**settings(kind), **start})
     assert not same(draw(pipe, **{**settings(kind, stages=replace(STAGE, **change)), **start}).image, plain.image)
+
+
+@each_kind
+def test_runs_are_recorded_and_continued(kind, make):
+    pipe, lasts = make(kind), []
+    guided = replace(STAGE, shift=3.0, stepwise_guidance=clear.StepwiseGuidance())
+
+    def stop(number, image, plan):
+        raise KeyboardInterrupt
+
+    def keep(runner, step, timestep, tensors):
+        lasts.append(tensors["latents"])
+        return tensors
+
+    with pytest.raises(clear.HighresInterrupted) as caught:
+        draw(pipe, **settings(kind, stages=guided), callback_on_stage_end=stop, callback_on_step_end=keep)
+    kept = caught.value.result
+    recording = kept.runs[0]
+    assert len(recording.predictions) == 2
+    torch.testing.assert_close(recording.prediction(0.0), unpack(lasts[-1], recording.size).float(), atol=1e-4, rtol=0)
+    drawn = draw(pipe, **settings(kind, stages=guided))
+    assert same(draw(pipe, **settings(kind, stages=guided), resume=kept).image, drawn.image)
+    continued = draw(pipe, **settings(kind, stages=replace(STAGE, shift=3.0, continues=True)))
+    assert continued.finished
+    images = [draw(pipe, **settings(kind, stages=replace(STAGE, shift=3.0))), drawn, continued]
+    assert not any(same(first.image, second.image) for first, second in itertools.combinations(images, 2))
 
 
 @needs_modular_pipelines

@@ -321,7 +321,8 @@ def decoding():
 
 
 def cascade():
-    check_cascade(dummy_models.flux_pipeline(), clear.Base(steps=2))
+    recorded = {"stepwise_guidance": clear.StepwiseGuidance(), "continues": True}
+    check_cascade(dummy_models.flux_pipeline(), clear.Base(steps=2), **recorded)
 
 
 def cascade_of_a_modular_pipeline():
@@ -330,15 +331,17 @@ def cascade_of_a_modular_pipeline():
         check_cascade(dummy_pipelines.flux3(name, ["text_encoder"]), clear.Base(height=48, width=32, steps=2))
 
 
-def check_cascade(pipe, base):
+def check_cascade(pipe, base, **settings):
     """Check that a pipeline that is split over ranks draws the same large image as on one process."""
-    stage = Stage(steps=2, strength=0.5, low_resolution_guidance=1)
-    options = {"height": 192, "width": 128, "window": 4, "down_factor": 2, "weights": None, "stages": stage, "seed": 1}
+    stages = [Stage(steps=2, strength=0.5, low_resolution_guidance=1)]
+    if settings:
+        stages.append(Stage(steps=2, strength=0.5, **settings))
+    options = {"height": 192, "width": 128, "window": 4, "down_factor": 2, "weights": None, "seed": 1}
     draw = functools.partial(clear.highres, pipe, "a red circle", **options, base=base)
-    one = draw().images
+    one = [image for stage in stages for image in draw(stages=stage).images]
     clear.linearize(pipe, 3, weights=None)
     clear.parallelize(pipe)
-    for ours, expected in zip(draw().images, one, strict=True):
+    for ours, expected in zip((image for stage in stages for image in draw(stages=stage).images), one, strict=True):
         ours, expected = (torch.tensor(list(image.tobytes()), dtype=torch.int) for image in (ours, expected))
         assert (ours - expected).abs().max() <= 1
 

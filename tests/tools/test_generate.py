@@ -139,6 +139,37 @@ def test_saves_finished_images(tmp_path, start, monkeypatch, error, code, words,
     assert not (tmp_path / f"out.{ending}").exists()
 
 
+def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
+    options = (*SMALL, "--height", 160, "--base-steps", 3, "--stepwise-guidance", 0.5, "--continues")
+    expected = generate(tmp_path / "expected.png", *options)
+    assert expected.exit_code == 0, expected.output
+    output, step = tmp_path / "out.png", FlowMatchEulerDiscreteScheduler.step
+
+    def stop(self, velocity, timestep, sample, **settings):
+        if sample.shape[1] > 16 * 16:
+            raise KeyboardInterrupt
+        return step(self, velocity, timestep, sample, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
+        assert generate(output, *options).exit_code == 130
+    assert {file.name for file in tmp_path.iterdir() if file.name.startswith("out")} == {
+        *("out-0-128x128.png", "out.png.json", "out.png.run.safetensors")
+    }
+    assert "exists; give another file, or --overwrite" in shown(generate(output, *options))
+    refused = generate(output, *options, "--resume")
+    assert "--resume and --prompt" in shown(refused)
+    result = generate(output, "--resume")
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels(output), pixels(tmp_path / "expected.png"))
+    stage = clear.HighresPlan.load(output).stages[0]
+    assert (stage.stepwise_guidance, stage.continues) == (clear.StepwiseGuidance(structure=0.5), True)
+    assert not (tmp_path / "out.png.run.safetensors").exists()
+    missing = generate(tmp_path / "other.png", "--resume")
+    assert missing.exit_code == 2
+    assert "other.png.json" in shown(missing)
+
+
 @pytest.fixture
 def under_torchrun(monkeypatch):
     """Set the environment of torchrun with one rank."""

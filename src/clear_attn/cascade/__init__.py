@@ -5,7 +5,7 @@ from clear_attn.cascade.large_images import highres
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.rope import ntk_scaling
-from clear_attn.cascade.stages import Base, Stage
+from clear_attn.cascade.stages import Base, Stage, StepwiseGuidance
 
 __all__ = [
     "Base",
@@ -14,6 +14,7 @@ __all__ = [
     "HighresPlan",
     "HighresResult",
     "Stage",
+    "StepwiseGuidance",
     "highres",
     "ntk_scaling",
     "proportional_attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from clear_attn.cascade.memory_check import check_fits
 from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.planning import make_plan, resolve_attention, runs_as_it_is, validate_calls
+from clear_attn.cascade.recording import Recording
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.methods.schedule import Schedule
@@ -36,6 +38,7 @@ def highres(
     token: str | bool | None = None,
     backend: str = "auto",
     image: Image.Image | None = None,
+    resume: HighresResult | None = None,
     base: Base | None = None,
     stages: Stage | Sequence[Stage] = Stage(),  # noqa: B008, it is frozen
     seed: int | None = None,
@@ -59,6 +62,9 @@ def highres(
             linearized pipeline keeps its settings if none of the first five is given.
         image (`PIL.Image.Image`, *optional*): starts the cascade instead of a base image; it needs the final image's
             aspect ratio.
+        resume (`HighresResult`, *optional*): the unfinished result of a call with the same arguments, from
+            `HighresInterrupted`, `HighresError` or `HighresResult.load`. Only what it lacks is drawn:
+            ``highres(pipe, **result.plan.arguments(), resume=result)``.
         base (`Base`, *optional*): settings of the base image.
         stages (`Stage` or a sequence of them, defaults to `Stage()`): settings of each stage; the last one has the
             final size. One without a size means as few stages as grow by a factor of at most about four.
@@ -77,7 +83,8 @@ def highres(
     Raises:
         TypeError: the pipeline is not supported; a value has the wrong type; an option is unknown.
         ValueError: sizes, aspect ratios or settings do not fit each other, the model or memory; a
-            linearized pipeline keeps its settings, and has another backend.
+            linearized pipeline keeps its settings, and has another backend; `resume` is of another plan, or lacks the
+            record of a run.
         RuntimeError: the original weights that the base image needs were discarded, or cannot be copied back into a
             model that was quantized or offloaded sequentially since; components of a modular pipeline are not loaded.
         HighresInterrupted: Ctrl-C; its `result` has the finished images. It is a KeyboardInterrupt.
@@ -100,6 +107,10 @@ def highres(
         >>> [image.size for image in result.images]
         [(64, 64), (128, 128)]
     """
+    if resume is not None and not isinstance(resume, HighresResult):
+        raise TypeError(
+            f"resume must be a HighresResult, got a {type(resume).__name__}; HighresResult.load reads one from files"
+        )
     target = find_cascade_target(pipe)
     options = {**target.own_options, **options}
     attention: dict[str, Any] = {
@@ -115,19 +126,20 @@ def highres(
     validate_calls(target, plan, inputs)
     change = None if runs_as_it_is(target, plan) else prepare(pipe, **attention, token=token)
     plan = resolve_attention(target, plan, change)
-    if plan.base:
+    if plan.base and not (resume and resume.images):
         _check_original_weights(target.patched)
     check_fits(target, plan)
-    result = HighresResult([], plan)
+    finished = _finished(plan, resume, image) if resume else stage_runner.Finished(image=image)
+    result = HighresResult(list(resume.images) if resume else [], plan, dict(resume.runs) if resume else {})
 
-    def on_image(drawn: Image.Image) -> None:
-        result.images.append(drawn)
+    def on_image(drawn: Image.Image, recording: Recording | None) -> None:
+        result.keep(drawn, recording)
         if callback_on_stage_end:
             callback_on_stage_end(len(result.images) - 1, drawn, plan)
 
     try:
         with contextlib.suppress(stage_runner.Interrupted):
-            stage_runner.Cascade(target, plan, callback_on_step_end, inputs).draw(change, image, on_image)
+            stage_runner.Cascade(target, plan, callback_on_step_end, inputs).draw(change, finished, on_image)
     except KeyboardInterrupt:
         raise HighresInterrupted(result) from None
     except Exception as error:
@@ -143,3 +155,27 @@ def _check_original_weights(target: Target) -> None:
         raise RuntimeError(
             f"the base image needs the original weights: {error}; or start from an image of your own, with image="
         ) from None
+
+
+def _finished(plan: HighresPlan, resume: HighresResult, image: Image.Image | None) -> stage_runner.Finished:
+    """Return where drawing starts after an unfinished result; `image` is the one that was given.
+
+    Raises:
+        ValueError: it is of another plan, or lacks the record that its next stage needs.
+    """
+    now, before = ({**dataclasses.asdict(each), "made_with": None} for each in (plan, resume.plan))
+    if names := [name for name in now if now[name] != before[name]]:
+        raise ValueError(
+            f"resume has a plan with another {', '.join(names)}; draw with highres(pipe, **resume.plan.arguments(), "
+            "resume=resume), or leave resume out"
+        )
+    count = len(resume.images)
+    if not count:
+        return stage_runner.Finished(image=image)
+    recording = resume.runs.get(count - 1)
+    if not resume.finished and plan.stages[count - 1].needs_recording and recording is None:
+        raise ValueError(
+            f"resume has no record of the run before stage {count}, which its settings need; resume from the result of "
+            "the interrupted call or from the files that it saved, or leave resume out"
+        )
+    return stage_runner.Finished(count, resume.image, recording)

@@ -8,12 +8,12 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from clear_attn.cascade.stages import Base, Stage
+from clear_attn.cascade.stages import Base, Stage, read_stage
 from clear_attn.methods.schedule import Schedule
 from clear_attn.models._diffusers import replace_config
 from clear_attn.patching.target import find_transformer
@@ -22,6 +22,9 @@ from clear_attn.utils.json_records import Fields, parse_json, validate_record
 from clear_attn.utils.versions import installed_versions
 from clear_attn.weights.published import shared_name_of
 from clear_attn.weights.sources import shared_name
+
+if TYPE_CHECKING:
+    from clear_attn.cascade.work import PlanWork
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -41,6 +44,7 @@ FIELDS: Fields = {
     "options": dict | None,
     "image": dict | None,
     "model": dict | None,
+    "recording_bytes": int | None,
     "made_with": dict | None,
 }
 # The name of a PNG file's text entry.
@@ -49,7 +53,7 @@ PNG_ENTRY = "clear_attn"
 ATTENTION = ("window", "down_factor", "schedule", "weights", "revision", "backend")
 ARGUMENTS = ("prompt", "height", "width", "base", "stages", "seed", *ATTENTION)
 # Names that `options` must not have: these, and the other arguments of `highres`.
-RESERVED = {*ARGUMENTS, "pipe", "image", "token", "options", "self"}
+RESERVED = {*ARGUMENTS, "pipe", "image", "resume", "token", "options", "self"}
 
 
 def versions() -> dict[str, str]:
@@ -104,6 +108,8 @@ class HighresPlan:
         image (*optional*): `sha256` of the pixels, `height` and `width` of the image that was given.
         model: `pipeline`, its class; `name`, its Hub id or the name of its folder; `dtype`; `scheduler`, its class
             and config; `adapters`, the names of active LoRAs.
+        recording_bytes (`int`): a bound of the main memory that the recorded runs of `Stage.stepwise_guidance` and
+            `Stage.continues` take at one time.
         made_with: versions of clear_attn, diffusers and torch.
 
     Examples:
@@ -128,6 +134,7 @@ class HighresPlan:
     image: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     made_with: dict[str, str] = field(default_factory=versions)
+    recording_bytes: int = 0
 
     @property
     def drawn(self) -> tuple[Base | Stage, ...]:
@@ -137,6 +144,33 @@ class HighresPlan:
     def arguments(self) -> dict[str, Any]:
         """Return the keywords of `clear_attn.highres` that draw the image again; add the image if one was given."""
         return {**self.options, **{name: getattr(self, name) for name in ARGUMENTS}}
+
+    def work(self, pipe: Any) -> PlanWork:
+        """Count the FLOPs of attention of all runs, with `clear_attn.cost` for each step.
+
+        Steps after a `continues` hands over are not counted. The base image and steps above a schedule's
+        `dense_above_sigma` are dense.
+
+        Args:
+            pipe: the pipeline that draws the plan.
+
+        Returns:
+            `PlanWork`: FLOPs and steps of each run; `print` shows a table.
+
+        Raises:
+            TypeError, ValueError: the errors of `clear_attn.cost`; the pipeline is not supported.
+
+        Examples:
+            >>> from clear_attn import demo
+            >>> from clear_attn.cascade import Base, Stage
+            >>> base, stage = Base(128, 128, steps=20, guidance=3.5), Stage(256, 256)
+            >>> plan = HighresPlan("a red circle", 256, 256, base, (stage,), 0, 8, 1, None)
+            >>> [(run.name, run.steps) for run in plan.work(demo.pipeline()).runs]
+            [('base image', 20), ('stage 1', 14)]
+        """
+        from clear_attn.cascade.work import work_of  # it imports this module
+
+        return work_of(self, pipe)
 
     def without_paths(self) -> HighresPlan:
         """Return the plan with the names alone of local weights, for shared images: the paths are private."""
@@ -165,7 +199,7 @@ class HighresPlan:
             absent = {"window": None, "down_factor": None, "weights": None}
             return cls(
                 base=Base(**base) if base else None,
-                stages=tuple(Stage(**stage) for stage in values.pop("stages")),
+                stages=tuple(read_stage(stage) for stage in values.pop("stages")),
                 schedule=None if schedule is None else Schedule.from_dict(schedule, "it"),
                 **{**absent, **values},
             )

@@ -23,6 +23,7 @@ from clear_attn.cascade.pipelines import (
     validate_shift,
 )
 from clear_attn.cascade.plan import ATTENTION, HighresPlan, describe, fingerprint
+from clear_attn.cascade.recorded_runs import most_recorded_bytes, validate_recordings
 from clear_attn.cascade.rope import validate_ntk_factor
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.parallel.shard import check_ranks
@@ -88,6 +89,7 @@ def make_plan(
         model=describe(target.pipe),
     )
     _validate_sizes(target, plan, first)
+    plan = dataclasses.replace(plan, recording_bytes=most_recorded_bytes(target, plan))
     # Sizes that were not given are rounded to whole tokens, which changes their aspect ratio.
     given = [first] if asked is None or asked.height is not None else []
     given += [] if isinstance(stages, Stage) else [each.size for each in stages if each.height is not None]
@@ -95,6 +97,7 @@ def make_plan(
         validate_aspect_ratio(before, after, token)
     for stage in plan.stages:
         validate_shift(target.pipe.scheduler, stage.shift)
+    validate_recordings(target, plan)
     validate_options(target, options)
     validate_guidance(target, options, [each.guidance for each in plan.drawn])
     return plan

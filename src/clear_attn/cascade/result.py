@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan
+from clear_attn.cascade.recording import Recording, load_recording, save_recording
 from clear_attn.utils.atomic import atomic_file, atomic_text
 from clear_attn.utils.image_files import save_or_fall_back, try_write, validate_image_file
 from clear_attn.utils.image_sizes import Size
@@ -25,6 +28,8 @@ class HighresResult:
     Attributes:
         images: RGB images: the first one, drawn or given, and that of each finished stage.
         plan (`HighresPlan`): what they were drawn from.
+        runs: by the number of the last image, the record of its run, if the next stage needs it; for
+            `highres(..., resume=result)`.
 
     Examples:
         >>> import clear_attn as clear
@@ -36,6 +41,7 @@ class HighresResult:
 
     images: list[Image.Image]
     plan: HighresPlan
+    runs: dict[int, Recording] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def image(self) -> Image.Image:
@@ -53,10 +59,58 @@ class HighresResult:
         """Whether all stages were drawn."""
         return len(self.images) == 1 + len(self.plan.stages)
 
+    def keep(self, image: Image.Image, recording: Recording | None) -> None:
+        """Add a finished image; the record of its run replaces that of the run before."""
+        self.runs.clear()
+        if recording:
+            self.runs[len(self.images)] = recording
+        self.images.append(image)
+
+    @classmethod
+    def load(cls, file: Path | str) -> HighresResult:
+        """Read the unfinished result that `save` wrote under the name of an image, to resume it.
+
+        Args:
+            file: the name that was given to `save` or `generate`; its plan, images and record are next to it.
+
+        Raises:
+            FileNotFoundError: there is no plan, or no first image of it.
+            ValueError: the plan or the record cannot be read; the images are not PNG files, which alone have the plan.
+
+        Examples:
+            >>> import tempfile
+            >>> import clear_attn as clear
+            >>> stages = (clear.Stage(128, 128),)
+            >>> plan = HighresPlan("a lighthouse", 128, 128, clear.Base(64, 64), stages, 0, 8, 4, None)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     file = Path(folder) / "out.png"
+            ...     _ = HighresResult([Image.new("RGB", (64, 64))], plan).save(file)
+            ...     len(HighresResult.load(file).images)
+            1
+        """
+        file = Path(file)
+        if file.suffix.lower() != ".png":
+            raise ValueError(
+                f"{file} cannot be resumed: only .png files keep exact pixels and the plan that they are of; draw it "
+                "again, to a .png file"
+            )
+        plan = HighresPlan.load(plan_file(file))
+        sizes = [(plan.image["height"], plan.image["width"])] if plan.image else []
+        sizes += [drawn.size for drawn in plan.drawn]
+        files = [file.with_name(_stage_name(file, *each)) for each in enumerate(sizes[:-1])]
+        # Images of another plan may have been left under these names.
+        found = list(itertools.takewhile(lambda each: _is_of(each, plan), files))
+        if not found:
+            raise FileNotFoundError(f"there is no {files[0]} of this plan to resume from; draw the image again")
+        runs = _load_run(run_file(file), plan)
+        images = [_open(each) for each in found[: max(runs, default=len(found)) + 1]]
+        return cls(images, plan, runs)
+
     def save(self, file: Path | str, *, stages: bool = False) -> list[Path]:
         """Save the last image, with the plan in it (PNG only) and next to it (`out.png.json` for `out.png`).
 
-        Of an unfinished result, save every image, with its number and size in its name. An image that cannot be written
+        Of an unfinished result, save every image, with its number and size in its name, and the record of the last run
+        if the next stage needs it (`out.png.run.safetensors`); `load` reads them. An image that cannot be written
         goes to a file in the system's temporary folder, with a warning that names it.
 
         Args:
@@ -84,15 +138,58 @@ class HighresResult:
             for path, image in images.items()
         ]
         try:
+            self._save_run(file)
+        except OSError as error:
+            warnings.warn(f"{run_file(file)} could not be written ({error}); resume from this result", stacklevel=2)
+        try:
             save_plan(self.plan, file)
         except OSError as error:
             warnings.warn(f"{plan_file(file)} could not be written ({error}); the plan is in this result", stacklevel=2)
         return written
 
+    def _save_run(self, file: Path) -> None:
+        recording = None if self.finished else self.runs.get(len(self.images) - 1)
+        if recording:
+            about = {"image": str(len(self.images) - 1), "plan": _hash(self.plan)}
+            save_recording(recording, run_file(file), about)
+        else:
+            run_file(file).unlink(missing_ok=True)
+
 
 def stage_file(file: Path, number: int, image: Image.Image) -> Path:
     """Return the file of an intermediate image: out-0-1024x768.png for the first of out.png, height before width."""
-    return file.with_name(f"{file.stem}-{number}-{image.height}x{image.width}{file.suffix}")
+    return file.with_name(_stage_name(file, number, (image.height, image.width)))
+
+
+def _stage_name(file: Path, number: int, size: Size) -> str:
+    return f"{file.stem}-{number}-{size[0]}x{size[1]}{file.suffix}"
+
+
+def _is_of(file: Path, plan: HighresPlan) -> bool:
+    """Return whether an image exists and was drawn from a plan."""
+    return file.exists() and HighresPlan.load(file) == plan.without_paths()
+
+
+def _open(file: Path) -> Image.Image:
+    with PngImageFile(file) as image:
+        return image.convert("RGB")
+
+
+def _hash(plan: HighresPlan) -> str:
+    return hashlib.sha256(plan.to_json().encode()).hexdigest()
+
+
+def _load_run(file: Path, plan: HighresPlan) -> dict[int, Recording]:
+    """Return the record of a run by the number of its image, if there is one of this plan."""
+    if not file.exists():
+        return {}
+    recording, about = load_recording(file)
+    return {int(about["image"]): recording} if about.get("plan") == _hash(plan) else {}
+
+
+def run_file(file: Path) -> Path:
+    """Return the file of the record of an unfinished result's last run: out.png.run.safetensors for out.png."""
+    return file.with_name(f"{file.name}.run.safetensors")
 
 
 def stage_files(file: Path) -> list[Path]:

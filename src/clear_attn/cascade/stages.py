@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,16 @@ from clear_attn.utils.image_sizes import Size
 from clear_attn.utils.validation import check_whole_number
 
 
-def validate_number(name: str, value: Any, least: float, remedy: str) -> None:
-    """Raise ValueError for a value that is not a finite number of at least `least`."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least {least:g}, got {value!r}; {remedy}")
+def validate_number(name: str, value: Any, least: float, remedy: str, most: float = math.inf) -> None:
+    """Raise ValueError for a value that is not a finite number from `least` to `most`."""
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not least <= value <= most
+        or value == math.inf
+    ):
+        limits = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,43 @@ class Base(_Sized):
 
 
 @dataclass(frozen=True)
+class StepwiseGuidance:
+    """Settings of guidance by the run before: at each step, by its prediction of the clean image at the same noise.
+
+    This is HiFlow (arXiv 2504.06232). The defaults are those of its published run with FLUX.1-dev at 2048 px; at 4096
+    px, its second stage, `structure` is 0.25. Both weights fall linearly to 0 after the last step.
+
+    Args:
+        structure (`float`, defaults to 1): weight a, 0 to 1. The low frequencies of the predicted clean image x0 move
+            toward those of the reference r: `x0 + a (low(r) - low(x0))`.
+        acceleration (`float`, defaults to 0.5): weight b, 0 to 1. The velocity's change from step to step moves toward
+            the reference's.
+        cutoff (`float`, defaults to 0.2): where the Butterworth filter of order 4 lets half pass, above 0 to 1, as a
+            share of the highest frequency. HiFlow calls it ratio.
+        sharpening (`float`, defaults to 1): strength with which the enlarged image that starts the stage is sharpened;
+            0 is off. Without effect in a stage that `continues`, which starts from no image.
+
+    Raises:
+        ValueError: a value is out of range.
+
+    Examples:
+        >>> Stage(stepwise_guidance=StepwiseGuidance(structure=0.25)).stepwise_guidance.acceleration
+        0.5
+    """
+
+    structure: float = 1.0
+    acceleration: float = 0.5
+    cutoff: float = 0.2
+    sharpening: float = 1.0
+
+    def __post_init__(self) -> None:
+        validate_number("structure", self.structure, 0, "1 is usual, 0 is off", most=1)
+        validate_number("acceleration", self.acceleration, 0, "0.5 is usual, 0 is off", most=1)
+        validate_number("cutoff", self.cutoff, 1e-6, "0.2 is usual, 1 is the highest frequency of a side", most=1)
+        validate_number("sharpening", self.sharpening, 0, "1 is usual, 0 is off")
+
+
+@dataclass(frozen=True)
 class Stage(_Sized):
     """Settings of one stage: the previous image, enlarged, noised, and denoised by the linearized model.
 
@@ -90,6 +134,13 @@ class Stage(_Sized):
             toward the previous image, in the manner of I-Max (arXiv 2410.07536): means over 2^level x 2^level latents,
             with a weight that falls from 1 to 0. Defaults to None, off, as in the published run; 2 suits an image that
             is enlarged four times.
+        stepwise_guidance (`StepwiseGuidance`, *optional*): guidance toward what the run before predicted at the same
+            noise level, in the manner of HiFlow. Not together with `low_resolution_guidance`.
+        continues (`bool`, defaults to `False`): whether the stage continues the run before instead of drawing its
+            finished image again: progressive resolution (arXiv 2605.18736). The run before stops where its latents have
+            the signal-to-noise ratio at which this stage starts, and its image is what it predicts there. Its latents
+            are enlarged, and fresh noise fills the band that they do not have. A lower `strength` leaves more steps to
+            the smaller size. With `stepwise_guidance` the run before goes on to its end, for its predictions.
 
     Raises:
         TypeError, ValueError: a value has the wrong type or is out of range.
@@ -106,6 +157,8 @@ class Stage(_Sized):
     proportional: bool = True
     shift: float | None = 3.0
     low_resolution_guidance: int | None = None
+    stepwise_guidance: StepwiseGuidance | None = None
+    continues: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,3 +177,32 @@ class Stage(_Sized):
             check_whole_number(
                 "low_resolution_guidance", self.low_resolution_guidance, "it is a number of wavelet levels; None is off"
             )
+            if self.stepwise_guidance is not None:
+                raise ValueError(
+                    f"low_resolution_guidance={self.low_resolution_guidance} and stepwise_guidance both guide the low "
+                    "frequencies, toward different references; leave one out"
+                )
+        if self.stepwise_guidance is not None and not isinstance(self.stepwise_guidance, StepwiseGuidance):
+            raise TypeError(
+                f"stepwise_guidance must be a clear_attn.StepwiseGuidance, got {self.stepwise_guidance!r}; "
+                "StepwiseGuidance() has the published settings"
+            )
+        if not isinstance(self.continues, bool):
+            raise TypeError(f"continues must be True or False, got {self.continues!r}")
+
+    @property
+    def needs_recording(self) -> bool:
+        """Whether the run before must be recorded."""
+        return self.continues or self.stepwise_guidance is not None
+
+    @property
+    def steps_run(self) -> int:
+        """The number of steps that run, as image-to-image pipelines of diffusers round."""
+        return self.steps - int(max(self.steps - min(self.steps * self.strength, self.steps), 0))
+
+
+def read_stage(values: Mapping[str, Any]) -> Stage:
+    """Return a stage from a plan's JSON."""
+    settings = {**values}
+    guidance = settings.pop("stepwise_guidance", None)
+    return Stage(**settings, stepwise_guidance=None if guidance is None else StepwiseGuidance(**guidance))

@@ -170,6 +170,11 @@ def is_interrupted(pipe: Any) -> bool:
     return bool(getattr(pipe, "_interrupt", False))
 
 
+def skip_remaining_steps(pipe: Any) -> None:
+    """Let the call that runs decode its latents as they are (diffusers 0.36 to 0.42)."""
+    pipe._interrupt = True
+
+
 def name_of_sequence_method(model: Any) -> str:
     """Return the method that makes the sequences of Z-Image, which 0.36 does not have (diffusers 0.36 to 0.42)."""
     _private(model, "_prepare_sequence")

@@ -11,7 +11,19 @@ from clear_attn.tools import options
 
 # Options that may be given with --plan: the weights may have moved.
 GO_WITH_PLAN = {
-    *("model", "output", "overwrite", "plan", "weights", "init_image", "save_stages", "device", "dtype", "offload")
+    *(
+        "model",
+        "output",
+        "overwrite",
+        "plan",
+        "weights",
+        "init_image",
+        "save_stages",
+        "device",
+        "dtype",
+        "offload",
+        "resume",
+    )
 }
 
 # Options that are arguments of `highres`, which has defaults of its own.
@@ -81,6 +93,16 @@ def generate(
     low_resolution_guidance: Annotated[
         int, _of_stage("The wavelet levels in which stages follow the image before; 0 is off.", min=0)
     ] = 0,
+    stepwise_guidance: Annotated[
+        float,
+        _of_stage("The weight with which stages follow the run before step by step, 0 to 1; 0 is off.", min=0, max=1),
+    ] = 0,
+    continues: Annotated[
+        bool, _of_stage("Whether stages continue the run before instead of drawing its image again.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Draw what is missing of what an interrupted run saved under --output.")
+    ] = False,
     device: options.Device = None,
     dtype: options.DType = None,
     offload: Annotated[
@@ -89,13 +111,18 @@ def generate(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Draw an image much larger than the model was trained on; under torchrun, on all its processes together."""
-    from clear_attn.cascade import Base, Stage
+    from clear_attn.cascade import Base, HighresResult, Stage, StepwiseGuidance
     from clear_attn.cascade.result import plan_file, stage_files, validate_output
     from clear_attn.parallel import launch
     from clear_attn.tools import generation
 
-    for file in (plan_file(output), *stage_files(output)):
+    for file in () if resume else (plan_file(output), *stage_files(output)):
         options.check_output(context, file)
+    kept = None
+    if resume:
+        if plan:
+            raise typer.BadParameter("--resume and --plan both say what to draw; give one")
+        kept, plan = HighresResult.load(output), plan_file(output)
     image = generation.open_image(init_image) if init_image else None
     if plan:
         _check_not_in_plan(context)
@@ -116,6 +143,8 @@ def generate(
             proportional=proportional,
             shift=shift or None,
             low_resolution_guidance=low_resolution_guidance or None,
+            stepwise_guidance=StepwiseGuidance(structure=stepwise_guidance) if stepwise_guidance else None,
+            continues=continues,
         )
         own_base = (base_steps, base_guidance) != (None, None)
         base = {"base": Base(steps=base_steps, guidance=base_guidance)} if own_base else {}
@@ -127,14 +156,15 @@ def generate(
     pipe = options.load_pipeline(model, where, options.select_dtype(dtype, where), offload=offload)
     if planned:
         generation.warn_of_differences(planned, pipe)
-    generation.draw(pipe, {**arguments, "image": image}, output, save_stages=save_stages)
+    generation.draw(pipe, {**arguments, "image": image, "resume": kept}, output, save_stages=save_stages)
 
 
 def _check_not_in_plan(context: typer.Context) -> None:
     given = [name for name in context.params if _is_given(context, name) and name not in GO_WITH_PLAN]
     if given:
         options_given = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise typer.BadParameter(f"--plan and {options_given} both say what to draw; give one, or edit the .json")
+        plan = "--resume" if context.params["resume"] else "--plan"
+        raise typer.BadParameter(f"{plan} and {options_given} both say what to draw; give one, or edit the .json")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
