@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from transformers import AutoImageProcessor, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor
 
 # transformers 4 has no backends of image processors, and calls those of torchvision fast.
 PILLOW: dict[str, Any] = (
@@ -123,11 +123,12 @@ def pretrained_model(name: str, download: bool) -> Any:
     Raises:
         Missing: as `pretrained`; or some weights are missing.
     """
-    # With peft installed, transformers looks for an adapter too, and does not pass local_files_only on to that.
-    adapter = {"local_files_only": not download}
-    model, loading = pretrained(
-        AutoModel, name, download, dtype=torch.float32, output_loading_info=True, adapter_kwargs=adapter
-    )
+    # With peft installed, AutoModel looks for an adapter too, in the Hub even with local_files_only.
+    config = pretrained(AutoConfig, name, download)
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if not isinstance(model_class, type):
+        raise Missing(f"{name} is a {config.model_type}, which has no model without a head in transformers")
+    model, loading = pretrained(model_class, name, download, dtype=torch.float32, output_loading_info=True)
     # DINO has no pooler, though transformers makes one; it is not used here.
     random = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if random:

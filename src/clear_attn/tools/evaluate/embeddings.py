@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,15 +59,21 @@ class Clip(Embedding):
         self.text_tokens = self.model.config.text_config.max_position_embeddings
 
     def features(self, pixels: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values=pixels).pooler_output
+        return _features_of(self.model.get_image_features(pixel_values=pixels))
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Return prompts as float32 `[prompts, features]` of length 1; those that are too long are cut."""
         tokens = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.text_tokens, return_tensors="pt"
         ).to(self.model.device)
-        return F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        return F.normalize(_features_of(self.model.get_text_features(**tokens)), dim=-1)
 
     def too_long(self, prompts: Sequence[str]) -> int:
         """Return how many prompts have more tokens than the model reads."""
         return sum(len(tokens) > self.text_tokens for tokens in self.tokenizer(list(prompts)).input_ids)
+
+
+def _features_of(output: Any) -> Tensor:
+    """Return the projected features of CLIP, which transformers 4 returns as they are."""
+    features: Tensor = getattr(output, "pooler_output", output)
+    return features
