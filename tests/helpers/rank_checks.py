@@ -75,6 +75,7 @@ def equal_in_all_families():
     layers = clear.Schedule(dense_layers=["transformer_blocks.1"], windows={"transformer_blocks.0": 9})
     check_equal(families.FLUX, [(height, 7), (5, 9)], 4, 2, schedule=layers)
     check_equal(families.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(dense_above_sigma=0.5))
+    check_equal(families.SD3, [(height, 9)], 4, 2, schedule=clear.Schedule(windows_by_sigma=((0.5, 9), (0.2, 6))))
     check_equal(families.FLUX2, [(height, 7), (9, 5)], 6, 2)
     check_equal(families.QWEN, [(height, 7), (9, 5)], 6, 2, batch=2)
     check_equal(families.CHROMA, [(height, 7)], 6, 2, batch=2)

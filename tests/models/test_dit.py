@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -80,8 +81,10 @@ def test_images_that_are_not_square(transformer):
 
 def test_a_schedule_by_layer_but_not_by_sigma(transformer):
     before = snapshot(transformer)
-    with pytest.raises(ValueError, match=r"dense_above_sigma=0\.9 is a share of noise, which a call of a DiT"):
-        clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(dense_above_sigma=0.9))
+    for name, value in (("dense_above_sigma", 0.9), ("windows_by_sigma", ((0.9, 5),))):
+        words = re.escape(f"{name}={value} needs the share of noise, which a call of a DiT")
+        with pytest.raises(ValueError, match=words):
+            clear.linearize(transformer, 3, weights=None, schedule=clear.Schedule(**{name: value}))
     assert_same(transformer, before)
     call = dummy_models.dit_call(transformer, (8, 8))
     original = run(transformer, call)

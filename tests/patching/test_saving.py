@@ -39,7 +39,7 @@ def test_save_and_load(family, trained, folder, transformer):
     assert record == {
         "format": 2,
         "method": {"name": "Clear", "settings": {"window": 5, "down_factor": 2}},
-        "schedule": {"dense_above_sigma": None, "dense_layers": [], "windows": {}},
+        "schedule": {"dense_above_sigma": None, "dense_layers": [], "windows": {}, "windows_by_sigma": []},
         "architecture": type(transformer).__name__,
         "base_model": None,
         "model": None,

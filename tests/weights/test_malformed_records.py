@@ -16,7 +16,7 @@ KEYS = ("format", "method", "architecture", "schedule", "base_model", "model", "
 INNER = {
     "method": ("name", "settings"),
     "method.settings": ("window", "down_factor", "other"),
-    "schedule": ("dense_above_sigma", "dense_layers", "windows", "other"),
+    "schedule": ("dense_above_sigma", "dense_layers", "windows", "windows_by_sigma", "other"),
 }
 PATHS = [(key,) for key in KEYS] + [(*outer.split("."), key) for outer, keys in INNER.items() for key in keys]
 

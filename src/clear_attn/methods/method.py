@@ -150,7 +150,10 @@ class Method(abc.ABC):
         Raises:
             ValueError: the method has no window.
         """
-        raise ValueError(f"layers with a window of their own need CLEAR, and this is {self}; leave windows out")
+        raise ValueError(
+            f"layers or steps with a window of their own need CLEAR, and this is {self}; leave windows and "
+            "windows_by_sigma out of the schedule"
+        )
 
     def with_settings(self, window: int | None, down_factor: int | None) -> Method:
         """Return the method with CLEAR's settings replaced by those that are not None.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from clear_attn.models.class_names import DIFFUSERS, class_of
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.hooked import InnerHook
 from clear_attn.models.image_to_image import HighresPipelines
+from clear_attn.models.pipeline_defaults import linear_shift
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project, project_out
 from clear_attn.models.training import TrainingAdapter
 
@@ -238,6 +240,16 @@ class ModelAdapter(abc.ABC):
         """
         timestep: Tensor = kwargs["timestep"]
         return timestep
+
+    def timestep_settings(self, pipe: Any, tokens: int, steps: int) -> dict[str, Any]:
+        """Return the keywords with which the model's pipelines call `set_timesteps` of their scheduler.
+
+        Args:
+            pipe: a pipeline with a scheduler.
+            tokens: the number of image tokens.
+            steps: the number of steps of the run.
+        """
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": linear_shift(pipe.scheduler.config, tokens)}
 
     def check_residuals(self, kwargs: Mapping[str, Any], tokens: int) -> None:
         """Raise ValueError if a ControlNet's residuals do not have this number of image tokens."""

@@ -36,5 +36,5 @@ class DiT(SD3):
     def sigma(self, kwargs: Mapping[str, Any]) -> Tensor:
         raise ValueError(
             "a DiT's timestep is an index into its scheduler's betas and does not give sigma; give a schedule without "
-            "dense_above_sigma"
+            "dense_above_sigma and windows_by_sigma"
         )

@@ -58,13 +58,18 @@ class Flux2Training(FluxTraining):
         }
 
 
+def dynamic_shift(tokens: int, steps: int) -> float:
+    """Return the `mu` that the pipelines compute for their scheduler."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return float(compute_empirical_mu(tokens, steps))
+
+
 class Flux2Highres(FromNoisedLatents):
     """The pipelines of FLUX.2, which has no image-to-image pipeline."""
 
     def dynamic_shift(self, pipe: Any, tokens: int, steps: int) -> float:
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-        return float(compute_empirical_mu(tokens, steps))
+        return dynamic_shift(tokens, steps)
 
     def pack(self, latents: Tensor) -> Tensor:
         return F.pixel_unshuffle(latents, 2)
@@ -91,6 +96,9 @@ class Flux2(Flux):
     ip_adapter_processors = ()
     takes_scale = False
     activation_factor = 24  # its feed-forward networks are gated
+
+    def timestep_settings(self, pipe: Any, tokens: int, steps: int) -> dict[str, Any]:
+        return {**super().timestep_settings(pipe, tokens, steps), "mu": dynamic_shift(tokens, steps)}
 
     def processor_class(self, layer: str) -> type[ClearAttnProcessor]:
         return ParallelProcessor if layer.startswith("single_") else ClearAttnProcessor

@@ -18,6 +18,7 @@ from clear_attn.models.flux import image_ids
 from clear_attn.models.image_to_image import FromNoisedLatents
 from clear_attn.models.parsing.padding import HIDDEN, check_mask
 from clear_attn.models.parsing.position_ids import IdFormat, Positions, read_ids
+from clear_attn.models.pipeline_defaults import linear_shift
 from clear_attn.models.processors.processor import Inputs, normalize, rotate, split_heads
 from clear_attn.models.processors.publishing import PublishedProcessor, Publishing
 from clear_attn.models.qwen_image import QwenTraining
@@ -52,17 +53,16 @@ class Krea2Training(QwenTraining):
         }
 
 
+def dynamic_shift(pipe: Any, tokens: int) -> float:
+    """Return the `mu` that the pipeline computes for its scheduler."""
+    return 1.15 if pipe.config.is_distilled else linear_shift(pipe.scheduler.config, tokens, longest=6400)
+
+
 class Krea2Highres(FromNoisedLatents):
     """The pipeline of Krea 2, which has no image-to-image pipeline."""
 
     def dynamic_shift(self, pipe: Any, tokens: int, steps: int) -> float:
-        if pipe.config.is_distilled:
-            return 1.15
-        from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
-
-        names = {"base_image_seq_len": 256, "max_image_seq_len": 6400, "base_shift": 0.5, "max_shift": 1.15}
-        config = pipe.scheduler.config
-        return float(calculate_shift(tokens, *(config.get(name, default) for name, default in names.items())))
+        return dynamic_shift(pipe, tokens)
 
 
 class Krea2Processor(PublishedProcessor):
@@ -87,6 +87,9 @@ class Krea2(Publishing, ModelAdapter):
     keywords = "attention_kwargs"
     fused_qkv_reliable = False  # its own processor does not use them
     activation_factor = 14  # measured 12.6
+
+    def timestep_settings(self, pipe: Any, tokens: int, steps: int) -> dict[str, Any]:
+        return {**super().timestep_settings(pipe, tokens, steps), "mu": dynamic_shift(pipe, tokens)}
 
     def attention_layers(self, transformer: Any) -> dict[str, Any]:
         layers = super().attention_layers(transformer)

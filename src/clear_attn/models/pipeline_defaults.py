@@ -1,9 +1,11 @@
-"""The default size and text length of a pipeline, and the side of its tokens, from the configs of its models."""
+"""The default size, text length and timesteps of a pipeline, and the side of its tokens, from its models' configs."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from clear_attn.models.class_names import is_instance
@@ -80,3 +82,48 @@ def default_text_tokens(pipe: Any) -> int | None:
     """
     defaults = call_defaults(pipe)
     return min(int(defaults["max_sequence_length"]), longest_text(pipe)) if "max_sequence_length" in defaults else None
+
+
+def linear_shift(config: Mapping[str, Any], tokens: int, longest: int = 4096) -> float:
+    """Return the `mu` of dynamic shifting that grows linearly with the tokens, as most pipelines compute it.
+
+    Args:
+        config: the config of a scheduler.
+        tokens: the number of image tokens.
+        longest: the number of tokens at which it is `max_shift`, if the config has none.
+    """
+    shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", longest)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (longest - shortest)
+    return float(tokens * slope + (low - slope * shortest))  # rounded as diffusers does
+
+
+def sigmas_of_run(pipe: Any, adapter: Any, tokens: int, steps: int) -> list[float]:
+    """Return the sigma of each call of the transformer when a pipeline draws an image.
+
+    Args:
+        pipe: the pipeline.
+        adapter: the adapter of its transformer.
+        tokens: the number of image tokens.
+        steps: the number of steps.
+
+    Raises:
+        ValueError: there is no scheduler of flow matching, or it refuses the pipeline's timesteps.
+    """
+    scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
+    if getattr(scheduler, "sigmas", None) is None or not adapter.timestep_is_sigma:
+        raise ValueError(
+            f"steps={steps} needs a pipeline with a scheduler of flow matching, got a {type(pipe).__name__} with "
+            f"{'none' if scheduler is None else 'a ' + type(scheduler).__name__}; give the sigmas of a run instead"
+        )
+    settings = adapter.timestep_settings(pipe, tokens, steps)
+    if scheduler.config.get("use_flow_sigmas"):  # it computes its own
+        settings = {"num_inference_steps": steps, **settings, "sigmas": None}
+    known = inspect.signature(scheduler.set_timesteps).parameters
+    if settings.get("sigmas") is not None and "sigmas" not in known:
+        raise ValueError(
+            f"a {type(scheduler).__name__} takes no sigmas, which a {type(pipe).__name__} gives it; give the sigmas of "
+            "a run instead of steps"
+        )
+    scheduler.set_timesteps(**{name: value for name, value in settings.items() if name in known})
+    return [float(timestep) / scheduler.config.num_train_timesteps for timestep in scheduler.timesteps]

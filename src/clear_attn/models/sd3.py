@@ -12,6 +12,7 @@ from clear_attn.core.layout import TokenLayout, grid_permutation
 from clear_attn.models.adapter import Architecture, Call, ModelAdapter
 from clear_attn.models.hooked import InnerHook, OutputHook
 from clear_attn.models.image_to_image import HighresPipelines
+from clear_attn.models.pipeline_defaults import linear_shift
 from clear_attn.models.training import TrainingAdapter
 
 
@@ -90,6 +91,9 @@ class SD3(ModelAdapter):
 
     def sigma(self, kwargs: Mapping[str, Any]) -> Tensor:
         return super().sigma(kwargs) / 1000  # the number of training timesteps
+
+    def timestep_settings(self, pipe: Any, tokens: int, steps: int) -> dict[str, Any]:
+        return {"num_inference_steps": steps, "mu": linear_shift(pipe.scheduler.config, tokens)}
 
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return self.permute_residuals(kwargs, layout)

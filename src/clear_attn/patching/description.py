@@ -34,7 +34,7 @@ class Info:
         backend (`str`, *optional*): the backend of calls; None for a method without backends.
         backend_reason (`str`): the reason for this backend.
         schedule (`Schedule`): exceptions by step and layer.
-        layers (`dict`): the method of each attention layer by name, in calls that the schedule does not make dense.
+        layers (`dict`): the method of each attention layer by name, in calls below all sigmas of the schedule.
         restorable (`bool`): whether the original weights are kept for `restore`.
         ranks (`int`): the number of processes that share an image.
         controlnets (tuple of `Info`): the ControlNets of a pipeline; None for a dense one.

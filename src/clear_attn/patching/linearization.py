@@ -208,9 +208,10 @@ def _validate_schedule(target: Target, schedule: Schedule) -> None:
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a clear_attn.Schedule, got {schedule!r} of type {type(schedule).__name__}")
     if schedule.depends_on_sigma and not target.adapter.timestep_is_sigma:
+        name = "windows_by_sigma" if schedule.windows_by_sigma else "dense_above_sigma"
         raise ValueError(
-            f"dense_above_sigma={schedule.dense_above_sigma} is a share of noise, which a call of a {target.model} "
-            "does not give; name layers in dense_layers or windows, or leave the schedule out"
+            f"{name}={getattr(schedule, name)} needs the share of noise, which a call of a {target.model} does "
+            "not give; name layers in dense_layers or windows, or leave the schedule out"
         )
     schedule.validate_layers(list(target.layers), target.model)
 

@@ -1,4 +1,4 @@
-"""FLOPs of one forward pass, dense and linearized, as numbers and as a table."""
+"""FLOPs of one forward pass and of a run, dense and linearized, as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clear_attn.utils.units import FLOPS, format_bytes, in_units
 
 # What `Cost.to_dict` copies: fields, and properties computed from them.
 SIZES = ("height", "width", "text_tokens", "padding_tokens", "batch", "heads", "head_dim")
-FIELDS = (*SIZES, "dense_above_sigma", "controlnets", "uncounted_controlnets")
+FIELDS = (*SIZES, "dense_above_sigma", "windows_by_sigma", "controlnets", "uncounted_controlnets")
 TOKENS_AND_LAYERS = ("image_tokens", "pooled_tokens", "layers", "layers_without_text")
 DERIVED = (*TOKENS_AND_LAYERS, "layer_gflops", "dense_layer_gflops", "ratio", "block_list_bytes")
 
@@ -39,6 +39,24 @@ class LayerGroup(NamedTuple):
     exception: bool = False
 
 
+class Phase(NamedTuple):
+    """The steps of a run in which all layers keep their method.
+
+    Attributes:
+        method: the method of the layers that the schedule does not name.
+        sigmas: the sigma of each step.
+        groups: all attention layers.
+    """
+
+    method: Method
+    sigmas: tuple[float, ...]
+    groups: tuple[LayerGroup, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas)
+
+
 @dataclass(frozen=True, repr=False)
 class Cost:
     """The attention of one forward pass of a transformer; it prints as a table, in a notebook too.
@@ -55,11 +73,12 @@ class Cost:
         heads, head_dim (`int`): the heads of a layer.
         method (`Method`): the method of layers that the schedule does not name.
         groups (tuple of `LayerGroup`): all attention layers.
-        dense_above_sigma (`float`, *optional*): calls above this sigma are dense. All other numbers describe a
-            call below.
+        dense_above_sigma (`float`, *optional*), windows_by_sigma: calls above these sigmas are dense, or have another
+            window. All numbers but those of a run describe a call below.
         controlnets: for each ControlNet of the pipeline, the FLOPs of its attention, dense and with its own method. The
             other numbers do not include them.
         memory (`Memory`, *optional*): the memory of weights, a forward pass and decoding.
+        run (tuple of `Phase`): the steps of a run, by method; empty if `cost` was given neither steps nor sigmas.
 
     Examples:
         >>> import clear_attn as clear
@@ -82,6 +101,8 @@ class Cost:
     memory: Memory | None = None
     padding_tokens: int = 0
     uncounted_controlnets: int = 0
+    windows_by_sigma: tuple[tuple[float, int], ...] = ()
+    run: tuple[Phase, ...] = ()
 
     @classmethod
     def of_layer(
@@ -129,14 +150,31 @@ class Cost:
     def _group_flops(self, group: LayerGroup, method: Method) -> int:
         return group.layers * sum(self.layer_work(method, group.has_text).values())
 
+    def _flops_of(self, groups: tuple[LayerGroup, ...]) -> int:
+        return self.batch * sum(self._group_flops(group, group.method) for group in groups)
+
     @property
     def step_flops(self) -> int:
         """FLOPs of all layers and images."""
-        return self.batch * sum(self._group_flops(group, group.method) for group in self.groups)
+        return self._flops_of(self.groups)
 
     @property
     def dense_step_flops(self) -> int:
         return self.batch * sum(self._group_flops(group, Dense()) for group in self.groups)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the run."""
+        return sum(phase.steps for phase in self.run)
+
+    @property
+    def run_flops(self) -> int:
+        """FLOPs of all steps of the run, layers and images; 0 without a run."""
+        return sum(phase.steps * self._flops_of(phase.groups) for phase in self.run)
+
+    @property
+    def dense_run_flops(self) -> int:
+        return self.steps * self.dense_step_flops
 
     @property
     def layer_gflops(self) -> float | None:
@@ -153,6 +191,11 @@ class Cost:
         return self.dense_step_flops / self.step_flops
 
     @property
+    def run_ratio(self) -> float | None:
+        """Dense FLOPs divided by linearized FLOPs of the run; None without a run."""
+        return self.dense_run_flops / self.run_flops if self.run else None
+
+    @property
     def block_list_bytes(self) -> int:
         """Memory of FlexAttention's block lists, shared by all layers; it grows with the square of the tokens."""
         keys = self.text_tokens + self.padding_tokens + self.image_tokens + self.pooled_tokens
@@ -167,6 +210,16 @@ class Cost:
             "memory": self.memory.to_dict() if self.memory else None,
             "step_gflops": self.step_flops / 1e9,
             "dense_step_gflops": self.dense_step_flops / 1e9,
+            "run": [
+                {
+                    "method": phase.method.to_dict(),
+                    "sigmas": list(phase.sigmas),
+                    "step_gflops": self._flops_of(phase.groups) / 1e9,
+                }
+                for phase in self.run
+            ],
+            "run_gflops": self.run_flops / 1e9 if self.run else None,
+            "dense_run_gflops": self.dense_run_flops / 1e9 if self.run else None,
         }
 
     def _rows(self) -> list[Row]:
@@ -194,6 +247,12 @@ class Cost:
         rows = [row(*kind) for kind in kinds if any(kind[1:])]
         for number, (dense_net, net) in enumerate(self.controlnets, start=1):
             rows.append(row(f"ControlNet {number}{', dense' if dense_net == net else ''}", dense_net, net))
+        rows += [
+            row(_name_of(phase), phase.steps * self.dense_step_flops, phase.steps * self._flops_of(phase.groups))
+            for phase in (self.run if len(self.run) > 1 else ())
+        ]
+        if self.run:
+            rows.append(row(f"all {self.steps} steps", self.dense_run_flops, self.run_flops))
         return [("FLOPs of attention", "dense", self.method.title, ""), *rows]
 
     def _heading(self) -> str:
@@ -204,12 +263,15 @@ class Cost:
         )
 
     def _saving(self) -> str:
-        if self.ratio >= 1.05:
-            return f"{self.ratio:.1f} times fewer FLOPs of attention"
-        share = f"{1 / self.ratio:.1%} of the FLOPs of dense attention"
-        if all(group.method.covers((self.height, self.width)) for group in self.groups):
+        where = f" in {self.steps} steps" if self.run else ""
+        ratio = self.run_ratio or self.ratio
+        if ratio >= 1.05:
+            return f"{ratio:.1f} times fewer FLOPs of attention{where}"
+        share = f"{1 / ratio:.1%} of the FLOPs of dense attention{where}"
+        groups = [group for phase in self.run for group in phase.groups] or self.groups
+        if all(group.method.covers((self.height, self.width)) for group in groups):
             return f"nothing is saved, since each image token attends to all others ({share})"
-        return f"{'nearly ' if self.ratio > 1 else ''}nothing is saved ({share})"
+        return f"{'nearly ' if ratio > 1 else ''}nothing is saved ({share})"
 
     def _remarks(self) -> list[str]:
         remarks = ["Unchanged: text queries, and everything that is not attention."]
@@ -217,8 +279,11 @@ class Cost:
         quadratic = [*([lists] if self.method.uses_backends else []), *filter(None, [self.method.quadratic])]
         if quadratic:
             remarks.append(f"Still growing with the square of the tokens: {' and '.join(quadratic)}.")
-        if self.dense_above_sigma is not None:
-            remarks.append(f"Steps above sigma {self.dense_above_sigma:g} are dense; this counts one below.")
+        if self.dense_above_sigma is not None or self.windows_by_sigma:
+            dense = [] if self.dense_above_sigma is None else [f"above sigma {self.dense_above_sigma:g} are dense"]
+            wider = [f"above sigma {above:g} have window {window}" for above, window in self.windows_by_sigma]
+            counted = "rows of layers count one below" if self.run else "this counts one below; steps= counts a run"
+            remarks.append(f"Steps {', '.join([*dense, *wider])}; {counted}.")
         if any(dense == own for dense, own in self.controlnets):
             remarks.append(
                 "Linearize a dense ControlNet with linearize(pipe.controlnet, ..., weights=None), several with a call "
@@ -252,3 +317,9 @@ class Cost:
         table = line(head, "th") + "".join(line(row, "td") for row in body)
         remarks = "<br>".join(html.escape(remark) for remark in self._remarks())
         return f"<p>{html.escape(self._heading())}</p><table>{table}</table><p>{remarks}</p>"
+
+
+def _name_of(phase: Phase) -> str:
+    first, last = max(phase.sigmas), min(phase.sigmas)
+    sigmas = f"{first:.3f}" if phase.steps == 1 else f"{first:.3f} to {last:.3f}"
+    return f"{phase.steps} step{'s' * (phase.steps > 1)}, sigma {sigmas}, {phase.method.as_arguments()}"
