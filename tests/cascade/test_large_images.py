@@ -13,6 +13,7 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
+from clear_attn.cascade import tiling
 from clear_attn.cascade.stage_runner import Cascade
 from clear_attn.demo.scenes import held_out_scenes, read
 from clear_attn.patching import linearization, state
@@ -103,18 +104,15 @@ class TestImages:
         assert draw(pipe, seed=None).plan.seed == first.plan.seed
 
     def test_only_large_images_are_tiled(self, pipe, monkeypatch):
-        tiled = []
-        for name in ("_tiled_encode", "tiled_decode"):
-            plain = getattr(pipe.vae, name)
-            monkeypatch.setattr(
-                pipe.vae,
-                name,
-                lambda x, *args, plain=plain, name=name, **kw: (tiled.append(name), plain(x, *args, **kw))[1],
-            )
-        draw(pipe)
-        assert tiled == []
-        draw(pipe, 160, 160)
-        assert tiled == ["_tiled_encode", "tiled_decode"]
+        run = mock.Mock(wraps=tiling.run_in_tiles)
+        monkeypatch.setattr(tiling, "run_in_tiles", run)
+        monkeypatch.setattr(tiling, "LEAST_SIDE", 1)
+        side = tiling.tile_side(pipe.vae)
+        base = clear.Base(height=128, width=128, steps=1)
+        draw(pipe, side, side, base=base)
+        assert not run.called
+        draw(pipe, side + 16, side, base=clear.Base(height=136, width=128, steps=1))
+        assert [call.args[0] for call in run.call_args_list] == [pipe.vae.encoder, pipe.vae.decoder]
 
     def test_any_aspect_ratio(self, pipe):
         result = draw(pipe, 96, 160, base=clear.Base(steps=1))

@@ -44,9 +44,10 @@ def test_equals_the_sum_of_the_steps(pipe):
             return None
         return 4 if layer == "transformer_blocks.1" else window
 
-    steps = [flops_of_step(10, 12, 7, 128, [own(layer, window) for layer in layers], 2) for window in windows]
+    size = counted.height, counted.width, 7, counted.heads * counted.head_dim
+    steps = [flops_of_step(*size, [own(layer, window) for layer in layers], 2) for window in windows]
     assert counted.run_flops == sum(steps)
-    assert counted.dense_run_flops == 9 * flops_of_step(10, 12, 7, 128, [None] * len(layers), 2)
+    assert counted.dense_run_flops == 9 * flops_of_step(*size, [None] * len(layers), 2)
     assert counted.run_ratio == counted.dense_run_flops / sum(steps)
     assert counted.step_flops == steps[-1]
     assert [(phase.method, phase.sigmas) for phase in counted.run] == [

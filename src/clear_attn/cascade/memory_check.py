@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from clear_attn.cascade.pipelines import CascadeTarget
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.stages import Base, Stage
+from clear_attn.cascade.tiling import tile_side
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.profiling.memory import (
     Bytes,
@@ -63,8 +63,9 @@ def _work_of(target: CascadeTarget, drawn: Base | Stage, *, is_base: bool) -> di
     elements = target.batch(drawn.guidance) * tokens * channels
     activations = activation_bytes(transformer, elements, target.adapter.activation_factor)
     ranks = 1 if is_base else target.ranks
-    tiled = not is_base and max(drawn.size) > getattr(vae, "tile_sample_min_size", math.inf)
-    decode = (tiled_decode_bytes if tiled else decode_bytes)(vae, height, width)
+    side = None if is_base else tile_side(vae)
+    tiled = side is not None and max(drawn.size) > side
+    decode = tiled_decode_bytes(vae, height, width, side) if tiled else decode_bytes(vae, height, width)
     work = {"transformer": Bytes(*(size // ranks for size in activations))}
     return {**work, "vae": decode} if decode else work
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from clear_attn.cascade.stages import validate_number
@@ -193,14 +192,3 @@ def validate_guidance(target: CascadeTarget, options: Mapping[str, Any], scales:
         )
     if true_scale > 1 and "negative_prompt" not in negative:
         raise ValueError(f"true_cfg_scale={true_scale} has no effect without negative_prompt; give one, '' for none")
-
-
-@contextlib.contextmanager
-def tiled_vae(vae: Any) -> Iterator[None]:
-    """Encode and decode images larger than the autoencoder's tile by tiles, for the length of a `with` block."""
-    before = vae.use_tiling
-    vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.use_tiling = before

@@ -15,13 +15,14 @@ from clear_attn.cascade.attention_scale import proportional_attention
 from clear_attn.cascade.growth import start_from
 from clear_attn.cascade.guidance import guide
 from clear_attn.cascade.latents import pack
-from clear_attn.cascade.pipelines import CascadeTarget, static_schedule, tiled_vae
+from clear_attn.cascade.pipelines import CascadeTarget, static_schedule
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.recorded_runs import latent_size, new_recording
 from clear_attn.cascade.recording import Recording, record_handover, record_predictions
 from clear_attn.cascade.rope import ntk_scaling
 from clear_attn.cascade.stages import Base, Stage
 from clear_attn.cascade.stepwise_guidance import guide_by_run, sharpen
+from clear_attn.cascade.tiling import tiled_vae
 from clear_attn.models._diffusers import (
     execution_device_of,
     progress_bar_config_of,

@@ -226,9 +226,9 @@ def check_sigma(name: str, value: Any) -> float:
     """Return a sigma as a float, or raise TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}; it is a share of noise, 0 to 1")
-    if not 0 <= value <= 1:
+    if not 0 <= (number := float(value)) <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {value!r}; it is a share of noise, such as 0.9")
-    return float(value)
+    return number
 
 
 def _check_pairs(given: Any) -> tuple[tuple[float, int], ...]:

@@ -110,7 +110,7 @@ def sigmas_of_run(pipe: Any, adapter: Any, tokens: int, steps: int) -> list[floa
     Raises:
         ValueError: there is no scheduler of flow matching, or it refuses the pipeline's timesteps.
     """
-    scheduler = copy.deepcopy(getattr(pipe, "scheduler", None))
+    scheduler: Any = copy.deepcopy(getattr(pipe, "scheduler", None))
     if getattr(scheduler, "sigmas", None) is None or not adapter.timestep_is_sigma:
         raise ValueError(
             f"steps={steps} needs a pipeline with a scheduler of flow matching, got a {type(pipe).__name__} with "

@@ -81,8 +81,8 @@ def cost(
         71.1
         >>> schedule = clear.Schedule(windows_by_sigma=((0.9, 32), (0.6, 16)))
         >>> counted = cost(demo.pipeline(), 1024, 1024, window=8, schedule=schedule, steps=28)
-        >>> [(phase.method.window, phase.steps) for phase in counted.run]
-        [(32, 1), (16, 1), (8, 1)]
+        >>> [phase.method.window for phase in counted.run], counted.steps
+        ([32, 16, 8], 28)
     """
     transformer, adapter = find_transformer(pipe)
     pixels = pixels_per_token(pipe, transformer, adapter)

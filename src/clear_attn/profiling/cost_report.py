@@ -73,8 +73,9 @@ class Cost:
         heads, head_dim (`int`): the heads of a layer.
         method (`Method`): the method of layers that the schedule does not name.
         groups (tuple of `LayerGroup`): all attention layers.
-        dense_above_sigma (`float`, *optional*), windows_by_sigma: calls above these sigmas are dense, or have another
-            window. All numbers but those of a run describe a call below.
+        dense_above_sigma (`float`, *optional*): calls above this sigma are dense.
+        windows_by_sigma: sigmas, and the window of calls above each. All numbers but those of a run describe a call
+            below all sigmas.
         controlnets: for each ControlNet of the pipeline, the FLOPs of its attention, dense and with its own method. The
             other numbers do not include them.
         memory (`Memory`, *optional*): the memory of weights, a forward pass and decoding.

@@ -93,9 +93,15 @@ def decode_bytes(vae: Any, height: int, width: int) -> Bytes | None:
     return Bytes(2 * block, 4 * block)
 
 
-def tiled_decode_bytes(vae: Any, height: int, width: int) -> Bytes | None:
-    """Return the memory of decoding an image tile by tile; None without a decoder like AutoencoderKL's."""
-    side = getattr(vae, "tile_sample_min_size", None)
+def tiled_decode_bytes(vae: Any, height: int, width: int, side: int | None = None) -> Bytes | None:
+    """Return the memory of decoding an image tile by tile; None without a decoder like AutoencoderKL's.
+
+    Args:
+        vae: the autoencoder.
+        height, width: the size of the image in pixels.
+        side: the side of a tile in pixels; by default diffusers' own.
+    """
+    side = side or getattr(vae, "tile_sample_min_size", None)
     tile = side and decode_bytes(vae, min(side, height), min(side, width))
     image = 3 * height * width * _element(vae) if tile else 0
     return Bytes(tile.least + image, tile.likely + 2 * image) if tile else None

@@ -1,0 +1,227 @@
+"""Encoding and decoding in tiles: what tiles share, and that their borders do not show."""
+
+import copy
+import functools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, QwenImagePipeline
+from diffusers.hooks import HookRegistry
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from clear_attn.cascade import tiling
+from clear_attn.cascade.tiling import HALO, run_in_tiles, scale_of, spans, tile_side, tiled_vae, weights
+from clear_attn.parallel import decode as rank_decode
+from clear_attn.profiling.memory import tiled_decode_bytes
+from tests.helpers import dummy_models, dummy_pipelines
+from tests.profiling.test_memory import peak
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KINDS = {
+    "plain": functools.partial(AutoencoderKL, mid_block_add_attention=False),
+    "attention": AutoencoderKL,
+    "FLUX.2": functools.partial(AutoencoderKLFlux2, mid_block_add_attention=False),
+}
+SMALL = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "latent_channels": 2,
+    "norm_num_groups": 2,
+    "sample_size": 16,
+}
+
+
+# The side of a tile in latents, and in pixels of the small autoencoders.
+SIDE = 64
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(tiling, "LEAST_SIDE", 2 * SIDE)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import tiled_decoding
+
+    yield tiled_decoding
+    sys.modules.pop("tiled_decoding")
+
+
+@pytest.fixture(params=KINDS)
+def vae(request):
+    torch.manual_seed(0)
+    return KINDS[request.param](**SMALL).eval()
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    return KINDS["plain"](**SMALL).eval()
+
+
+@given(length=st.integers(1, 700), side=st.integers(SIDE, 200), unit=st.sampled_from([1, 4, 8]))
+def test_tiles_cover_an_axis_and_their_weights_add_up_to_1(length, side, unit):
+    tiles = spans(length, side)
+    total = torch.zeros(length * unit, dtype=torch.float64)
+    for each in tiles:
+        assert each.size <= side
+        total[each.first * unit : each.last * unit] += weights(each, length, unit, total)
+    torch.testing.assert_close(total, torch.ones_like(total))
+    assert [each.start for each in tiles] == [0, *(each.stop for each in tiles[:-1])]
+    assert tiles[-1].stop == length
+    for each in tiles:  # the outer half of a halo counts for nothing
+        weight = weights(each, length, unit, total)
+        edge = HALO // 2 * unit
+        assert not each.start or not weight[:edge].any()
+        assert each.stop == length or not weight[-edge:].any()
+
+
+def test_an_image_of_one_tile_is_decoded_as_before(vae):
+    latents, image = torch.randn(2, 2, 40, SIDE), torch.randn(1, 3, 2 * SIDE, 48)
+    with torch.no_grad():
+        decoded, encoded = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
+        with tiled_vae(vae):
+            assert torch.equal(vae.decode(latents).sample, decoded)
+            assert torch.equal(vae.encode(image).latent_dist.mean, encoded)
+
+
+def test_is_exact_within_the_reach_of_convolutions():
+    torch.manual_seed(0)
+    norms = [layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU())]
+    module = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *norms, nn.Conv2d(4, 3, 3, padding=1))
+    image = torch.randn(1, 2, 150, 70) + torch.linspace(-3, 3, 150)[:, None]
+    with torch.no_grad():
+        tiled, whole = run_in_tiles(module, module, image, SIDE, 1, 1), module(image)
+        torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+        assert (module(image[:, :, :80])[:, :, :60] - whole[:, :, :60]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_are_close_to_the_whole(vae, dtype):
+    """Only attention, which stays in a tile, and rounding differ."""
+    vae = vae.to(dtype)
+    exact = not vae.decoder.mid_block.attentions[0]
+    latents = torch.randn(2, 2, 66, 90, dtype=dtype) + torch.linspace(-2, 2, 90, dtype=dtype)
+    image = torch.randn(2, 3, 132, 180, dtype=dtype) + torch.linspace(-2, 2, 180, dtype=dtype)
+    with torch.no_grad():
+        decoded, encoded = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
+        with tiled_vae(vae):
+            tiled, tiled_latents = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
+        vae.tile_latent_min_size, vae.tile_sample_min_size = SIDE, 2 * SIDE
+        vae.enable_tiling()
+        theirs, their_latents = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
+    for ours, other, whole in ((tiled, theirs, decoded), (tiled_latents, their_latents, encoded)):
+        assert ours.shape == whole.shape
+        assert ours.dtype == dtype
+        assert (ours - whole).abs().mean() < (other - whole).abs().mean()
+        if exact:  # but for the far reach of convolutions, whose weight is small
+            assert (ours - whole).abs().mean() < 2e-4
+            assert (ours - whole).abs().max() < 0.02
+
+
+def test_is_undone_also_after_an_error(vae):
+    before = {name: dict(vars(module)) for name, module in vae.named_modules()}
+    latents = torch.randn(1, 2, 66, 80)
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    hook = vae.decoder.conv_out.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError), tiled_vae(vae):
+        vae.decode(latents)
+    hook.remove()
+    for name, module in vae.named_modules():
+        assert vars(module).keys() - {"forward"} == before[name].keys() - {"forward"}
+        assert getattr(vars(module).get("forward"), "__self__", module) is module
+    assert torch.equal(vae.decode(latents).sample, expected)
+    assert torch.equal(copy.deepcopy(vae).decode(latents).sample, expected)
+    assert not vae.use_tiling
+
+
+def test_one_rank_decodes_all_tiles(plain, monkeypatch):
+    """The hook of `parallelize` is outside the tiles, so an image is sent once."""
+
+    sent = []
+
+    class Ranks:
+        def broadcast(self, make, device):
+            sent.append(make())
+            return sent[-1]
+
+    monkeypatch.setattr(rank_decode, "entry_hook_of", lambda transformer: SimpleNamespace(sharder=True))
+    monkeypatch.setattr(rank_decode, "check_same", lambda *call: None)
+    latents, transformer = torch.randn(1, 2, 66, 80), nn.Module()
+    with torch.no_grad(), tiled_vae(plain):
+        expected = plain.decode(latents).sample
+    hook = rank_decode.DecodeOnOneRank(Ranks(), transformer)
+    HookRegistry.check_if_exists_or_initialize(plain.decoder).register_hook(hook, "ranks")
+    with torch.no_grad(), tiled_vae(plain):
+        assert torch.equal(plain.decode(latents).sample, expected)
+    assert len(sent) == 1
+
+
+@pytest.mark.parametrize("kind", ["video", "offloaded"])
+def test_other_autoencoders_are_tiled_by_diffusers(kind, plain):
+    vae = dummy_pipelines.qwen(QwenImagePipeline).vae if kind == "video" else plain
+    if kind == "offloaded":
+        cpu_offload(vae, execution_device="cpu")
+    forward = vae.decoder.forward
+    with tiled_vae(vae):
+        assert vae.use_tiling
+        assert vae.decoder.forward == forward
+    assert not vae.use_tiling
+    assert not tiling.has_shared_norms(vae)
+
+
+def test_memory_is_that_of_a_tile_and_the_image():
+    vae = AutoencoderKL(
+        **{**SMALL, "block_out_channels": (32, 64), "norm_num_groups": 8, "mid_block_add_attention": False}
+    )
+    for length in (70, 300):
+        latents = torch.randn(1, 2, 70, length)
+        bounds = tiled_decode_bytes(vae, 140, 2 * length, tile_side(vae))
+        with tiled_vae(vae):
+            measured = peak(lambda latents=latents: vae.decode(latents))
+        assert bounds.least < measured < bounds.likely, measured / bounds.likely
+    assert tile_side(vae) == SIDE * scale_of(vae)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_borders_do_not_show(noise, example, monkeypatch):
+    """Compared with decoding at once, the difference along borders is no larger than elsewhere, nor does it jump."""
+    monkeypatch.setattr(tiling, "LEAST_SIDE", 384)
+    found = example.compare(dummy_models.small_flux().vae, 768, noise)
+    ours, plain = found[example.OURS], found[example.NO_OVERLAP]
+    assert ours.near <= 1.05 * ours.elsewhere
+    assert ours.jump <= 1.05 * ours.change
+    assert plain.near > 2 * plain.elsewhere
+    assert plain.jump > 5 * plain.change
+    theirs = found[example.THEIRS]
+    assert theirs.jump > 1.2 * theirs.change
+    assert ours.most < theirs.most / 2
+
+
+@pytest.mark.slow
+def test_memory_at_8192_px(example, monkeypatch):
+    side, vae = 8192, dummy_models.small_flux().vae
+    assert example.live_bytes(256, example.OURS, "cpu") == example.live_bytes(256, example.OURS)
+    monkeypatch.setattr(tiling, "LEAST_SIDE", 1024)
+    bounds = tiled_decode_bytes(vae, side, side, tile_side(vae))
+    counted = example.live_bytes(side, example.OURS)
+    assert bounds.least < counted < bounds.likely
+    image = 3 * 4 * side**2
+    assert counted < image + 2**30
+    assert example.live_bytes(side, example.THEIRS) > 3 * image
