@@ -34,6 +34,7 @@ NEAR = 4
 # The side of small scenes in pixels. Tiles do not begin at its multiples, so their edges are not on borders.
 SMALL = 112
 AT_ONCE, NO_OVERLAP, THEIRS, OURS = "at once", "diffusers, no overlap", "diffusers", "highres"
+WAYS = AT_ONCE, THEIRS, OURS  # of which memory is measured
 
 
 class Seams(NamedTuple):
@@ -175,6 +176,7 @@ def peak_rss(side: int, way: str) -> int:
 
 
 def in_fresh_process(side: int, way: str) -> int:
+    """Return `peak_rss` of a new process."""
     code = f"import tiled_decoding as each; print(each.peak_rss({side}, {way!r}))"
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, capture_output=True)
     return int(run.stdout.split()[-1])
@@ -188,16 +190,16 @@ def main(
     large: Annotated[int, typer.Option(help="Side in pixels at which live tensors are counted.")] = 8192,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
+    memory = {way: {f"live_bytes_{pixels}": live_bytes(pixels, way) for pixels in (side, large)} for way in WAYS}
+    print(json.dumps(memory), flush=True)
     vae, rows = demo.pipeline().vae, []
     for share in [0.0, 0.3] if noise is None else noise:
         for way, found in compare(vae, side, share).items():
             rows.append({"side": side, "noise": share, "tiles": way, **found._asdict()})
             print(json.dumps(rows[-1]), flush=True)
-    memory = []
-    for way in (AT_ONCE, THEIRS, OURS):
-        counted = {f"live_bytes_{pixels}": live_bytes(pixels, way) for pixels in (side, large)}
-        memory.append({"tiles": way, f"peak_rss_{side}": in_fresh_process(side, way), **counted})
-        print(json.dumps(memory[-1]), flush=True)
+    for way, numbers in memory.items():
+        numbers[f"peak_rss_{side}"] = in_fresh_process(side, way)
+        print(json.dumps({way: numbers}), flush=True)
     if output:
         output.write_text(json.dumps({"seams": rows, "memory": memory}, indent=1) + "\n")
 

@@ -20,7 +20,6 @@ from clear_attn.cascade.tiling import HALO, run_in_tiles, scale_of, spans, tile_
 from clear_attn.parallel import decode as rank_decode
 from clear_attn.profiling.memory import tiled_decode_bytes
 from tests.helpers import dummy_models, dummy_pipelines
-from tests.profiling.test_memory import peak
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS = {
@@ -106,13 +105,13 @@ def test_is_exact_within_the_reach_of_convolutions():
         assert (module(image[:, :, :80])[:, :, :60] - whole[:, :, :60]).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_are_close_to_the_whole(vae, dtype):
+@pytest.mark.parametrize(("dtype", "mean", "most"), [(torch.float32, 2e-4, 0.02), (torch.bfloat16, 0.01, 0.3)])
+def test_tiles_are_close_to_the_whole(vae, dtype, mean, most):
     """Only attention, which stays in a tile, and rounding differ."""
     vae = vae.to(dtype)
     exact = not vae.decoder.mid_block.attentions[0]
-    latents = torch.randn(2, 2, 66, 90, dtype=dtype) + torch.linspace(-2, 2, 90, dtype=dtype)
-    image = torch.randn(2, 3, 132, 180, dtype=dtype) + torch.linspace(-2, 2, 180, dtype=dtype)
+    latents = torch.randn(2, 2, 66, 70, dtype=dtype) + torch.linspace(-2, 2, 70, dtype=dtype)
+    image = torch.randn(2, 3, 132, 140, dtype=dtype) + torch.linspace(-2, 2, 140, dtype=dtype)
     with torch.no_grad():
         decoded, encoded = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
         with tiled_vae(vae):
@@ -125,8 +124,8 @@ def test_tiles_are_close_to_the_whole(vae, dtype):
         assert ours.dtype == dtype
         assert (ours - whole).abs().mean() < (other - whole).abs().mean()
         if exact:  # but for the far reach of convolutions, whose weight is small
-            assert (ours - whole).abs().mean() < 2e-4
-            assert (ours - whole).abs().max() < 0.02
+            assert (ours - whole).abs().mean() < mean
+            assert (ours - whole).abs().max() < most
 
 
 def test_is_undone_also_after_an_error(vae):
@@ -185,16 +184,15 @@ def test_other_autoencoders_are_tiled_by_diffusers(kind, plain):
     assert not tiling.has_shared_norms(vae)
 
 
-def test_memory_is_that_of_a_tile_and_the_image():
-    vae = AutoencoderKL(
-        **{**SMALL, "block_out_channels": (32, 64), "norm_num_groups": 8, "mid_block_add_attention": False}
-    )
-    for length in (70, 300):
+def test_memory_is_that_of_a_tile_and_the_image(example):
+    wide = {"block_out_channels": (32, 64), "norm_num_groups": 8, "mid_block_add_attention": False}
+    vae = AutoencoderKL(**{**SMALL, **wide})
+    for length in (70, 200):
         latents = torch.randn(1, 2, 70, length)
         bounds = tiled_decode_bytes(vae, 140, 2 * length, tile_side(vae))
-        with tiled_vae(vae):
-            measured = peak(lambda latents=latents: vae.decode(latents))
-        assert bounds.least < measured < bounds.likely, measured / bounds.likely
+        with torch.no_grad(), tiled_vae(vae), example.LiveBytes() as live:
+            vae.decode(latents)
+        assert bounds.least < live.peak < bounds.likely, live.peak / bounds.likely
     assert tile_side(vae) == SIDE * scale_of(vae)
 
 
