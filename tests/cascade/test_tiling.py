@@ -11,6 +11,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, QwenImagePipeline
 from diffusers.hooks import HookRegistry
+from diffusers.models.attention_processor import Attention
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -107,9 +108,12 @@ def test_is_exact_within_the_reach_of_convolutions():
 
 @pytest.mark.parametrize(("dtype", "mean", "most"), [(torch.float32, 2e-4, 0.02), (torch.bfloat16, 0.01, 0.3)])
 def test_tiles_are_close_to_the_whole(vae, dtype, mean, most):
-    """Only attention, which stays in a tile, and rounding differ."""
+    """But for attention, which stays in a tile, and the far reach of convolutions, whose weight is small."""
     vae = vae.to(dtype)
-    exact = not vae.decoder.mid_block.attentions[0]
+    for module in vae.modules():
+        if isinstance(module, Attention):  # it is computed, and adds nothing
+            nn.init.zeros_(module.to_out[0].weight)
+            nn.init.zeros_(module.to_out[0].bias)
     latents = torch.randn(2, 2, 66, 70, dtype=dtype) + torch.linspace(-2, 2, 70, dtype=dtype)
     image = torch.randn(2, 3, 132, 140, dtype=dtype) + torch.linspace(-2, 2, 140, dtype=dtype)
     with torch.no_grad():
@@ -123,9 +127,8 @@ def test_tiles_are_close_to_the_whole(vae, dtype, mean, most):
         assert ours.shape == whole.shape
         assert ours.dtype == dtype
         assert (ours - whole).abs().mean() < (other - whole).abs().mean()
-        if exact:  # but for the far reach of convolutions, whose weight is small
-            assert (ours - whole).abs().mean() < mean
-            assert (ours - whole).abs().max() < most
+        assert (ours - whole).abs().mean() < mean
+        assert (ours - whole).abs().max() < most
 
 
 def test_is_undone_also_after_an_error(vae):
