@@ -187,6 +187,7 @@ def test_other_autoencoders_are_tiled_by_diffusers(kind, plain):
     assert not tiling.has_shared_norms(vae)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_tile_and_the_image(example):
     wide = {"block_out_channels": (32, 64), "norm_num_groups": 8, "mid_block_add_attention": False}
     vae = AutoencoderKL(**{**SMALL, **wide})
@@ -213,16 +214,3 @@ def test_borders_do_not_show(noise, example, monkeypatch):
     theirs = found[example.THEIRS]
     assert theirs.jump > 1.2 * theirs.change
     assert ours.most < theirs.most / 2
-
-
-@pytest.mark.slow
-def test_memory_at_8192_px(example, monkeypatch):
-    side, vae = 8192, dummy_models.small_flux().vae
-    assert example.live_bytes(256, example.OURS, "cpu") == example.live_bytes(256, example.OURS)
-    monkeypatch.setattr(tiling, "LEAST_SIDE", 1024)
-    bounds = tiled_decode_bytes(vae, side, side, tile_side(vae))
-    counted = example.live_bytes(side, example.OURS)
-    assert bounds.least < counted < bounds.likely
-    image = 3 * 4 * side**2
-    assert counted < image + 2**30
-    assert example.live_bytes(side, example.THEIRS) > 3 * image
