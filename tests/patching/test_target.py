@@ -1,5 +1,6 @@
 """Finding the transformer of a pipeline."""
 
+import pathlib
 import types
 
 import pytest
@@ -37,6 +38,12 @@ def test_the_hook_is_there_while_it_is_linearized(transformer):
     [
         (torch.nn.Linear(2, 2), "a Linear is not supported; give a diffusers pipeline or transformer of: Flux"),
         (types.SimpleNamespace(transformer=3), "a SimpleNamespace with a int is not supported"),
+        (
+            "black-forest-labs/FLUX.1-dev",
+            r"'black-forest-labs/FLUX.1-dev' is a name, not a pipeline; load it first: "
+            r"pipe = diffusers.DiffusionPipeline.from_pretrained\('black-forest-labs/FLUX.1-dev'\)",
+        ),
+        (pathlib.Path("saved"), r"'saved' is a name, not a pipeline; load it first: .*from_pretrained\('saved'\)"),
         (types.SimpleNamespace(nets=[]), "give its ControlNets one by one"),
     ],
 )

@@ -27,7 +27,7 @@ class Clear(Method):
     """Attend to text and to the image keys with dy^2 + dx^2 < window^2 (arXiv 2412.16112).
 
     Args:
-        window (`int`, defaults to 16): the radius r in tokens. One token is 16 x 16 pixels.
+        window (`int`, defaults to 16): the radius r in tokens. One token is 16 x 16 pixels, 8 x 8 in the small FLUX.
         down_factor (`int`, defaults to 1): the side f of pooled cells in tokens; 1 for no pooling. Every image query
             also attends to the weighted mean key and value of each cell. Each layer learns the weights,
             `spatial_weight`, `(1, 1, 1, f, 1, f, 1)`.

@@ -101,7 +101,7 @@ def linearize(
         pipe: a diffusers pipeline, modular or not, or a transformer: FLUX.1, FLUX.2, FLUX.3, Qwen-Image, Chroma,
             Krea 2, Z-Image, Stable Diffusion 3 or 3.5, DiT, or a variant of them.
         window (`int`, *optional*, defaults to what the weights were distilled for, else 16): radius in tokens of
-            the disc of image keys to which an image query attends. A token is 16 x 16 pixels.
+            the disc of image keys to which an image query attends. A token is 16 x 16 pixels, 8 x 8 in the small FLUX.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens
             of the cells to whose pooled keys every image query attends too; 1 means none.
         method (`Method`, *optional*, defaults to what the weights were distilled for, else CLEAR): another attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple, TypeVar
 
 from clear_attn.models import ADAPTERS, ModelAdapter, adapter_for
@@ -60,6 +61,11 @@ def find_transformer(pipe: Any) -> tuple[Any, ModelAdapter]:
         TypeError: neither is supported, or not with the installed version of diffusers.
         RuntimeError: the pipeline has no transformer yet.
     """
+    if isinstance(pipe, (str, os.PathLike)):
+        raise TypeError(
+            f"{os.fspath(pipe)!r} is a name, not a pipeline; load it first: "
+            f"pipe = diffusers.DiffusionPipeline.from_pretrained({os.fspath(pipe)!r})"
+        )
     transformer = unwrap_compiled(getattr(pipe, "transformer", pipe))
     if transformer is None and pipe is not None:
         raise RuntimeError(f"this {type(pipe).__name__} has no transformer yet; {_how_to_load(pipe)}")

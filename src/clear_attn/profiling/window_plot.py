@@ -31,7 +31,7 @@ def plot_window(
     remain. Text is not drawn: every token attends to it.
 
     Args:
-        height, width (`int`): the grid in tokens; one token is 16 x 16 pixels in FLUX.1 and SD3.
+        height, width (`int`): the grid in tokens; one token is 16 x 16 pixels, 8 x 8 in the small FLUX.
         window (`int`): radius in tokens.
         down_factor (`int`, defaults to 1): side in tokens of pooled cells, to which every token attends; 1 for none.
         token (row and column, *optional*): the query; defaults to the middle.
