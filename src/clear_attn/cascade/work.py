@@ -69,6 +69,7 @@ def _work_of_run(target: CascadeTarget, plan: HighresPlan, number: int) -> RunWo
     drawn = drawn_number(plan, number)
     tokens = plan.options.get("max_sequence_length")
     passes = 2 if plan.options.get("true_cfg_scale", 1) > 1 else 1
+    sigmas = run_sigmas(target, plan, number)
     counted = cost(
         target.pipe,
         *drawn.size,
@@ -77,10 +78,9 @@ def _work_of_run(target: CascadeTarget, plan: HighresPlan, number: int) -> RunWo
         schedule=plan.schedule,
         text_tokens=tokens,
         batch=target.batch(drawn.guidance),
+        sigmas=sigmas,
     )
-    sigmas, above = run_sigmas(target, plan, number), counted.dense_above_sigma
-    dense = sum(not number or (above is not None and sigma > above) for sigma in sigmas)
-    flops = passes * (dense * counted.dense_step_flops + (len(sigmas) - dense) * counted.step_flops)
+    flops = passes * (counted.run_flops if number else counted.dense_run_flops)
     return RunWork(f"stage {number}" if number else "base image", drawn.size, len(sigmas), flops)
 
 
