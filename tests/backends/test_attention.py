@@ -100,12 +100,40 @@ def test_gradients(backend, factor):
             torch.testing.assert_close(ours, dense_one, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("factor", [1, 3])
+@pytest.mark.parametrize("backend", hardware.BACKENDS)
+def test_text_tokens_that_are_keys_alone(backend, factor, text_first):
+    """Query and output have image tokens alone."""
+    grids, text, config = [(9, 14), (5, 3)], 6, Clear(4, factor)
+    layout = TokenLayout(grids, text, text_first=text_first, text_queries=False)
+    plan, tokens = config.plan(layout), text + layout.image_tokens
+    gradients = backend != "flex"  # it has none on a CPU
+    qkv = [torch.randn(2, 2, tokens, 16, requires_grad=gradients) for _ in range(3)]
+    weight, bias = torch.rand(factor, factor) / factor**2, torch.zeros(2, tokens)
+    bias[1, 4:text] = -1000.0
+    expected, expected_lse = reference_attention.attention(*qkv, grids, text, config, weight, bias=bias[:, None, None])
+    image = text + layout.permutation
+    into = torch.cat([torch.arange(text), image] if text_first else [image, torch.arange(text)])
+    key, value = (x[:, :, into] for x in qkv[1:])
+    pooled = tuple(pool(x[:, :, plan.image_keys], plan, weight) for x in (key, value)) if factor > 1 else None
+    key_bias = torch.nn.functional.pad(bias[:, into], (0, plan.pooled_tokens))
+    query, options = qkv[0][:, :, image], {"pooled": pooled, "key_bias": key_bias, "return_lse": True}
+    results = clear_attention(query, key, value, plan, backend=backend, **options)
+    results = [x[:, :, layout.inverse_permutation] for x in results]
+    expected = expected[:, :, text:], expected_lse[:, :, text:]
+    torch.testing.assert_close(results, list(expected), atol=1e-5, rtol=1e-6)
+    if gradients:
+        both = (torch.autograd.grad(x[0].square().sum() + x[1].sum(), qkv) for x in (results, expected))
+        torch.testing.assert_close(*both, atol=2e-5, rtol=1e-5)
+
+
 def test_operators_pass_opcheck():
     """Check shapes, strides and gradients, under compilation."""
     plan = Clear(4).plan(TokenLayout([(13, 20)], 0))  # without text: the operator leaves its rows to its caller
     for return_lse in (False, True):
         qkv = [torch.randn(1, 2, 260, 16, requires_grad=True) for _ in range(3)]
-        torch.library.opcheck(tiled._tiled, (*qkv, list(plan.tiles), plan.image.start, None, 0.25, return_lse))
+        torch.library.opcheck(tiled._tiled, (*qkv, list(plan.tiles), [0, 0], None, 0.25, return_lse))
 
 
 @pytest.mark.parametrize("backend", hardware.BACKENDS)

@@ -88,6 +88,28 @@ def test_equals_the_rule_with_gradients(method, number, grid, text, text_first):
 
 
 @each_case
+@pytest.mark.parametrize("text_first", [True, False])
+def test_text_tokens_that_are_keys_alone(method, number, text_first):
+    """Query and output have image tokens alone."""
+    grid, text = (13, 9), 7
+    processor, qkv = make(method, number), random_qkv(grid, text)
+    layout = TokenLayout([grid], text, text_first=text_first, text_queries=False)
+    plan = method.for_layer(number).plan(layout)
+    image = text + layout.permutation
+    into = torch.cat([torch.arange(text), image] if text_first else [image, torch.arange(text)])
+    output = run(processor, [qkv[0][:, :, image], *(x[:, :, into] for x in qkv[1:])], plan)
+    output = output[:, :, layout.inverse_permutation]
+    expected = RULES[type(method)](method, number)(qkv[0][:, :, text:], *qkv[1:], grid, processor)
+    torch.testing.assert_close(output, expected)
+    inputs, weight = [*qkv, *processor.parameters()], torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((x * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
+        for x in (output, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@each_case
 def test_in_chunks(method, number, monkeypatch):
     monkeypatch.setattr(groups, "QUERIES_AT_A_TIME", 4)
     monkeypatch.setattr(sigmoid_of, "MAX_SCORES", 2000)

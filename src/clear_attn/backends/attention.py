@@ -106,9 +106,9 @@ def clear_attention(
         backend = select_backend(*properties).backend
     validate_call(backend, *properties)
     output, lse = BACKENDS[backend].attend(query, all_key, all_value, plan, key_bias, scale, return_lse)
-    if plan.text_tokens:
+    if plan.text_queries:
         if text_bias is None and key_bias is not None:
-            text_bias = key_bias[:, None, None, : plan.tokens]
+            text_bias = key_bias[:, None, None, : key.shape[2]]
         text, text_lse = _attend_text(query[:, :, plan.text], key, value, scale, return_lse, text_bias, text_attention)
         output[:, :, plan.text] = text
         if lse is not None and text_lse is not None:
@@ -138,13 +138,15 @@ def _validate_shapes(
     pooled: tuple[Tensor, Tensor] | None,
     key_bias: Tensor | None,
 ) -> None:
-    tokens, image_tokens = plan.tokens, plan.tokens - plan.text_tokens
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        other = x.ndim != 4 or x.shape[2] != tokens or x.shape != (*query.shape[:1], x.shape[1], *query.shape[2:])
+    keys = plan.text_tokens + plan.image_tokens
+    for name, x, tokens in (("query", query, plan.tokens), ("key", key, keys), ("value", value, keys)):
+        other = (
+            x.ndim != 4 or x.shape[2] != tokens or x.shape != (*query.shape[:1], x.shape[1], tokens, *query.shape[3:])
+        )
         if other or (name == "value" and x.shape != key.shape):
             raise ValueError(
                 f"{name} must be [batch, heads, {tokens}, head_dim], shaped as the query, for a layout of "
-                f"{plan.text_tokens} text tokens and {image_tokens} image tokens, got {list(x.shape)}; join "
+                f"{plan.text_tokens} text tokens and {plan.image_tokens} image tokens, got {list(x.shape)}; join "
                 "text and image tokens, or make a TokenLayout for these lengths"
             )
     if query.shape[1] % key.shape[1]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clear_attn.backends.derivatives import refuse_second_backward, validate_derivatives
 from clear_attn.backends.softmax import has_lse_kernel, merge_, softmax_attention, softmax_attention_backward
+from clear_attn.core.key_lists import SharedKeys
 from clear_attn.core.tiles import Tiles
 
 # The most elements of keys that a step gathers: what fits a CPU's caches, elsewhere a fraction of a model's memory.
@@ -27,13 +28,16 @@ MAX_SCORES = 2**26
 
 
 class TiledPlan(Protocol):
-    """The part of a plan that this backend reads: the tiles and the positions of the image tokens."""
+    """The part of a plan that this backend reads: the tiles, and the positions of image queries and shared keys."""
 
     @property
     def tiles(self) -> Tiles: ...
 
     @property
     def image(self) -> slice: ...
+
+    @property
+    def shared_keys(self) -> SharedKeys: ...
 
 
 def attend(
@@ -50,7 +54,8 @@ def attend(
     if torch.is_autocast_enabled(query.device.type) and not return_lse:  # as torch's own attention does
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
-    output, lse = _tiled(query, key, value, list(plan.tiles), plan.image.start, key_bias, scale, return_lse)
+    starts = [plan.image.start, plan.shared_keys.before]
+    output, lse = _tiled(query, key, value, list(plan.tiles), starts, key_bias, scale, return_lse)
     # The operator returns no view, so that the caller may write text rows while autograd records.
     return output.transpose(1, 2), lse if return_lse else None
 
@@ -61,19 +66,19 @@ def _tiled(
     key: Tensor,
     value: Tensor,
     tiles: list[Tensor],
-    start: int,
+    starts: list[int],
     key_bias: Tensor | None,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     # Shared keys, text and pooled ones, need no gathering where results can be merged.
-    image, shared = _split(key, tiles, start)
+    image, shared = _split(key, tiles, starts)
     merged = has_lse_kernel(query) and len(shared) > 0
     needs_lse = return_lse or merged
     rows = [query[:, :, image].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
     output, lse = _new_results(query, needs_lse)
     own_lse = lse[:, :, image] if needs_lse else lse
-    for queries, keys, mask in _steps(tiles, shared[:0] if merged else shared, start, query, needs_lse):
+    for queries, keys, mask in _steps(tiles, shared[:0] if merged else shared, starts[1], query, needs_lse):
         part, part_lse = softmax_attention(
             _gather(rows[0], queries),
             _gather(rows[1], keys),
@@ -97,7 +102,7 @@ def _tiled(
 
 
 @_tiled.register_fake
-def _(query, key, value, tiles, start, key_bias, scale, return_lse):  # type: ignore[no-untyped-def]
+def _(query, key, value, tiles, starts, key_bias, scale, return_lse):  # type: ignore[no-untyped-def]
     return _new_results(query, return_lse)
 
 
@@ -109,20 +114,20 @@ def _tiled_backward(
     key: Tensor,
     value: Tensor,
     tiles: list[Tensor],
-    start: int,
+    starts: list[int],
     key_bias: Tensor | None,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute each step, so that only one step's scores are in memory."""
-    image, shared = _split(key, tiles, start)
+    image, shared = _split(key, tiles, starts)
     rows = [query[:, :, image].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)]
     gradients = [_new_gradient(x, summed) for x, summed in ((query, False), (key, True), (value, True))]
     sums = [gradients[0][:, :, image], *gradients[1:]]
     output_gradient = output_gradient[:, image]
     if return_lse:
         lse_gradient = lse_gradient[:, :, image, None].transpose(1, 2)
-    for queries, keys, mask in _steps(tiles, shared, start, query, holds_scores=True):
+    for queries, keys, mask in _steps(tiles, shared, starts[1], query, holds_scores=True):
         places = (queries, keys, keys)
         query_part, key_part, value_part = (_gather(x, index) for x, index in zip(rows, places, strict=True))
         inner = softmax_attention_backward(
@@ -147,13 +152,14 @@ def _(output_gradient, lse_gradient, query, key, value, *rest):  # type: ignore[
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, tiles, ctx.start, key_bias, *ctx.rest = inputs
+    query, key, value, tiles, ctx.starts, key_bias, *ctx.rest = inputs
     ctx.save_for_backward(query, key, value, key_bias, *tiles)
 
 
 def _backward(ctx, output_gradient, lse_gradient):  # type: ignore[no-untyped-def]
     query, key, value, key_bias, *tiles = ctx.saved_tensors
-    gradients = _tiled_backward(output_gradient, lse_gradient, query, key, value, tiles, ctx.start, key_bias, *ctx.rest)
+    arguments = query, key, value, tiles, ctx.starts, key_bias, *ctx.rest
+    gradients = _tiled_backward(output_gradient, lse_gradient, *arguments)
     return *gradients, [None] * len(tiles), None, None, None, None
 
 
@@ -174,16 +180,19 @@ def _new_gradient(x: Tensor, summed: bool) -> Tensor:
     return x.new_zeros(x.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
-def _split(key: Tensor, tiles: list[Tensor], start: int) -> tuple[slice, Tensor]:
-    """Return the positions of the image queries, and of the keys that are not image tokens."""
-    found = Tiles(*tiles)
+def _split(key: Tensor, tiles: list[Tensor], starts: list[int]) -> tuple[slice, Tensor]:
+    """Return the positions of the image queries, and of the keys that are not image tokens.
+
+    `starts` are the positions of the first image query and of the first image key.
+    """
+    found, (first_query, first_key) = Tiles(*tiles), starts
     places = torch.arange(key.shape[2], device=key.device)
-    shared = torch.cat([places[:start], places[start + int(found.image_keys) :]])
-    return slice(start, start + len(found.queries)), shared
+    shared = torch.cat([places[:first_key], places[first_key + int(found.image_keys) :]])
+    return slice(first_query, first_query + len(found.queries)), shared
 
 
 def _steps(
-    tiles: list[Tensor], shared: Tensor, start: int, query: Tensor, holds_scores: bool
+    tiles: list[Tensor], shared: Tensor, first_key: int, query: Tensor, holds_scores: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield positions of queries `[tiles, q]` and of their keys `[tiles, k]`, shared keys first, and the mask."""
     batch, heads, _, head_dim = query.shape
@@ -194,7 +203,7 @@ def _steps(
         if holds_scores:
             step = min(step, MAX_SCORES // (batch * heads * mask.numel()))
         for queries, keys in zip(group.queries.split(max(1, step)), group.keys.split(max(1, step)), strict=True):
-            yield queries, torch.cat([shared.expand(len(keys), -1), keys + start], dim=1), mask
+            yield queries, torch.cat([shared.expand(len(keys), -1), keys + first_key], dim=1), mask
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -50,10 +50,13 @@ class TokenLayout:
         unit (*optional*, defaults to the first grid): the grid with the tokens in which distances are measured.
         padding_tokens (`int`, defaults to 0): how many of the text tokens next to the image are learned padding, which
             layers without text have too.
+        text_queries (`bool`, defaults to `True`): whether text tokens are queries too. If not, query and output have
+            image tokens alone.
 
     Attributes:
         image_tokens, tokens (`int`): the number of image tokens, and of all tokens.
-        image, text (`slice`): the positions of image and text in the joint sequence.
+        image, text (`slice`): the positions of image and text in the joint sequence, which keys and values have.
+        query_image, query_text (`slice`): their positions in query and output.
         permutation, inverse_permutation: int64 `[image_tokens]`; `x[permutation]` puts tokens from raster into tile
             order, `x[inverse_permutation]` puts them back.
         segments, token_set: the coordinates, on the CPU.
@@ -78,6 +81,7 @@ class TokenLayout:
         device: torch.device | str = "cpu",
         unit: Grid | None = None,
         padding_tokens: int = 0,
+        text_queries: bool = True,
     ) -> None:
         if not grids:
             raise ValueError("a layout needs at least one grid, got none")
@@ -91,6 +95,7 @@ class TokenLayout:
         )
         self.text_tokens = check_whole_number("text_tokens", text_tokens, "it is the number of text tokens", least=0)
         self.text_first, self.device, self.padding_tokens = text_first, torch.device(device), padding_tokens
+        self.text_queries = text_queries
         self._on_other_devices: dict[torch.device, TokenLayout] = {}
         self._of_images: dict[Images, TokenLayout] = {}
         self.unit = unit or self.grids[0]
@@ -100,6 +105,7 @@ class TokenLayout:
         self.image_tokens = len(self.token_set.raster)
         self.tokens = self.text_tokens + self.image_tokens
         self.text, self.image = joint_slices(self.text_tokens, self.image_tokens, text_first)
+        self.query_text, self.query_image = joint_slices(text_queries * self.text_tokens, self.image_tokens, text_first)
         # A layout that is made in inference mode may be used in training later.
         with torch.inference_mode(False):
             self.permutation = to_tensor(self.token_set.raster, self.device)
@@ -137,4 +143,5 @@ class TokenLayout:
             device=device,
             unit=self.unit,
             padding_tokens=self.padding_tokens,
+            text_queries=self.text_queries,
         )

@@ -23,13 +23,16 @@ class Layout(Protocol):
     def image_tokens(self) -> int: ...
 
     @property
-    def tokens(self) -> int: ...
-
-    @property
     def text(self) -> slice: ...
 
     @property
     def image(self) -> slice: ...
+
+    @property
+    def query_text(self) -> slice: ...
+
+    @property
+    def query_image(self) -> slice: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -40,11 +43,21 @@ class Plan:
 
     Args:
         layout: the layout of the call.
+
+    Attributes:
+        text_tokens, image_tokens (`int`): the numbers of text keys and of image keys.
+        text_keys, image_keys (`slice`): the positions of text and image in key and value.
+        text, image (`slice`): their positions in query and output.
+        text_queries (`int`): the number of text queries: all text tokens, or none.
+        tokens (`int`): the number of all queries.
     """
 
     def __init__(self, layout: Layout) -> None:
-        self.text_tokens, self.image_tokens, self.tokens = layout.text_tokens, layout.image_tokens, layout.tokens
-        self.text, self.image, self.device = layout.text, layout.image, layout.device
+        self.text_tokens, self.image_tokens = layout.text_tokens, layout.image_tokens
+        self.text_keys, self.image_keys = layout.text, layout.image
+        self.text, self.image, self.device = layout.query_text, layout.query_image, layout.device
+        self.text_queries = self.text.stop - self.text.start
+        self.tokens = self.text_queries + self.image_tokens
 
     def prepare(self, backend: str) -> None:
         """Build the index tensors of a backend now, because compiled layers cannot."""
@@ -93,8 +106,8 @@ class WindowPlan(AttentionRegion, Plan):
             keys=layout.token_set,
             before=before,
             after=layout.text_tokens - before + self.pooled_tokens,
-            tokens=layout.tokens,
-            image=layout.image,
+            tokens=self.tokens,
+            image=self.image,
             window=window,
             device=layout.device,
         )

@@ -31,7 +31,7 @@ class AttentionRegion:
     Attributes:
         image_tokens, key_tokens (`int`): the number of image queries, and of all keys.
         block_masks: a cache of FlexAttention's block masks, by whether they support gradients.
-        is_symmetric (`bool`): whether each image token is a query and a key.
+        is_symmetric (`bool`): whether each image token is a query and a key, at the same position.
         shared_keys (`SharedKeys`): the positions of the shared keys.
         query (`Coordinates`): the coordinates of the image queries in tile order, float32 `[image tokens]`.
         key (`Coordinates`): the coordinates of all keys, float32 `[key tokens]`.
@@ -50,7 +50,7 @@ class AttentionRegion:
         device: torch.device,
     ) -> None:
         self._queries, self._keys, self.window = queries, keys, window
-        self.is_symmetric = queries is keys
+        self.is_symmetric = queries is keys and before == image.start
         self.block_masks: dict[bool, Any] = {}
         self.tokens, self.image, self.device = tokens, image, device
         self.image_tokens = len(queries.y)

@@ -60,7 +60,9 @@ class Agent(GridMethod):
         means = F.avg_pool2d(to_channels(query, plan), self.factor, ceil_mode=True, count_include_pad=False)
         agents = from_channels(means, query.shape[1])
         scale = options.scale
-        gathered = F.scaled_dot_product_attention(agents, key[:, :, plan.image], value[:, :, plan.image], scale=scale)
-        key, value = (torch.cat([x[:, :, plan.text], own], dim=2) for x, own in ((key, agents), (value, gathered)))
+        gathered = F.scaled_dot_product_attention(
+            agents, key[:, :, plan.image_keys], value[:, :, plan.image_keys], scale=scale
+        )
+        key, value = (torch.cat([x[:, :, plan.text_keys], own], dim=2) for x, own in ((key, agents), (value, gathered)))
         bias = options.bias.before(key.shape[2]) if options.bias else None
         return softmax_attention(query, key, value, None, scale, False, bias)[0]

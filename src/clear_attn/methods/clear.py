@@ -94,7 +94,7 @@ The method is CLEAR ([arXiv 2412.16112](https://arxiv.org/abs/2412.16112))."""
         pooled = None
         if self.down_factor > 1:
             (weight,) = parameters
-            pooled = pool(key[:, :, plan.image], plan, weight), pool(value[:, :, plan.image], plan, weight)
+            pooled = pool(key[:, :, plan.image_keys], plan, weight), pool(value[:, :, plan.image_keys], plan, weight)
         output: Tensor = plan.attend(query, key, value, pooled, options)
         return output
 

@@ -64,8 +64,14 @@ class GroupPlan(Plan):
 
     @property
     def query_lists(self) -> KeyLists:
-        """The queries that attend to each tile of keys: equal to `key_lists`, because the rule is symmetric."""
-        return self.key_lists
+        """The queries that attend to each tile of keys: equal to `key_lists` where the rule is symmetric."""
+        return self.key_lists if self.image == self.image_keys else self._transposed_lists
+
+    @functools.cached_property
+    def _transposed_lists(self) -> KeyLists:
+        with torch.inference_mode(False):
+            queries = SharedKeys(self.image.start, self.image_tokens, 0)
+            return partition_lists(self._label, self.shared_keys.before, queries, self.device)
 
     def prepare(self, backend: str) -> None:
         if self.device.type == "cuda":  # where the fused kernels may be selected

@@ -66,7 +66,7 @@ class KVCompression(GridMethod):
         self, query: Tensor, key: Tensor, value: Tensor, plan: Any, parameters: Sequence[Tensor], options: Options
     ) -> Tensor:
         key, value = (
-            torch.cat([x[:, :, plan.text], compress(x[:, :, plan.image], plan, kernel)], dim=2)
+            torch.cat([x[:, :, plan.text_keys], compress(x[:, :, plan.image_keys], plan, kernel)], dim=2)
             for x, kernel in zip((key, value), parameters, strict=True)
         )
         bias = options.bias.before(key.shape[2]) if options.bias else None

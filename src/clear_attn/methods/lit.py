@@ -72,7 +72,7 @@ class LiT(GridMethod):
         output = _regroup(output, heads)
         if not parameters:
             return output
-        channels = to_channels(value[:, :, plan.image], plan)
+        channels = to_channels(value[:, :, plan.image_keys], plan)
         kernel = parameters[0].to(channels.device, channels.dtype)
         convolved = F.conv2d(channels, kernel, padding="same", groups=len(kernel))
         return output + from_channels(convolved, heads).index_select(2, plan.permutation)

@@ -69,7 +69,7 @@ class ScoreBias(NamedTuple):
     Attributes:
         text: the bias of each text key, `[batch, text tokens]`.
         keys: the bias of each key for image queries, `[batch, tokens]`; 0 for image keys.
-        text_queries: the bias of each key for text queries, `[batch, 1, text tokens or 1, tokens]`.
+        text_queries: the bias of each key for text queries, `[batch, 1, text queries or 1, tokens]`.
         weighted: whether each text query has its own bias.
     """
 
@@ -89,8 +89,8 @@ class ScoreBias(NamedTuple):
         """
         if text is None or not plan.text_tokens:
             return None
-        keys = text.new_zeros(len(text), plan.tokens)
-        keys[:, plan.text] = text
+        keys = text.new_zeros(len(text), plan.text_tokens + plan.image_tokens)
+        keys[:, plan.text_keys] = text
         text_queries = keys[:, None, None]
         weighted = text_query_weight is not None
         if text_query_weight is not None:
@@ -284,7 +284,7 @@ class ImageMethod(Method):
         key, value = expand_heads(query, key, value)
         image = self.attend_image(query[:, :, plan.image], key, value, plan, parameters, options)
         output = expand_to_sequence(image, plan.tokens, plan.image)
-        if plan.text_tokens:
+        if plan.text_queries:
             text = query[:, :, plan.text]
             bias = options.bias.text_queries if options.bias else None
             output[:, :, plan.text] = options.dense(text, key, value, options.scale, bias)

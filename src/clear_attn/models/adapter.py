@@ -69,7 +69,10 @@ class ModelAdapter(abc.ABC):
         ip_adapter_processors: names of processors with an IP-Adapter; the replacement keeps the adapter's attention.
         first_version: the first version of diffusers in which a model of this class is supported.
         text_first: whether text comes before the image in the joint sequence.
+        text_queries: whether text queries attend to all tokens. If not, text tokens are keys alone: `project` returns
+            the image's query, and computes the attention of text by itself.
         default_text_tokens: the default length of the text sequence in its pipelines.
+        vae_scale_factor: pixels per latent, for a transformer without a pipeline.
         residuals: the keywords of a ControlNet's residuals, lists of `[batch, image tokens, channels]`.
         fused_qkv_reliable: whether a layer with `fused_projections` has fused weights equal to the separate ones.
         activation_factor: estimated peak memory of a forward pass, as a multiple of tokens x heads x head_dim elements;
@@ -89,7 +92,9 @@ class ModelAdapter(abc.ABC):
     accepts: tuple[str, ...]
     ip_adapter_processors: tuple[str, ...] = ()
     text_first: bool
+    text_queries: bool = True
     default_text_tokens: int
+    vae_scale_factor: int = 8
     residuals: tuple[str, ...] = ()
     fused_qkv_reliable: bool = True
     activation_factor: int = 20

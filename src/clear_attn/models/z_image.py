@@ -24,7 +24,7 @@ from clear_attn.models.context.dense_attention import dense_attention
 from clear_attn.models.hooked import InnerHook, MethodHook
 from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.parsing.padding import HIDDEN
-from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project
+from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, project, rotate_complex
 from clear_attn.models.processors.publishing import PublishedProcessor, Publishing
 from clear_attn.models.sd3 import unpermute_patches
 from clear_attn.models.training import TrainingAdapter
@@ -144,7 +144,8 @@ class ZImage(Publishing, ModelAdapter):
     def project(self, attn: Any, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Any]:
         unrotated = inputs._replace(image_rotary_emb=None)
         query, key, value = project(attn, unrotated, self.text_first, self.takes_fused(attn))
-        return *_rotate(query, key, inputs.image_rotary_emb), value, None
+        rotary: Tensor | None = inputs.image_rotary_emb
+        return *rotate_complex(query, key, None if rotary is None else rotary[:, None]), value, None
 
     def latents_per_token(self, transformer: Any) -> int:
         return int(transformer.all_patch_size[0])
@@ -260,19 +261,6 @@ def _grid(kwargs: Mapping[str, Any]) -> Grid:
             f"{list(images[0].shape)}; give the image a height and width in multiples of 16 pixels"
         )
     return height // side, width // side
-
-
-def _rotate(query: Tensor, key: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Apply the complex rotary embedding `[batch, tokens, head_dim / 2]` to `[batch, heads, tokens, head_dim]`."""
-    if rotary is None:
-        return query, key
-
-    def rotate(x: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * rotary[:, None]).flatten(3).type_as(x)
-
-    with torch.autocast("cuda", enabled=False):
-        return rotate(query), rotate(key)
 
 
 def _permute_rows(sequence: Tensor, layout: TokenLayout) -> Tensor:

@@ -71,13 +71,13 @@ def attend(
     validate_call(backend, query.device, query.dtype, query.shape[-1], needs_grad=False)
     output = query.new_empty(query.transpose(1, 2).shape)
     image, text = (output.transpose(1, 2)[:, :, where] for where in (plan.image, plan.text))
-    own = torch.stack([key[:, :, plan.image], value[:, :, plan.image]])
+    own = torch.stack([key[:, :, plan.image_keys], value[:, :, plan.image_keys]])
     halo = _start_halo(own, plan)
     cells = _start_pooling(pooled, plan)
     text_part = None
-    if plan.text_tokens:
+    if plan.text_queries:
         text_part = _start_text(query, key, value, plan, scale, text_query_bias)
-    shared = [torch.stack([key[:, :, plan.text], value[:, :, plan.text]]), *cells()]
+    shared = [torch.stack([key[:, :, plan.text_keys], value[:, :, plan.text_keys]]), *cells()]
 
     def attend_strip(strip: Strip, tokens: Tensor) -> None:
         keys = torch.cat([tokens.index_select(3, strip.image_keys), *shared], dim=3)
@@ -154,10 +154,10 @@ def _start_text(
 
     The weight of a rank's part is exp(its log-sum-exp - that over all keys). Only the first rank includes text keys.
     """
-    rows = slice(None) if plan.communicator.rank == 0 else plan.image
+    rows = slice(None) if plan.communicator.rank == 0 else plan.image_keys
     bias = text_query_bias if plan.communicator.rank == 0 else None  # image keys have no bias
     part, lse = dense_with_lse(query[:, :, plan.text], key[:, :, rows], value[:, :, rows], scale, bias)
-    wait = plan.communicator.all_gather(lse, [plan.text_tokens] * plan.communicator.ranks, dim=2)
+    wait = plan.communicator.all_gather(lse, [plan.text_queries] * plan.communicator.ranks, dim=2)
 
     def weigh() -> Future[Tensor]:
         weight = torch.exp(lse - torch.logsumexp(torch.stack(wait()), dim=0))

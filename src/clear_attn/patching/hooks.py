@@ -121,7 +121,12 @@ class EntryHook:
         parsed = self.adapter.parse_call(transformer, call)
         with outside_transforms():
             layout: Any = self.cache.layout(
-                parsed.grids, parsed.text_tokens, self.adapter.text_first, parsed.device, parsed.padding_tokens
+                parsed.grids,
+                parsed.text_tokens,
+                self.adapter.text_first,
+                parsed.device,
+                parsed.padding_tokens,
+                self.adapter.text_queries,
             )
         backend = self._select_backend(transformer, call, parsed.device)
         if self.sharder:

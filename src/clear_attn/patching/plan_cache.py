@@ -31,12 +31,20 @@ class PlanCache:
         text_first: bool,
         device: torch.device,
         padding_tokens: int = 0,
+        text_queries: bool = True,
     ) -> TokenLayout:
         """Return the layout of calls that agree in the arguments."""
-        key = grids, text_tokens, text_first, device, padding_tokens
+        key = grids, text_tokens, text_first, device, padding_tokens, text_queries
         found = self._layouts.pop(key, None)
         if found is None:
-            found = TokenLayout(grids, text_tokens, text_first=text_first, device=device, padding_tokens=padding_tokens)
+            found = TokenLayout(
+                grids,
+                text_tokens,
+                text_first=text_first,
+                device=device,
+                padding_tokens=padding_tokens,
+                text_queries=text_queries,
+            )
         self._layouts[key] = found
         while len(self._layouts) > LAYOUTS:
             try:

@@ -12,12 +12,13 @@ from clear_attn.models.context.context import ClearContext
 
 
 class Inputs(NamedTuple):
-    """The arguments with which diffusers' layers call a processor."""
+    """The arguments with which diffusers' layers call a processor, and `rest`, those of one model's layers alone."""
 
     hidden_states: Tensor
     encoder_hidden_states: Tensor | None = None
     attention_mask: Tensor | None = None
     image_rotary_emb: Any = None
+    rest: Any = None
 
 
 class ClearAttnProcessor(nn.Module):
@@ -175,6 +176,19 @@ def rotate(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None) -> 
     from diffusers.models.embeddings import apply_rotary_emb
 
     return apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1)
+
+
+def rotate_complex(query: Tensor, key: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Apply a complex rotary embedding that broadcasts to `[batch, heads, tokens, head_dim / 2]` of query and key."""
+    if rotary is None:
+        return query, key
+
+    def rotate(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * rotary).flatten(3).type_as(x)
+
+    with torch.autocast("cuda", enabled=False):
+        return rotate(query), rotate(key)
 
 
 def project_out(attn: Any, joint: Tensor, inputs: Inputs, text_first: bool) -> Tensor | tuple[Tensor, Tensor]:

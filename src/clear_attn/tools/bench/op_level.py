@@ -140,7 +140,7 @@ def _backend(name: str, case: Case) -> Attend:
     weight = torch.full((case.down_factor**2,), 1 / case.down_factor**2, device=case.device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        images = key[:, :, plan.image], value[:, :, plan.image]
+        images = key[:, :, plan.image_keys], value[:, :, plan.image_keys]
         pooled = (pool(images[0], plan, weight), pool(images[1], plan, weight)) if plan.pooled_tokens else None
         if name not in CANDIDATES:
             return clear_attention(query, key, value, plan, pooled=pooled, backend=name, scale=case.scale)

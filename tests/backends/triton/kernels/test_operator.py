@@ -91,12 +91,13 @@ def test_checkpointing_changes_nothing(reentrant):
     assert all(torch.equal(x.grad, b) for x, b in zip(qkv, expected, strict=True))
 
 
-def test_a_region_of_local_queries_with_a_halo():
+@pytest.mark.parametrize(("before", "after"), [(0, 70), (67, 3)])
+def test_a_region_of_local_queries_with_a_halo(before, after):
     layout = TokenLayout([(24, 11), (12, 6)], 0)
     queries = select_rows(layout.segments, [slice(8, 16), slice(4, 8)])
     keys = select_rows(layout.segments, [slice(3, 21), slice(1, 11)])
     tokens = len(queries.y)
-    region = AttentionRegion(queries, keys, 0, 70, tokens, slice(0, tokens), 5, DEVICE)
+    region = AttentionRegion(queries, keys, before, after, tokens, slice(0, tokens), 5, DEVICE)
     lengths, results = (tokens, region.key_tokens, region.key_tokens), []
     qkv = [torch.randn(1, 1, length, 16, dtype=EXACT, device=DEVICE) for length in lengths]
     for name, dtype in (("triton", EXACT), ("reference", torch.float64)):
@@ -110,15 +111,16 @@ def test_a_region_of_local_queries_with_a_halo():
 @pytest.mark.parametrize(
     "method", [methods.Swin(8), methods.Swin(7).for_layer(1), methods.Strided(2), methods.Strided(3)], ids=str
 )
-def test_partitions(method):
-    layout = TokenLayout([(18, 21)], 66, device=DEVICE)
+@pytest.mark.parametrize("text_queries", [True, False])
+def test_partitions(method, text_queries):
+    layout = TokenLayout([(18, 21)], 66, device=DEVICE, text_queries=text_queries)
     plan = method.plan(layout)
     label = plan._label
     mask = torch.from_numpy(np.equal.outer(label, label))
     qkv = random_inputs(layout.tokens, EXACT)
-    output, _ = triton.attend(*qkv, plan, None, SCALE, False)
+    output, _ = triton.attend(qkv[0][:, :, -plan.tokens :], *qkv[1:], plan, None, SCALE, False)
     query, key, value = (x.double().cpu() for x in qkv)
-    scores = query[:, :, plan.image] @ key.mT * SCALE
+    scores = query[:, :, layout.image] @ key.mT * SCALE
     allowed = torch.nn.functional.pad(mask, (66, 0), value=True)
     expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
     image = output[:, :, plan.image]
