@@ -66,7 +66,8 @@ def test_the_guides_method(family, transformer):
     guide = {}
     exec(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0], guide)
     padding = {"padded": (1, 3)} if family.padding else {}
-    call = family.call(transformer, (7, 7), batch=2, **padding)
+    grid = family.grid(7, 7)
+    call = family.call(transformer, grid, batch=2, **padding)
     ours = clear.linearize(copy.deepcopy(transformer), method=guide["Cosine"](), weights=None)
 
     def rule(query, key, value, grid, own, bias=None):
@@ -76,11 +77,10 @@ def test_the_guides_method(family, transformer):
             scores[..., : bias.shape[-1]] += bias
         return scores.softmax(-1) @ value
 
-    expected = run(put_rule(transformer, (7, 7), ours, lambda method, number: rule), call)
+    expected = run(put_rule(transformer, grid, ours, lambda method, number: rule), call)
     torch.testing.assert_close(run(ours, call), expected, atol=1e-5, rtol=0)
     if padding:
-        mask = next(name for name, x in call.items() if "mask" in name and x is not None)
-        assert (run(ours, {**call, mask: None}) - expected).abs().max() > 1e-4
+        assert (run(ours, {**call, family.padding_mask(call): None}) - expected).abs().max() > 1e-4
     assert clear.cost(ours, 112, 112).ratio == pytest.approx(1)
 
 
@@ -141,6 +141,7 @@ def test_the_numbers_of_the_readme():
         "FLUX.1": "FluxTransformer2DModel",
         "FLUX.2, FLUX.2 klein": "Flux2Transformer2DModel",
         "Qwen-Image": "QwenImageTransformer2DModel",
+        "Qwen-Image 2.1": "QwenImage21Transformer2DModel",
         "Chroma": "ChromaTransformer2DModel",
         "FLUX.3": "Flux3Transformer2DModel",
         "Krea 2": "Krea2Transformer2DModel",

@@ -96,7 +96,7 @@ def test_whole_models(family):
     grid = family.grid(7, 9)
     call = tree_map(
         lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x,
-        {name: x for name, x in family.call(transformer, grid).items() if "mask" not in name},
+        family.call_without_mask(transformer, grid),
     )
     image = call.pop(family.image)
     tangent = tree_map(torch.randn_like, image)

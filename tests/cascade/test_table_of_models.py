@@ -60,6 +60,7 @@ ROWS = {
     "FLUX.2, FLUX.2 klein": of("flux2", dummy_pipelines.flux2, (0, 37)),
     "FLUX.3": of("flux3", lambda: dummy_pipelines.flux3(text_blocks=["text_encoder"])),
     "Qwen-Image": of("qwen", lambda: dummy_pipelines.qwen(QwenImagePipeline)),
+    "Qwen-Image 2.1": of("qwen21"),
     "Chroma": of("chroma", lambda: dummy_pipelines.chroma(dummy_pipelines.diffusers.ChromaPipeline)),
     "Krea 2": of("krea2", dummy_pipelines.krea2),
     "Z-Image": of("z_image", dummy_pipelines.z_image),

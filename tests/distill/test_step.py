@@ -64,7 +64,7 @@ def trained_layers(transformer):
 
 
 def batch_for(transformer):
-    batch = training_batch(transformer, (7, 10))
+    batch = training_batch(transformer, (7, 12))
     rng = torch.Generator().manual_seed(4)
     return batch, torch.randn(batch.latents.shape, generator=rng), torch.tensor([0.3, 0.8])
 
@@ -179,7 +179,7 @@ def test_the_losses_of_a_step(family):
     def predict(role):
         with torch.no_grad():
             output = transformer(**as_role(role, transformer, call, outputs[role]), return_dict=False)[0]
-        return training.prediction(output)
+        return training.prediction(output, call)
 
     student, teacher = predict(STUDENT), predict(TEACHER)
     target = training.pack(noise) - training.pack(batch.latents)

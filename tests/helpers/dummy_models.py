@@ -117,6 +117,15 @@ Z_IMAGE_CONFIG = {
     "axes_dims": (4, 6, 6),
     "axes_lens": (256, 64, 64),
 }
+QWEN21_CONFIG = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "context_in_dim": 12,
+    "axes_dims_rope": (4, 6, 6),
+}
 
 
 def flux_transformer(guidance=False, **changes):
@@ -378,6 +387,34 @@ def z_image_call(transformer, grid, text=7, batch=1, seed=0, controlnet=False, p
         tokens = sum(32 * -(-each // 32) for each in (grid[0] * grid[1], max(lengths)))
         call["controlnet_block_samples"] = {layer: random(batch, tokens, config.dim) for layer in (0, 1)}
     return call
+
+
+def qwen21_transformer(**changes):
+    """Return a random Qwen-Image 2.1 of three blocks, 2 heads of 16."""
+    torch.manual_seed(1)
+    return randomize(diffusers.QwenImage21Transformer2DModel(**{**QWEN21_CONFIG, **changes}).eval())
+
+
+def qwen21_call(transformer, grid, *conditions, text=7, batch=1, seed=0, padded=(), dtype=torch.bool, controlnet=False):
+    """Return random arguments of a forward call, with condition images between text tokens.
+
+    `padded` is the number of padding tokens of each text. Columns are rounded up to a multiple of four.
+    """
+    random, config = _random(seed), transformer.config
+    shapes = [(1, height, width + -width % 4) for height, width in (*conditions, grid)]
+    *before, target = (height * width for _, height, width in shapes)
+    # A token of text before each condition image, and the others after them.
+    slots = [[False, *[True] * (tokens // 4)] for tokens in before]
+    slots = [slot for each in slots for slot in each] + [False] * max(1, text - len(before))
+    attended = torch.arange(len(slots)) < len(slots) - torch.tensor(padded or [0] * batch)[:, None]
+    return {
+        "hidden_states": random(batch, sum(before) + target, config.in_channels),
+        "encoder_hidden_states": random(batch, len(slots), config.context_in_dim),
+        "timestep": torch.full((batch,), 0.7),
+        "img_shapes": [shapes] * batch,
+        "img_mask": torch.tensor([slots + [True] * (target // 4)] * batch),
+        "encoder_hidden_states_mask": attended.to(dtype) if padded else None,
+    }
 
 
 @functools.cache

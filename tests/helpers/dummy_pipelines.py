@@ -1,5 +1,7 @@
 """Small random pipelines of FLUX.2, Qwen-Image and Chroma, and embedded text for the first two."""
 
+from unittest import mock
+
 import diffusers
 import torch
 from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
@@ -185,3 +187,63 @@ def z_image_captions(batch=2):
     lengths = {"prompt_embeds": (9, 40), "negative_prompt_embeds": (33, 5)}
     captions = {name: [torch.randn(n, 12, generator=rng) for n in each[:batch]] for name, each in lengths.items()}
     return {**captions, "guidance_scale": 3.0}
+
+
+class UnusedProcessor:
+    """A processor that encodes no prompts; its pipeline reads a template and a token from it."""
+
+    def __init__(self):
+        self.tokenizer = self
+
+    def apply_chat_template(self, *_, **__):
+        return [[0]]
+
+    def encode(self, _):
+        return [1]
+
+
+def qwen21(**settings):
+    """Return a Qwen-Image 2.1 pipeline with tokens of 16 x 16 pixels. Call it with `qwen21_text`."""
+    torch.manual_seed(2)
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.0, 1.2],
+    ).eval()
+    return _quiet(
+        diffusers.QwenImage21Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=unused_text_encoder(),
+            processor=UnusedProcessor(),
+            transformer=dummy_models.qwen21_transformer(),
+            **settings,
+        )
+    )
+
+
+def qwen21_text(batch=1):
+    """Return random prompts for a call; the last prompt has four tokens of padding."""
+    text = qwen_text(batch, padded=4)
+    return {name: x.bool() if "mask" in name else x for name, x in text.items()}
+
+
+def qwen21_encoder(tokens):
+    """Return a context manager in which the pipeline of Qwen-Image 2.1 encodes prompts as random text.
+
+    `tokens` are the latent tokens of each condition image, between text tokens.
+    """
+
+    def encode(pipe, prompt, image=None, device=None):
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        slots = [False] + [slot for each in tokens for slot in [*[True] * (each // 4), False]] + [False] * 3
+        rng = torch.Generator().manual_seed(len(prompts[0]))
+        text = torch.randn(len(prompts), len(slots), 12, generator=rng).to(pipe.transformer.dtype)
+        mask = torch.ones(text.shape[:2], dtype=torch.long)
+        return text, mask, torch.tensor([slots] * len(prompts))
+
+    return mock.patch.object(diffusers.QwenImage21Pipeline, "_get_qwen_prompt_embeds", encode)

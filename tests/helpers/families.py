@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from clear_attn.models._diffusers import diffusers_version
 from tests.helpers import dummy_models
 
+PADDING_MASKS = "encoder_hidden_states_mask", "encoder_attention_mask", "attention_mask"
+
 
 class Family(NamedTuple):
     """How to make a small model, its variants and calls, and what the model supports.
@@ -24,6 +26,7 @@ class Family(NamedTuple):
         text_tokens: the default length of the text; 0 for a model without text.
         most_grids: the most images in one sequence: the image and its references.
         square: whether images must be square.
+        columns: the number of which an image's columns of tokens must be a multiple.
         residuals: whether a call takes the residuals of a ControlNet.
         padding: whether a call takes a mask for padded text; `call` then takes `padded`, a length per text.
         fused: whether its layers can fuse their projections.
@@ -45,6 +48,7 @@ class Family(NamedTuple):
     text_tokens: int = 512
     most_grids: int = 1
     square: bool = False
+    columns: int = 1
     residuals: bool = False
     padding: bool = False
     fused: bool = True
@@ -67,12 +71,17 @@ class Family(NamedTuple):
         return {**call, self.image: tree_map(lambda x: x[:, :0], call[self.image])}
 
     def grid(self, height, width):
-        """Return a grid of this size, or the square one of this height if images must be square."""
-        return (height, height) if self.square else (height, width)
+        """Return a grid of this size: square if images must be, with as many more columns as they must have."""
+        return (height, height) if self.square else (height, width + -width % self.columns)
 
     def call_without_mask(self, *args, **kwargs):
         """Make a call without a mask for padded text."""
-        return {name: value for name, value in self.call(*args, **kwargs).items() if "mask" not in name}
+        call = self.call(*args, **kwargs)
+        return {name: value for name, value in call.items() if name not in PADDING_MASKS}
+
+    def padding_mask(self, call):
+        """Return the name of the mask for padded text in a call that has one."""
+        return next(name for name in PADDING_MASKS if call.get(name) is not None)
 
 
 FLUX = Family(
@@ -172,6 +181,17 @@ Z_IMAGE = Family(
     image="x",
     blocks="layers",
 )
+QWEN21 = Family(
+    dummy_models.qwen21_transformer,
+    [{}, {"causal_condition": False}],
+    dummy_models.qwen21_call,
+    layers=3,
+    columns=4,
+    padding=True,
+    fused=False,
+    training=True,
+    first_version=(0, 42),
+)
 ALL = {
     "flux": FLUX,
     "sd3": SD3,
@@ -182,6 +202,7 @@ ALL = {
     "krea2": KREA2,
     "flux3": FLUX3,
     "z_image": Z_IMAGE,
+    "qwen21": QWEN21,
 }
 FAMILIES = {name: family for name, family in ALL.items() if family.first_version <= diffusers_version()}
 # Text first and text last, reference images, two-dimensional latents: enough if the model makes no difference.

@@ -144,6 +144,19 @@ MODULAR = {
         },
         encodes_text=False,
     ),
+    "Qwen-Image 2.1": Modular(
+        "QwenImage21ModularPipeline",
+        dummy_pipelines.qwen21,
+        lambda: {
+            "height": 16 * rows.QWEN21_GRID[0],
+            "width": 16 * rows.QWEN21_GRID[1],
+            **_of(dummy_pipelines.qwen21_text(), QWEN_TEXT),
+            "image_pad_mask": torch.zeros(1, 9, dtype=torch.bool),
+            "negative_image_pad_mask": torch.zeros(1, 5, dtype=torch.bool),
+        },
+        (rows.QWEN21_GRID,),
+        encodes_text=False,
+    ),
     "Z-Image": Modular(
         "ZImageModularPipeline",
         dummy_pipelines.z_image,

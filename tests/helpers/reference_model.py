@@ -1,6 +1,7 @@
 """The original model in raster order, with the rule as a mask in the attention of each layer, for comparison."""
 
 import copy
+import functools
 import inspect
 import itertools
 from collections import defaultdict
@@ -65,11 +66,23 @@ class RasterProcessor(torch.nn.Module):
         output = output.roll(-shift, 2).to(query.dtype)
         return output if self.heads_first else output.transpose(1, 2)
 
-    def __call__(self, *args, **kwargs):
+    def attend_last(self, keys, query, key, value, attn_mask=None, **kwargs):
+        """Attend from the last tokens alone, if they attend to this number of keys; others keep their attention."""
+        before = key.shape[1] - query.shape[1]
+        if key.shape[1] < keys:
+            return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **kwargs)
+        whole = torch.nn.functional.pad(query, (0, 0, 0, 0, before, 0))
+        return self.attend(whole, key, value, attn_mask)[:, before:]
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
         if not RasterProcessor.in_use:
-            return self.original(*args, **kwargs)
-        with mock.patch(self.called, self.attend):
-            return self.original(*args, **kwargs)
+            return self.original(attn, hidden_states, *args, **kwargs)
+        attend = self.attend
+        if "segments" in kwargs:
+            cached = kwargs["layer_cache"].get()[0].shape[1] if kwargs["segments"] is None else 0
+            attend = functools.partial(self.attend_last, cached + hidden_states.shape[1])
+        with mock.patch(self.called, attend):
+            return self.original(attn, hidden_states, *args, **kwargs)
 
 
 def put_in_raster_order(transformer, grids, config, weight=None):

@@ -11,7 +11,7 @@ from clear_attn import demo
 from clear_attn.demo.scenes import draw, training_scenes
 from clear_attn.distill import Settings
 from clear_attn.distill.step import Batch
-from clear_attn.models import training_adapter_for
+from clear_attn.models import adapter_for, training_adapter_for
 from clear_attn.weights.metadata import WEIGHTS_FILE
 
 
@@ -56,14 +56,15 @@ def weights_of(settings):
 
 def text_dim_of(config):
     """The channels of text before a model's own projection."""
-    return next(config[name] for name in ("joint_attention_dim", "cap_feat_dim") if name in config)
+    return next(config[name] for name in ("joint_attention_dim", "cap_feat_dim", "context_in_dim") if name in config)
 
 
 def training_batch(transformer, grid, batch=2, seed=3):
     """Return random latents of a grid of tokens, and random texts; the last has two tokens of padding."""
     rng = torch.Generator().manual_seed(seed)
-    config, packed = transformer.config, training_adapter_for(transformer).pack(torch.zeros(1, 1, 2, 2)).ndim == 3
-    channels = config.in_channels // (4 if packed else 1)
+    config, side = transformer.config, adapter_for(transformer).latents_per_token(transformer)
+    packed = training_adapter_for(transformer).pack(torch.zeros(1, 1, 2, 2)).ndim == 3
+    channels = config.in_channels // (side**2 if packed else 1)
     krea2 = "num_text_layers" in config
     shape = (config.num_text_layers, config.text_hidden_dim) if krea2 else (text_dim_of(config),)
     text = {"text": torch.randn(batch, 5, *shape, generator=rng)}
@@ -72,4 +73,4 @@ def training_batch(transformer, grid, batch=2, seed=3):
     else:
         text["mask"] = torch.ones(batch, 5)
         text["mask"][-1, 3:] = 0
-    return Batch(torch.randn(batch, channels, 2 * grid[0], 2 * grid[1], generator=rng), text)
+    return Batch(torch.randn(batch, channels, side * grid[0], side * grid[1], generator=rng), text)

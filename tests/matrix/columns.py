@@ -98,9 +98,11 @@ NO_CACHE = {
     **{f"FLUX {kind}": "No cache context is set" for kind in CACHELESS},
     "Chroma": "No cache context is set",
 }
-NO_FIRST_BLOCK_CACHE = {**NO_CACHE, "FLUX.2": "unsupported operand type", "Chroma": "Block'> not registered"}
+NOT_REGISTERED = dict.fromkeys(("Chroma", "Qwen-Image 2.1"), "Block'> not registered")
+NO_FIRST_BLOCK_CACHE = {**NO_CACHE, "FLUX.2": "unsupported operand type", **NOT_REGISTERED}
 # It mixes the two calls of guidance, and Qwen-Image does not pad their texts to one length.
-NO_BROADCAST = {**NO_ENABLE_CACHE, "Qwen-Image": "must match the size of tensor"}
+UNPADDED = "Qwen-Image", "Qwen-Image 2.1 text-to-image", "Qwen-Image 2.1 without a cache of keys"
+NO_BROADCAST = {**NO_ENABLE_CACHE, **dict.fromkeys(UNPADDED, "must match the size of tensor")}
 STEPS = {"num_inference_steps": 5, "strength": None}
 
 

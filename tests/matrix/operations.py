@@ -48,6 +48,7 @@ ADAPTED = (
     "to_qkv_mlp_proj",
     "img_mlp.net.2",
     "attention.to_q",
+    "img_mlp.out",
 )
 
 
@@ -243,7 +244,7 @@ def load_again_before(quantize: Operation) -> Operation:
 def save_and_load(pipe: Any, cell: Cell) -> Any:
     linearized = clear.is_linearized(pipe)
     pipe.save_pretrained(cell.folder / "whole")
-    absent = {name: None for name, part in pipe.components.items() if part is None}
+    absent = {name: part for name, part in pipe.components.items() if not hasattr(part, "save_pretrained")}
     loaded = type(pipe).from_pretrained(cell.folder / "whole", **absent)
     cell.row.set_up(loaded)
     if linearized:

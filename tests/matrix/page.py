@@ -35,8 +35,8 @@ pipelines that this diffusers has; the kernels are left out, because they need T
 - Before diffusers 0.40, the keyword for the dtype is `torch_dtype=`. A pipeline ignores `dtype=` there, with a line in
   the log, and is loaded in float32. A model raises a `TypeError`.
 - Qwen-Image needs diffusers 0.39, and is refused with earlier ones.
-- `Flux2KleinPipeline` and `ChromaInpaintPipeline` came with 0.37, Krea 2 with 0.39, FLUX.3 with 0.42. Z-Image needs
-  0.42, and is refused with earlier ones.
+- `Flux2KleinPipeline` and `ChromaInpaintPipeline` came with 0.37, Krea 2 with 0.39, FLUX.3 and Qwen-Image 2.1 with
+  0.42. Z-Image needs 0.42, and is refused with earlier ones.
 - In diffusers 0.36 every FLUX.2 embeds a guidance scale, and its reentrant gradient checkpointing fails, in the dense
   model too.
 - SeaCache came with 0.41. Modular pipelines are tested with 0.42.
@@ -88,7 +88,9 @@ def tables() -> dict[str, str]:
     numbers, parts = notes(), {}
     for family, rows in itertools.groupby(ROWS.items(), lambda item: item[1].family):
         kinds = dict(rows)
-        lines = [["", *(name.removeprefix(f"{family.removesuffix('.1')} ") for name in kinds)]]
+        lines = [
+            ["", *(name.removeprefix(f"{family} ").removeprefix(f"{family.removesuffix('.1')} ") for name in kinds)]
+        ]
         lines.append(["---"] * len(lines[0]))
         lines += [[name, *(cell_text(row, column, numbers) for row in kinds)] for name, column in COLUMNS.items()]
         parts[family] = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

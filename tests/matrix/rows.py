@@ -31,6 +31,8 @@ REFERENCE = 56, 64  # pixels of a reference image
 FLUX2_REFERENCE = 64, 80
 FLUX3_REFERENCE = 12, 16  # in tokens
 EDITED = 96, 128  # pixels of the reference image of Qwen-Image, which rounds to 32
+QWEN21_GRID = 8, 12
+QWEN21_CONDITIONS = 4 * 4, 4 * 4  # tokens of condition images, which are resized to an area of 64 x 64 pixels
 IP_TOKENS, IP_DIM = 4, 20
 
 
@@ -221,6 +223,18 @@ def _small_references() -> AbstractContextManager[Any]:
     return mock.patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", math.prod(EDITED))
 
 
+def _qwen21_call(pipe: Any, **others: Any) -> dict[str, Any]:
+    # Its pipeline takes no length of texts, and multiples of 32 pixels.
+    sizes = {"height": 16 * QWEN21_GRID[0], "width": 16 * QWEN21_GRID[1], "max_sequence_length": None}
+    return {**_embedded(pipe, dummy_pipelines.qwen21_text(batch=2), 16), **sizes, **others}
+
+
+def _qwen21_edit(pipe: Any) -> dict[str, Any]:
+    edited = {"image": [random_image(), random_image(48, 48)], "output_resolution": 64, "true_cfg_scale": 3.0}
+    text = dict.fromkeys(dummy_pipelines.qwen21_text()) | {"prompt": "red", "negative_prompt": "blue ground"}
+    return _qwen21_call(pipe, **{**text, **edited})
+
+
 GUIDED = {"negative_prompt": "blue", "guidance_scale": 4.0}
 SKIPPING = {"skip_guidance_layers": [0, 2], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
 
@@ -319,6 +333,24 @@ ROWS = {
         dummy_pipelines.krea2,
         lambda pipe: _embedded(pipe, dummy_pipelines.krea2_text(batch=2), 16),
         keywords="attention_kwargs",
+    ),
+    "Qwen-Image 2.1 text-to-image": Row(
+        "Qwen-Image 2.1", dummy_pipelines.qwen21, _qwen21_call, (QWEN21_GRID,), keywords="attention_kwargs"
+    ),
+    "Qwen-Image 2.1 without a cache of keys": Row(
+        "Qwen-Image 2.1",
+        dummy_pipelines.qwen21,
+        lambda pipe: _qwen21_call(pipe, use_kv_cache=False),
+        (QWEN21_GRID,),
+        keywords="attention_kwargs",
+    ),
+    "Qwen-Image 2.1 condition images": Row(
+        "Qwen-Image 2.1",
+        dummy_pipelines.qwen21,
+        _qwen21_edit,
+        (QWEN21_GRID,),
+        keywords="attention_kwargs",
+        around=lambda: dummy_pipelines.qwen21_encoder(QWEN21_CONDITIONS),
     ),
     "Z-Image text-to-image": Row("Z-Image", dummy_pipelines.z_image, _z_image_call),
     "Z-Image image-to-image": Row(

@@ -229,18 +229,17 @@ MASKS = {"added": torch.float32, "boolean": torch.bool}
 @pytest.mark.parametrize("dtype", MASKS.values(), ids=MASKS)
 def test_padded_text(family, method, dtype):
     """Equals the rule with the original model's own mask, or the method refuses padded text."""
-    original = family.transformer()
-    call = family.call(original, GRID, batch=2, padded=(1, 3), dtype=dtype)
+    original, grid = family.transformer(), family.grid(*GRID)
+    call = family.call(original, grid, batch=2, padded=(1, 3), dtype=dtype)
     ours = perturb(clear.linearize(copy.deepcopy(original), method=method, weights=None))
     if not method.supports_bias:
         with pytest.raises(RuntimeError, match="LiT does not support padded text"):
             run(ours, call)
         return
     output = run(ours, call)
-    expected = run(put_rule(copy.deepcopy(original), GRID, ours), call)
+    expected = run(put_rule(copy.deepcopy(original), grid, ours), call)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
-    mask = next(name for name, x in call.items() if "mask" in name and x is not None)
-    assert (run(ours, {**call, mask: None}) - output).abs().max() > 1e-4
+    assert (run(ours, {**call, family.padding_mask(call): None}) - output).abs().max() > 1e-4
 
 
 @each_method

@@ -221,8 +221,9 @@ def test_training_uses_the_pipelines_prediction():
     options = {"height": 72, "width": 96, "num_inference_steps": 1, "output_type": "latent"}
     pipe(prompt_embeds=captions, guidance_scale=0, latents=noisy, **options)
     with torch.no_grad():
-        output = pipe.transformer(**training.training_call(noisy, sigma, text, None), return_dict=False)[0]
-    torch.testing.assert_close(training.prediction(output), velocities[0], atol=1e-5, rtol=0)
+        call = training.training_call(noisy, sigma, text, None)
+        output = pipe.transformer(**call, return_dict=False)[0]
+    torch.testing.assert_close(training.prediction(output, call), velocities[0], atol=1e-5, rtol=0)
 
 
 def test_its_adapter_names_it():

@@ -138,6 +138,7 @@ SLOW_CHECKS = {
     1: ["equal"],
     2: [
         "equal_in_all_families",
+        "equal_with_cached_keys",
         *(["equal_with_flex"] if "flex" in hardware.BACKENDS else []),
         "compiled",
         "pipelines",

@@ -66,7 +66,7 @@ def distillation_losses(
         # Each role gets new tensors, because the entry hook caches position ids by tensor.
         outputs = Outputs(matched)
         call = training.training_call(noisy, sigma, batch.text, guidance, keywords(role, outputs))
-        return training.prediction(transformer(**call, return_dict=False)[0]), outputs.by_layer
+        return training.prediction(transformer(**call, return_dict=False)[0], call), outputs.by_layer
 
     with torch.no_grad():
         teacher, teacher_outputs = predict(TEACHER)

@@ -15,6 +15,7 @@ from clear_attn.models.flux3 import Flux3
 from clear_attn.models.image_to_image import HighresPipelines
 from clear_attn.models.krea2 import Krea2
 from clear_attn.models.qwen_image import QwenControlNet, QwenImage
+from clear_attn.models.qwen_image21 import QwenImage21
 from clear_attn.models.sd3 import SD3
 from clear_attn.models.training import TrainingAdapter
 from clear_attn.models.z_image import ZImage
@@ -29,6 +30,7 @@ ADAPTERS: list[ModelAdapter] = [
     Krea2(),
     Flux3(),
     ZImage(),
+    QwenImage21(),
     FluxControlNet(),
     QwenControlNet(),
     SD3ControlNet(),

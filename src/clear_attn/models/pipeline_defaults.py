@@ -13,6 +13,7 @@ from clear_attn.models.class_names import is_instance
 # The side of images, in pixels, where a pipeline does not say it.
 DEFAULT_SIDE = 1024
 
+
 def pixels_per_token(pipe: Any, transformer: Any, adapter: Any) -> int:
     """Return the side of an image token in pixels."""
     scale = getattr(pipe, "vae_scale_factor", None) or adapter.vae_scale_factor

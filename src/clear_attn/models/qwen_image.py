@@ -136,7 +136,7 @@ class QwenImage(ModelAdapter):
 
     def parse_call(self, transformer: Any, kwargs: Mapping[str, Any]) -> Call:
         hidden_states, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
-        grids = _grids(_shapes(kwargs.get("img_shapes")))
+        grids = _grids(shapes_of(kwargs.get("img_shapes")))
         tokens = sum(height * width for height, width in grids)
         if hidden_states.shape[1] != tokens:
             raise ValueError(
@@ -191,7 +191,7 @@ def _embedding_of(cls: Any, theta: float, axes_dim: tuple[int, ...], scale_rope:
     return cls(theta, list(axes_dim), scale_rope)
 
 
-def _shapes(img_shapes: Any) -> Sequence[Shape]:
+def shapes_of(img_shapes: Any) -> Sequence[Shape]:
     """Return the shapes of one sequence's images; a batch has a list of shapes, or one shape, per sequence."""
     if not img_shapes:
         raise ValueError(
@@ -217,7 +217,7 @@ def join_positions(embedding: Any, args: tuple[Any, ...], output: tuple[Tensor, 
     The image's part is put into tile order.
     """
     image, text = output
-    grids = _grids(_shapes(args[0]))
+    grids = _grids(shapes_of(args[0]))
     starts = itertools.accumulate(map(math.prod, grids), initial=0)
     permutation = torch.cat(
         [start + grid_permutation(grid, image.device) for start, grid in zip(starts, grids, strict=False)]

@@ -78,10 +78,10 @@ class TrainingAdapter(abc.ABC):
         patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
         return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def prediction(self, output: Any) -> Tensor:
+    def prediction(self, output: Any, call: Mapping[str, Any]) -> Tensor:
         """Return the predicted velocity, noise minus image, in the shape of `pack`, from what the transformer returns.
 
-        `output` is the first value that it returns with `return_dict=False`.
+        `output` is the first value that it returns with `return_dict=False`, for a call of `training_call`.
         """
         velocity: Tensor = output
         return velocity

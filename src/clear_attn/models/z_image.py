@@ -57,7 +57,7 @@ class ZImageTraining(TrainingAdapter):
     def pack(self, latents: Tensor) -> Tensor:
         return latents
 
-    def prediction(self, output: Any) -> Tensor:
+    def prediction(self, output: Any, call: Mapping[str, Any]) -> Tensor:
         return -torch.stack(output)[:, :, 0]
 
     def training_call(

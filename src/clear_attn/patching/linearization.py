@@ -98,8 +98,8 @@ def linearize(
     replaces the earlier settings, as if `restore` came first; a pipeline that is split over ranks stays split.
 
     Args:
-        pipe: a diffusers pipeline, modular or not, or a transformer: FLUX.1, FLUX.2, FLUX.3, Qwen-Image, Chroma,
-            Krea 2, Z-Image, Stable Diffusion 3 or 3.5, DiT, or a variant of them.
+        pipe: a diffusers pipeline, modular or not, or a transformer: FLUX.1, FLUX.2, FLUX.3, Qwen-Image,
+            Qwen-Image 2.1, Chroma, Krea 2, Z-Image, Stable Diffusion 3 or 3.5, DiT, or a variant of them.
         window (`int`, *optional*, defaults to what the weights were distilled for, else 16): radius in tokens of
             the disc of image keys to which an image query attends. A token is 16 x 16 pixels, 8 x 8 in the small FLUX.
         down_factor (`int`, *optional*, defaults to what the weights were distilled for, else 1): side in tokens

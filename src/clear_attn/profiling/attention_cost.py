@@ -57,8 +57,8 @@ def cost(
         method (`Method`, *optional*): defaults to that of a linearized pipeline, else CLEAR.
         schedule (`Schedule`, *optional*): defaults to that of a linearized pipeline, else none.
         text_tokens (`int`, *optional*): length of the text sequence. Defaults to that of the model's pipelines: 512
-            for FLUX, Chroma, Krea 2, and Qwen-Image and Z-Image (their maximum), 333 for SD3, 80 for FLUX.3; or what
-            the tokenizer takes if less.
+            for FLUX, Chroma, Krea 2, Qwen-Image 2.1, and Qwen-Image and Z-Image (their maximum), 333 for SD3, 80 for
+            FLUX.3; or what the tokenizer takes if less.
         batch (`int`, defaults to 1): images in one forward pass.
         steps (`int`, *optional*): the number of steps of a run. Their sigmas are those that the pipeline gives its
             scheduler at this size, its dynamic shift included. A step is one forward pass; guidance that needs two is
@@ -183,6 +183,7 @@ def _count(
         padding_tokens=padding,
         windows_by_sigma=schedule.windows_by_sigma,
         run=run,
+        text_attends_to_image=adapter.text_queries,
     )
 
 

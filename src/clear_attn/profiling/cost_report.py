@@ -78,6 +78,7 @@ class Cost:
             below all sigmas.
         controlnets: for each ControlNet of the pipeline, the FLOPs of its attention, dense and with its own method. The
             other numbers do not include them.
+        text_attends_to_image (`bool`): whether text queries attend to all keys; else only to earlier text.
         memory (`Memory`, *optional*): the memory of weights, a forward pass and decoding.
         run (tuple of `Phase`): the steps of a run, by method; empty if `cost` was given neither steps nor sigmas.
 
@@ -104,6 +105,7 @@ class Cost:
     uncounted_controlnets: int = 0
     windows_by_sigma: tuple[tuple[float, int], ...] = ()
     run: tuple[Phase, ...] = ()
+    text_attends_to_image: bool = True
 
     @classmethod
     def of_layer(
@@ -138,7 +140,10 @@ class Cost:
     def layer_work(self, method: Method, has_text: bool = True) -> dict[str, int]:
         """Return the FLOPs of one layer with a method for one image, by kind."""
         text = self.padding_tokens + (self.text_tokens if has_text else 0)
-        of_text = {"text queries, all keys": self.flops(text * (text + self.image_tokens))}
+        if self.text_attends_to_image:
+            of_text = {"text queries, all keys": self.flops(text * (text + self.image_tokens))}
+        else:
+            of_text = {"text queries, earlier text keys": self.flops(text * (text + 1) // 2)}
         return {**of_text, **method.flops((self.height, self.width), text, self.heads, self.head_dim)}
 
     def own_layer_work(self) -> dict[str, float]:
