@@ -323,6 +323,7 @@ class TestResult:
         with pytest.warns(UserWarning, match="could not be written") as warned:
             (written,) = result.save(tmp_path / "gone" / "out.png")
         assert len(warned) == 2
+        assert not any(".unfinished-" in str(each.message) for each in warned)
         assert same(Image.open(written), result.image)
 
     def test_an_unfinished_result_is_saved_image_by_image(self, tmp_path):

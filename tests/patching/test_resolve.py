@@ -56,7 +56,7 @@ def test_a_pipeline_saved_whole_keeps_its_method():
 
 
 @pytest.mark.parametrize(
-    ("weights", "words"), [("w.safetensors", "'w.safetensors', which it had"), (None, "None, which")]
+    ("weights", "words"), [("w.safetensors", "weights='w.safetensors', which it had"), (None, "weights=None, which")]
 )
 def test_lost_parameters_name_the_weights(weights, words):
     assert words in str(parameters_lost({"weights": weights}))

@@ -103,6 +103,8 @@ def test_prints_in_a_terminal_and_in_a_notebook(flux_dev):
         "all 57 layers",
         "Unchanged: text queries",
         "attention to the pooled keys",
+        ", backend flex only)",
+        "clear_attn.cost(pipe, ...) of a loaded one counts them",
     ):
         assert words in text
         assert words in page

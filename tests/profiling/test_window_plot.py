@@ -57,5 +57,5 @@ def test_refuses(arguments, error, words):
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'clear-attn\[plot\]'"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         clear.plot_window(8, 8, 3)

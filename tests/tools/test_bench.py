@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 from clear_attn.backends.selection import BACKENDS, flex
 from clear_attn.methods import Clear
 from clear_attn.profiling.cost_report import Cost
-from clear_attn.tools.bench import measure, raster, runner
+from clear_attn.tools.bench import bench_command, measure, raster, runner
 from clear_attn.tools.bench import model_level as model
 from clear_attn.tools.bench.case import Case
 from clear_attn.tools.bench.measure import Subject
@@ -88,6 +90,7 @@ def test_one_step_of_a_model(bench):
     assert rows[1]["visible_flops"] == 57 * Cost.of_layer((8, 9), 9, 1, 64, Clear(3)).step_flops
     assert rows[2]["visible_flops"] == 0
     assert "scaled from 3 of 57 blocks" in result.output
+    assert "\nbound: a step in which attention takes no time, the most that any attention can save.\n" in result.output
 
 
 def test_nothing_is_left_to_time(bench):
@@ -124,7 +127,7 @@ def test_plot(bench, tmp_path, suffix):
         assert "<svg" in path.read_text()
 
 
-def test_an_interrupt_keeps_the_rows_so_far(bench, monkeypatch):
+def test_an_interrupt_keeps_the_rows_so_far(bench, monkeypatch, tmp_path):
     measure_case = runner._measure_with_matmul
 
     def interrupted(subjects, case, runs):
@@ -138,6 +141,21 @@ def test_an_interrupt_keeps_the_rows_so_far(bench, monkeypatch):
     assert [row["width"] for row in rows] == [11]
     assert result.stderr.endswith("rows.json has 1 row\n")
     assert "Interrupted; " in result.stderr
+    chart = tmp_path / "times.png"
+    result, _ = bench(*options, "--plot", str(chart), "--overwrite", expected=130)
+    assert result.stderr.endswith(f"rows.json and {chart} have 1 row\n")
+
+
+def test_a_full_disk_ends_no_measurement(bench, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(bench_command, "atomic_text", full)
+    options = ["--grid", "9x11", "--grid", "9x13", "--window", "4", "--variant", "dense"]
+    result, _ = bench(*options, expected=2)
+    assert "rows.json could not be written (No space left on device)\n" in result.stderr
+    assert "Error: Invalid value: [Errno 28] No space left on device: " in result.stderr
+    assert "9 x 13 tokens" in result.stdout
 
 
 def test_a_size_in_pixels_and_a_window_that_covers_it(bench):

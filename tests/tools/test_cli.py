@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import clear_attn as clear
+from clear_attn.methods import Clear
 from clear_attn.profiling import attention_cost
-from clear_attn.tools.bench import runner
+from clear_attn.tools import options
+from clear_attn.tools.bench import model_level, op_level, runner
 from clear_attn.tools.bench.bench_command import CASE_SETTINGS, bench
 from clear_attn.tools.bench.case import Case
 from clear_attn.tools.cli import app
@@ -26,6 +29,8 @@ from clear_attn.tools.generate_command import generate
 from clear_attn.tools.reporting import quiet_imports, spell_options
 
 SIZE = ("--height", 64, "--width", 64)
+DRAW = ("generate", "--output", "out.png", *SIZE, "--prompt", "a")
+DRAW_LARGE = (*DRAW, "--model", "demo", "--height", 256, "--width", 256)
 HEAVY = ("torch", "diffusers", "transformers", "matplotlib", "torchmetrics")
 
 
@@ -86,7 +91,8 @@ def test_what_libraries_log_after_an_import_is_printed(caplog):
     ("message", "spelled"),
     [
         ("weights='auto' needs window=2.", "--weights auto needs --window 2."),
-        ("give weights=None, or weights= a folder", "give --weights none, or weights= a folder"),
+        ("give weights=None, or weights= a folder", "give --weights none, or --weights a folder"),
+        ("leave window= out; download=True downloads it", "leave --window out; --download downloads it"),
         (
             "linearize(pipe, window=8); my_window=3; a window of 3",
             "linearize(pipe, window=8); my_window=3; a window of 3",
@@ -98,12 +104,13 @@ def test_what_libraries_log_after_an_import_is_printed(caplog):
     ],
 )
 def test_messages_name_options(message, spelled):
-    names = {name: f"--{name}" for name in ("weights", "window")}
+    names = {name: f"--{name}" for name in ("weights", "window", "download")}
     assert spell_options(message, {**names, "text_tokens": "--text-tokens", "json_file": "--json"}) == spelled
 
 
 COMMANDS = typer.main.get_command(app).commands
 OPTIONS = [(name, option) for name, command in COMMANDS.items() for option in command.params]
+OPTION_OF = {(command, option.name): option for command, option in OPTIONS}
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=[f"{name} {option.opts[0]}" for name, option in OPTIONS])
@@ -144,6 +151,19 @@ def test_warnings_are_one_line(arguments):
     assert run(*arguments).stderr == message
 
 
+@pytest.mark.parametrize(("given", "passed"), [("none", None), ("None", None), ("NONE", None), ("auto", "auto")])
+def test_no_weights_in_any_case(given, passed):
+    assert options.none_or(given) == passed
+
+
+def test_the_demo_replaces_its_own_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clear_attn.demo.comparison.compare", lambda *args: f"drew {args[-1]}")
+    Path("clear-attn-demo.png").write_text("before")
+    result = run("demo")
+    assert (result.exit_code, result.stdout) == (0, "drew clear-attn-demo.png\n\nSaved clear-attn-demo.png\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "place"),
     [
@@ -170,7 +190,14 @@ def test_interrupts_say_what_is_kept(arguments, place, monkeypatch):
         (("cost", *SIZE, "--method", "Best"), "no attention method is named 'Best'"),
         (("bench", "--grid", "4x4", "--ranks", 3), "3 ranks are too many"),
         (("demo", "--window", 0), "--window"),
-        (("generate", "--model", "no/model", "--output", "out.png", *SIZE, "--prompt", "a"), "no/model"),
+        ((*DRAW, "--model", "no/model"), "Invalid value for '--model': diffusers cannot load 'no/model'"),
+        ((*DRAW, "--model", "./no"), "Invalid value for '--model': ./no does not exist; give a folder, a Hub id"),
+        ((*DRAW, "--model", "flux"), "Invalid value for '--model': flux does not exist; give a folder, a Hub id"),
+        ((*DRAW, "--model", "."), "Invalid value for '--model': diffusers cannot load '.' as a pipeline"),
+        ((*DRAW, "--model", "demo"), "is smaller than the model's own 128 px; ask for at least that, or, in Python, "),
+        ((*DRAW_LARGE, "--window", 16), "or --weights none to keep the model's own (training-free)"),
+        ((*DRAW_LARGE, "--weights", "no"), "a Hub id (owner/repo), or --weights none"),
+        ((*DRAW_LARGE, "--weights", "AUTO"), "did you mean --weights auto?"),
     ],
 )
 def test_errors_have_one_format(arguments, message, tmp_path, monkeypatch):
@@ -217,6 +244,16 @@ class TestOptionsFitTheLibrary:
         options, arguments = (inspect.signature(each).parameters for each in (evaluate_command, evaluate))
         shared = options.keys() & arguments.keys() - {"prompts", "output_dir"}
         assert {name: options[name].default for name in shared} == {name: arguments[name].default for name in shared}
+
+    def test_defaults_of_cost(self):
+        window, down_factor = (OPTION_OF["cost", name].show_default for name in ("window", "down_factor"))
+        assert Clear(int(window), int(down_factor)) == Clear()
+
+    def test_variants(self):
+        listed = re.search(r"A row of the table to time: (.*?)\. May", OPTION_OF["bench", "variant"].help)[1]
+        for_op, for_model = (re.split(r", | or ", part) for part in listed.split("; with --level model "))
+        assert for_op == [name for name in op_level.VARIANTS if name not in op_level.CANDIDATES]
+        assert for_model == list(model_level.VARIANTS)
 
     def test_metrics(self):
         help_text = run("eval", "--help").output

@@ -1,5 +1,6 @@
 """The evaluation of linearized weights: metrics compared with formulas, output files, errors."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -32,7 +33,7 @@ from typer.testing import CliRunner
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.tools.cli import app
-from clear_attn.tools.evaluate import Evaluation, evaluate
+from clear_attn.tools.evaluate import Evaluation, evaluate, evaluation
 from clear_attn.tools.evaluate.embeddings import Clip, Dino
 from clear_attn.tools.evaluate.evaluation import read_images
 from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
@@ -226,12 +227,12 @@ class TestOptionalDependencies:
         with pytest.raises(RuntimeError, match="metrics cannot be computed") as caught:
             make_metrics(None, Sources(PROMPTS, "no/clip", "no/dino", False))
         for reason in (
-            "psnr: torchmetrics is not installed: pip install 'clear-attn[eval]'",
-            "clip_i: no/clip is no folder and not in the cache",
+            "psnr: torchmetrics is not installed: pip install torchmetrics",
+            "clip_i: no/clip is no folder and not in the cache of the Hugging Face Hub; download=True downloads it",
             "dino: no/dino is no folder",
             "fid: it takes more images",
         ):
-            assert reason in str(caught.value)
+            assert f"\n  {reason}" in str(caught.value)
 
     def test_incomplete_weights(self, feature_models, tmp_path):
         model = Dinov2Model.from_pretrained(feature_models / "dinov2")
@@ -423,6 +424,20 @@ class TestEvaluate:
         assert not clear.is_linearized(pipe)
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_full_disk_at_the_end_loses_no_numbers(self, pipe, tmp_path, monkeypatch):
+        def full(path, *args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        monkeypatch.setattr(evaluation, "atomic_file", full)
+        call = {**CALL, "num_inference_steps": 1}
+        with pytest.warns(UserWarning, match=r"out/contact_sheet\.png could not be written \(No space left on device"):
+            evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=None, metrics=["psnr"], **call)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["eval.json"]
+        monkeypatch.setattr(evaluation, "atomic_text", full)
+        with pytest.warns(UserWarning, match="could not be written"):
+            found = evaluate(pipe, PROMPTS[:1], tmp_path / "other", weights=None, metrics=["psnr"], **call)
+        assert found.means["psnr"]["student"] > 0
+
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
@@ -437,7 +452,7 @@ class TestEvaluate:
             ({"metrics": ["psnr", "nice"]}, ValueError, "'nice' is not a metric; there is fid, lpips"),
             ({"metrics": ["psnr", "fid"]}, RuntimeError, "fid: it takes more images"),
             ({"metrics": []}, RuntimeError, "none was asked for"),
-            ({"metrics": ["lpips"]}, RuntimeError, "metrics cannot be computed: lpips: "),
+            ({"metrics": ["lpips"]}, RuntimeError, "metrics cannot be computed:\n  lpips: "),
             ({"metrics": ["clip_t"], "clip": "no/clip"}, RuntimeError, "no/clip is no folder and not in the cache"),
             ({"weights": "auto", "window": 5}, ValueError, "no weights are published for window=5, down_factor=1"),
             ({"weights": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
@@ -490,6 +505,7 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert "2 images of 64 x 64 px" in result.output
         assert "CLIP-I is missing: no/clip is no folder" in result.output
+        assert "; --download downloads it\n" in result.output
         assert f"Saved {out}" in result.output
         written = strict_json((out / "eval.json").read_text())
         assert written["settings"]["dtype"] == "float32"
@@ -514,6 +530,15 @@ class TestCommand:
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.replace("│", " ").split())
         assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+    def test_a_missing_file_is_an_error(self, prompts, tmp_path, monkeypatch):
+        monkeypatch.setattr(evaluation, "atomic_file", open)  # of a folder that does not exist
+        monkeypatch.setattr(evaluation, "SHEET", "no/contact_sheet.png")
+        out = tmp_path / "out"
+        options = ["--num-inference-steps", "1", "--max-prompts", "1", "--metric", "psnr"]
+        result = self.run(*options, **{"prompts": prompts, "output-dir": out, "device": "cpu"})
+        assert result.exit_code == 1, result.output
+        assert result.stdout.endswith(f"Saved {out}, without no/contact_sheet.png\n")
 
     def test_missing_devices(self, prompts):
         result = self.run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})

@@ -1,10 +1,14 @@
 """The command `clear-attn generate`."""
 
+import errno
 import os
+import re
 import shutil
 import signal
 import socket
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +20,11 @@ from typer.testing import CliRunner
 
 import clear_attn as clear
 from clear_attn import demo
+from clear_attn.cascade import result as cascade_result
 from clear_attn.cascade.plan import describe
 from clear_attn.tools import generation
 from clear_attn.tools.cli import app
+from clear_attn.utils import atomic
 from tests.helpers import dummy_models, dummy_pipelines
 from tests.helpers.modular_pipelines import MODULAR, needs_modular_pipelines
 
@@ -132,11 +138,41 @@ def test_saves_finished_images(tmp_path, start, monkeypatch, error, code, words,
     result = generate(tmp_path / f"out.{ending}", *SMALL, "--height", 128, "--init-image", start)
     assert result.exit_code == code
     first = tmp_path / f"out-0-64x80.{ending}"
-    assert f"{words} {first}\n" in result.output
+    plan = tmp_path / f"out.{ending}.json"
+    assert f"{words} {first} and {plan}\n" in result.output
+    way = "To go on, give --model, --output and --init-image again, and --resume\n"
+    assert (way in result.output) == (ending == "png")
     assert ("Less memory is needed for a smaller image" in result.output) == (code == 1)
     assert pixels(first).shape == (64, 80, 3)
-    assert clear.HighresPlan.load(tmp_path / f"out.{ending}.json").seed == 3
+    assert clear.HighresPlan.load(plan).seed == 3
     assert not (tmp_path / f"out.{ending}").exists()
+
+
+@pytest.mark.parametrize("is_plan_saved", [False, True])
+def test_a_full_disk_loses_no_image(tmp_path, start, monkeypatch, is_plan_saved):
+    """Neither while other images are drawn, nor at the end; the exit status says that a file is missing."""
+
+    def full(file, *args):
+        if file.parent == tmp_path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return atomic.atomic_file(file)
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(cascade_result, "atomic_file", full)
+    if not is_plan_saved:
+        monkeypatch.setattr(cascade_result, "atomic_text", full)
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start, "--save-stages")
+    assert result.exit_code == 1, result.output
+    reason = "could not be written (No space left on device)"
+    assert f"out-0-64x80.png {reason}; the image is in " in result.stderr
+    assert f"out.png {reason}; the image is in " in result.stderr
+    assert (f"out.png.json {reason}\n" in result.stderr) == (not is_plan_saved)
+    image, output = re.search(r"Saved (\S+?),? ", result.stdout)[1], tmp_path / "out.png"
+    assert pixels(image).shape == (128, 160, 3)
+    assert (f"{image} and {output}.json, seed" in result.stdout) == is_plan_saved
+    missing = f"{output}" if is_plan_saved else f"{output} and {output}.json"
+    assert result.stderr.endswith(f"\n{missing} could not be written\n")
 
 
 def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
@@ -152,11 +188,13 @@ def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
-        assert generate(output, *options).exit_code == 130
+        interrupted = generate(output, *options)
+    assert interrupted.exit_code == 130
+    assert "To go on, give --model and --output again, and --resume\n" in interrupted.output
     assert {file.name for file in tmp_path.iterdir() if file.name.startswith("out")} == {
         *("out-0-128x128.png", "out.png.json", "out.png.run.safetensors")
     }
-    assert "exists; give another file, or --overwrite" in shown(generate(output, *options))
+    assert "exists; give another file, or --overwrite, or --resume to go on" in shown(generate(output, *options))
     refused = generate(output, *options, "--resume")
     assert "--resume and --prompt" in shown(refused)
     result = generate(output, "--resume")
@@ -204,7 +242,8 @@ def test_saves_finished_images_when_another_rank_failed(tmp_path, start, monkeyp
     monkeypatch.setattr(generation.HighresResult, "save", save_while_signals_come)
     result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start, "--device", "cpu")
     assert result.exit_code == 130, result.output
-    assert f"Interrupted; saved {tmp_path / 'out-0-64x80.png'}\n" in result.output
+    saved = f"{tmp_path / 'out-0-64x80.png'} and {tmp_path / 'out.png.json'}"
+    assert f"Interrupted; saved {saved}\n" in result.output
     assert pixels(tmp_path / "out-0-64x80.png").shape == (64, 80, 3)
 
 
@@ -212,7 +251,7 @@ def test_a_bug_keeps_its_traceback_and_the_images(tmp_path, start, monkeypatch):
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", lambda *args, **kwargs: len(3))
     result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start)
     assert isinstance(result.exception, TypeError)
-    assert f"TypeError: object of type 'int' has no len(); saved {tmp_path / 'out-0-64x80.png'}\n" in result.output
+    assert f"TypeError: object of type 'int' has no len(); saved {tmp_path / 'out-0-64x80.png'} and " in result.output
     assert pixels(tmp_path / "out-0-64x80.png").shape == (64, 80, 3)
 
 
@@ -220,7 +259,19 @@ def test_intermediate_images_are_not_overwritten(tmp_path, start):
     (tmp_path / "out-1-2x2.png").write_text("mine")
     result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start)
     assert result.exit_code == 2
+    assert "Invalid value for '--output': " in shown(result)
     assert "out-1-2x2.png exists; give another file, or --overwrite" in shown(result)
+
+
+def test_the_plan_of_an_unfinished_image_is_replaced(tmp_path, monkeypatch):
+    plan = clear.HighresPlan("a red circle", 128, 160, clear.Base(), (clear.Stage(),), 3, 4, 1, None)
+    (tmp_path / "out.png.json").write_text(replace(plan, seed=5).to_json())
+    monkeypatch.setattr(
+        generation, "highres", lambda pipe, **asked: clear.HighresResult([Image.new("RGB", (8, 8))] * 2, plan)
+    )
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128)
+    assert result.exit_code == 0, result.output
+    assert clear.HighresPlan.load(tmp_path / "out.png.json").seed == 3
 
 
 def test_stable_diffusion_3_from_a_folder(tmp_path):
@@ -323,4 +374,5 @@ def test_refuses_an_output_that_cannot_be_saved(tmp_path):
     for file, words in files.items():
         result = generate(tmp_path / file, *SMALL, "--height", 128, "--overwrite")
         assert result.exit_code == 2
+        assert "Invalid value for '--output': " in shown(result)
         assert words in shown(result)

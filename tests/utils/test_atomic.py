@@ -1,6 +1,7 @@
 """Files and directories that are written completely or not at all."""
 
 import contextlib
+import re
 import stat
 import subprocess
 import sys
@@ -43,6 +44,17 @@ class TestFile:
         with pytest.raises(type(error)), atomic_file(tmp_path / "a.txt") as unfinished:
             fail_halfway(unfinished, error)
         assert content_of(tmp_path) == before
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), None])
+    def test_errors_name_the_file(self, tmp_path, error):
+        path = tmp_path / "a.txt" if error else tmp_path / "none" / "a.txt"
+        with pytest.raises(OSError, match=re.escape(f"'{path}'")) as caught, atomic_file(path) as unfinished:
+            fail_halfway(unfinished, error)
+        assert UNFINISHED not in str(caught.value)
+
+    def test_an_error_without_a_number_keeps_its_message(self, tmp_path):
+        with pytest.raises(OSError, match="cannot write mode RGBA as JPEG"), atomic_file(tmp_path / "a.txt") as file:
+            fail_halfway(file, OSError("cannot write mode RGBA as JPEG"))
 
     def test_permissions_are_those_of_any_file(self, tmp_path):
         """Also if the writer makes a private file, as safetensors does."""

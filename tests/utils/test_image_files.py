@@ -49,6 +49,9 @@ def test_refuses_names_and_folders_that_cannot_be_written(tmp_path):
         try_write(folder)
     with pytest.raises(FileNotFoundError, match="cannot be written"):
         try_write(tmp_path / "none" / "image.png")
+    with pytest.raises(FileNotFoundError) as caught:
+        try_write(tmp_path / "none" / "image.png")
+    assert ".unfinished-" not in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["folder.png"]
 
 

@@ -209,6 +209,8 @@ class TestRefusals:
             ("../my/weights", FileNotFoundError, "does not exist; give the path"),
             ("weights", FileNotFoundError, "'weights' does not exist; give the path of .* a Hub id"),
             ("folder/weights.safetensors", FileNotFoundError, "does not exist; give the path"),
+            ("none", ValueError, "weights='none' does not exist; did you mean weights=None?"),
+            ("Auto", ValueError, "weights='Auto' does not exist; did you mean weights='auto'?"),
         ],
     )
     def test_missing_repositories_and_files(self, server, transformer, weights, error, words):

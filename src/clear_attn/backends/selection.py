@@ -61,7 +61,7 @@ BACKENDS: dict[str, Backend] = {
 def validate_backend(name: object) -> None:
     """Raise ValueError for a name that is neither a backend nor "auto"."""
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose one of {['auto', *BACKENDS]}")
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(['auto', *BACKENDS])}")
 
 
 def validate_call(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> None:
@@ -77,7 +77,8 @@ def validate_machine(name: str) -> None:
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     reasons = {device: BACKENDS[name].unsupported_device(torch.device(device)) for device in devices}
     if all(reasons.values()):
-        raise RuntimeError(f"backend={name!r} cannot run on this machine: {reasons}; use backend='auto' or 'tiled'")
+        listed = "; ".join(f"on {device}, {reason}" for device, reason in reasons.items())
+        raise RuntimeError(f"backend={name!r} cannot run on this machine: {listed}; use backend='auto' or 'tiled'")
 
 
 class Selection(NamedTuple):

@@ -211,8 +211,8 @@ def validate_aspect_ratio(before: Size, after: Size, token: int) -> None:
 def _validate_not_small(size: Size, native_side: int) -> None:
     if max(size) < native_side:
         raise ValueError(
-            f"{format_size(size)} is smaller than the model's own {native_side} px; call the pipeline itself, or give "
-            "base=Base(height=..., width=...)"
+            f"{format_size(size)} is smaller than the model's own {native_side} px; ask for at least "
+            "that, or, in Python, call the pipeline itself or give base=Base(height=..., width=...)"
         )
 
 

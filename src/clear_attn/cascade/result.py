@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan
 from clear_attn.cascade.recording import Recording, load_recording, save_recording
-from clear_attn.utils.atomic import atomic_file, atomic_text
+from clear_attn.utils.atomic import atomic_file, atomic_text, warn_if_unwritten
 from clear_attn.utils.image_files import save_or_fall_back, try_write, validate_image_file
 from clear_attn.utils.image_sizes import Size
 
@@ -137,14 +136,10 @@ class HighresResult:
             save_or_fall_back(functools.partial(save_with_plan, image, plan=self.plan), path)
             for path, image in images.items()
         ]
-        try:
+        with warn_if_unwritten(run_file(file)):
             self._save_run(file)
-        except OSError as error:
-            warnings.warn(f"{run_file(file)} could not be written ({error}); resume from this result", stacklevel=2)
-        try:
+        with warn_if_unwritten(plan_file(file)):
             save_plan(self.plan, file)
-        except OSError as error:
-            warnings.warn(f"{plan_file(file)} could not be written ({error}); the plan is in this result", stacklevel=2)
         return written
 
     def _save_run(self, file: Path) -> None:
@@ -210,7 +205,14 @@ def save_plan(plan: HighresPlan, file: Path) -> None:
         FileExistsError: there is a file of the plan's name that is not a plan.
     """
     _validate_plan_file(plan_file(file))
-    atomic_text(plan_file(file), plan.to_json())
+    if not has_plan(file, plan):
+        atomic_text(plan_file(file), plan.to_json())
+
+
+def has_plan(file: Path, plan: HighresPlan) -> bool:
+    """Return whether a plan is saved next to an image."""
+    saved = plan_file(file)
+    return saved.is_file() and saved.read_bytes() == plan.to_json().encode()
 
 
 def _validate_plan_file(file: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.methods import Clear
+from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet, draw_window
 from clear_attn.utils.tables import format_table
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
@@ -69,7 +70,8 @@ def compare(captions: Sequence[str], method: Clear, seed: int, output: Path) -> 
     cost = clear.cost(pipe, demo.SIZE, demo.SIZE, method=method, batch=len(captions))
     last = small.images[list(small.images)[-1]]
     last[0] = draw_window(last[0], method.window, demo.SIZE // cost.width)
-    contact_sheet(small.images, captions).save(output)
+    with atomic_file(output) as unfinished:
+        contact_sheet(small.images, captions).save(unfinished)
     large = _draw(
         pipe,
         {label: None},

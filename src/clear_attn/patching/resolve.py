@@ -26,7 +26,7 @@ def resolve_method(
     if own is not None and asked != own:
         raise ValueError(
             f"{asked.as_arguments()} does not fit weights that were distilled for {own.as_arguments()}; leave it out, "
-            "or give other weights (None for the model's own)"
+            "or give other weights (weights=None for the model's own)"
         )
     if factor is not None and down_factor not in (None, factor):
         raise ValueError(
@@ -66,14 +66,15 @@ def resolve_saved(
     if asked != own:
         raise ValueError(
             f"{asked.as_arguments()} does not fit this pipeline, which was saved while it was linearized with "
-            f"{own.as_arguments()}; leave it out, or give weights= (None for those in the pipeline)"
+            f"{own.as_arguments()}; leave it out, or give weights=None for those in the pipeline"
         )
     return own
 
 
 def parameters_lost(metadata: Mapping[str, Any]) -> ValueError:
     """Return the error for a pipeline saved with learned processor parameters, which diffusers does not load."""
-    origin = f"{metadata['weights']!r}, which it had" if metadata["weights"] else "None, which initializes them again"
+    had = metadata["weights"]
+    origin = f"weights={had!r}, which it had" if had else "weights=None, which initializes them again"
     return ValueError(
         "this pipeline was saved while its attention processors had trained weights (of pooled keys, for instance), "
         "which diffusers does not load; give weights= a directory that clear_attn.save_pretrained() wrote; or, if "

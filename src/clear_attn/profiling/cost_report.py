@@ -281,7 +281,7 @@ class Cost:
 
     def _remarks(self) -> list[str]:
         remarks = ["Unchanged: text queries, and everything that is not attention."]
-        lists = f"FlexAttention's block lists ({format_bytes(self.block_list_bytes)} in all)"
+        lists = f"block lists ({format_bytes(self.block_list_bytes)}, backend flex only)"
         quadratic = [*([lists] if self.method.uses_backends else []), *filter(None, [self.method.quadratic])]
         if quadratic:
             remarks.append(f"Still growing with the square of the tokens: {' and '.join(quadratic)}.")

@@ -63,7 +63,8 @@ class Memory:
             models = (f"{name} {format_bytes(size)}" for name, size in self.weights.items())
             lines.append(f"Weights by model: {', '.join(models)}.")
         if not self.decode:
-            lines.append(f"Not known: memory of {'decoding' if whole else 'other models and of decoding'}.")
+            others = "other models and of decoding; clear_attn.cost(pipe, ...) of a loaded one counts them"
+            lines.append(f"Not known: memory of {'decoding' if whole else others}.")
         return "\n".join(lines)
 
 

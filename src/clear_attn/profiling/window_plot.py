@@ -59,7 +59,7 @@ def plot_window(
     try:
         from matplotlib import pyplot
     except ImportError:
-        raise ImportError("plot_window needs matplotlib: pip install 'clear-attn[plot]'") from None
+        raise ImportError("plot_window needs matplotlib: pip install matplotlib") from None
     # Notebooks show figures of pyplot only, and show them twice unless they are closed.
     figure = pyplot.figure(figsize=(13, 4.6), layout="constrained")
     pyplot.close(figure)

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clear_attn.tools import options
 from clear_attn.tools.bench.bench_command import bench
 from clear_attn.tools.evaluate_command import evaluate
 from clear_attn.tools.generate_command import generate
-from clear_attn.tools.options import HEIGHT, WIDTH, DownFactor, Overwrite, Window, check_image_output, refused
 from clear_attn.tools.reporting import Command
 
 if TYPE_CHECKING:
     from clear_attn.models import ModelAdapter
 
+DEMO_OUTPUT = Path("clear-attn-demo.png")
 DEMO_CAPTIONS = (
     "a red circle on a blue ground, at the top left",
     "a yellow triangle on a red ground, at the top right",
@@ -52,6 +53,11 @@ def main(
     pass
 
 
+def _demo_output(context: typer.Context, file: Path | None) -> Path:
+    """Return the file of the demo's image; the default one is the demo's own, and may be replaced."""
+    return options.check_image_output(context, file) if file else options.check_image_can_be_saved(DEMO_OUTPUT)
+
+
 @app.command(cls=Command, short_help="Draw with the small FLUX in the package.")
 def demo(
     prompt: Annotated[
@@ -62,17 +68,21 @@ def demo(
         int, typer.Option(min=1, help="The side of pooled cells in tokens; 1 means no pooling.")
     ] = 1,
     seed: Annotated[int, typer.Option(help="The seed of the noise.")] = 0,
-    output: Annotated[Path, typer.Option(callback=check_image_output, help="The file of the image.")] = Path(
-        "clear-attn-demo.png"
-    ),
-    overwrite: Overwrite = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_demo_output, help="The file of the image.", show_default=f"{DEMO_OUTPUT}, replaced if it exists"
+        ),
+    ] = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Draw captions with the small FLUX in the package, dense and linearized, and time a larger image."""
     from clear_attn.demo.comparison import compare
     from clear_attn.methods import Clear
 
-    report = compare(prompt or list(DEMO_CAPTIONS), Clear(window, down_factor), seed, output)
-    typer.echo(f"{report}\n\nSaved {output}")
+    file = output or DEMO_OUTPUT
+    report = compare(prompt or list(DEMO_CAPTIONS), Clear(window, down_factor), seed, file)
+    typer.echo(f"{report}\n\nSaved {file}")
 
 
 def _architectures() -> dict[str, tuple[ModelAdapter, dict[str, Any]]]:
@@ -84,10 +94,10 @@ def _architectures() -> dict[str, tuple[ModelAdapter, dict[str, Any]]]:
 
 @app.command(cls=Command, short_help="Count FLOPs and estimate memory.")
 def cost(
-    height: Annotated[int, typer.Option(help=HEIGHT)],
-    width: Annotated[int, typer.Option(help=WIDTH)],
-    window: Window = None,
-    down_factor: DownFactor = None,
+    height: Annotated[int, typer.Option(help=options.HEIGHT)],
+    width: Annotated[int, typer.Option(help=options.WIDTH)],
+    window: Annotated[int | None, options.window("16")] = None,
+    down_factor: Annotated[int | None, options.down_factor("1")] = None,
     method: Annotated[
         str | None, typer.Option(help="The attention method, such as 'Swin(side=8)'.", show_default="CLEAR")
     ] = None,
@@ -96,7 +106,10 @@ def cost(
     ] = None,
     batch: Annotated[int, typer.Option(help="The number of images in one forward pass.")] = 1,
     model: Annotated[
-        str, typer.Option(help="The architecture, such as flux or sd3.5-large. An unknown name lists all.")
+        str,
+        typer.Option(
+            help="The architecture: a name such as flux or sd3.5-large, not a Hub id. An unknown name lists all."
+        ),
     ] = "flux",
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
@@ -109,7 +122,7 @@ def cost(
 
     known = _architectures()
     if model not in known:
-        raise refused("--model", f"{model!r} is not one of {', '.join(known)}")
+        raise options.refused("--model", f"{model!r} is not one of {', '.join(known)}")
     adapter, config = known[model]
     adapter.check_version()
     with torch.device("meta"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from clear_attn.tools import options
+from clear_attn.tools.reporting import option_names, spell_options
 
 # Options that are arguments of `evaluation.evaluate`.
 PASSED_ON = (
@@ -73,4 +75,9 @@ def evaluate(
         metrics=metric,
         **{name: context.params[name] for name in PASSED_ON},
     )
-    typer.echo(f"{found}\n\nSaved {output_dir}")
+    names = option_names(context)
+    found = dataclasses.replace(found, missing={key: spell_options(why, names) for key, why in found.missing.items()})
+    unwritten = [name for name in (evaluation.NUMBERS, evaluation.SHEET) if not (output_dir / name).is_file()]
+    typer.echo(f"{found}\n\nSaved {output_dir}{', without ' if unwritten else ''}{' and '.join(unwritten)}")
+    if unwritten:
+        raise typer.Exit(1)

@@ -116,8 +116,9 @@ def generate(
     from clear_attn.parallel import launch
     from clear_attn.tools import generation
 
-    for file in () if resume else (plan_file(output), *stage_files(output)):
-        options.check_output(context, file)
+    # The plan of an unfinished image may be replaced; `validate_output` refuses other files of its name.
+    if not (resume or overwrite) and (left := stage_files(output)):
+        raise options.refused("--output", f"{options.EXISTS.format(left[0])}, or --resume to go on")
     kept = None
     if resume:
         if plan:
@@ -151,7 +152,8 @@ def generate(
         given = {name: context.params[name] for name in PASSED_ON if context.params[name] is not None}
         arguments = {**required, **base, **given, "weights": options.none_or(weights), "stages": stage}
     if launch.is_first():
-        validate_output(output, (arguments["height"], arguments["width"]))
+        with options.refusing("--output"):
+            validate_output(output, (arguments["height"], arguments["width"]))
     where = generation.select_rank_device(device)
     pipe = options.load_pipeline(model, where, options.select_dtype(dtype, where), offload=offload)
     if planned:

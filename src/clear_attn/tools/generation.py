@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from PIL import Image, ImageOps
 from clear_attn.cascade import HighresError, HighresInterrupted, HighresPlan, HighresResult, highres
 from clear_attn.cascade.plan import describe, fingerprint
 from clear_attn.cascade.planning import random_seed
-from clear_attn.cascade.result import plan_file, save_plan, save_with_plan, stage_file
+from clear_attn.cascade.result import has_plan, plan_file, save_plan, save_with_plan, stage_file
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
 from clear_attn.patching.linearization import linearize
 from clear_attn.tools import options
+from clear_attn.utils.atomic import warn_if_unwritten
+from clear_attn.utils.image_files import save_or_fall_back
 from clear_attn.utils.user_errors import is_out_of_memory, is_user_error
 
 
@@ -65,15 +68,19 @@ def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: boo
     """Draw a large image and save it; under torchrun, with all processes.
 
     After Ctrl-C or an error it saves the images that are finished, and ends the program; bugs keep their traceback.
+    A file that cannot be written does not end the drawing; it is named at the end, which is an error.
     """
     if launch.launched():
         arguments = _parallelize(pipe, arguments)
 
     def save_stage(number: int, image: Image.Image, plan: HighresPlan) -> None:
         if launch.is_first() and number == 0:
-            save_plan(plan, output)
+            with warn_if_unwritten(plan_file(output)):
+                save_plan(plan, output)
         if launch.is_first() and save_stages and number < len(plan.stages):
-            save_with_plan(image, stage_file(output, number, image), plan)
+            file = stage_file(output, number, image)
+            with warn_if_unwritten(file):
+                save_or_fall_back(functools.partial(save_with_plan, image, plan=plan), file)
 
     try:
         result = highres(pipe, **arguments, callback_on_stage_end=save_stage)
@@ -88,11 +95,27 @@ def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: boo
         if is_out_of_memory(cause):
             typer.echo("Less memory is needed for a smaller image, or on a GPU with --offload", err=True)
         raise typer.Exit(1) from None
-    if launch.is_first():
-        saved = result.save(output)[-1]
-        typer.echo(f"Saved {saved} and {plan_file(output)}, seed {result.plan.seed}")
+    unwritten = _save(result, output) if launch.is_first() else []
     if launch.launched():
         dist.destroy_process_group()
+    if unwritten:
+        typer.echo(f"{_listed(unwritten)} could not be written", err=True)
+        raise typer.Exit(1)
+
+
+def _save(result: HighresResult, output: Path) -> list[Path]:
+    """Save a finished result, say where, and return the files that could not be written."""
+    saved = [result.save(output)[-1], *_saved_plan(result, output)]
+    typer.echo(f"Saved {_listed(saved)}, seed {result.plan.seed}")
+    return [file for file in (output, plan_file(output)) if file not in saved]
+
+
+def _saved_plan(result: HighresResult, output: Path) -> list[Path]:
+    return [plan_file(output)] if has_plan(output, result.plan) else []
+
+
+def _listed(files: Sequence[Path]) -> str:
+    return " and ".join(map(str, files))
 
 
 def _parallelize(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +143,12 @@ def warn_of_differences(plan: HighresPlan, pipe: Any) -> None:
 def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
     if launch.launched():
         launch.ignore_signals()
-    files = result.save(output) if launch.is_first() and result.images else []
-    saved = f"; saved {', '.join(map(str, files)) or 'nothing'}" if launch.is_first() else ""
-    typer.echo(f"{reason}{saved}", err=True)
+    if not launch.is_first():
+        typer.echo(reason, err=True)
+        return
+    images = result.save(output) if result.images else []
+    saved = [*images, *_saved_plan(result, output)]
+    typer.echo(f"{reason}; saved {_listed(saved) or 'nothing'}", err=True)
+    if images and output.suffix.lower() == ".png":
+        given = "--model, --output and --init-image" if result.plan.image else "--model and --output"
+        typer.echo(f"To go on, give {given} again, and --resume", err=True)

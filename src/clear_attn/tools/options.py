@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,19 +16,29 @@ if TYPE_CHECKING:
 # By device type, unless --dtype is given.
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 OF_PIPELINE = "the pipeline's"
+EXISTS = "{} exists; give another file, or --overwrite"
 
 Model = Annotated[
-    str, typer.Option(help="The diffusers pipeline: a folder or a Hub id; demo is the small FLUX in the package.")
-]
-Window = Annotated[
-    int | None, typer.Option(min=1, help="The radius of the window in tokens.", show_default="the weights', or 16")
-]
-DownFactor = Annotated[
-    int | None,
+    str,
     typer.Option(
-        min=1, help="The side of pooled cells in tokens; 1 means no pooling.", show_default="the weights', or 1"
+        help="The diffusers pipeline: a folder or a Hub id (owner/repo), not a name as cost takes; demo is the small "
+        "FLUX in the package."
     ),
 ]
+
+
+def window(default: str) -> Any:
+    """Return the option of a window, with its default in words."""
+    return typer.Option(min=1, help="The radius of the window in tokens.", show_default=default)
+
+
+def down_factor(default: str) -> Any:
+    """Return the option of a down_factor, with its default in words."""
+    return typer.Option(min=1, help="The side of pooled cells in tokens; 1 means no pooling.", show_default=default)
+
+
+Window = Annotated[int | None, window("the weights', or 16")]
+DownFactor = Annotated[int | None, down_factor("the weights', or 1")]
 Weights = Annotated[
     str,
     typer.Option(
@@ -62,9 +74,18 @@ def refused(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=f"'{option}'")
 
 
+@contextlib.contextmanager
+def refusing(option: str) -> Iterator[None]:
+    """Report the errors of files and values in the block as errors for the value of an option."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise refused(option, str(error)) from error
+
+
 def none_or(weights: str) -> str | None:
     """Return `--weights` as `linearize` takes it."""
-    return None if weights == "none" else weights
+    return None if weights.lower() == "none" else weights
 
 
 def check_output(context: typer.Context, file: Path | None) -> Path | None:
@@ -76,7 +97,7 @@ def check_output(context: typer.Context, file: Path | None) -> Path | None:
     if file and not file.resolve().parent.is_dir():
         raise typer.BadParameter(f"no such directory: {file.resolve().parent}")
     if file and os.path.exists(file) and not context.params["overwrite"]:
-        raise typer.BadParameter(f"{file} exists; give another file, or --overwrite")
+        raise typer.BadParameter(EXISTS.format(file))
     return file
 
 
@@ -86,9 +107,18 @@ def check_image_output(context: typer.Context, file: Path) -> Path:
     Raises:
         BadParameter: as `check_output`; its format is unknown or loses pixels; nothing can be written there.
     """
+    check_output(context, file)
+    return check_image_can_be_saved(file)
+
+
+def check_image_can_be_saved(file: Path) -> Path:
+    """Check that an image can be saved as this file, which may exist, by a trial write.
+
+    Raises:
+        BadParameter: its format is unknown or loses pixels; nothing can be written there.
+    """
     from clear_attn.utils.image_files import try_write, validate_image_file
 
-    check_output(context, file)
     try:
         validate_image_file(file)
         try_write(file)
@@ -130,9 +160,8 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offlo
         offload: keep only the model at work on the GPU.
 
     Raises:
-        BadParameter: there is no GPU to offload from.
-        ValueError: the device has no room for the weights, or diffusers cannot load it.
-        OSError: there is no such model.
+        BadParameter: there is no GPU to offload from, or no such model; diffusers cannot load it.
+        ValueError: the device has no room for the weights.
         TypeError, RuntimeError: it is a modular pipeline that is not supported, or lacks components.
     """
     from diffusers import DiffusionPipeline
@@ -144,16 +173,15 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, *, offlo
 
     if offload and device.type == "cpu":
         raise refused("--offload", "it saves a GPU's memory, and there is no GPU; leave it out")
-    try:
-        pipe = load_pretrained(DiffusionPipeline, resolve_name(model), dtype=dtype)
-    except (ValueError, AttributeError) as error:  # of a folder that diffusers cannot read
-        raise ValueError(f"diffusers cannot load {model!r} as a pipeline: {error}") from error
-    except OSError as error:
-        if "file named model_index.json" not in str(error):
-            raise
-        if (modular := load_modular(model, dtype=dtype)) is None:
-            raise
-        pipe = find_cascade_target(modular).pipe
+    with refusing("--model"):
+        name = resolve_name(model)
+        try:
+            pipe = load_pretrained(DiffusionPipeline, name, dtype=dtype)
+        except (OSError, ValueError, AttributeError) as error:  # of a folder that diffusers cannot read
+            has_no_index = "file named model_index.json" in str(error)
+            if not has_no_index or (modular := load_modular(name, dtype=dtype)) is None:
+                raise ValueError(f"diffusers cannot load {model!r} as a pipeline: {error}") from error
+            pipe = find_cascade_target(modular).pipe
     if offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe

@@ -15,6 +15,8 @@ from typer.core import TyperCommand
 
 # Arguments of functions whose options have other names.
 OTHER_NAMES = {"image": "init_image", "metrics": "metric"}
+# Values in Python, and what follows the name of an option instead.
+SPELLED = {"None": " none", "True": ""}
 # A call with its arguments, or a pair of names.
 CALL = r"\w\([^()]*\)|\(\w+, \w+\)"
 
@@ -86,23 +88,27 @@ def option_names(context: Any) -> dict[str, str]:
 def spell_options(message: str, options: Mapping[str, str]) -> str:
     """Write the arguments in a message as a command's options: `weights=None` as `--weights none`.
 
-    A name counts if it has a value or an underscore, or comes before "must". Calls stay as they are.
+    A name counts if it has "=" or an underscore, or comes before "must". Calls stay as they are.
 
     Examples:
         >>> options = {"window": "--window", "weights": "--weights", "text_tokens": "--text-tokens"}
         >>> spell_options("window=9 and weights=None; linearize(pipe, window=8)", options)
         '--window 9 and --weights none; linearize(pipe, window=8)'
+        >>> spell_options("weights= a folder; download=True", {**options, "download": "--download"})
+        '--weights a folder; --download'
         >>> spell_options("window must be at least 1, as text_tokens; a window is a disc", options)
         '--window must be at least 1, as --text-tokens; a window is a disc'
     """
 
     def spell(match: re.Match[str]) -> str:
         name, value, must = match["name"], match["value"], match["must"] or ""
-        if name is None or not (value or must or "_" in name):
+        if name is None or not (match["equals"] or must or "_" in name):
             return match[0]
-        given = "" if value is None else " none" if value == "None" else f" {value.strip(chr(39))}"
+        given = SPELLED.get(value, f" {value.strip(chr(39))}") if value else ""
         return f"{options[name]}{given}{must}"
 
     names = "|".join(map(re.escape, options))
-    named = rf"(?<![\w./-])(?P<name>{names})(?![\w/-])(?:=(?P<value>'[^']*'|[\w./-]*\w))?(?P<must> must\b)?"
+    named = (
+        rf"(?<![\w./-])(?P<name>{names})(?![\w/-])(?:(?P<equals>=)(?P<value>'[^']*'|[\w./-]*\w)?)?(?P<must> must\b)?"
+    )
     return re.sub(rf"{CALL}|{named}", spell, message)

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     The temporary name ends in the name of ``path``, for writers that choose a format by it. Several files in one
     `contextlib.ExitStack` are renamed when all are written, the last one first.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``.
     """
     delete_leftovers(path.parent)
     # The name is unique, because two processes may write the same file.
@@ -55,8 +59,31 @@ def atomic_file(path: Path) -> Iterator[Path]:
         # safetensors makes its files readable only by their owner.
         unfinished.chmod(mode)
         unfinished.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(unfinished)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def os_reason(error: Exception) -> str:
+    """Return why a file could not be written, without the name of a temporary file.
+
+    Examples:
+        >>> os_reason(OSError(28, "No space left on device", "a.txt"))
+        'No space left on device'
+    """
+    return getattr(error, "strerror", None) or str(error)
+
+
+@contextlib.contextmanager
+def warn_if_unwritten(path: Path) -> Iterator[None]:
+    """Turn an error of writing a file in the block into a warning, where what goes on is worth more than the file."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{path} could not be written ({os_reason(error)})", stacklevel=3)
 
 
 def atomic_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clear_attn.utils.atomic import atomic_file, delete_leftovers, owned_prefix
+from clear_attn.utils.atomic import atomic_file, delete_leftovers, os_reason, owned_prefix
 
 # Formats that keep every pixel of an RGB image, if not its exact values, and their longest sides, by ending.
 MAX_SIDES = {
@@ -59,7 +59,7 @@ def try_write(file: Path) -> None:
                 else:
                     unfinished.write_bytes(bytes(4096))
     except OSError as error:
-        raise type(error)(f"{file} cannot be written ({error}); give another file") from None
+        raise type(error)(f"{file} cannot be written ({os_reason(error)}); give another file") from None
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a directory; give the name of a file in it")
 
@@ -86,5 +86,5 @@ def save_or_fall_back(save: Callable[[Path], None], file: Path) -> Path:
             save(fallback)
         except (OSError, ValueError):
             raise error from None
-        warnings.warn(f"{file} could not be written ({error}); the image is in {fallback}", stacklevel=3)
+        warnings.warn(f"{file} could not be written ({os_reason(error)}); the image is in {fallback}", stacklevel=3)
         return fallback

@@ -22,7 +22,6 @@ PILLOW: dict[str, Any] = (
 
 # A torchvision for another build of torch breaks transformers and diffusers, so no extra installs it.
 REMEDIES = {
-    "torchmetrics": "pip install 'clear-attn[eval]'",
     "torchvision": "install the one for your build of torch, see pytorch.org",
     "torch_fidelity": "pip install torch-fidelity, after a torchvision for your build of torch, see pytorch.org",
 }
@@ -67,7 +66,7 @@ def torch_hub_file(url: str, what: str, download: bool) -> Iterator[None]:
     """
     file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
     if not file.is_file() and not download:
-        raise Missing(f"{what}'s weights are not here ({file}); download=True or --download downloads them")
+        raise Missing(f"{what}'s weights are not here ({file}); download=True downloads them")
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -103,8 +102,7 @@ def pretrained(loader: Any, name: str, download: bool, **options: Any) -> Any:
         if download:
             raise Missing(f"{name} cannot be downloaded ({_first_line(error)})") from None
         raise Missing(
-            f"{name} is no folder and not in the cache of the Hugging Face Hub; download=True or --download "
-            "downloads it"
+            f"{name} is no folder and not in the cache of the Hugging Face Hub; download=True downloads it"
         ) from None
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from clear_attn.weights.hub import HUB_ID
 
 # The name for it where a model is named.
 NAME = "demo"
@@ -11,5 +14,13 @@ WEIGHTS = Path(__file__).parents[1] / "demo" / "small_flux_clear"
 
 
 def resolve_name(model: str) -> str:
-    """Return the folder of the small FLUX for its name, and any other folder or Hub id as it is."""
-    return str(MODEL) if model == NAME else model
+    """Return the folder of the small FLUX for its name, and any other folder or Hub id as it is.
+
+    Raises:
+        FileNotFoundError: it is neither a folder that exists nor of the form of a Hub id.
+    """
+    if model == NAME:
+        return str(MODEL)
+    if not Path(model).exists() and not re.fullmatch(HUB_ID, model):
+        raise FileNotFoundError(f"{model} does not exist; give a folder, a Hub id (owner/repo) or {NAME}")
+    return model

@@ -128,7 +128,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         kind = "is a directory" if file.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"weights={str(path)!r} {kind}; give the path of a .safetensors file, a directory that save_pretrained "
-            "wrote, a Hub id (owner/repo), or None"
+            "wrote, a Hub id (owner/repo), or weights=None"
         )
     try:
         checkpoint, metadata = read_tensors(file)

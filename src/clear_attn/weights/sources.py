@@ -26,6 +26,8 @@ from clear_attn.weights.published import (
 )
 from clear_attn.weights.recognition import Model
 
+# Values of `weights` that are easily misspelled, in lower case.
+MEANT = {"none": "None", "auto": "'auto'"}
 HUB_FILE = re.compile(rf"({HUB_ID})(?:/(.+\.safetensors))?")
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,8 @@ def load(
         _warn_of_fine_tune(published, file, model)
         return _load_published(published, file, revision, token)
     path = Path(weights).expanduser()
+    if not path.exists() and (meant := MEANT.get(str(weights).lower())):
+        raise ValueError(f"weights={str(weights)!r} does not exist; did you mean weights={meant}?")
     on_hub = HUB_FILE.fullmatch(weights) if isinstance(weights, str) else None
     # "folder/file.safetensors" has the form of a repository id, but means a file.
     if path.exists() or not on_hub or (on_hub[2] is None and path.suffix == ".safetensors"):

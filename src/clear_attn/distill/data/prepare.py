@@ -44,7 +44,7 @@ def examples(settings: Settings) -> list[Example]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ImportError("dataset_name needs the datasets library: pip install 'clear-attn[train]'") from None
+        raise ImportError("dataset_name needs the datasets library: pip install datasets") from None
     rows = load_dataset(settings.dataset_name, split="train")
     return from_dataset(rows, settings.image_column, settings.caption_column)
 

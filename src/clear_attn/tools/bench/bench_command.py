@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,12 +16,14 @@ import typer
 from clear_attn.tools import options
 from clear_attn.tools.bench import TOKEN
 from clear_attn.tools.reporting import on_interrupt
-from clear_attn.utils.atomic import atomic_text
+from clear_attn.utils.atomic import atomic_text, warn_if_unwritten
 
 if TYPE_CHECKING:
     from clear_attn.tools.bench.case import Case, Row
 
 RUNS = {"cpu": 5, "cuda": 20}
+# How the rows are written, by file.
+Outputs = dict[Path, Callable[[Path, Sequence[Any]], None]]
 # Options that are fields of a case.
 CASE_SETTINGS = ("level", "text", "heads", "batch", "backward", "blocks", "dense_queries")
 
@@ -39,7 +41,7 @@ def _check_plot(context: typer.Context, file: Path | None) -> Path | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise typer.BadParameter("a plot needs matplotlib: pip install 'clear-attn[plot]'") from None
+        raise typer.BadParameter("a plot needs matplotlib: pip install matplotlib") from None
     if file and file.suffix.lower().removeprefix(".") not in Figure().canvas.get_supported_filetypes():
         raise typer.BadParameter(f"{file} names no image format; let it end in .png")
     return file
@@ -98,7 +100,12 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="The number of images in one forward pass.")] = 1,
     backward: Annotated[bool, typer.Option("--backward", help="Time a backward pass, too, with --level op.")] = False,
     variant: Annotated[
-        list[str] | None, typer.Option(help="A row of the table to time. May be repeated.", show_default="all")
+        list[str] | None,
+        typer.Option(
+            help="A row of the table to time: dense, dense-pooled, raster-flex, triton, flex or tiled; with --level "
+            "model dense, triton, flex, tiled or bound. May be repeated.",
+            show_default="all",
+        ),
     ] = None,
     blocks: Annotated[
         int, typer.Option(min=1, max=19, help="The number of double blocks to compute, with --level model.")
@@ -187,12 +194,14 @@ def _compile(architectures: Sequence[str], head_dims: Sequence[int], json_file: 
     from clear_attn.tools.bench import compile_level
 
     rows: list[Any] = []
-    with _rows_kept(json_file, rows):
+    outputs = _outputs(json_file)
+    with _rows_kept(outputs, rows):
         for row in compile_level.compiled_rows(architectures, head_dims, typer.echo):
             typer.echo(compile_level.format_row(row, is_first=not rows))
             rows.append(row)
-            _write(json_file, rows)
+            _save_so_far(outputs, rows)
     typer.echo(compile_level.FOOTNOTE)
+    _save(outputs, rows)
 
 
 def _time(
@@ -206,15 +215,17 @@ def _time(
     if None not in reasons:
         raise typer.BadParameter(f"nothing is left to time: {'; '.join(sorted(map(str, reasons)))}")
     rows: list[Row] = []
-    with _rows_kept(json_file, rows):
-        for of_case in runner.run(cases, names, runs, typer.echo):
-            typer.echo(format_rows(level.TITLE, of_case))
-            rows += of_case
-            _write(json_file, rows)
-            if plot_file:
-                from clear_attn.tools.bench.chart import plot
+    outputs = _outputs(json_file)
+    if plot_file:
+        from clear_attn.tools.bench.chart import plot
 
-                plot(level.TITLE, rows, plot_file)
+        outputs[plot_file] = lambda file, rows: plot(level.TITLE, rows, file)
+    with _rows_kept(outputs, rows):
+        for of_case in runner.run(cases, names, runs, typer.echo):
+            typer.echo(format_rows(level.TITLE, of_case, level.LEGEND))
+            rows += of_case
+            _save_so_far(outputs, rows)
+    _save(outputs, rows)
     most = level.MAX_ERRORS.get(cases[0].dtype_name, math.inf)
     # Written so that NaN counts as wrong.
     wrong = [row for row in rows if row.timing.error is not None and not row.timing.error < most]
@@ -245,16 +256,34 @@ def _count_between_ranks(
     scalings = [[scale(case, number, times) for number in ranks] for case in cases]
     for of_case in scalings:
         typer.echo(format_scalings(of_case))
-    _write(json_file, list(itertools.chain(*scalings)))
+    _save(_outputs(json_file), list(itertools.chain(*scalings)))
 
 
-def _rows_kept(json_file: Path | None, rows: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+def _outputs(json_file: Path | None) -> Outputs:
+    return {json_file: _write} if json_file else {}
+
+
+def _write(file: Path, rows: Sequence[Any]) -> None:
+    atomic_text(file, json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+
+
+def _rows_kept(outputs: Outputs, rows: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
     """Rows are written as soon as they are measured, so that an interrupt loses little."""
-    return on_interrupt(
-        lambda: f"{json_file} has {len(rows)} row{'s' * (len(rows) > 1)}" if json_file and rows else "nothing was saved"
-    )
+
+    def kept() -> str:
+        files = f"{' and '.join(map(str, outputs))} {'have' if len(outputs) > 1 else 'has'}"
+        return f"{files} {len(rows)} row{'s' * (len(rows) > 1)}" if outputs and rows else "nothing was saved"
+
+    return on_interrupt(kept)
 
 
-def _write(file: Path | None, rows: Sequence[Any]) -> None:
-    if file:
-        atomic_text(file, json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+def _save_so_far(outputs: Outputs, rows: Sequence[Any]) -> None:
+    """Write the rows of the cases so far; a full disk does not end the measurement."""
+    for file, save in outputs.items():
+        with warn_if_unwritten(file):
+            save(file, rows)
+
+
+def _save(outputs: Outputs, rows: Sequence[Any]) -> None:
+    for file, save in outputs.items() if rows else ():
+        save(file, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -89,11 +89,13 @@ class Level(Protocol):
     Attributes:
         TITLE: the title of tables and charts.
         VARIANTS: the names of the ways to compute a case.
+        LEGEND: what variants are that are neither dense attention nor a backend, by name.
         MAX_ERRORS: the largest error of a correct result by dtype, if known.
     """
 
     TITLE: str
     VARIANTS: tuple[str, ...]
+    LEGEND: dict[str, str]
     MAX_ERRORS: dict[str, float]
 
     def unsupported_reason(self, name: str, case: Case) -> str | None:
@@ -157,8 +159,8 @@ class Row(NamedTuple):
 HEADER = ("variant", "median ms", "min", "max", "x dense", "TFLOP/s", "of matmul", "peak MiB", "compile s", "error")
 
 
-def format_rows(title: str, rows: Sequence[Row]) -> str:
-    """Return the rows of one case as a table, with the machine and the versions."""
+def format_rows(title: str, rows: Sequence[Row], legend: Mapping[str, str]) -> str:
+    """Return the rows of one case as a table, with what variants are, the machine and the versions."""
     case, first = rows[0].case, rows[0].to_dict()
     dense = next((row.timing.median_s for row in rows if row.subject.name == "dense"), None)
     heading = (
@@ -167,11 +169,13 @@ def format_rows(title: str, rows: Sequence[Row]) -> str:
     )
     share = f"{first['blocks']} of 57 blocks" if first["blocks"] else "a share of the queries"
     star = f"* scaled from {share}.\n" if any(row.subject.extrapolated for row in rows) else ""
+    names = [row.subject.name for row in rows]
+    meanings = "".join(f"{name}: {meaning}.\n" for name, meaning in legend.items() if name in names)
     machine = (
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}; a large matrix product runs at "
         f"{first['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s. Medians of {first['runs']} runs in turn.\n"
     )
-    return f"{heading}\n{format_table(HEADER, [_cells(row, dense) for row in rows])}\n{star}{machine}"
+    return f"{heading}\n{format_table(HEADER, [_cells(row, dense) for row in rows])}\n{star}{meanings}{machine}"
 
 
 def _cells(row: Row, dense: float | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from clear_attn.tools.bench import TOKEN
 from clear_attn.tools.bench.case import Row
+from clear_attn.utils.atomic import atomic_file
 
 STYLES: dict[str, Any] = {
     "dense": {"color": "black"},
@@ -44,7 +45,8 @@ def plot(title: str, rows: Sequence[Row], file: Path) -> None:
     axes.set_title(f"{title}{passes}: {case.heads} heads of {case.head_dim}, {case.dtype_name}\n{rows[0].device_name}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    figure.savefig(file, dpi=120)
+    with atomic_file(file) as unfinished:
+        figure.savefig(unfinished, dpi=120)
 
 
 def _label(row: Row) -> str:

@@ -22,6 +22,7 @@ from clear_attn.tools.bench.op_level import BACKENDS, fastest_dense, random_inpu
 
 TITLE = "one denoising step"
 VARIANTS = ("dense", *BACKENDS, "bound")
+LEGEND = {"bound": "a step in which attention takes no time, the most that any attention can save"}
 # How half precision adds up over the blocks is not known.
 MAX_ERRORS = {"float32": 1e-4}
 # FLUX.1-dev has twice as many single blocks.

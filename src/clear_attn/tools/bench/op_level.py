@@ -25,6 +25,10 @@ BACKENDS = tuple(name for name in selection.BACKENDS if name != "reference")  # 
 # Other configurations of the fused kernel, forward, by their rows, columns, warps, stages and registers.
 CANDIDATES = {f"triton-{each.key}": each for each in configurations.CANDIDATES["forward"]}
 VARIANTS = ("dense", "dense-pooled", "raster-flex", *BACKENDS, *CANDIDATES)
+LEGEND = {
+    "dense-pooled": "dense attention of the image to the pooled keys alone",
+    "raster-flex": "FlexAttention with the image tokens in raster order",
+}
 MAX_ERRORS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 KERNELS = {
     "cpu": (SDPBackend.FLASH_ATTENTION,),

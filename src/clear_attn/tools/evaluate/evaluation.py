@@ -26,7 +26,7 @@ from clear_attn.patching.target import find_transformer
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_metrics
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
-from clear_attn.utils.atomic import atomic_contents
+from clear_attn.utils.atomic import atomic_contents, atomic_file, atomic_text, warn_if_unwritten
 from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.image_sizes import Size, round_down
 from clear_attn.utils.seeded_images import generate_with_seeds, save_images_with_seeds
@@ -35,6 +35,7 @@ from clear_attn.utils.versions import installed_versions
 from clear_attn.weights.metadata import metadata_of
 from clear_attn.weights.published import shared_name_of
 
+NUMBERS, SHEET = "eval.json", "contact_sheet.png"
 LIBRARIES = ("clear_attn", "torch", "diffusers", "transformers", "torchmetrics")
 
 
@@ -64,7 +65,8 @@ def evaluate(
     """Draw the same prompts and seeds with a pipeline and with the same pipeline linearized, and compare the images.
 
     Writes `eval.json`, `contact_sheet.png` of the first images, and with ``save_images`` the folders `teacher` and
-    `student`, into ``output_dir``, after all images are drawn. Restores the pipeline.
+    `student`, into ``output_dir``, after all images are drawn; warns of a file that cannot be written. Restores the
+    pipeline.
 
     Args:
         pipe: a dense text-to-image pipeline that `linearize` supports.
@@ -172,8 +174,11 @@ def evaluate(
                 for n, prompt in enumerate(prompts)
             ],
         )
-        evaluation_sheet(evaluation, files).save(folder / "contact_sheet.png")
-        (folder / "eval.json").write_text(evaluation.to_json(), encoding="utf-8")
+        # The numbers are returned even if the disk is full.
+        with warn_if_unwritten(Path(output_dir, NUMBERS)):
+            atomic_text(folder / NUMBERS, evaluation.to_json())
+        with warn_if_unwritten(Path(output_dir, SHEET)), atomic_file(folder / SHEET) as unfinished:
+            evaluation_sheet(evaluation, files).save(unfinished)
     return evaluation
 
 

@@ -151,6 +151,6 @@ def make_metrics(names: Sequence[str] | None, sources: Sources) -> tuple[dict[st
         except Missing as reason:
             missing[name] = str(reason)
     if not made or (names and missing):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-        raise RuntimeError(f"metrics cannot be computed: {reasons or 'none was asked for'}")
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in missing.items())
+        raise RuntimeError(f"metrics cannot be computed:{reasons or ' none was asked for'}")
     return made, missing
