@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from clear_attn.models._diffusers import diffusers_version
@@ -73,6 +74,10 @@ class Family(NamedTuple):
     def grid(self, height, width):
         """Return a grid of this size: square if images must be, with as many more columns as they must have."""
         return (height, height) if self.square else (height, width + -width % self.columns)
+
+    def at_sigma(self, call, sigma):
+        """Return the call at this sigma."""
+        return {**call, "timestep": torch.full_like(call["timestep"], sigma * self.timestep_of_sigma_1)}
 
     def call_without_mask(self, *args, **kwargs):
         """Make a call without a mask for padded text."""

@@ -55,7 +55,7 @@ def test_distilled_weights_for_a_gguf_file(tmp_path):
     save_file(checkpoint_for(pipe.transformer), tmp_path / "weights.safetensors")
     operations.gguf_file(pipe, Cell(row, tmp_path, linearize))
     before = snapshot(pipe.transformer)
-    with pytest.raises(RuntimeError, match=r"is a GGUFParameter .* as in a quantized model"):
+    with pytest.raises(RuntimeError, match=r"has the type GGUFParameter .* as in a quantized model"):
         clear.linearize(pipe, 3, weights=tmp_path / "weights.safetensors")
     after = snapshot(pipe.transformer)
     assert {**after, "state": None} == {**before, "state": None}

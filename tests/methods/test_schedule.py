@@ -34,11 +34,6 @@ def reference_of(transformer, grid, window, factor, schedule):
     return reference
 
 
-def at(family, call, sigma):
-    """Return the call at this sigma."""
-    return {**call, "timestep": torch.full_like(call["timestep"], sigma * family.timestep_of_sigma_1)}
-
-
 @pytest.mark.parametrize("backend", hardware.BACKENDS)
 @pytest.mark.parametrize("factor", [1, 3])
 def test_each_layer_equals_the_rule_of_its_window(family, transformer, factor, backend):
@@ -55,7 +50,7 @@ def test_calls_above_the_sigma_equal_the_original_model(family, transformer, fac
     call = family.call(transformer, GRID, batch=2)
     original = copy.deepcopy(transformer)
     clear.linearize(transformer, 3, factor, weights=None)
-    local = {sigma: run(transformer, at(family, call, sigma)) for sigma in (0.2, 0.8)}
+    local = {sigma: run(transformer, family.at_sigma(call, sigma)) for sigma in (0.2, 0.8)}
     clear.linearize(
         transformer,
         3,
@@ -64,10 +59,10 @@ def test_calls_above_the_sigma_equal_the_original_model(family, transformer, fac
         schedule=Schedule(dense_above_sigma=0.8, windows={"transformer_blocks": 3}),
     )
     for sigma in (1.0, 0.81):
-        one = at(family, call, sigma)
+        one = family.at_sigma(call, sigma)
         torch.testing.assert_close(run(transformer, one), run(original, one), atol=1e-5, rtol=0)
     for sigma, expected in local.items():
-        assert torch.equal(run(transformer, at(family, call, sigma)), expected)
+        assert torch.equal(run(transformer, family.at_sigma(call, sigma)), expected)
 
 
 def test_a_batch_with_sigmas_on_both_sides_is_refused(family, transformer):
@@ -82,7 +77,7 @@ def test_a_batch_with_sigmas_on_both_sides_is_refused(family, transformer):
 def test_gradients_under_checkpointing_with_two_steps_in_flight(family, transformer, use_reentrant):
     """The dense call is recomputed after the local one has run, and each uses its own layouts."""
     schedule = Schedule(dense_above_sigma=0.5, dense_layers=LAYERS.dense_layers, windows=LAYERS.windows)
-    calls = [at(family, family.call(transformer, GRID, seed=seed), sigma) for seed, sigma in ((0, 0.9), (1, 0.2))]
+    calls = [family.at_sigma(family.call(transformer, GRID, seed=seed), sigma) for seed, sigma in ((0, 0.9), (1, 0.2))]
     for call in calls:
         call["hidden_states"].requires_grad_()
     reference = [copy.deepcopy(transformer), reference_of(transformer, GRID, 3, 2, schedule)]
@@ -108,7 +103,7 @@ def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
     transformer = families.FLUX.transformer()
     schedule = Schedule(dense_above_sigma=0.65, windows={"single_transformer_blocks": 6})
     call = families.FLUX.call(transformer, GRID)
-    steps = [{**at(families.FLUX, call, sigma)} for sigma in (0.651, 0.65001, 0.649, 0.648, 0.1)]
+    steps = [{**families.FLUX.at_sigma(call, sigma)} for sigma in (0.651, 0.65001, 0.649, 0.648, 0.1)]
     original, local = copy.deepcopy(transformer), reference_of(transformer, GRID, 8, 1, schedule)
     clear.linearize(transformer, 8, weights=None, schedule=schedule)
 
@@ -138,7 +133,7 @@ def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
 def test_compiled_blocks_are_not_recompiled():
     torch.compiler.reset()  # compilations are counted per line of code, over all tests
     transformer = families.FLUX.transformer(num_layers=5, num_single_layers=5)
-    calls = [at(families.FLUX, families.FLUX.call(transformer, GRID), sigma) for sigma in (0.9, 0.2, 0.8, 0.1)]
+    calls = [families.FLUX.at_sigma(families.FLUX.call(transformer, GRID), sigma) for sigma in (0.9, 0.2, 0.8, 0.1)]
     schedule = Schedule(
         0.5, ("transformer_blocks.1",), {"single_transformer_blocks.1": 5, "single_transformer_blocks.3": 5}
     )
@@ -168,7 +163,7 @@ def test_is_restored_and_copied(family, transformer):
 
 def test_is_saved_with_the_weights(family, transformer, tmp_path):
     schedule = Schedule(0.6, LAYERS.dense_layers, LAYERS.windows)
-    call = at(family, family.call(transformer, GRID), 0.3)
+    call = family.at_sigma(family.call(transformer, GRID), 0.3)
     clear.linearize(transformer, 3, weights=None, schedule=schedule)
     train(transformer)
     expected = run(transformer, call)
@@ -228,10 +223,10 @@ def test_in_a_cascade(pipe):
 def test_proportional_attention_of_a_dense_call_counts_no_pooled_keys(family, transformer):
     call = family.call(transformer, GRID)
     with clear.proportional_attention(transformer):
-        expected = run(transformer, at(family, call, 0.9))
+        expected = run(transformer, family.at_sigma(call, 0.9))
     clear.linearize(transformer, 3, 2, weights=None, schedule=Schedule(0.5))
     with clear.proportional_attention(transformer):
-        torch.testing.assert_close(run(transformer, at(family, call, 0.9)), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(run(transformer, family.at_sigma(call, 0.9)), expected, atol=1e-5, rtol=0)
 
 
 class TestRefusals:

@@ -16,7 +16,6 @@ from clear_attn.patching.target import entry_hook_of
 from tests.helpers import families, hardware
 from tests.helpers.reference_model import in_raster_order, run
 from tests.helpers.snapshots import assert_same, snapshot, train
-from tests.methods.test_schedule import at
 
 GRID = (11, 20)
 PAIRS = ((0.8, 7), (0.5, 5))
@@ -50,7 +49,7 @@ def test_each_step_equals_the_rule_of_its_window(family, transformer, factor, ba
     original = copy.deepcopy(transformer)
     clear.linearize(transformer, 3, factor, weights=None, schedule=DENSE_FIRST, backend=backend)
     for sigma, window in {0.95: None, 0.85: 7, 0.6: 5, 0.2: 3}.items():
-        call = at(family, family.call(transformer, GRID, batch=2), sigma)
+        call = family.at_sigma(family.call(transformer, GRID, batch=2), sigma)
         output = run(transformer, call)
         expected = expected_at(original, call, window, factor)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
@@ -98,7 +97,7 @@ def test_a_batch_with_sigmas_on_both_sides_is_refused(family, transformer):
 def test_gradients_under_checkpointing_with_steps_in_flight(family, transformer, use_reentrant):
     """Each call is recomputed after the later ones have run, and uses its own plans."""
     sigmas = (0.95, 0.85, 0.6, 0.2)
-    calls = [at(family, family.call(transformer, GRID, seed=seed), sigma) for seed, sigma in enumerate(sigmas)]
+    calls = [family.at_sigma(family.call(transformer, GRID, seed=seed), sigma) for seed, sigma in enumerate(sigmas)]
     for call in calls:
         call["hidden_states"].requires_grad_()
     reference = [copy.deepcopy(transformer), *(reference_of(transformer, window, 2) for window in (7, 5, 3))]
@@ -124,16 +123,16 @@ def test_compiled_blocks_are_not_recompiled_for_a_window_they_have_had():
     torch.compiler.reset()  # compilations are counted per line of code, over all tests
     transformer = families.FLUX.transformer(num_layers=3, num_single_layers=3)
     sigmas = (0.95, 0.85, 0.6, 0.2)
-    calls = [at(families.FLUX, families.FLUX.call(transformer, GRID), sigma) for sigma in sigmas]
+    calls = [families.FLUX.at_sigma(families.FLUX.call(transformer, GRID), sigma) for sigma in sigmas]
     clear.linearize(transformer, 3, 2, weights=None, schedule=DENSE_FIRST)
     expected = [run(transformer, call) for call in calls]
     transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     graphs = torch._dynamo.utils.counters["stats"]
-    compiled = []
+    before, compiled = graphs["unique_graphs"], []
     for _ in range(2):
         for call, output in zip(calls, expected, strict=True):
             torch.testing.assert_close(run(transformer, call), output, atol=1e-5, rtol=0)
-        compiled.append(graphs["unique_graphs"])
+        compiled.append(graphs["unique_graphs"] - before)
     assert compiled[0] == compiled[1]
     # One graph for each kind of block, group and method: of the double blocks, the first is always dense, the second is
     # dense or has its own window, the third is dense or has three windows, as the single blocks.
@@ -144,7 +143,7 @@ def test_plans_of_a_layout_are_as_many_as_its_methods():
     transformer = clear.linearize(families.FLUX.transformer(), 3, 2, weights=None, schedule=DENSE_FIRST)
     hook = entry_hook_of(transformer)
     for sigma in np.linspace(1, 0, 23):
-        call = at(families.FLUX, families.FLUX.call(transformer, GRID), float(sigma))
+        call = families.FLUX.at_sigma(families.FLUX.call(transformer, GRID), float(sigma))
         run(transformer, call)
     layout = hook.cache.layout(((GRID),), 7, True, torch.device("cpu"))
     plans = hook.cache._plans[layout]
@@ -152,7 +151,7 @@ def test_plans_of_a_layout_are_as_many_as_its_methods():
 
 
 def test_is_saved_with_the_weights(family, transformer, tmp_path):
-    calls = [at(family, family.call(transformer, GRID), sigma) for sigma in (0.95, 0.85, 0.6, 0.2)]
+    calls = [family.at_sigma(family.call(transformer, GRID), sigma) for sigma in (0.95, 0.85, 0.6, 0.2)]
     clear.linearize(transformer, 3, weights=None, schedule=DENSE_FIRST)
     train(transformer)
     expected = [run(transformer, call) for call in calls]

@@ -98,7 +98,7 @@ def test_sigma_is_one_at_timestep_zero(transformer):
     noisy, clean = ({**call, "t": torch.full((2,), t)} for t in (0.3, 0.4))
     assert {type(method) for method in entry_hook_of(transformer).methods_of(noisy)} == {methods.Dense}
     assert set(entry_hook_of(transformer).methods_of(clean)) == {methods.Clear(3)}
-    with pytest.raises(ValueError, match="all images of a call must be dense or none"):
+    with pytest.raises(ValueError, match="all images of a call must have one window or be dense"):
         run(transformer, {**call, "t": torch.tensor([0.3, 0.4])})
 
 
