@@ -195,7 +195,7 @@ def test_refuses_a_base_image_of_a_pipeline_without_its_original_weights(pipe, t
         draw(loaded, window=None, weights="auto")
 
 
-@pytest.mark.parametrize("linearized", [False, True])
+@pytest.mark.parametrize("linearized", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_copies_of_the_attention_weights(pipe, linearized, monkeypatch):
     """Two copies, originals and distilled; three for the base image of a linearized pipeline."""
     distilled = {"weights": demo.distilled(), "window": None}

@@ -84,7 +84,7 @@ def prediction_error(training_run):
 
 
 @pytest.mark.parametrize("student", ["full", pytest.param("lora", marks=pytest.mark.slow)])
-@families.each_family(training=True)
+@families.each_family(quick=("flux", "chroma"), training=True)
 def test_a_student_learns_and_its_weights_load(family, student, tmp_path):
     # The projections of FLUX.2 single blocks hold their feed-forward network: a lower rate, and more steps.
     rate = (1e-3 if family is families.FLUX2 else 4e-3) * (1 if student == "full" else 3)

@@ -142,6 +142,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings, monkeypatch):
     assert {path.name for path in Path(settings.output_dir).iterdir()} == {".lock", "checkpoint-2"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_saves(settings, tmp_path):
     """An incomplete folder is never used as a checkpoint."""
     script = """

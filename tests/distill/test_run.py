@@ -345,6 +345,7 @@ class TestRefusals:
             train(change(settings, window=40, down_factor=1, max_train_steps=1))
 
 
+@pytest.mark.slow
 def test_the_command(settings, tmp_path):
     options = {**dataclasses.asdict(settings), "max_train_steps": 1}
     defaults = dataclasses.asdict(Settings())

@@ -119,6 +119,7 @@ def test_gradients_under_checkpointing_with_steps_in_flight(family, transformer,
 
 
 @hardware.needs_compiler
+@pytest.mark.slow
 def test_compiled_blocks_are_not_recompiled_for_a_window_they_have_had():
     torch.compiler.reset()  # compilations are counted per line of code, over all tests
     transformer = families.FLUX.transformer(num_layers=3, num_single_layers=3)

@@ -247,7 +247,8 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-BACKENDS = ["eager", "aot_eager"]
+SLOW = {"eager": (), "aot_eager": pytest.mark.slow}  # compiled blocks take long
+BACKENDS = [pytest.param(backend, marks=marks) for backend, marks in SLOW.items()]
 ENABLE = {
     "default": lambda model: model.enable_gradient_checkpointing(),
     "reentrant": lambda model: model.enable_gradient_checkpointing(
@@ -257,14 +258,12 @@ ENABLE = {
 }
 
 
-# Compiled blocks with all kinds of checkpointing take long.
 each_backend_and_checkpointing = pytest.mark.parametrize(
     ("backend", "enable"),
     [
-        pytest.param(backend, enable, id=f"{backend}-{name}", marks=[pytest.mark.slow] if slow else [])
-        for backend in BACKENDS
+        pytest.param(backend, enable, id=f"{backend}-{name}", marks=marks)
+        for backend, marks in SLOW.items()
         for name, enable in ENABLE.items()
-        for slow in [backend != "eager" and name != "default"]
     ],
 )
 
@@ -485,7 +484,7 @@ def test_deep_copies_and_unwrapping(kind):
     assert twin._gradient_checkpointing_func is checkpoint
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(kind, backend):
     """Compiled code and the backward pass run with autocast off; attention must still use it."""
     calls = [kind[1](SMALL, seed=1), kind[1](LARGE, seed=2)]

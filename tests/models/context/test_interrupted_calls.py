@@ -13,7 +13,7 @@ from clear_attn.models.context import context_variable
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.processors.publishing import Publishing
 from tests.helpers import dummy_models
-from tests.helpers.families import each_family, each_family_with_each
+from tests.helpers.families import each_family
 from tests.helpers.reference_model import run
 
 
@@ -48,7 +48,8 @@ def interrupt(transformer, call, block, error):
         handle.remove()
 
 
-@each_family_with_each("error", [KeyboardInterrupt, RuntimeError])
+@each_family(quick=("flux", "chroma", "qwen21"))
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_in_every_block(family, error, contexts):
     transformer = family.transformer()
     clear.linearize(transformer, 3, 2, weights=None)
