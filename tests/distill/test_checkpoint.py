@@ -23,6 +23,7 @@ def test_a_folder_has_one_run(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_lock(tmp_path):
     script = f"""
 import os, signal

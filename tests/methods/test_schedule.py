@@ -130,6 +130,7 @@ def test_a_cache_carries_tokens_from_dense_steps_to_local_ones():
 
 
 @hardware.needs_compiler
+@pytest.mark.slow
 def test_compiled_blocks_are_not_recompiled():
     torch.compiler.reset()  # compilations are counted per line of code, over all tests
     transformer = families.FLUX.transformer(num_layers=5, num_single_layers=5)

@@ -314,6 +314,7 @@ def check_run_time(kind, backend, turns):
     assert graphs() == before  # another context of the same shapes compiles nothing
 
 
+@pytest.mark.slow
 def test_compiled_blocks_read_the_context_at_run_time(kind):
     check_run_time(kind, "aot_eager", [(SMALL, 1), (LARGE, 1), (SMALL, 2), (LARGE, 2), (WIDE, 3), (SMALL, 1)])
 
