@@ -7,6 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import clear_attn as clear
+from clear_attn.distill.data import buckets
+from clear_attn.models.qwen_image21 import Qwen21Training
 from tests.helpers import dummy_models, dummy_pipelines, families, hardware
 from tests.helpers.reference_attention import window_mask
 from tests.helpers.reference_model import check_pipeline, in_raster_order, joined, run
@@ -172,3 +174,55 @@ def test_cost_counts_causal_text():
     assert report.dense_step_flops == 3 * (text + image)
     pipe = dummy_pipelines.qwen21()
     assert clear.cost(pipe, 16 * 8, 16 * 12, window=3, text_tokens=10).dense_step_flops == report.dense_step_flops
+
+
+def test_cost_takes_the_sigmas_of_the_pipeline():
+    pipe = dummy_pipelines.qwen21(sample_sigmas=[1.0, 0.7, 0.2])
+    schedule = clear.Schedule(dense_above_sigma=0.9)
+    counted = clear.cost(pipe, 128, 192, window=3, schedule=schedule, steps=3)
+    assert [len(phase.sigmas) for phase in counted.run] == [1, 2]
+    with pytest.raises(ValueError, match=r"steps=4 differs from the 3 sample_sigmas .* give steps=3"):
+        clear.cost(pipe, 128, 192, window=3, schedule=schedule, steps=4)
+
+
+class TestDistilling:
+    """What only the training adapter of this model does: its images, and drawing with its pipeline."""
+
+    pipe = staticmethod(dummy_pipelines.qwen21)
+    training = Qwen21Training()
+
+    def test_an_image_is_encoded_as_by_the_pipeline(self):
+        pipe, pixels = self.pipe(), torch.rand(2, 3, 64, 96) * 2 - 1
+        mean, std = self.training.encode_image(pipe, pixels)
+        assert mean.shape == std.shape == (2, 4, 4, 6)
+        assert self.training.pack(mean).shape == (2, 24, 4)
+        opaque = torch.cat([pixels, torch.ones(2, 1, 64, 96)], dim=1)[:, :, None]
+        latents = pipe.vae.encode(opaque).latent_dist.mode()[:, :, 0]
+        center, scale = (
+            torch.tensor(x).view(1, 4, 1, 1) for x in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+        )
+        torch.testing.assert_close(mean, (latents - center) / scale)
+
+    def test_guidance_is_true_guidance(self):
+        pipe, prompts = self.pipe(), dummy_pipelines.qwen21_text()
+        text = {name: prompts[name] for name in ("prompt_embeds", "prompt_embeds_mask")}
+        arguments = {
+            "height": 64,
+            "width": 96,
+            "num_inference_steps": 2,
+            "output_type": "latent",
+            "max_sequence_length": 512,
+        }
+
+        def draw(**given):
+            generator = torch.Generator().manual_seed(0)
+            return self.training.draw(pipe, **arguments, **text, **given, generator=generator).images
+
+        negative = {f"negative_{name}": x[:, :3] for name, x in text.items()}
+        assert torch.equal(draw(**negative), draw())
+        assert not torch.allclose(draw(guidance_scale=4.0, **negative), draw(), atol=1e-4)
+
+    def test_the_resolution_has_whole_slots(self):
+        with pytest.raises(ValueError, match="resolution must be a multiple of 32 pixels, got 1040"):
+            buckets.sizes(1040, self.training.pixel_step)
+        assert all(side % 32 == 0 for size in buckets.sizes(256, self.training.pixel_step) for side in size)

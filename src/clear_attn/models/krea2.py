@@ -55,7 +55,7 @@ class Krea2Training(QwenTraining):
 
 def dynamic_shift(pipe: Any, tokens: int) -> float:
     """Return the `mu` that the pipeline computes for its scheduler."""
-    return 1.15 if pipe.config.is_distilled else linear_shift(pipe.scheduler.config, tokens, longest=6400)
+    return 1.15 if pipe.config.get("is_distilled") else linear_shift(pipe.scheduler.config, tokens, longest=6400)
 
 
 class Krea2Highres(FromNoisedLatents):

@@ -78,8 +78,8 @@ def default_text_tokens(pipe: Any) -> int | None:
 
     That is the default of its class, unless the tokenizer takes less.
     """
-    defaults = call_defaults(pipe)
-    return min(int(defaults["max_sequence_length"]), longest_text(pipe)) if "max_sequence_length" in defaults else None
+    usual = call_defaults(pipe).get("max_sequence_length")
+    return None if usual is None else min(int(usual), longest_text(pipe))
 
 
 def linear_shift(config: Mapping[str, Any], tokens: int, longest: int = 4096) -> float:
@@ -115,6 +115,8 @@ def sigmas_of_run(pipe: Any, adapter: Any, tokens: int, steps: int) -> list[floa
             f"{'none' if scheduler is None else 'a ' + type(scheduler).__name__}; give the sigmas of a run instead"
         )
     settings = adapter.timestep_settings(pipe, tokens, steps)
+    if not scheduler.config.get("use_dynamic_shifting"):  # some schedulers refuse it then
+        settings = {**settings, "mu": None}
     if scheduler.config.get("use_flow_sigmas"):  # it computes its own
         settings = {"num_inference_steps": steps, **settings, "sigmas": None}
     known = inspect.signature(scheduler.set_timesteps).parameters

@@ -25,18 +25,20 @@ from clear_attn.models.processors.publishing import PublishedProcessor, Publishi
 from clear_attn.models.qwen_image import QwenTraining, Shape, shapes_of
 from clear_attn.models.training import TrainingAdapter
 
+# The maximum of Qwen-Image's pipelines; those of 2.1 have none, and do not pad.
+DEFAULT_TEXT_TOKENS = 512
 # Latents of a condition image or of the target for each slot among the text tokens.
 TOKENS_PER_SLOT = 4
-
-
-# The table of positions begins at -1024, and those of an image are around its center.
-MOST_ROWS = 2048
+# Rows or columns. The table of positions begins at -1024, and those of an image are around its center.
+MOST_PER_SIDE = 2048
 
 
 class Qwen21Training(QwenTraining):
     """Train Qwen-Image 2.1: a token is one latent, and the autoencoder takes images with an alpha channel."""
 
     pipelines = ("QwenImage21Pipeline",)
+    pixel_step = 32  # a slot has 2 x 2 tokens of 16 pixels
+    text_tokens = DEFAULT_TEXT_TOKENS
 
     def encode_image(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return super().encode_image(pipe, torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
@@ -45,6 +47,13 @@ class Qwen21Training(QwenTraining):
         text, mask, _ = pipe.encode_prompt(prompts, device=pipe.vae.device)  # it takes no maximum length
         # The pipeline returns no mask if no text is padded.
         return {"text": text, "mask": text.new_ones(text.shape[:2], dtype=torch.long) if mask is None else mask}
+
+    def draw(self, pipe: Any, **arguments: Any) -> Any:
+        names = {"guidance_scale": "true_cfg_scale", "max_sequence_length": None}
+        renamed = {new: arguments[name] for name in arguments if (new := names.get(name, name))}
+        if renamed.get("true_cfg_scale") is None:  # the pipeline warns about a negative prompt without guidance
+            renamed = {name: value for name, value in renamed.items() if not name.startswith("negative_")}
+        return pipe(**renamed)
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents.flatten(2).transpose(1, 2)
@@ -117,7 +126,7 @@ class QwenImage21(Publishing, ModelAdapter):
     accepts = ("QwenImage21AttnProcessor", "QwenImage21FlexAttnProcessor")
     text_first = True
     text_queries = False
-    default_text_tokens = 512  # of Qwen-Image; its pipelines set no maximum, and do not pad
+    default_text_tokens = DEFAULT_TEXT_TOKENS
     vae_scale_factor = 16
     keywords = "attention_kwargs"
     fused_qkv_reliable = False  # its own processors do not use them
@@ -194,6 +203,16 @@ class QwenImage21(Publishing, ModelAdapter):
     def unpermute_output(self, sample: Tensor, layout: TokenLayout) -> Tensor:
         return _index_last(sample, len(layout.inverse_permutation), layout.inverse_permutation)
 
+    def timestep_settings(self, pipe: Any, tokens: int, steps: int) -> dict[str, Any]:
+        settings = super().timestep_settings(pipe, tokens, steps)
+        if (own := pipe.config.get("sample_sigmas")) is None:
+            return settings
+        if len(own) != steps:
+            raise ValueError(
+                f"steps={steps} differs from the {len(own)} sample_sigmas of this pipeline; give steps={len(own)}"
+            )
+        return {**settings, "sigmas": own}
+
     training: TrainingAdapter | None = Qwen21Training()
     architectures: tuple[Architecture, ...] = (Architecture("qwen-image-2.1"),)
 
@@ -213,7 +232,7 @@ class QwenImage21(Publishing, ModelAdapter):
                 embedding.freqs = before
 
     def max_grid_side(self, transformer: Any) -> int | None:
-        return MOST_ROWS
+        return MOST_PER_SIDE
 
 
 def attend_prefix(
@@ -254,9 +273,9 @@ def _images(kwargs: Mapping[str, Any]) -> Sequence[Shape]:
                 f"for each slot of img_mask, got {tuple(shape)}; give images a height and width in multiples of 32 "
                 "pixels"
             )
-        if max(shape) > MOST_ROWS:
+        if max(shape) > MOST_PER_SIDE:
             raise ValueError(
-                f"img_shapes must have at most {MOST_ROWS} rows and columns of tokens, for which the model has "
+                f"img_shapes must have at most {MOST_PER_SIDE} rows and columns of tokens, for which the model has "
                 f"positions, got {tuple(shape)}; draw a smaller image"
             )
     return shapes

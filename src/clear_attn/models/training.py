@@ -21,12 +21,14 @@ class TrainingAdapter(abc.ABC):
 
     Attributes:
         pipelines: names of the text-to-image pipelines in diffusers.
+        pixel_step: what the sides of images must be multiples of, in pixels.
         text_tokens: the default length that prompts are padded to; None for that of the pipeline.
         text_keywords: the pipeline's keyword for each tensor of `encode_prompts`.
         negative_prompt: the negative prompt that the pipeline's guidance needs, or None.
     """
 
     pipelines: tuple[str, ...]
+    pixel_step: int = 16
     text_tokens: int | None = None
     text_keywords: Mapping[str, str] = MappingProxyType({"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"})
     negative_prompt: str | None = None

@@ -82,13 +82,13 @@ def count_volume(
     sent = sum(len(halo_from(layout, rank, peer, ranks, method.halo())) for peer in range(ranks) if peer != rank)
     most_tokens = max(_tokens(layout, each, ranks) for each in range(ranks))
     most_cells = max(_cells(layout, method.pooled_factor or 1, each, ranks) for each in range(ranks))
-    text = layout.text_tokens
-    joint = text + layout.image_tokens
+    queries = layout.query_text.stop - layout.query_text.start
+    joint = layout.text_tokens + layout.image_tokens
     return CommunicationVolume(
         halo=2 * sent * token,
         pooled=2 * others * most_cells * token,
-        text_lse=others * text * heads * WIDE * batch,
-        text_sum=2 * others * text * heads * head_dim * WIDE * batch // ranks,
+        text_lse=others * queries * heads * WIDE * batch,
+        text_sum=2 * others * queries * heads * head_dim * WIDE * batch // ranks,
         ring=2 * others * joint * token // ranks,
         all_to_all=None if heads % ranks else 4 * others * joint * token // ranks**2,
         tokens=most_tokens,

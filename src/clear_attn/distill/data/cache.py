@@ -176,7 +176,11 @@ def _encode(pipe: Any, training: TrainingAdapter, example: Example, origin: Orig
         image = example.open()
     except Exception:  # PIL's errors have no common base class
         return None
-    pixels = VaeImageProcessor().preprocess(fit(image, origin.resolution)).to(pipe.vae.device, pipe.vae.dtype)
+    pixels = (
+        VaeImageProcessor()
+        .preprocess(fit(image, origin.resolution, training.pixel_step))
+        .to(pipe.vae.device, pipe.vae.dtype)
+    )
     mean, std = training.encode_image(pipe, pixels)
     encoded = {"mean": mean, "std": std, **training.encode_prompts(pipe, [example.prompt], origin.text_tokens)}
     return {name: tensor[0].cpu().contiguous() for name, tensor in encoded.items()}

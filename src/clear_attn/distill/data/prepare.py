@@ -86,9 +86,9 @@ def resolution(settings: Settings, pipe: Any) -> int:
     Raises:
         ValueError: images cannot have that size.
     """
-    given = settings.resolution
-    side = native_side(pipe, find_transformer(pipe)[0]) if given is None else given
-    buckets.sizes(side)
+    given, transformer = settings.resolution, find_transformer(pipe)[0]
+    side = native_side(pipe, transformer) if given is None else given
+    buckets.sizes(side, training_adapter_for(transformer).pixel_step)
     return side
 
 
