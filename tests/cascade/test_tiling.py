@@ -131,6 +131,19 @@ def test_tiles_are_close_to_the_whole(vae, dtype, mean, most):
         assert (ours - whole).abs().max() < most
 
 
+def test_is_undone_if_it_fails_to_begin(vae, monkeypatch):
+    begin = tiling._in_tiles
+
+    def fail_at_the_decoder(module, *settings):
+        return begin(module, *settings) if module is vae.encoder else len(3)
+
+    monkeypatch.setattr(tiling, "_in_tiles", fail_at_the_decoder)
+    vae.use_tiling = True
+    with pytest.raises(TypeError), tiled_vae(vae):
+        pass
+    assert vae.use_tiling
+
+
 def test_is_undone_also_after_an_error(vae):
     before = {name: dict(vars(module)) for name, module in vae.named_modules()}
     latents = torch.randn(1, 2, 66, 80)

@@ -58,19 +58,19 @@ def has_shared_norms(vae: Any) -> bool:
 def tiled_vae(vae: Any) -> Iterator[None]:
     """Encode and decode images larger than the autoencoder's tile by tiles, for the length of a `with` block."""
     before = vae.use_tiling
-    with contextlib.ExitStack() as stack:
-        if has_shared_norms(vae):
-            vae.use_tiling = False
-            scale = scale_of(vae)
-            side = (tile_side(vae) or 0) // scale
-            stack.enter_context(_in_tiles(vae.encoder, side, scale, 1))
-            stack.enter_context(_in_tiles(vae.decoder, side, 1, scale))
-        else:
-            vae.enable_tiling()
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
+            if has_shared_norms(vae):
+                vae.use_tiling = False
+                scale = scale_of(vae)
+                side = (tile_side(vae) or 0) // scale
+                stack.enter_context(_in_tiles(vae.encoder, side, scale, 1))
+                stack.enter_context(_in_tiles(vae.decoder, side, 1, scale))
+            else:
+                vae.enable_tiling()
             yield
-        finally:
-            vae.use_tiling = before
+    finally:
+        vae.use_tiling = before
 
 
 @contextlib.contextmanager
@@ -94,8 +94,8 @@ def _in_tiles(module: nn.Module, side: int, before: int, after: int) -> Iterator
             return run(images)
         return torch.cat([run_in_tiles(module, run, image, side, before, after) for image in images.split(1)])
 
-    set_innermost_forward(module, forward)
     try:
+        set_innermost_forward(module, forward)
         yield
     finally:
         set_innermost_forward(module, whole)
