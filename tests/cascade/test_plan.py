@@ -17,9 +17,18 @@ from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
+from clear_attn.cascade import result as cascade_result
 from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import ATTENTION, describe
-from clear_attn.cascade.planning import base_size, make_plan, stage_sizes, validate_aspect_ratio, validate_growth
+from clear_attn.cascade.planning import (
+    base_size,
+    make_plan,
+    runs_as_it_is,
+    stage_sizes,
+    validate_aspect_ratio,
+    validate_growth,
+)
+from clear_attn.cascade.recording import Recording
 from clear_attn.cascade.result import HighresResult
 from clear_attn.cascade.stage_runner import Cascade
 from tests.helpers import dummy_models
@@ -67,6 +76,23 @@ class TestPlan:
         assert plan.arguments()["backend"] == "reference"
         with pytest.raises(ValueError, match="backend='tiled' is not that of this linearized pipeline, 'reference'"):
             draw(pipe, window=None, weights="auto", backend="tiled")
+
+    def test_asks_a_linearized_pipeline_for_nothing_if_it_has_the_settings(self, pipe):
+        clear.linearize(pipe, 4, weights=None, backend="reference")
+        target, plan = find_cascade_target(pipe), draw(pipe).plan
+        assert runs_as_it_is(target, replace(plan, schedule=clear.Schedule(), backend="auto"))
+        assert runs_as_it_is(target, replace(plan, schedule=clear.Schedule(), backend="reference"))
+        for other in ({"window": 5}, {"down_factor": 2}, {"weights": "auto"}, {"backend": "tiled"}):
+            assert not runs_as_it_is(target, replace(plan, schedule=clear.Schedule(), **other))
+
+    def test_has_sizes_that_can_be_given_again(self, pipe, monkeypatch):
+        """Also if rounding to whole tokens changed their aspect ratio."""
+        monkeypatch.setattr(Cascade, "draw", lambda *args: None)
+        plan = draw(pipe, 144, 512, base=None).plan
+        assert plan.base.size == (32, 128)
+        assert clear.highres(pipe, **plan.arguments()).plan == plan
+        with pytest.raises(ValueError, match="has another aspect ratio"):
+            clear.highres(pipe, **{**plan.arguments(), "base": replace(plan.base, width=120)})
 
     def test_in_an_image_has_no_local_paths(self, tmp_path):
         plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, str(demo.distilled()))
@@ -332,6 +358,13 @@ class TestResult:
         assert [file.name for file in files] == ["out-0-8x8.png", "out-1-32x32.png"]
         assert {file.name for file in tmp_path.iterdir()} == {"out.png.json", *(file.name for file in files)}
         assert same(Image.open(files[1]), result.image)
+
+    def test_the_plan_is_saved_before_the_record(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(cascade_result, "save_recording", lambda *args: len(3))
+        result = HighresResult([noise(8, 8)], self.plan, {0: Recording((1, 1))})
+        with pytest.raises(TypeError):
+            result.save(tmp_path / "out.png")
+        assert clear.HighresPlan.load(tmp_path / "out.png.json") == self.plan
 
     def test_without_images(self, tmp_path):
         result = HighresResult([], self.plan)

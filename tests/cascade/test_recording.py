@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 
 from clear_attn.cascade.latents import change_velocity, pack
 from clear_attn.cascade.recording import (
@@ -103,3 +104,13 @@ def test_saved_and_read(tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"other\.safetensors is not the record of a run .*; draw the image again"):
         load_recording(tmp_path / "other.safetensors")
+
+
+def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("clear_attn.cascade.recording.save_file", full)
+    with pytest.raises(OSError, match=r"run\.safetensors could not be written .*No space left"):
+        save_recording(recorded()[0], tmp_path / "run.safetensors", {})
+    assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def make_plan(
         base = _resolve_base(target, asked, size)
         first = base.size
     else:
-        asked, first = None, _validate_image(image, base)
+        first = _validate_image(image, base)
     resolved = _resolve_stages(target, stages, first, size)
     most = LARGEST_SEED - len(resolved)
     seed = int(random_seed()) if seed is None else seed
@@ -90,9 +90,11 @@ def make_plan(
     )
     _validate_sizes(target, plan, first)
     plan = dataclasses.replace(plan, recording_bytes=most_recorded_bytes(target, plan))
-    # Sizes that were not given are rounded to whole tokens, which changes their aspect ratio.
-    given = [first] if asked is None or asked.height is not None else []
-    given += [] if isinstance(stages, Stage) else [each.size for each in stages if each.height is not None]
+    # Sizes that highres chooses are rounded to whole tokens, which changes their aspect ratio. A plan has them too.
+    chosen = stage_sizes(first, size, token)
+    given = [] if image is None and first == base_size(size, target.native_side, token) else [first]
+    if not isinstance(stages, Stage) and [each.size for each in plan.stages] != chosen:
+        given += [each.size for each in stages if each.height is not None]
     for before, after in itertools.pairwise([*given, size]):
         validate_aspect_ratio(before, after, token)
     for stage in plan.stages:
@@ -118,13 +120,20 @@ def random_seed(device: torch.device | str = "cpu") -> Tensor:
 
 
 def runs_as_it_is(target: CascadeTarget, plan: HighresPlan) -> bool:
-    """Return whether a pipeline is linearized and a plan asks for no other settings.
+    """Return whether a pipeline is linearized, and a plan asks for nothing or for the settings that it has.
 
     Raises:
         ValueError: the plan asks for another backend alone.
     """
     hook, asked = target.hook, [getattr(plan, name) for name in ATTENTION if name != "backend"]
-    if hook is None or asked != [None, None, None, "auto", None]:
+    if hook is None:
+        return False
+    method: Any = hook.method
+    if method.pooled_factor is not None and plan.backend in ("auto", hook.backend):
+        weights = with_absolute_path(hook.weights)
+        if asked == [method.window, method.down_factor, hook.schedule, weights, None]:
+            return True
+    if asked != [None, None, None, "auto", None]:
         return False
     if plan.backend not in ("auto", hook.backend):
         raise ValueError(

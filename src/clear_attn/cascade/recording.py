@@ -112,7 +112,11 @@ def _split(velocity: Tensor, latents: Tensor, sigma: float) -> Handover:
 
 
 def save_recording(recording: Recording, file: Path, about: dict[str, str]) -> None:
-    """Save the predictions and the handover of a finished run as safetensors, with metadata about it."""
+    """Save the predictions and the handover of a finished run as safetensors, with metadata about it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     levels = sorted(recording.predictions, reverse=True)
     tensors = {
         "sigmas": torch.tensor(levels, dtype=torch.float64),
@@ -120,7 +124,10 @@ def save_recording(recording: Recording, file: Path, about: dict[str, str]) -> N
         **(recording.handover._asdict() if recording.handover else {}),
     }
     with atomic_file(file) as unfinished:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, about)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, about)
+        except SafetensorError as error:  # of a full disk, too
+            raise OSError(f"{file} could not be written ({error})") from error
 
 
 def load_recording(file: Path) -> tuple[Recording, dict[str, str]]:

@@ -136,10 +136,10 @@ class HighresResult:
             save_or_fall_back(functools.partial(save_with_plan, image, plan=self.plan), path)
             for path, image in images.items()
         ]
-        with warn_if_unwritten(run_file(file)):
-            self._save_run(file)
         with warn_if_unwritten(plan_file(file)):
             save_plan(self.plan, file)
+        with warn_if_unwritten(run_file(file)):
+            self._save_run(file)
         return written
 
     def _save_run(self, file: Path) -> None:
