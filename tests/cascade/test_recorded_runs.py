@@ -1,5 +1,6 @@
 """Stages that use the run before them: guidance by its steps, and continuing it."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,13 +9,16 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
 import clear_attn as clear
+from clear_attn import demo
 from clear_attn.cascade import recorded_runs
 from clear_attn.cascade.growth import grow, smaller_sigma
 from clear_attn.cascade.latents import unpack
 from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.recorded_runs import new_recording
 from clear_attn.cascade.recording import Handover
+from clear_attn.cascade.stage_runner import Cascade
 from clear_attn.cascade.work import run_sigmas
+from clear_attn.tools.reporting import spell_options
 from tests.helpers import dummy_models
 from tests.helpers.large_images import PROMPT, STAGE, assert_as_it_was, draw, everything, noise, same
 
@@ -76,7 +80,19 @@ def test_resumes_without_a_record_where_none_is_needed(pipe, tmp_path):
     kept = clear.HighresResult.load(tmp_path / "out.png")
     assert same(clear.highres(pipe, **kept.plan.arguments(), resume=kept).image, draw(pipe).image)
     start = noise(64, 64)
-    assert same(draw(pipe, image=start, resume=stopped(pipe, 1, image=start)).image, draw(pipe, image=start).image)
+    result, expected = stopped(pipe, 1, image=start), draw(pipe, image=start).image
+    assert same(draw(pipe, image=start, resume=result).image, expected)
+    assert same(clear.highres(pipe, **result.plan.arguments(), resume=result).image, expected)
+
+
+def test_resumes_with_weights_that_have_moved(pipe, tmp_path, monkeypatch):
+    for folder in ("before", "now"):
+        shutil.copytree(demo.distilled(), tmp_path / folder / "weights")
+    monkeypatch.setattr(Cascade, "draw", lambda *args: None)
+    settings = {"window": None, "base": BASE}
+    result = draw(pipe, **settings, weights=tmp_path / "before" / "weights")
+    moved = draw(pipe, **settings, weights=tmp_path / "now" / "weights", resume=result)
+    assert moved.plan.weights == str(tmp_path / "now" / "weights")
 
 
 @EACH
@@ -212,8 +228,9 @@ def test_refuses_to_resume_what_does_not_fit(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(FluxPipeline, "encode_prompt", None)
     with pytest.raises(TypeError, match="resume must be a HighresResult, got a str"):
         draw(pipe, **settings, resume="out.png")
-    with pytest.raises(ValueError, match="resume has a plan with another seed; draw with"):
+    with pytest.raises(ValueError, match="resume has a plan with another seed; draw with the same pipeline") as refused:
         draw(pipe, **settings, seed=6, resume=result)
+    assert spell_options(str(refused.value), {"resume": "--resume"}) == str(refused.value)
     with pytest.raises(ValueError, match="resume has no record of the run before stage 1"):
         draw(pipe, **settings, resume=replace(result, runs={}))
     with pytest.raises(FileNotFoundError):

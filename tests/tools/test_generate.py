@@ -140,7 +140,7 @@ def test_saves_finished_images(tmp_path, start, monkeypatch, error, code, words,
     first = tmp_path / f"out-0-64x80.{ending}"
     plan = tmp_path / f"out.{ending}.json"
     assert f"{words} {first} and {plan}\n" in result.output
-    way = "To go on, give --model, --output and --init-image again, and --resume\n"
+    way = "To go on, give --model, --output and --init-image again, --device and --dtype as before, and --resume\n"
     assert (way in result.output) == (ending == "png")
     assert ("Less memory is needed for a smaller image" in result.output) == (code == 1)
     assert pixels(first).shape == (64, 80, 3)
@@ -190,13 +190,19 @@ def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
         patched.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
         interrupted = generate(output, *options)
     assert interrupted.exit_code == 130
-    assert "To go on, give --model and --output again, and --resume\n" in interrupted.output
+    way = "To go on, give --model and --output again, --device and --dtype as before, and --resume"
+    assert f"{way}\n" in interrupted.output
     assert {file.name for file in tmp_path.iterdir() if file.name.startswith("out")} == {
         *("out-0-128x128.png", "out.png.json", "out.png.run.safetensors")
     }
     assert "exists; give another file, or --overwrite, or --resume to go on" in shown(generate(output, *options))
     refused = generate(output, *options, "--resume")
     assert "--resume and --prompt" in shown(refused)
+    output.write_text("an earlier image")
+    with monkeypatch.context() as patched:
+        patched.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
+        assert f"{way} and --overwrite\n" in generate(output, "--resume", "--overwrite").output
+    output.unlink()
     result = generate(output, "--resume")
     assert result.exit_code == 0, result.output
     assert np.array_equal(pixels(output), pixels(tmp_path / "expected.png"))

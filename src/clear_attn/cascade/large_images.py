@@ -64,7 +64,7 @@ def highres(
             aspect ratio.
         resume (`HighresResult`, *optional*): the unfinished result of a call with the same arguments, from
             `HighresInterrupted`, `HighresError` or `HighresResult.load`. Only what it lacks is drawn:
-            ``highres(pipe, **result.plan.arguments(), resume=result)``.
+            ``highres(pipe, **result.plan.arguments(), resume=result)``. It has the image if one was given.
         base (`Base`, *optional*): settings of the base image.
         stages (`Stage` or a sequence of them, defaults to `Stage()`): settings of each stage; the last one has the
             final size. One without a size means as few stages as grow by a factor of at most about four.
@@ -111,6 +111,8 @@ def highres(
         raise TypeError(
             f"resume must be a HighresResult, got a {type(resume).__name__}; HighresResult.load reads one from files"
         )
+    if image is None and resume and resume.plan.image and resume.images:
+        image = resume.images[0]
     target = find_cascade_target(pipe)
     options = {**target.own_options, **options}
     attention: dict[str, Any] = {
@@ -163,11 +165,13 @@ def _finished(plan: HighresPlan, resume: HighresResult, image: Image.Image | Non
     Raises:
         ValueError: it is of another plan, or lacks the record that its next stage needs.
     """
-    now, before = ({**dataclasses.asdict(each), "made_with": None} for each in (plan, resume.plan))
+    # Local weights may have moved.
+    plans = (each.without_paths() for each in (plan, resume.plan))
+    now, before = ({**dataclasses.asdict(each), "made_with": None} for each in plans)
     if names := [name for name in now if now[name] != before[name]]:
         raise ValueError(
-            f"resume has a plan with another {', '.join(names)}; draw with highres(pipe, **resume.plan.arguments(), "
-            "resume=resume), or leave resume out"
+            f"resume has a plan with another {', '.join(names)}; draw with the same pipeline and the keywords of "
+            "resume.plan.arguments(), or leave resume out"
         )
     count = len(resume.images)
     if not count:

@@ -151,4 +151,5 @@ def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
     typer.echo(f"{reason}; saved {_listed(saved) or 'nothing'}", err=True)
     if images and output.suffix.lower() == ".png":
         given = "--model, --output and --init-image" if result.plan.image else "--model and --output"
-        typer.echo(f"To go on, give {given} again, and --resume", err=True)
+        resume = "--resume and --overwrite" if output.exists() else "--resume"
+        typer.echo(f"To go on, give {given} again, --device and --dtype as before, and {resume}", err=True)
