@@ -16,7 +16,7 @@ import clear_attn as clear
 from clear_attn.cascade.latents import unpack
 from clear_attn.cascade.pipelines import find_cascade_target
 from tests.helpers import dummy_pipelines
-from tests.helpers.large_images import PROMPT, draw, noise, same
+from tests.helpers.large_images import PROMPT, assert_work_is_of_the_run, draw, noise, same
 from tests.helpers.modular_pipelines import needs_modular_pipelines
 from tests.helpers.snapshots import assert_same, snapshot
 
@@ -230,3 +230,10 @@ def test_several_prompts_are_refused(make):
     assert same(one, same_one)
     with pytest.raises(ValueError, match=r"FLUX\.3 draws one prompt in a call, got 2; give them one by one"):
         pipe(["a red circle", "a cat"], **settings)
+
+
+@each_kind
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_work_counts_each_forward_pass(name, guidance, make):
+    pipe = make(name)
+    assert_work_is_of_the_run(pipe, **SETTINGS | {"stages": replace(STAGE, guidance=guidance)})

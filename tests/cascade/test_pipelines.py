@@ -13,8 +13,8 @@ from PIL import Image
 import clear_attn as clear
 from clear_attn.cascade.latents import unpack
 from clear_attn.models._diffusers import diffusers_version
-from tests.helpers import dummy_pipelines
-from tests.helpers.large_images import PROMPT, draw, noise, same
+from tests.helpers import dummy_models, dummy_pipelines
+from tests.helpers.large_images import PROMPT, assert_work_is_of_the_run, draw, noise, same
 from tests.helpers.modular_pipelines import MODULAR, needs_modular_pipelines
 from tests.helpers.snapshots import assert_same, snapshot
 
@@ -268,3 +268,38 @@ def test_components_of_a_modular_pipeline_that_are_not_loaded():
 def test_modular_pipelines_of_other_tasks_are_refused():
     with pytest.raises(TypeError, match="highres does not support a FluxKontextModularPipeline"):
         draw(MODULAR["FLUX.1 Kontext"].pipeline())
+
+
+@each_kind
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_work_counts_each_forward_pass_at_its_sigma(kind, guidance, dynamic, make):
+    pipe = make(kind)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic, max_shift=1.7)
+    given = settings(kind, stages=replace(STAGE, guidance=guidance), max_sequence_length=24)
+    assert_work_is_of_the_run(pipe, **given)
+
+
+def test_work_counts_one_pass_without_a_negative_prompt(make):
+    assert_work_is_of_the_run(make(KINDS["qwen"]), **settings(KINDS["qwen"]) | {"negative_prompt": None})
+
+
+@each_from_latents
+def test_a_distilled_model_is_drawn_with_as_one(kind, make):
+    pipe = make(kind)
+    pipe.register_to_config(is_distilled=True)
+    assert_work_is_of_the_run(pipe, **settings(kind))
+
+
+@pytest.mark.parametrize("options", [{}, {"negative_prompt": NEGATIVE, "true_cfg_scale": 2.0}], ids=["plain", "guided"])
+def test_work_counts_the_passes_of_flux(options):
+    assert_work_is_of_the_run(dummy_models.small_flux(), stages=STAGE, **options)
+
+
+def test_work_needs_a_scheduler_that_takes_sigmas(make):
+    kind = KINDS["chroma"]
+    pipe = make(kind)
+    plan = draw(pipe, **settings(kind)).plan
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="a FlowMatchHeunDiscreteScheduler takes none; give the pipeline a FlowMatch"):
+        plan.work(pipe)

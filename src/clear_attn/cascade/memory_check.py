@@ -40,7 +40,7 @@ def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
     held = pipeline_bytes(pipe, device)
     free = min(free, total - held)
     for each in plan.drawn:
-        work = _work_of(target, each, is_base=each is plan.base)
+        work = _work_of(target, plan, each, is_base=each is plan.base)
         need = peak_memory(pipe, device, work)
         if need.least > total:
             raise ValueError(
@@ -55,12 +55,12 @@ def check_fits(target: CascadeTarget, plan: HighresPlan) -> None:
             )
 
 
-def _work_of(target: CascadeTarget, drawn: Base | Stage, *, is_base: bool) -> dict[str, Bytes]:
+def _work_of(target: CascadeTarget, plan: HighresPlan, drawn: Base | Stage, *, is_base: bool) -> dict[str, Bytes]:
     """Return what the models allocate for one image. Ranks share stages alone, and tiles are for stages alone."""
     transformer, vae, (height, width) = target.transformer, target.pipe.vae, drawn.size
     tokens = (height // target.token) * (width // target.token)
     channels = next(iter(target.adapter.describe_layers(transformer).values())).channels
-    elements = target.batch(drawn.guidance) * tokens * channels
+    elements = target.passes(drawn.guidance, plan.options).batch * tokens * channels
     activations = activation_bytes(transformer, elements, target.adapter.activation_factor)
     ranks = 1 if is_base else target.ranks
     side = None if is_base else tile_side(vae)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from clear_attn.cascade.stages import validate_number
 from clear_attn.models import ADAPTERS, HighresPipelines, ModelAdapter
+from clear_attn.models.image_to_image import ForwardPasses
 from clear_attn.models.loading import with_components_of
 from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
 from clear_attn.patching.hooks import EntryHook
@@ -86,9 +87,9 @@ class CascadeTarget(NamedTuple):
         """The number of processes that share an image."""
         return self.hook.sharder.ranks if self.hook and self.hook.sharder else 1
 
-    def batch(self, guidance: float | None) -> int:
-        """Return how many images one forward pass computes at a guidance scale."""
-        return 2 if self.pipelines.batched_guidance and (guidance or 0) > self.pipelines.unguided else 1
+    def passes(self, guidance: float | None, options: Mapping[str, Any]) -> ForwardPasses:
+        """Return the forward passes of a step at a guidance scale, with further keywords of the pipelines' calls."""
+        return self.pipelines.passes(self.pipe, guidance, options)
 
 
 def find_cascade_target(pipe: Any) -> CascadeTarget:
@@ -108,6 +109,12 @@ def find_cascade_target(pipe: Any) -> CascadeTarget:
             return CascadeTarget(find_target(pipe), each, *classes)
     names = dict.fromkeys(name for each in supported for name in each.supported)
     raise TypeError(f"highres does not support a {type(pipe).__name__}; give one of: {', '.join(names)}")
+
+
+def pipeline_of(cls: Any, pipe: Any, scheduler: Any) -> Any:
+    """Return a pipeline of a class with the components and settings of another, and a scheduler of its own."""
+    names = inspect.signature(cls).parameters.keys() & pipe.config.keys() - pipe.components.keys()
+    return cls(**{name: pipe.config[name] for name in names}, **{**pipe.components, "scheduler": scheduler})
 
 
 def call_defaults(pipeline: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from clear_attn.cascade.attention_scale import proportional_attention
 from clear_attn.cascade.growth import start_from
 from clear_attn.cascade.guidance import guide
 from clear_attn.cascade.latents import pack
-from clear_attn.cascade.pipelines import CascadeTarget, static_schedule
+from clear_attn.cascade.pipelines import CascadeTarget, pipeline_of, static_schedule
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.recorded_runs import latent_size, new_recording
 from clear_attn.cascade.recording import Recording, record_handover, record_predictions
@@ -109,7 +109,7 @@ class Cascade(NamedTuple):
     def _draw_base(self, base: Base, recording: Recording | None) -> Image.Image:
         pipe = self.target.pipe
         scheduler = static_schedule(pipe.scheduler, None)
-        runner = self.target.text_to_image(**{**pipe.components, "scheduler": scheduler})
+        runner = pipeline_of(self.target.text_to_image, pipe, scheduler)
         if recording:
             record_handover(scheduler, recording)
             record_predictions(scheduler, recording)
@@ -121,7 +121,7 @@ class Cascade(NamedTuple):
     ) -> Image.Image:
         pipe, generator, stage = self.target.pipe, self._generator(number), self.plan.stages[number - 1]
         scheduler, size = static_schedule(pipe.scheduler, stage.shift), latent_size(self.target, stage)
-        runner = self.target.image_to_image(**{**pipe.components, "scheduler": scheduler})
+        runner = pipeline_of(self.target.image_to_image, pipe, scheduler)
         with contextlib.ExitStack() as stack:
             stack.enter_context(tiled_vae(pipe.vae))
             if (factor := stage.ntk_factor or 1) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ def work_of(plan: HighresPlan, pipe: Any) -> PlanWork:
 def _work_of_run(target: CascadeTarget, plan: HighresPlan, number: int) -> RunWork:
     drawn = drawn_number(plan, number)
     tokens = plan.options.get("max_sequence_length")
-    passes = 2 if plan.options.get("true_cfg_scale", 1) > 1 else 1
+    passes = target.passes(drawn.guidance, plan.options)
     sigmas = run_sigmas(target, plan, number)
     counted = cost(
         target.pipe,
@@ -77,32 +78,33 @@ def _work_of_run(target: CascadeTarget, plan: HighresPlan, number: int) -> RunWo
         down_factor=plan.down_factor,
         schedule=plan.schedule,
         text_tokens=tokens,
-        batch=target.batch(drawn.guidance),
+        batch=passes.batch,
         sigmas=sigmas,
     )
-    flops = passes * (counted.run_flops if number else counted.dense_run_flops)
+    flops = passes.number * (counted.run_flops if number else counted.dense_run_flops)
     return RunWork(f"stage {number}" if number else "base image", drawn.size, len(sigmas), flops)
 
 
 def run_sigmas(target: CascadeTarget, plan: HighresPlan, number: int) -> list[float]:
     """Return the noise levels of the steps that run for an image: without those after a handover that ends the run.
 
-    Pipelines compute a dynamic shift of their own; this takes that of FLUX.1, which most have.
+    Raises:
+        ValueError: the scheduler takes no sigmas.
     """
     drawn = drawn_number(plan, number)
     scheduler = static_schedule(target.pipe.scheduler, drawn.shift if isinstance(drawn, Stage) else None)
     tokens = drawn.size[0] * drawn.size[1] // target.token**2
     whole = drawn.steps if isinstance(drawn, Stage) else steps_of(drawn)
-    mu = {"mu": _dynamic_shift(scheduler.config, tokens)} if scheduler.config.get("use_dynamic_shifting") else {}
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / whole, whole), **mu)
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"the work of a plan needs the sigmas of its steps, and a {type(scheduler).__name__} takes none; give the "
+            "pipeline a FlowMatchEulerDiscreteScheduler"
+        )
+    mu = target.adapter.timestep_settings(target.pipe, tokens, whole).get("mu")
+    shift = {"mu": mu} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / whole, whole), **shift)
     sigmas: list[float] = scheduler.sigmas[whole - steps_of(drawn) : whole].tolist()
     recording = new_recording(target, plan, number)
     if recording is None or not recording.ends_there or recording.handover_sigma is None:
         return sigmas
     return sigmas[: max(1, sum(sigma > recording.handover_sigma for sigma in sigmas))]
-
-
-def _dynamic_shift(config: Any, tokens: int) -> float:
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(low + (tokens - few) * (high - low) / (many - few))

@@ -18,6 +18,14 @@ from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.models.training import TrainingAdapter
 
 
+class FluxHighres(HighresPipelines):
+    """The pipelines of FLUX.1, which take the guidance scale as an input and guide by `true_cfg_scale`."""
+
+    def predictions(self, pipe: Any, guidance: float | None, options: Mapping[str, Any]) -> int:
+        guided = options.get("true_cfg_scale", 1) > 1 and options.get("negative_prompt") is not None
+        return 2 if guided else 1
+
+
 class FluxTraining(TrainingAdapter):
     pipelines: tuple[str, ...] = ("FluxPipeline", "FluxKontextPipeline")
 
@@ -105,7 +113,7 @@ class Flux(ModelAdapter):
 
     training: TrainingAdapter | None = FluxTraining()
     highres_pipelines: tuple[HighresPipelines, ...] = (
-        HighresPipelines("FluxPipeline", "FluxImg2ImgPipeline", modular=("FluxModularPipeline",)),
+        FluxHighres("FluxPipeline", "FluxImg2ImgPipeline", modular=("FluxModularPipeline",)),
     )
     architectures: tuple[Architecture, ...] = (Architecture("flux", {"guidance_embeds": True}),)
 

@@ -66,7 +66,13 @@ def dynamic_shift(tokens: int, steps: int) -> float:
 
 
 class Flux2Highres(FromNoisedLatents):
-    """The pipelines of FLUX.2, which has no image-to-image pipeline."""
+    """The pipelines of FLUX.2, which has no image-to-image pipeline.
+
+    A FLUX.2 klein that is not distilled predicts twice; all others take the guidance scale as an input or ignore it.
+    """
+
+    def predictions(self, pipe: Any, guidance: float | None, options: Mapping[str, Any]) -> int:
+        return 1 if pipe.config.get("is_distilled", True) else super().predictions(pipe, guidance, options)
 
     def dynamic_shift(self, pipe: Any, tokens: int, steps: int) -> float:
         return dynamic_shift(tokens, steps)

@@ -107,6 +107,10 @@ class Flux3Highres(FromNoisedLatents):
         cls = getattr(flux3_pipeline, self.text_to_image)
         return cls, cls
 
+    def predictions(self, pipe: Any, guidance: float | None, options: Mapping[str, Any]) -> int:
+        predictions: int = pipe.predictions(guidance or 0)
+        return predictions
+
     def pack(self, latents: Tensor) -> Tensor:
         return F.pixel_unshuffle(latents, 2)
 

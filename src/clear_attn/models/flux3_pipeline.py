@@ -152,6 +152,16 @@ class Flux3Pipeline(_Flux3):
     blocks = Flux3AutoBlocks
     flow_map = False
 
+    def _guider_at(self, guidance_scale: float) -> Any:
+        guider = self.guider or ClassifierFreeGuidance(guidance_scale=guidance_scale)
+        # diffusers warns of each new guider.
+        changes = guider.config["guidance_scale"] != guidance_scale
+        return guider.new(guidance_scale=guidance_scale) if changes else guider
+
+    def predictions(self, guidance_scale: float) -> int:
+        """Return how many predictions a step computes at a guidance scale."""
+        return int(self._guider_at(guidance_scale).num_conditions)
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -169,10 +179,7 @@ class Flux3Pipeline(_Flux3):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 8192,
     ) -> Any:
-        guider = self.guider or ClassifierFreeGuidance(guidance_scale=guidance_scale)
-        # diffusers warns of each new guider.
-        changes = guider.config["guidance_scale"] != guidance_scale
-        self.guider = guider.new(guidance_scale=guidance_scale) if changes else guider
+        self.guider = self._guider_at(guidance_scale)
         return self._draw(
             prompt,
             callback_on_step_end,
@@ -196,6 +203,10 @@ class Flux3DistilledPipeline(_Flux3):
     modular = "Flux3DistilledModularPipeline"
     blocks = Flux3DistilledAutoBlocks
     flow_map = True
+
+    def predictions(self, guidance_scale: float) -> int:
+        """Return how many predictions a step computes, for which the scale has no effect."""
+        return 1
 
     def __call__(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -14,6 +14,18 @@ from torch import Tensor
 
 from clear_attn.models.class_names import DIFFUSERS, is_exactly, is_instance
 from clear_attn.models.training import TrainingAdapter
+
+
+class ForwardPasses(NamedTuple):
+    """The forward passes of the transformer in a step.
+
+    Attributes:
+        number: how many run one after the other.
+        batch: the number of images in each.
+    """
+
+    number: int
+    batch: int
 
 
 class HighresPipelines:
@@ -63,6 +75,21 @@ class HighresPipelines:
     def classes(self) -> tuple[Any, Any]:
         """Return the classes that draw the base image and the stages. They are imported here."""
         return getattr(diffusers, self.text_to_image), getattr(diffusers, self.image_to_image)
+
+    def predictions(self, pipe: Any, guidance: float | None, options: Mapping[str, Any]) -> int:
+        """Return how many predictions of an image a step computes.
+
+        Args:
+            pipe: the pipeline.
+            guidance: its guidance scale.
+            options: further keywords of its call.
+        """
+        return 2 if (guidance or 0) > self.unguided else 1
+
+    def passes(self, pipe: Any, guidance: float | None, options: Mapping[str, Any]) -> ForwardPasses:
+        """Return the forward passes of a step. The arguments are those of `predictions`."""
+        predictions = self.predictions(pipe, guidance, options)
+        return ForwardPasses(1, predictions) if self.batched_guidance else ForwardPasses(predictions, 1)
 
     def encode(self, pipe: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the latents of pixels in -1..1 as the transformer takes them, `[1, channels, height, width]`."""

@@ -73,6 +73,9 @@ class QwenTraining(TrainingAdapter):
 class QwenHighres(HighresPipelines):
     """The pipelines of Qwen-Image, with an autoencoder of videos that normalizes each channel."""
 
+    def predictions(self, pipe: Any, guidance: float | None, options: Mapping[str, Any]) -> int:
+        return super().predictions(pipe, guidance, options) if options.get("negative_prompt") is not None else 1
+
     def encode(self, pipe: Any, pixels: Tensor, generator: torch.Generator) -> Tensor:
         latents, config = pipe.vae.encode(pixels[:, :, None]).latent_dist.sample(generator)[:, :, 0], pipe.vae.config
         center, scale = (
