@@ -280,6 +280,7 @@ def test_work_counts_each_forward_pass_at_its_sigma(kind, guidance, dynamic, mak
     assert_work_is_of_the_run(pipe, **given)
 
 
+@pytest.mark.skipif(diffusers_version() < KINDS["qwen"].first_version, reason="it has no Qwen-Image as it is now")
 def test_work_counts_one_pass_without_a_negative_prompt(make):
     assert_work_is_of_the_run(make(KINDS["qwen"]), **settings(KINDS["qwen"]) | {"negative_prompt": None})
 
@@ -294,6 +295,17 @@ def test_a_distilled_model_is_drawn_with_as_one(kind, make):
 @pytest.mark.parametrize("options", [{}, {"negative_prompt": NEGATIVE, "true_cfg_scale": 2.0}], ids=["plain", "guided"])
 def test_work_counts_the_passes_of_flux(options):
     assert_work_is_of_the_run(dummy_models.small_flux(), stages=STAGE, **options)
+
+
+@pytest.mark.skipif(diffusers_version() < KINDS["flux2"].first_version, reason="diffusers has no FLUX.2")
+def test_work_counts_one_pass_of_flux2_dev(make):
+    kind = KINDS["flux2"]._replace(make=dummy_pipelines.flux2_dev)
+    assert_work_is_of_the_run(make(kind), **settings(kind))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_work_counts_the_passes_of_sd3(guidance):
+    assert_work_is_of_the_run(dummy_models.small_sd3(), stages=replace(STAGE, guidance=guidance))
 
 
 def test_work_needs_a_scheduler_that_takes_sigmas(make):

@@ -39,6 +39,11 @@ def flux2():
     return _quiet(kind(scheduler, vae, unused_text_encoder(), None, dummy_models.flux2_transformer()))
 
 
+def flux2_dev():
+    """Return a FLUX.2-dev pipeline of the parts of `flux2`, which takes the guidance scale as an input."""
+    return _quiet(diffusers.Flux2Pipeline(**flux2().components))
+
+
 def flux2_text(negative=5):
     """Return random embeddings of a prompt and, with this number of tokens, of a negative prompt."""
     rng = torch.Generator().manual_seed(4)

@@ -6,8 +6,6 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from clear_attn.cascade.pipelines import CascadeTarget, find_cascade_target, static_schedule
 from clear_attn.cascade.plan import HighresPlan
 from clear_attn.cascade.recorded_runs import drawn_number, new_recording, steps_of
@@ -100,9 +98,10 @@ def run_sigmas(target: CascadeTarget, plan: HighresPlan, number: int) -> list[fl
             f"the work of a plan needs the sigmas of its steps, and a {type(scheduler).__name__} takes none; give the "
             "pipeline a FlowMatchEulerDiscreteScheduler"
         )
-    mu = target.adapter.timestep_settings(target.pipe, tokens, whole).get("mu")
-    shift = {"mu": mu} if scheduler.config.get("use_dynamic_shifting") else {}
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / whole, whole), **shift)
+    settings = target.adapter.timestep_settings(target.pipe, tokens, whole)
+    if not scheduler.config.get("use_dynamic_shifting"):
+        settings.pop("mu", None)
+    scheduler.set_timesteps(**settings)
     sigmas: list[float] = scheduler.sigmas[whole - steps_of(drawn) : whole].tolist()
     recording = new_recording(target, plan, number)
     if recording is None or not recording.ends_there or recording.handover_sigma is None:
