@@ -31,7 +31,7 @@ REFERENCE = 56, 64  # pixels of a reference image
 FLUX2_REFERENCE = 64, 80
 FLUX3_REFERENCE = 12, 16  # in tokens
 EDITED = 96, 128  # pixels of the reference image of Qwen-Image, which rounds to 32
-QWEN21_GRID = 8, 12
+QWEN21_GRID = 12, 8  # two rows of tiles, for two ranks
 QWEN21_CONDITIONS = 4 * 4, 4 * 4  # tokens of condition images, which are resized to an area of 64 x 64 pixels
 IP_TOKENS, IP_DIM = 4, 20
 
