@@ -18,6 +18,7 @@ from clear_attn.weights.recognition import ByName
 from tests.helpers import dummy_models, dummy_pipelines, families
 from tests.helpers.snapshots import assert_same, snapshot, train
 
+pytestmark = families.needs("qwen")
 MODEL = "someone/Qwen-Image"
 REPOSITORY = "someone/qwen-image-clear"
 
