@@ -110,7 +110,7 @@ def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path, monkeypatch):
     def full(*args):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("clear_attn.cascade.recording.save_file", full)
+    monkeypatch.setattr("clear_attn.utils.tensor_files.save_file", full)
     with pytest.raises(OSError, match=r"run\.safetensors could not be written .*No space left"):
         save_recording(recorded()[0], tmp_path / "run.safetensors", {})
     assert not list(tmp_path.iterdir())

@@ -291,8 +291,8 @@ class TestCache:
                 raise OSError(28, "No space left on device")
             real(tensors, path, **kwargs)
 
-        real = cache.save_file
-        monkeypatch.setattr(cache, "save_file", write)
+        real = cache.write_tensors
+        monkeypatch.setattr(cache, "write_tensors", write)
         with pytest.raises(OSError, match="No space left"):
             self.build(pipe, data, tmp_path / "cache")
         assert {path.name for path in (tmp_path / "cache").iterdir()} == {cache.INDEX, "shard-00000.safetensors"}

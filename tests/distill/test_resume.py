@@ -58,13 +58,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, tmp_path, cha
 
 
 def test_a_crash_while_saving_keeps_the_last_checkpoint(settings, monkeypatch):
-    def save(*args, real=checkpoint.save_file):
+    def save(*args, real=checkpoint.write_tensors):
         if (Path(settings.output_dir) / "checkpoint-2").exists():
             Path(args[1]).write_bytes(b"half")
             raise OSError(28, "No space left on device")
         real(*args)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(checkpoint, "write_tensors", save)
     with pytest.raises(OSError, match="No space left"):
         train(change(settings, checkpoints_total_limit=1))
     folder = Path(settings.output_dir)
@@ -151,12 +151,12 @@ def test_a_run_that_is_killed_while_it_saves(settings, tmp_path):
         from clear_attn.distill import Settings, checkpoint, train
         settings = Settings(**json.loads(sys.argv[1]))
 
-        def save(*args, real=checkpoint.save_file, **options):
+        def save(*args, real=checkpoint.write_tensors, **options):
             real(*args, **options)
             if checkpoint.all_of(Path(settings.output_dir)):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint.save_file = save
+        checkpoint.write_tensors = save
         train(settings)
     """
     train(settings)

@@ -134,7 +134,7 @@ def test_an_interrupted_save_keeps_the_last_one(trained, folder, monkeypatch, er
         file.write_bytes(b"half of it")
         raise error
 
-    monkeypatch.setattr(saving, "save_file", interrupted)
+    monkeypatch.setattr(saving, "write_tensors", interrupted)
     with torch.no_grad():
         trained.transformer_blocks[0].attn.to_q.weight.add_(1)
     with pytest.raises((KeyboardInterrupt, OSError)):

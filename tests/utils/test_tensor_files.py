@@ -84,3 +84,12 @@ def test_a_truncated_file_is_named(file):
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"x\.safetensors is not a complete safetensors file"):
         read_tensors(file)
+
+
+def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(tensor_files, "save_file", full)
+    with pytest.raises(OSError, match=r"a\.safetensors could not be written \(No space left on device\)"):
+        tensor_files.write_tensors({}, tmp_path / "a.safetensors")

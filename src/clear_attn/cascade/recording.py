@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clear_attn.cascade.latents import Step, change_velocity
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sizes import Size
+from clear_attn.utils.tensor_files import write_tensors
 
 
 class Handover(NamedTuple):
@@ -124,10 +124,7 @@ def save_recording(recording: Recording, file: Path, about: dict[str, str]) -> N
         **(recording.handover._asdict() if recording.handover else {}),
     }
     with atomic_file(file) as unfinished:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, about)
-        except SafetensorError as error:  # of a full disk, too
-            raise OSError(f"{file} could not be written ({error})") from error
+        write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, about)
 
 
 def load_recording(file: Path) -> tuple[Recording, dict[str, str]]:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clear_attn.utils.atomic import UNFINISHED, atomic_directory, unfinished_directory
 from clear_attn.utils.json_records import read_json
-from clear_attn.utils.tensor_files import read_tensors
+from clear_attn.utils.tensor_files import read_tensors, write_tensors
 from clear_attn.weights.metadata import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "checkpoint-"
@@ -88,7 +87,7 @@ def write(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
     """Write one part of a checkpoint: a file with its tensors, and a JSON file with the other values."""
     tensors: dict[str, Tensor] = {}
     packed = pack(state, tensors)
-    save_file(tensors, checkpoint / f"{name}.safetensors")
+    write_tensors(tensors, checkpoint / f"{name}.safetensors")
     (checkpoint / f"{name}.json").write_text(json.dumps(packed), encoding="utf-8")
 
 

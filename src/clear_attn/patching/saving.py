@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clear_attn.methods import Method
@@ -18,6 +17,7 @@ from clear_attn.methods.schedule import Schedule
 from clear_attn.patching.changes import changed_parameters
 from clear_attn.patching.target import find_target, find_transformer
 from clear_attn.utils.atomic import atomic_file, check_folder
+from clear_attn.utils.tensor_files import write_tensors
 from clear_attn.weights.hub import check_upload, upload
 from clear_attn.weights.metadata import CONFIG_FILE, WEIGHTS_FILE, Record, metadata_of
 from clear_attn.weights.parameters import (
@@ -119,7 +119,7 @@ def save_values(
             files.enter_context(atomic_file(folder / name)).write_text(text, encoding="utf-8")
         # The weights may be copied without the record.
         recorded = {METHOD: json.dumps(method.to_dict())}
-        save_file(
+        write_tensors(
             values, files.enter_context(atomic_file(folder / WEIGHTS_FILE)), metadata={"format": "pt", **recorded}
         )
         # An interrupt must not leave an old record with new weights.

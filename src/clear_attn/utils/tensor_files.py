@@ -1,15 +1,16 @@
-"""Read safetensors files."""
+"""Read and write safetensors files."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -25,6 +26,18 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file ({error}); fetch or save it again") from error
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a `.safetensors` file.
+
+    Raises:
+        OSError: it cannot be written, for example on a full disk.
+    """
+    try:
+        save_file(dict(tensors), file, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{file} could not be written ({error})") from error
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,7 +23,7 @@ from clear_attn.distill.step import Batch
 from clear_attn.models import TrainingAdapter
 from clear_attn.utils.atomic import atomic_file, atomic_text
 from clear_attn.utils.json_records import parse_json, read_json, validate_record
-from clear_attn.utils.tensor_files import deferred_interrupt
+from clear_attn.utils.tensor_files import deferred_interrupt, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ def build(
             sizes.append(list(encoded["mean"].shape[1:]))
         metadata = {"sizes": json.dumps(sizes), "broken": json.dumps(broken[before:]), "stamps": fingerprint}
         with atomic_file(shard_file(folder, number)) as unfinished:
-            save_file(tensors, unfinished, metadata=metadata)
+            write_tensors(tensors, unfinished, metadata=metadata)
 
 
 def _check_broken(broken: Sequence[str], count: int, folder: Path) -> None:
