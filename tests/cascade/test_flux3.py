@@ -70,7 +70,7 @@ def test_runs_are_recorded_and_continued(make):
     guided = replace(stage, stepwise_guidance=clear.StepwiseGuidance())
     lasts = []
 
-    def stop(number, image, plan):
+    def stop(result):
         raise KeyboardInterrupt
 
     def keep(runner, step, timestep, tensors):

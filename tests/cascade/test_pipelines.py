@@ -220,7 +220,7 @@ def test_runs_are_recorded_and_continued(kind, make):
     pipe, lasts = make(kind), []
     guided = replace(STAGE, shift=3.0, stepwise_guidance=clear.StepwiseGuidance())
 
-    def stop(number, image, plan):
+    def stop(result):
         raise KeyboardInterrupt
 
     def keep(runner, step, timestep, tensors):

@@ -36,8 +36,8 @@ def two(stage):
 def stopped(pipe, finished, **settings):
     """Return the result of a call that Ctrl-C stops after a number of images."""
 
-    def press(number, image, plan):
-        if number == finished - 1:
+    def press(result):
+        if len(result.images) == finished:
             raise KeyboardInterrupt
 
     with pytest.raises(clear.HighresInterrupted) as caught:
@@ -62,7 +62,7 @@ def test_resumed_is_as_if_never_interrupted(pipe, stage, tmp_path):
                 pipe,
                 **kept.plan.arguments(),
                 resume=kept,
-                callback_on_stage_end=lambda number, image, plan, seen=seen: seen.append(number),
+                callback_on_stage_end=lambda result, seen=seen: seen.append(len(result.images) - 1),
             )
             assert seen == list(range(finished, 3))
             assert all(map(same, again.images, expected.images))
@@ -83,6 +83,24 @@ def test_resumes_without_a_record_where_none_is_needed(pipe, tmp_path):
     result, expected = stopped(pipe, 1, image=start), draw(pipe, image=start).image
     assert same(draw(pipe, image=start, resume=result).image, expected)
     assert same(clear.highres(pipe, **result.plan.arguments(), resume=result).image, expected)
+
+
+def test_resumes_before_a_stage_whose_record_a_kill_prevented(pipe, tmp_path):
+    result = stopped(pipe, 2, base=BASE, stages=[replace(STAGE, height=96, width=96), GUIDED])
+    result.save(tmp_path / "out.png")
+    assert len(clear.HighresResult.load(tmp_path / "out.png").images) == 2
+    (tmp_path / "out.png.run.safetensors").unlink()
+    assert len(clear.HighresResult.load(tmp_path / "out.png").images) == 1
+
+
+def test_resumes_what_runs_with_other_versions_and_folders_saved(pipe, tmp_path):
+    """A run that is resumed, and killed again, replaces the plan, not all images."""
+    result = stopped(pipe, 2, base=BASE, stages=two(GUIDED))
+    plan = replace(result.plan, weights="/before/weights", made_with={"torch": "1.0"})
+    replace(result, plan=plan).save(tmp_path / "out.png")
+    (tmp_path / "out.png.json").write_text(replace(plan, weights="/now/weights", made_with={}).to_json())
+    kept = clear.HighresResult.load(tmp_path / "out.png")
+    assert (len(kept.images), list(kept.runs)) == (2, [1])
 
 
 def test_resumes_with_weights_that_have_moved(pipe, tmp_path, monkeypatch):

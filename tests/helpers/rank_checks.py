@@ -379,7 +379,7 @@ def too_many_ranks_for_a_stage():
             width=192,
             base=clear.Base(height=32, width=48, steps=1),
             stages=[Stage(height=64, width=96), Stage()],
-            callback_on_stage_end=lambda *each: finished.append(each),
+            callback_on_stage_end=finished.append,
         )
     assert not finished
 

@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -214,6 +216,60 @@ def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
     assert "other.png.json" in shown(missing)
 
 
+KILLED = """
+import os, signal, sys
+from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
+from clear_attn.tools.cli import app
+step = Scheduler.step
+
+def killed(self, velocity, timestep, sample, **settings):
+    if sample.shape[1] > 16 * 16:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, velocity, timestep, sample, **settings)
+
+Scheduler.step = killed
+app(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_is_resumed(tmp_path):
+    options = (*SMALL, "--height", 160, "--base-steps", 2, "--stepwise-guidance", 0.5, "--continues")
+    expected = generate(tmp_path / "expected.png", *options)
+    assert expected.exit_code == 0, expected.output
+    assert not (tmp_path / "expected-0-128x128.png").exists()
+    output = tmp_path / "out.png"
+    arguments = ["generate", "--model", "demo", "--output", output, *options]
+    run = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, timeout=600)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    kept = ["out-0-128x128.png", "out.png.json", "out.png.run.safetensors"]
+    assert sorted(file.name for file in tmp_path.glob("out*")) == kept
+    for name in kept:
+        shutil.copy(tmp_path / name, tmp_path / name.replace("out", "copy", 1))
+    for name, given, left in (("copy", ("--save-stages",), [kept[0]]), ("out", (), [])):
+        result = generate(tmp_path / f"{name}.png", "--resume", *given)
+        assert result.exit_code == 0, result.output
+        assert np.array_equal(pixels(tmp_path / f"{name}.png"), pixels(tmp_path / "expected.png"))
+        names = [each.replace("out", name) for each in [*left, "out.png", "out.png.json"]]
+        assert sorted(file.name for file in tmp_path.glob(f"{name}*")) == names
+
+
+def test_ctrl_c_while_the_image_is_saved_loses_nothing(tmp_path, start, monkeypatch):
+    save, calls = generation.HighresResult.save, []
+
+    def interrupted(self, *args, **settings):
+        calls.append(self.finished)
+        if calls.count(True) == 1:
+            raise KeyboardInterrupt
+        return save(self, *args, **settings)
+
+    monkeypatch.setattr(generation.HighresResult, "save", interrupted)
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start)
+    assert result.exit_code == 130
+    assert f"Interrupted; saved {tmp_path / 'out.png'} and {tmp_path / 'out.png.json'}\n" in result.output
+    assert "To go on" not in result.output
+    assert pixels(tmp_path / "out.png").shape == (128, 160, 3)
+
+
 @pytest.fixture
 def under_torchrun(monkeypatch):
     """Set the environment of torchrun with one rank."""
@@ -375,6 +431,7 @@ def test_refuses_an_output_that_cannot_be_saved(tmp_path):
         "out.xyz": "does not end in .png",
         "out.ico": "does not end in .png",
         f"{'x' * 240}.png": "cannot be written",
+        f"{'x' * (236 - len(atomic.owned_prefix()))}.png": "cannot be written",  # its record has the longest name
         "mine.png": "is not a plan and would be overwritten",
     }
     for file, words in files.items():

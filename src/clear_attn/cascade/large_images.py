@@ -44,7 +44,7 @@ def highres(
     seed: int | None = None,
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    callback_on_stage_end: Callable[[int, Image.Image, HighresPlan], None] | None = None,
+    callback_on_stage_end: Callable[[HighresResult], None] | None = None,
     **options: Any,
 ) -> HighresResult:
     """Draw an image much larger than the model was trained on.
@@ -72,8 +72,9 @@ def highres(
         callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. A callback may set `_interrupt`
             on the pipeline to stop after the step; so may other threads, on ``pipe`` unless it is modular. The result
             then has the finished images.
-        callback_on_stage_end (*optional*): called with the number of each finished image (0 is the first one), the
-            image, and the plan.
+        callback_on_stage_end (*optional*): called with the unfinished result when each image is finished, the first
+            and the last one included. ``lambda result: result.save("out.png")`` keeps what `resume` needs, even if the
+            process is killed.
         **options: further keywords for every call of the pipelines, plain data: `negative_prompt`,
             `max_sequence_length`, ...
 
@@ -137,7 +138,7 @@ def highres(
     def on_image(drawn: Image.Image, recording: Recording | None) -> None:
         result.keep(drawn, recording)
         if callback_on_stage_end:
-            callback_on_stage_end(len(result.images) - 1, drawn, plan)
+            callback_on_stage_end(result)
 
     try:
         with contextlib.suppress(stage_runner.Interrupted):

@@ -223,6 +223,11 @@ class HighresPlan:
         return cls.from_json(text, str(file))
 
 
+def comparable(plan: HighresPlan) -> HighresPlan:
+    """Return a plan without what may change before it is resumed: versions, and the paths of local weights."""
+    return dataclasses.replace(plan.without_paths(), made_with={})
+
+
 def _png_entry(file: Path) -> str | None:
     """Read the text entry of an image of any size; PIL's own `open` has a limit."""
     try:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan
+from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan, comparable
 from clear_attn.cascade.recording import Recording, load_recording, save_recording
 from clear_attn.utils.atomic import atomic_file, atomic_text, warn_if_unwritten
 from clear_attn.utils.image_files import save_or_fall_back, try_write, validate_image_file
@@ -102,8 +103,7 @@ class HighresResult:
         if not found:
             raise FileNotFoundError(f"there is no {files[0]} of this plan to resume from; draw the image again")
         runs = _load_run(run_file(file), plan)
-        images = [_open(each) for each in found[: max(runs, default=len(found)) + 1]]
-        return cls(images, plan, runs)
+        return cls([_open(each) for each in found[: _resumable(len(found), plan, runs)]], plan, runs)
 
     def save(self, file: Path | str, *, stages: bool = False) -> list[Path]:
         """Save the last image, with the plan in it (PNG only) and next to it (`out.png.json` for `out.png`).
@@ -132,12 +132,13 @@ class HighresResult:
         if self.finished:
             images[file] = last
         _validate_plan_file(plan_file(file))
+        # A killed process leaves a plan without images, or images without the record, and `load` copes with both.
+        with warn_if_unwritten(plan_file(file)):
+            save_plan(self.plan, file)
         written = [
             save_or_fall_back(functools.partial(save_with_plan, image, plan=self.plan), path)
             for path, image in images.items()
         ]
-        with warn_if_unwritten(plan_file(file)):
-            save_plan(self.plan, file)
         with warn_if_unwritten(run_file(file)):
             self._save_run(file)
         return written
@@ -162,7 +163,7 @@ def _stage_name(file: Path, number: int, size: Size) -> str:
 
 def _is_of(file: Path, plan: HighresPlan) -> bool:
     """Return whether an image exists and was drawn from a plan."""
-    return file.exists() and HighresPlan.load(file) == plan.without_paths()
+    return file.exists() and comparable(HighresPlan.load(file)) == comparable(plan)
 
 
 def _open(file: Path) -> Image.Image:
@@ -171,7 +172,13 @@ def _open(file: Path) -> Image.Image:
 
 
 def _hash(plan: HighresPlan) -> str:
-    return hashlib.sha256(plan.to_json().encode()).hexdigest()
+    return hashlib.sha256(comparable(plan).to_json().encode()).hexdigest()
+
+
+def _resumable(found: int, plan: HighresPlan, runs: Container[int]) -> int:
+    """Return how many of the images can be resumed from: the stage after them has the record that it needs."""
+    counts = range(1, found + 1)
+    return max((n for n in counts if n - 1 in runs or not plan.stages[n - 1].needs_recording), default=found)
 
 
 def _load_run(file: Path, plan: HighresPlan) -> dict[int, Recording]:
@@ -191,6 +198,12 @@ def stage_files(file: Path) -> list[Path]:
     """Return the files that exist under names of an image's intermediate images."""
     name = re.compile(rf"{re.escape(file.stem)}-\d+-\d+x\d+{re.escape(file.suffix)}")
     return sorted(each for each in file.resolve().parent.iterdir() if name.fullmatch(each.name))
+
+
+def delete_stages(result: HighresResult, file: Path) -> None:
+    """Delete the intermediate images that `HighresResult.save` wrote while the result was unfinished."""
+    for number, image in enumerate(result.images[:-1]):
+        stage_file(file, number, image).unlink(missing_ok=True)
 
 
 def plan_file(file: Path) -> Path:
@@ -248,9 +261,8 @@ def validate_output(file: Path, size: Size) -> None:
     validate_image_file(file, size)
     if not file.resolve().parent.is_dir():
         raise FileNotFoundError(f"no such directory: {file.resolve().parent}; create it, or give another file")
-    # The names of intermediate images are the longest.
     longest = file.with_name(f"{file.stem}-99-{size[0]}x{size[1]}{file.suffix}")
-    for each in (file, plan_file(file), longest):
+    for each in (file, plan_file(file), run_file(file), longest):
         try_write(each)
     _validate_plan_file(plan_file(file))
 
@@ -264,7 +276,7 @@ class HighresInterrupted(KeyboardInterrupt):
     Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
-        >>> def press(number, image, plan):
+        >>> def press(result):
         ...     raise KeyboardInterrupt
         >>> base = clear.Base(height=64, width=64, steps=1)
         >>> settings = {"height": 128, "width": 128, "weights": None, "callback_on_stage_end": press}
@@ -289,7 +301,7 @@ class HighresError(RuntimeError):
     Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
-        >>> def fail(number, image, plan):
+        >>> def fail(result):
         ...     raise OSError("no space left")
         >>> base = clear.Base(height=64, width=64, steps=1)
         >>> settings = {"height": 128, "width": 128, "weights": None, "callback_on_stage_end": fail}

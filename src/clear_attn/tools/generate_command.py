@@ -76,7 +76,7 @@ def generate(
         typer.Option(help="The scale of guidance by the negative prompt, for FLUX.1; 1 is off.", show_default="1"),
     ] = None,
     max_sequence_length: options.TextTokens = None,
-    save_stages: Annotated[bool, typer.Option("--save-stages", help="Save the image of each stage, too.")] = False,
+    save_stages: Annotated[bool, typer.Option("--save-stages", help="Keep the image of each stage, too.")] = False,
     base_steps: Annotated[int | None, _of_base("The number of steps of the base image.", min=1)] = None,
     base_guidance: Annotated[float | None, _of_base("The guidance scale of the base image.", min=0)] = None,
     strength: Annotated[float, _of_stage("The share of the steps that each stage runs.")] = 0.7,
@@ -101,7 +101,10 @@ def generate(
         bool, _of_stage("Whether stages continue the run before instead of drawing its image again.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Draw what is missing of what an interrupted run saved under --output.")
+        bool,
+        typer.Option(
+            "--resume", help="Draw what is missing of what an interrupted or killed run saved under --output."
+        ),
     ] = False,
     device: options.Device = None,
     dtype: options.DType = None,

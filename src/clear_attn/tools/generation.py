@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from PIL import Image, ImageOps
 from clear_attn.cascade import HighresError, HighresInterrupted, HighresPlan, HighresResult, highres
 from clear_attn.cascade.plan import describe, fingerprint
 from clear_attn.cascade.planning import random_seed
-from clear_attn.cascade.result import has_plan, plan_file, save_plan, save_with_plan, stage_file
+from clear_attn.cascade.result import delete_stages, has_plan, plan_file, stage_file
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
 from clear_attn.patching.linearization import linearize
 from clear_attn.tools import options
 from clear_attn.utils.atomic import warn_if_unwritten
-from clear_attn.utils.image_files import save_or_fall_back
 from clear_attn.utils.user_errors import is_out_of_memory, is_user_error
 
 
@@ -67,35 +65,37 @@ def differences(planned: dict[str, Any], present: dict[str, Any], prefix: str = 
 def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: bool) -> None:
     """Draw a large image and save it; under torchrun, with all processes.
 
-    After Ctrl-C or an error it saves the images that are finished, and ends the program; bugs keep their traceback.
-    A file that cannot be written does not end the drawing; it is named at the end, which is an error.
+    Each image is saved as soon as it is finished, to resume from after a kill. At the end the intermediate ones are
+    deleted, unless they are wanted. After Ctrl-C or an error it saves the images that are finished, and ends the
+    program; bugs keep their traceback. A file that cannot be written does not end the drawing; it is named at the end,
+    which is an error.
     """
     if launch.launched():
         arguments = _parallelize(pipe, arguments)
 
-    def save_stage(number: int, image: Image.Image, plan: HighresPlan) -> None:
-        if launch.is_first() and number == 0:
-            with warn_if_unwritten(plan_file(output)):
-                save_plan(plan, output)
-        if launch.is_first() and save_stages and number < len(plan.stages):
-            file = stage_file(output, number, image)
-            with warn_if_unwritten(file):
-                save_or_fall_back(functools.partial(save_with_plan, image, plan=plan), file)
+    def keep(result: HighresResult) -> None:
+        if launch.is_first() and not result.finished:
+            with warn_if_unwritten(stage_file(output, len(result.images) - 1, result.image)):
+                result.save(output)
 
     try:
-        result = highres(pipe, **arguments, callback_on_stage_end=save_stage)
+        result = highres(pipe, **arguments, callback_on_stage_end=keep)
     except HighresInterrupted as stop:
-        _save_finished("Interrupted", stop.result, output)
+        _save_finished("Interrupted", stop.result, output, save_stages=save_stages)
         raise typer.Exit(130) from None
     except HighresError as failure:
         cause = failure.__cause__ or failure
-        _save_finished(f"{type(cause).__name__}: {cause}", failure.result, output)
+        _save_finished(f"{type(cause).__name__}: {cause}", failure.result, output, save_stages=save_stages)
         if not is_user_error(cause):
             raise cause from None
         if is_out_of_memory(cause):
             typer.echo("Less memory is needed for a smaller image, or on a GPU with --offload", err=True)
         raise typer.Exit(1) from None
-    unwritten = _save(result, output) if launch.is_first() else []
+    try:
+        unwritten = _save(result, output, save_stages=save_stages) if launch.is_first() else []
+    except KeyboardInterrupt:  # a large image takes seconds to write
+        _save_finished("Interrupted", result, output, save_stages=save_stages)
+        raise typer.Exit(130) from None
     if launch.launched():
         dist.destroy_process_group()
     if unwritten:
@@ -103,11 +103,14 @@ def draw(pipe: Any, arguments: dict[str, Any], output: Path, *, save_stages: boo
         raise typer.Exit(1)
 
 
-def _save(result: HighresResult, output: Path) -> list[Path]:
+def _save(result: HighresResult, output: Path, *, save_stages: bool) -> list[Path]:
     """Save a finished result, say where, and return the files that could not be written."""
-    saved = [result.save(output)[-1], *_saved_plan(result, output)]
+    saved = [result.save(output, stages=save_stages)[-1], *_saved_plan(result, output)]
     typer.echo(f"Saved {_listed(saved)}, seed {result.plan.seed}")
-    return [file for file in (output, plan_file(output)) if file not in saved]
+    unwritten = [file for file in (output, plan_file(output)) if file not in saved]
+    if not (save_stages or unwritten):
+        delete_stages(result, output)
+    return unwritten
 
 
 def _saved_plan(result: HighresResult, output: Path) -> list[Path]:
@@ -140,7 +143,7 @@ def warn_of_differences(plan: HighresPlan, pipe: Any) -> None:
         typer.echo(f"Warning: the image will differ, as the pipeline does: {changes}", err=True)
 
 
-def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
+def _save_finished(reason: str, result: HighresResult, output: Path, *, save_stages: bool) -> None:
     if launch.launched():
         launch.ignore_signals()
     if not launch.is_first():
@@ -149,7 +152,9 @@ def _save_finished(reason: str, result: HighresResult, output: Path) -> None:
     images = result.save(output) if result.images else []
     saved = [*images, *_saved_plan(result, output)]
     typer.echo(f"{reason}; saved {_listed(saved) or 'nothing'}", err=True)
-    if images and output.suffix.lower() == ".png":
+    if images and not result.finished and output.suffix.lower() == ".png":
         given = "--model, --output and --init-image" if result.plan.image else "--model and --output"
-        resume = "--resume and --overwrite" if output.exists() else "--resume"
-        typer.echo(f"To go on, give {given} again, --device and --dtype as before, and {resume}", err=True)
+        resume = ["--resume", *["--save-stages"] * save_stages, *["--overwrite"] * output.exists()]
+        typer.echo(
+            f"To go on, give {given} again, --device and --dtype as before, and {' and '.join(resume)}", err=True
+        )
