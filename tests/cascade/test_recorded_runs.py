@@ -10,7 +10,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.cascade import recorded_runs
+from clear_attn.cascade import large_images, recorded_runs
 from clear_attn.cascade.growth import grow, smaller_sigma
 from clear_attn.cascade.latents import unpack
 from clear_attn.cascade.pipelines import find_cascade_target
@@ -259,6 +259,26 @@ def test_refuses_to_resume_what_does_not_fit(pipe, tmp_path, monkeypatch):
         clear.HighresResult.load(tmp_path / "out.png")
     with pytest.raises(ValueError, match=r"out\.jpg cannot be resumed: only \.png files keep exact pixels"):
         clear.HighresResult.load(tmp_path / "out.jpg")
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 6}, {"window": 5}, {"weights": "elsewhere"}, {"backend": "tiled"}, {}], ids=str
+)
+def test_refuses_to_resume_before_weights_are_loaded(pipe, monkeypatch, change):
+    settings = {"base": BASE, "stages": GUIDED}
+    result = stopped(pipe, 1, **settings)
+    monkeypatch.setattr(large_images, "prepare", lambda *args, **settings: pytest.fail("it loads weights"))
+    words = f"a plan with another {next(iter(change))};" if change else "no record of the run before stage 1"
+    with pytest.raises(ValueError, match=f"resume has {words}"):
+        draw(pipe, **{**settings, **change}, resume=result if change else replace(result, runs={}))
+
+
+def test_refuses_to_resume_with_weights_that_say_another_window(pipe):
+    settings = {"base": BASE, "window": None, "weights": demo.distilled()}
+    result = stopped(pipe, 1, **settings)
+    other = replace(result, plan=replace(result.plan, window=5))
+    with pytest.raises(ValueError, match="resume has a plan with another window;"):
+        draw(pipe, **settings, resume=other)
 
 
 def test_work_counts_the_steps_that_run(pipe, monkeypatch):

@@ -25,6 +25,7 @@ from clear_attn import demo
 from clear_attn.cascade import result as cascade_result
 from clear_attn.cascade.plan import describe
 from clear_attn.tools import generation
+from clear_attn.tools import options as tools_options
 from clear_attn.tools.cli import app
 from clear_attn.utils import atomic
 from tests.helpers import dummy_models, dummy_pipelines
@@ -205,6 +206,12 @@ def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
         patched.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
         assert f"{way} and --overwrite\n" in generate(output, "--resume", "--overwrite").output
     output.unlink()
+    other = generate(output, "--resume", "--dtype", "bfloat16")
+    assert "'--resume': the pipeline is another, dtype was 'float32' and is 'bfloat16'; give" in shown(other)
+    with monkeypatch.context() as patched:
+        patched.setattr(tools_options, "load_pipeline", lambda *args, **settings: pytest.fail("it loads the pipeline"))
+        other = generate(output, "--resume", "--weights", demo.distilled())
+    assert "resume has a plan with another weights" in shown(other)
     result = generate(output, "--resume")
     assert result.exit_code == 0, result.output
     assert np.array_equal(pixels(output), pixels(tmp_path / "expected.png"))

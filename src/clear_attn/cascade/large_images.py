@@ -13,7 +13,7 @@ from PIL import Image
 from clear_attn.cascade import stage_runner
 from clear_attn.cascade.memory_check import check_fits
 from clear_attn.cascade.pipelines import find_cascade_target
-from clear_attn.cascade.plan import HighresPlan
+from clear_attn.cascade.plan import UNRESOLVED, HighresPlan, comparable
 from clear_attn.cascade.planning import make_plan, resolve_attention, runs_as_it_is, validate_calls
 from clear_attn.cascade.recording import Recording
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
@@ -125,6 +125,8 @@ def highres(
         "backend": backend,
     }
     plan = make_plan(target, prompt, (height, width), image, base, stages, seed, attention, options)
+    if resume:
+        check_resumable(plan, resume, resolved=False)
     inputs = stage_runner.callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
     validate_calls(target, plan, inputs)
     change = None if runs_as_it_is(target, plan) else prepare(pipe, **attention, token=token)
@@ -132,8 +134,11 @@ def highres(
     if plan.base and not (resume and resume.images):
         _check_original_weights(target.patched)
     check_fits(target, plan)
-    finished = _finished(plan, resume, image) if resume else stage_runner.Finished(image=image)
+    if resume:
+        check_resumable(plan, resume)
     result = HighresResult(list(resume.images) if resume else [], plan, dict(resume.runs) if resume else {})
+    count = len(result.images)
+    finished = stage_runner.Finished(count, result.image if count else image, result.runs.get(count - 1))
 
     def on_image(drawn: Image.Image, recording: Recording | None) -> None:
         result.keep(drawn, recording)
@@ -160,27 +165,27 @@ def _check_original_weights(target: Target) -> None:
         ) from None
 
 
-def _finished(plan: HighresPlan, resume: HighresResult, image: Image.Image | None) -> stage_runner.Finished:
-    """Return where drawing starts after an unfinished result; `image` is the one that was given.
+def check_resumable(plan: HighresPlan, resume: HighresResult, *, resolved: bool = True) -> None:
+    """Check that an unfinished result is of a plan, and has the record that its next stage needs.
+
+    Args:
+        plan: what to draw.
+        resume: the unfinished result.
+        resolved: whether `resolve_attention` has filled in the plan's settings of attention.
 
     Raises:
-        ValueError: it is of another plan, or lacks the record that its next stage needs.
+        ValueError: it is of another plan, or lacks the record.
     """
-    # Local weights may have moved.
-    plans = (each.without_paths() for each in (plan, resume.plan))
-    now, before = ({**dataclasses.asdict(each), "made_with": None} for each in plans)
-    if names := [name for name in now if now[name] != before[name]]:
+    now, before = (dataclasses.asdict(comparable(each)) for each in (plan, resume.plan))
+    unknown = () if resolved else [name for name, value in UNRESOLVED.items() if now[name] == value]
+    if names := [name for name in now if now[name] != before[name] and name not in unknown]:
         raise ValueError(
             f"resume has a plan with another {', '.join(names)}; draw with the same pipeline and the keywords of "
             "resume.plan.arguments(), or leave resume out"
         )
     count = len(resume.images)
-    if not count:
-        return stage_runner.Finished(image=image)
-    recording = resume.runs.get(count - 1)
-    if not resume.finished and plan.stages[count - 1].needs_recording and recording is None:
+    if count and not resume.finished and plan.stages[count - 1].needs_recording and count - 1 not in resume.runs:
         raise ValueError(
             f"resume has no record of the run before stage {count}, which its settings need; resume from the result of "
             "the interrupted call or from the files that it saved, or leave resume out"
         )
-    return stage_runner.Finished(count, resume.image, recording)

@@ -51,6 +51,8 @@ FIELDS: Fields = {
 PNG_ENTRY = "clear_attn"
 # The fields that are arguments of `highres`; of them, those that `linearize` takes too.
 ATTENTION = ("window", "down_factor", "schedule", "weights", "revision", "backend")
+# What they are before `linearize` fills them in, if they are not given.
+UNRESOLVED = {"window": None, "down_factor": None, "schedule": None, "weights": "auto", "backend": "auto"}
 ARGUMENTS = ("prompt", "height", "width", "base", "stages", "seed", *ATTENTION)
 # Names that `options` must not have: these, and the other arguments of `highres`.
 RESERVED = {*ARGUMENTS, "pipe", "image", "resume", "token", "options", "self"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,9 +116,11 @@ def generate(
 ) -> None:
     """Draw an image much larger than the model was trained on; under torchrun, on all its processes together."""
     from clear_attn.cascade import Base, HighresResult, Stage, StepwiseGuidance
+    from clear_attn.cascade.large_images import check_resumable
     from clear_attn.cascade.result import plan_file, stage_files, validate_output
     from clear_attn.parallel import launch
     from clear_attn.tools import generation
+    from clear_attn.weights.sources import with_absolute_path
 
     # The plan of an unfinished image may be replaced; `validate_output` refuses other files of its name.
     if not (resume or overwrite) and (left := stage_files(output)):
@@ -134,6 +137,8 @@ def generate(
         arguments = planned.arguments()
         if _is_given(context, "weights"):
             arguments["weights"] = options.none_or(weights)
+        if kept:
+            check_resumable(replace(planned, weights=with_absolute_path(arguments["weights"])), kept)
     else:
         required = {"prompt": prompt, "height": height, "width": width}
         if missing := [f"--{name}" for name, value in required.items() if value is None]:
@@ -160,7 +165,8 @@ def generate(
     where = generation.select_rank_device(device)
     pipe = options.load_pipeline(model, where, options.select_dtype(dtype, where), offload=offload)
     if planned:
-        generation.warn_of_differences(planned, pipe)
+        report = generation.refuse_differences if resume else generation.warn_of_differences
+        report(planned, pipe)
     generation.draw(pipe, {**arguments, "image": image, "resume": kept}, output, save_stages=save_stages)
 
 

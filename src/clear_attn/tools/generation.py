@@ -143,6 +143,12 @@ def warn_of_differences(plan: HighresPlan, pipe: Any) -> None:
         typer.echo(f"Warning: the image will differ, as the pipeline does: {changes}", err=True)
 
 
+def refuse_differences(plan: HighresPlan, pipe: Any) -> None:
+    """Raise BadParameter if a pipeline is not the one of a plan that is resumed."""
+    if changes := "; ".join(differences(plan.model, describe(pipe))):
+        raise options.refused("--resume", f"the pipeline is another, {changes}; give --model and --dtype as before")
+
+
 def _save_finished(reason: str, result: HighresResult, output: Path, *, save_stages: bool) -> None:
     if launch.launched():
         launch.ignore_signals()
