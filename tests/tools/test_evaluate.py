@@ -38,7 +38,7 @@ from clear_attn.tools.evaluate.embeddings import Clip, Dino
 from clear_attn.tools.evaluate.evaluation import read_images
 from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
 from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
-from clear_attn.utils import optional_dependencies, seeded_images
+from clear_attn.utils import atomic, optional_dependencies, seeded_images
 from clear_attn.utils.image_sheets import CELL
 from tests.helpers import dummy_models, dummy_pipelines
 from tests.helpers.image_processors import pillow_processor
@@ -438,6 +438,43 @@ class TestEvaluate:
             found = evaluate(pipe, PROMPTS[:1], tmp_path / "other", weights=None, metrics=["psnr"], **call)
         assert found.means["psnr"]["student"] > 0
 
+    def test_goes_on_from_the_images_that_a_full_disk_left(self, pipe, tmp_path, monkeypatch):
+        given = {"weights": None, "window": 2, "batch_size": 2, "save_images": True, **CALL}
+        expected = evaluate(pipe, PROMPTS, tmp_path / "expected", metrics=["psnr"], **given)
+        out, unfinished, calls = tmp_path / "out", tmp_path / "out" / "unfinished", []
+        with pytest.raises(FileNotFoundError, match="has no unfinished evaluation; leave resume=True out"):
+            evaluate(pipe, PROMPTS, out, resume=True, **given)
+
+        def full(path):
+            if path == unfinished / "teacher" / "00001.png":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return atomic.atomic_file(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(seeded_images, "atomic_file", full)
+            with (
+                pytest.raises(OSError, match=r"No space left on device.*00001\.png"),
+                pytest.warns(UserWarning, match=f"4 of 6 images are kept in {unfinished}; the same arguments with res"),
+            ):
+                evaluate(pipe, PROMPTS, out, metrics=["psnr"], **given)
+        assert not clear.is_linearized(pipe)
+        taken = seeded_images.seconds_of(unfinished / "student" / "00000.png")
+        with pytest.raises(FileExistsError, match="holds an unfinished evaluation; go on with resume=True"):
+            evaluate(pipe, PROMPTS, out, **given)
+        with monkeypatch.context() as patched:
+            patched.setattr(evaluation, "make_metrics", lambda *args: pytest.fail("it loads metrics"))
+            with pytest.raises(ValueError, match="an unfinished evaluation with another seed, window; give the same"):
+                evaluate(pipe, PROMPTS, out, resume=True, seed=1, **{**given, "window": 3})
+        generate = seeded_images.generate_with_seeds
+        monkeypatch.setattr(
+            seeded_images, "generate_with_seeds", lambda *args, **each: calls.append(args[1]) or generate(*args, **each)
+        )
+        found = evaluate(pipe, PROMPTS, out, metrics=["psnr", "ssim"], resume=True, **given)
+        assert calls == [range(0, 2), range(2, 3)]  # of the teacher, in whole batches
+        assert found.means["psnr"] == expected.means["psnr"]
+        assert found.seconds["student"]["total"] >= taken
+        assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "eval.json", "student", "teacher"]
+
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
@@ -539,6 +576,28 @@ class TestCommand:
         result = self.run(*options, **{"prompts": prompts, "output-dir": out, "device": "cpu"})
         assert result.exit_code == 1, result.output
         assert result.stdout.endswith(f"Saved {out}, without no/contact_sheet.png\n")
+
+    def test_ctrl_c_says_how_to_go_on(self, prompts, tmp_path, monkeypatch):
+        def interrupted(path):
+            if path.parent.name == "teacher":
+                raise KeyboardInterrupt
+            return atomic.atomic_file(path)
+
+        out = tmp_path / "out"
+        options = ["--num-inference-steps", "1", "--max-prompts", "2", "--metric", "psnr", "--window", "3"]
+        given = {"prompts": prompts, "output-dir": out, "device": "cpu"}
+        with monkeypatch.context() as patched:
+            patched.setattr(seeded_images, "atomic_file", interrupted)
+            result = self.run(*options, **given)
+        assert result.exit_code == 130, result.output
+        kept = f"2 of 4 images are kept in {out}/unfinished; the same arguments with --resume go on from them\n"
+        assert result.stderr.endswith(f"Warning: {kept}Interrupted; saved {out}/unfinished\n")
+        assert "holds an unfinished evaluation; go on with --resume" in " ".join(
+            self.run(*options, **given).stderr.split()
+        )
+        result = self.run(*options, "--resume", **given)
+        assert result.exit_code == 0, result.output
+        assert f"Saved {out}" in result.output
 
     def test_missing_devices(self, prompts):
         result = self.run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})

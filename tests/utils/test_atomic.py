@@ -8,8 +8,14 @@ import sys
 
 import pytest
 
-from clear_attn.utils import atomic
-from clear_attn.utils.atomic import UNFINISHED, atomic_contents, atomic_directory, atomic_file, check_folder
+from clear_attn.utils.atomic import (
+    UNFINISHED,
+    atomic_directory,
+    atomic_file,
+    check_empty,
+    check_folder,
+    delete_leftovers,
+)
 
 ERRORS = [OSError(28, "No space left on device"), KeyboardInterrupt()]
 
@@ -105,59 +111,36 @@ class TestDirectory:
         assert len(list(tmp_path.iterdir())) == 1
 
 
-class TestContents:
-    @pytest.mark.parametrize("exists", [True, False])
-    def test_appear_at_the_end(self, tmp_path, exists):
-        folder = tmp_path / "deep" / "out"
-        if exists:
-            folder.mkdir(parents=True)
-        with atomic_contents(folder) as unfinished:
-            (unfinished / "part").mkdir()
-            (unfinished / "part" / "a.txt").write_text("new")
-            (unfinished / "b.txt").write_text("new")
-            assert list(folder.iterdir()) == [unfinished]
-        assert content_of(folder) == {"part/a.txt": "new", "b.txt": "new"}
-        assert len(list(folder.iterdir())) == 2
-
-    @pytest.mark.parametrize("exists", [True, False])
-    def test_error(self, tmp_path, error, exists):
-        folder = tmp_path / "out"
-        if exists:
-            folder.mkdir()
-        with pytest.raises(type(error)), atomic_contents(folder) as unfinished:
-            fail_halfway(unfinished / "a.txt", error)
-        assert folder.exists() == exists
-        assert list(tmp_path.rglob("*")) == ([folder] if exists else [])
-
-    def test_refuses_existing_content(self, tmp_path):
-        (tmp_path / "a.txt").write_text("mine")
-        with pytest.raises(FileExistsError, match="holds something already"), atomic_contents(tmp_path):
-            pass
-        for check in (check_folder, lambda path: atomic_contents(path).__enter__()):
-            with pytest.raises(NotADirectoryError, match="is a file; give a directory"):
-                check(tmp_path / "a.txt")
-        assert content_of(tmp_path) == {"a.txt": "mine"}
+def test_refuses_a_folder_with_content(tmp_path):
+    check_empty(tmp_path)
+    check_empty(tmp_path / "new")
+    (tmp_path / "a.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds something already"):
+        check_empty(tmp_path)
+    for check in (check_folder, check_empty):
+        with pytest.raises(NotADirectoryError, match="is a file; give a directory"):
+            check(tmp_path / "a.txt")
+    assert content_of(tmp_path) == {"a.txt": "mine"}
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from clear_attn.utils import atomic
-with getattr(atomic, sys.argv[1])(Path(sys.argv[2])) as unfinished:
-    (unfinished / "half" if unfinished.is_dir() else unfinished).write_text("half")
+with atomic.atomic_file(Path(sys.argv[1])) as unfinished:
+    unfinished.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(("writer", "name"), [("atomic_file", "a.txt"), ("atomic_contents", "")])
-def test_leftovers_of_a_killed_process_are_deleted_by_the_next(tmp_path, writer, name):
-    path = tmp_path / "out" / name
-    (tmp_path / "out").mkdir()
-    subprocess.run([sys.executable, "-c", KILLED, writer, str(path)], check=False)
-    assert [left.name.startswith(UNFINISHED) for left in (tmp_path / "out").iterdir()] == [True]
-    with getattr(atomic, writer)(path) as unfinished:
-        (unfinished / "a.txt" if unfinished.is_dir() else unfinished).write_text("new")
-    assert {file.name: file.read_text() for file in (tmp_path / "out").iterdir()} == {"a.txt": "new"}
+def test_leftovers_of_a_killed_process_are_deleted_by_the_next(tmp_path):
+    path = tmp_path / "a.txt"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert [left.name.startswith(UNFINISHED) for left in tmp_path.iterdir()] == [True]
+    with atomic_file(path) as unfinished:
+        unfinished.write_text("new")
+    assert content_of(tmp_path) == {"a.txt": "new"}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_files_of_a_running_process_are_kept(tmp_path):
@@ -165,6 +148,5 @@ def test_files_of_a_running_process_are_kept(tmp_path):
         first.write_text("first")
         with atomic_file(tmp_path / "b.txt") as second:
             second.write_text("second")
-        with pytest.raises(FileExistsError, match="holds something already"), atomic_contents(tmp_path):
-            pass
+        delete_leftovers(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"a.txt", "b.txt"}

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from clear_attn.tools import options
-from clear_attn.tools.reporting import option_names, spell_options
+from clear_attn.tools.reporting import on_interrupt, option_names, spell_options
 
 # Options that are arguments of `evaluation.evaluate`.
 PASSED_ON = (
     *("window", "down_factor", "backend", "height", "width", "seed", "num_inference_steps", "guidance_scale"),
-    *("max_sequence_length", "batch_size", "clip", "dino", "download", "save_images"),
+    *("max_sequence_length", "batch_size", "clip", "dino", "download", "save_images", "resume"),
 )
 
 
@@ -22,7 +22,7 @@ def evaluate(
     context: typer.Context,
     model: options.Model,
     prompts: Annotated[Path, options.input_file("A text file with one prompt per line.")],
-    output_dir: Annotated[Path, typer.Option(help="The folder of the result, new or empty.")],
+    output_dir: Annotated[Path, typer.Option(help="The folder of the result, new or empty, or to resume.")],
     weights: options.Weights = "auto",
     window: options.Window = None,
     down_factor: options.DownFactor = None,
@@ -54,27 +54,32 @@ def evaluate(
     dino: Annotated[str, typer.Option(help="The DINO or DINOv2 model: a folder or a Hub id.")] = "facebook/dino-vits16",
     download: Annotated[bool, typer.Option("--download", help="Download the missing weights of metrics.")] = False,
     save_images: Annotated[bool, typer.Option("--save-images", help="Keep all images, as PNG files.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Draw what is missing of an unfinished run with the same options.")
+    ] = False,
     dtype: options.DType = None,
     device: options.Device = None,
 ) -> None:
     """Compare a linearized pipeline with the dense one: the same prompts and seeds, the metrics of CLEAR's paper."""
     from clear_attn.tools.evaluate import evaluation
-    from clear_attn.utils.atomic import check_empty
+    from clear_attn.tools.evaluate.unfinished import check_output, unfinished_folder
     from clear_attn.utils.prompts import read_prompts
 
     texts = read_prompts(prompts)[:max_prompts]
-    check_empty(output_dir)
+    check_output(output_dir, resume=resume)
     where = options.select_device(device)
     pipe = options.load_pipeline(model, where, options.select_dtype(dtype, where))
     pipe.set_progress_bar_config(leave=False)
-    found = evaluation.evaluate(
-        pipe,
-        texts,
-        output_dir,
-        weights=options.none_or(weights),
-        metrics=metric,
-        **{name: context.params[name] for name in PASSED_ON},
-    )
+    kept = unfinished_folder(output_dir)
+    with on_interrupt(lambda: f"saved {kept}" if kept.is_dir() else "nothing was saved"):
+        found = evaluation.evaluate(
+            pipe,
+            texts,
+            output_dir,
+            weights=options.none_or(weights),
+            metrics=metric,
+            **{name: context.params[name] for name in PASSED_ON},
+        )
     names = option_names(context)
     found = dataclasses.replace(found, missing={key: spell_options(why, names) for key, why in found.missing.items()})
     unwritten = [name for name in (evaluation.NUMBERS, evaluation.SHEET) if not (output_dir / name).is_file()]

@@ -8,7 +8,6 @@ import re
 import secrets
 import shutil
 import socket
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +89,7 @@ def atomic_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8.
 
     Examples:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     atomic_text(Path(folder, "a.txt"), "one")
         ...     Path(folder, "a.txt").read_text()
@@ -114,32 +114,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def atomic_contents(folder: Path) -> Iterator[Path]:
-    """Yield a temporary directory in ``folder``. At the end, move its entries to the folder; delete it after an error.
-
-    Unlike with `atomic_directory`, the folder may exist, such as a mount point or the current directory.
-
-    Raises:
-        NotADirectoryError, FileExistsError: as `check_empty`.
-        PermissionError: nothing can be written there.
-    """
-    delete_leftovers(folder)
-    check_empty(folder)
-    existed = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=owned_prefix()) as unfinished:
-            yield Path(unfinished)
-            for item in Path(unfinished).iterdir():
-                item.replace(folder / item.name)
-    except BaseException:
-        if not existed:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
         raise
 
 

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from clear_attn.utils.atomic import atomic_file
+
+# The name of a PNG file's text entry.
+SECONDS = "seconds"
 
 
 def generate_with_seeds(pipe: Any, seeds: Iterable[int], **arguments: Any) -> list[Image.Image]:
@@ -40,9 +44,11 @@ def save_images_with_seeds(
 ) -> list[float]:
     """Generate an image per prompt and seed, and save each atomically when it is finished.
 
+    Batches that were saved before are not generated again.
+
     Args:
         pipe: a diffusers text-to-image pipeline.
-        prompts, seeds, files: one per image; the ending of a file is its format.
+        prompts, seeds, files: one per image; the files are `.png`, and have the seconds of the image.
         batch_size: the number of images per call.
         progress: a wrapper of the loop over batches, such as tqdm.
         arguments: arguments of the pipeline; None means its default.
@@ -53,10 +59,19 @@ def save_images_with_seeds(
     seconds: list[float] = []
     for start in progress(range(0, len(files), batch_size)):
         batch = slice(start, start + batch_size)
-        started = time.perf_counter()
-        images = generate_with_seeds(pipe, seeds[batch], prompt=list(prompts[batch]), **arguments)
-        seconds += [(time.perf_counter() - started) / len(images)] * len(images)
-        for file, image in zip(files[batch], images, strict=True):
-            with atomic_file(file) as unfinished:
-                image.save(unfinished)
+        if not all(file.exists() for file in files[batch]):
+            started = time.perf_counter()
+            images = generate_with_seeds(pipe, seeds[batch], prompt=list(prompts[batch]), **arguments)
+            taken = PngInfo()
+            taken.add_text(SECONDS, repr((time.perf_counter() - started) / len(images)))
+            for file, image in zip(files[batch], images, strict=True):
+                with atomic_file(file) as unfinished:
+                    image.save(unfinished, pnginfo=taken)
+        seconds += map(seconds_of, files[batch])
     return seconds
+
+
+def seconds_of(file: Path) -> float:
+    """Return the seconds of an image that `save_images_with_seeds` saved."""
+    with Image.open(file) as image:
+        return float(image.info[SECONDS])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -26,7 +25,8 @@ from clear_attn.patching.target import find_transformer
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_metrics
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
-from clear_attn.utils.atomic import atomic_contents, atomic_file, atomic_text, warn_if_unwritten
+from clear_attn.tools.evaluate.unfinished import check_output, check_settings, unfinished_run
+from clear_attn.utils.atomic import atomic_file, atomic_text, warn_if_unwritten
 from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.image_sizes import Size, round_down
 from clear_attn.utils.seeded_images import generate_with_seeds, save_images_with_seeds
@@ -61,17 +61,18 @@ def evaluate(
     dino: str = DINO,
     download: bool = False,
     save_images: bool = False,
+    resume: bool = False,
 ) -> Evaluation:
     """Draw the same prompts and seeds with a pipeline and with the same pipeline linearized, and compare the images.
 
     Writes `eval.json`, `contact_sheet.png` of the first images, and with ``save_images`` the folders `teacher` and
     `student`, into ``output_dir``, after all images are drawn; warns of a file that cannot be written. Restores the
-    pipeline.
+    pipeline. After an error or a kill, the images that are drawn stay in the folder `unfinished` there.
 
     Args:
         pipe: a dense text-to-image pipeline that `linearize` supports.
         prompts: what to draw; each image has the next seed.
-        output_dir: a new or an empty folder.
+        output_dir: a new or an empty folder, or that of the run to resume.
         weights, window, down_factor, schedule, backend: the arguments of `linearize` for the student.
         height, width (`int`, *optional*): the size in pixels, rounded down to whole tokens; by default the
             pipeline's.
@@ -84,6 +85,8 @@ def evaluate(
             neither; numbers from different models do not compare.
         download (`bool`, defaults to `False`): download missing weights of metrics.
         save_images (`bool`, defaults to `False`): keep the images, as PNG.
+        resume (`bool`, defaults to `False`): draw only what is missing of an unfinished run to ``output_dir`` with the
+            same arguments; metrics, and whether images are kept, may change.
 
     Returns:
         The `Evaluation`, which prints as a table.
@@ -92,6 +95,7 @@ def evaluate(
         TypeError, ValueError: an argument is out of range or unknown; the pipeline is linearized, or was saved so.
         RuntimeError: a metric of ``metrics`` cannot be computed, or none can.
         FileExistsError, NotADirectoryError: ``output_dir`` is not a new or an empty folder.
+        FileNotFoundError: there is no unfinished run to resume. ValueError: it had other arguments.
         And the errors of `linearize` and of the pipeline's check of its arguments, before anything is drawn.
 
     Examples:
@@ -129,17 +133,38 @@ def evaluate(
         given = {name: value for name, value in arguments.items() if value is not None}
         defaults = {name: value for name, value in call_defaults(type(pipe)).items() if name != "self"}
         validate_inputs(type(pipe), pipe, {**defaults, **given, "prompt": list(prompts[:batch_size])})
+    output, device = Path(output_dir), execution_device_of(pipe)
+    shared = {
+        "model": shared_name_of(pipe, transformer),
+        "backend": backend,
+        **arguments,
+        "seed": seed,
+        "batch_size": batch_size,
+        "dtype": dtype_name(transformer.dtype),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+    drawn_from = {
+        **shared,
+        "weights": None if weights is None else str(weights),
+        "window": window,
+        "down_factor": down_factor,
+        "schedule": repr(schedule),
+        "prompts": list(prompts),
+    }
+    check_output(output, resume=resume)
+    if resume:
+        check_settings(output, drawn_from)
     made, missing = make_metrics(metrics, Sources(prompts, clip, dino, download))
-    with atomic_contents(Path(output_dir)) as folder, tempfile.TemporaryDirectory(dir=folder) as temporary:
-        parent = folder if save_images else Path(temporary)
-        files = {row: [parent / row / f"{n:05}.png" for n in range(len(prompts))] for row in (STUDENT, TEACHER)}
+    with unfinished_run(output, drawn_from, 2 * len(prompts)) as folder:
+        files = {row: [folder / row / f"{n:05}.png" for n in range(len(prompts))] for row in (STUDENT, TEACHER)}
 
         def draw(row: str) -> dict[str, float]:
-            (parent / row).mkdir()
+            (folder / row).mkdir(exist_ok=True)
             progress = functools.partial(tqdm, desc=row, unit="batch")
-            # What happens once per process or model, such as building plans, is in no row's seconds.
-            warm_up = {**arguments, "num_inference_steps": 1, "prompt": list(prompts[:batch_size])}
-            generate_with_seeds(pipe, seeds[:batch_size], **warm_up)
+            if not all(file.exists() for file in files[row]):
+                # What happens once per process or model, such as building plans, is in no row's seconds.
+                warm_up = {**arguments, "num_inference_steps": 1, "prompt": list(prompts[:batch_size])}
+                generate_with_seeds(pipe, seeds[:batch_size], **warm_up)
             seconds = save_images_with_seeds(
                 pipe, prompts, seeds, files[row], batch_size=batch_size, progress=progress, **arguments
             )
@@ -150,18 +175,11 @@ def evaluate(
             metadata = metadata_of(transformer) or {}
             seconds = {STUDENT: draw(STUDENT)}
         seconds[TEACHER] = draw(TEACHER)
-        device = execution_device_of(pipe)
         _compare(made, files, prompts, batch_size, device)
         evaluation = Evaluation(
             settings={
-                "model": shared_name_of(pipe, transformer),
+                **shared,
                 **{name: metadata[name] for name in ("weights", "method", "schedule")},
-                "backend": backend,
-                **arguments,
-                "seed": seed,
-                "batch_size": batch_size,
-                "dtype": dtype_name(transformer.dtype),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 "clip": clip,
                 "dino": dino,
             },
@@ -175,10 +193,12 @@ def evaluate(
             ],
         )
         # The numbers are returned even if the disk is full.
-        with warn_if_unwritten(Path(output_dir, NUMBERS)):
-            atomic_text(folder / NUMBERS, evaluation.to_json())
-        with warn_if_unwritten(Path(output_dir, SHEET)), atomic_file(folder / SHEET) as unfinished:
+        with warn_if_unwritten(output / NUMBERS):
+            atomic_text(output / NUMBERS, evaluation.to_json())
+        with warn_if_unwritten(output / SHEET), atomic_file(output / SHEET) as unfinished:
             evaluation_sheet(evaluation, files).save(unfinished)
+        for row in files if save_images else ():
+            (folder / row).replace(output / row)
     return evaluation
 
 

@@ -1,0 +1,86 @@
+"""An unfinished evaluation: a folder in its output, with the images that are drawn, from which it can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clear_attn.utils.atomic import atomic_text, check_empty, delete_leftovers
+from clear_attn.utils.json_records import read_json
+
+SETTINGS = "settings.json"
+
+
+def unfinished_folder(output: Path) -> Path:
+    """Return the folder of an unfinished evaluation."""
+    return output / "unfinished"
+
+
+def check_output(output: Path, *, resume: bool) -> None:
+    """Check that a folder can be evaluated to.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        FileExistsError: it is not empty.
+        FileNotFoundError: it has no unfinished evaluation to resume.
+    """
+    folder = unfinished_folder(output)
+    if resume:
+        if not (folder / SETTINGS).is_file():
+            raise FileNotFoundError(f"{output} has no unfinished evaluation; leave resume=True out to begin one")
+        return
+    if folder.is_dir():
+        raise FileExistsError(
+            f"{output} holds an unfinished evaluation; go on with resume=True, or give another folder"
+        )
+    delete_leftovers(output)
+    check_empty(output)
+
+
+def check_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the images of an unfinished evaluation were drawn with other settings."""
+    before, now = read_json(unfinished_folder(output) / SETTINGS), json.loads(_to_json(settings))
+    if names := [name for name in now if now[name] != before.get(name)]:
+        raise ValueError(
+            f"{output} holds an unfinished evaluation with another {', '.join(names)}; give the same, or another folder"
+        )
+
+
+def _to_json(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, ensure_ascii=False, default=str)
+
+
+@contextlib.contextmanager
+def unfinished_run(output: Path, settings: dict[str, Any], images: int) -> Iterator[Path]:
+    """Yield the folder to draw in, new or of the run to resume, and delete it at the end.
+
+    After an error it is kept, with a warning that says so, unless it has no image yet.
+
+    Args:
+        output: the folder of the result.
+        settings: what the images depend on, as JSON.
+        images: the number of images to draw.
+    """
+    existed, folder = output.is_dir(), unfinished_folder(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_text(folder / SETTINGS, _to_json(settings))
+        yield folder
+    except BaseException:
+        if kept := len(list(folder.glob("*/[0-9]*.png"))):
+            warnings.warn(
+                f"{kept} of {images} images are kept in {folder}; the same arguments with resume=True go on from them",
+                stacklevel=4,
+            )
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not existed:
+                with contextlib.suppress(OSError):
+                    output.rmdir()
+        raise
+    shutil.rmtree(folder)
