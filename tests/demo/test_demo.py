@@ -259,11 +259,20 @@ class TestCommand:
         assert result.exit_code == 2
         assert "'sd9' is not one of flux" in result.output
 
-    @pytest.mark.parametrize(("model", "layers"), [("sd3-medium", 24), ("sd3.5-medium", 37), ("sd3.5-large", 38)])
-    def test_cost_of_other_models(self, model, layers):
+    @pytest.mark.parametrize(
+        ("model", "layers", "text"),
+        [
+            ("sd3-medium", 24, 333),
+            ("sd3.5-medium", 37, 333),
+            ("sd3.5-large", 38, 333),
+            ("flux2-klein-4b", 25, 512),
+            ("flux2-klein-9b", 32, 512),
+        ],
+    )
+    def test_cost_of_other_models(self, model, layers, text):
         output = self.run("cost", "--height", 1024, "--width", 1024, "--model", model).output
         assert f"all {layers} layers" in output
-        assert "333 text tokens" in output
+        assert f"{text} text tokens" in output
 
     def test_cost_refuses(self):
         result = self.run("cost", "--height", 8, "--width", 1024)

@@ -15,6 +15,21 @@ from clear_attn.models.flux import Flux, FluxTraining, image_ids
 from clear_attn.models.image_to_image import FromNoisedLatents
 from clear_attn.models.processors.processor import ClearAttnProcessor, Inputs, normalize, rotate, split_heads
 
+KLEIN_4B = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+KLEIN_9B = {
+    **KLEIN_4B,
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
+
 
 class Flux2Training(FluxTraining):
     """Train FLUX.2: its pipelines normalize 2 x 2 patches of latents, and text tokens have ids on a fourth axis."""
@@ -142,4 +157,8 @@ class Flux2(Flux):
             modular=("Flux2KleinModularPipeline", "Flux2KleinBaseModularPipeline"),
         ),
     )
-    architectures = (Architecture("flux2"),)
+    architectures = (
+        Architecture("flux2"),
+        Architecture("flux2-klein-4b", KLEIN_4B),
+        Architecture("flux2-klein-9b", KLEIN_9B),
+    )
