@@ -131,6 +131,29 @@ def test_tiles_are_close_to_the_whole(vae, dtype, mean, most):
         assert (ours - whole).abs().max() < most
 
 
+def test_norms_of_attention_are_shared_at_every_resolution():
+    """With attention that attends to nothing, so that what is left of it are its norms."""
+
+    class NormAlone:
+        def __call__(self, attn, x, **settings):
+            return x + attn.group_norm(x.flatten(2)).view_as(x)
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("AttnDownEncoderBlock2D",) * 2, "up_block_types": ("AttnUpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**{**SMALL, **blocks}).eval()
+    for module in vae.modules():
+        if isinstance(module, Attention):
+            module.set_processor(NormAlone())
+    latents = torch.randn(1, 2, 70, 6) + torch.linspace(-3, 3, 70)[:, None]
+    image = torch.randn(1, 3, 140, 12) + torch.linspace(-3, 3, 140)[:, None]
+    with torch.no_grad():
+        decoded, encoded = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
+        with tiled_vae(vae):
+            tiled, tiled_latents = vae.decode(latents).sample, vae.encode(image).latent_dist.mean
+    torch.testing.assert_close(tiled, decoded, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tiled_latents, encoded, atol=1e-5, rtol=0)
+
+
 def test_is_undone_if_it_fails_to_begin(vae, monkeypatch):
     begin = tiling._in_tiles
 

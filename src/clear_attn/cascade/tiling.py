@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -238,7 +239,11 @@ class SharedNorms:
         if norm in self.known:
             return normalize(norm, x, *self.known[norm])
         rows, columns = self.tile
-        image = x if x.dim() == 4 else x.unflatten(2, (rows.size, columns.size))  # an attention layer flattens latents
+        if x.dim() == 3:  # an attention layer flattens its grid, which is that of the latents or a finer one
+            finer = math.isqrt(x.shape[2] // (rows.size * columns.size))
+            image = x.unflatten(2, (rows.size * finer, columns.size * finer))
+        else:
+            image = x
         own = image[:, :, rows.inside(image.shape[2]), columns.inside(image.shape[3])]
         self.moments.add(own.reshape(norm.num_groups, -1))
         self.measured = norm
