@@ -70,6 +70,11 @@ def test_an_ordinary_folder(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
 
 
+def test_a_folder_has_no_revision(tmp_path):
+    with pytest.raises(ValueError, match=r"revision='v2' is a version on the Hub, and .* is on this machine; leave"):
+        load_pipeline(tmp_path, torch.float32, "v2")
+
+
 def test_a_folder_without_a_pipeline(tmp_path):
     with pytest.raises(OSError, match=r"no file named model_index\.json"):
         load_pipeline(tmp_path, torch.float32)

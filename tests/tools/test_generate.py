@@ -86,6 +86,17 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
     assert "and --init-image is not given" in shown(result)
 
 
+def test_other_weights_than_the_plans_have_no_revision_of_it(tmp_path, start, monkeypatch):
+    plan = clear.HighresPlan("a red circle", 128, 160, None, (clear.Stage(),), 3, 4, 1, "owner/repo", "v2")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    asked = []
+    monkeypatch.setattr(generation, "draw", lambda pipe, arguments, *rest, **settings: asked.append(arguments))
+    for given in ((), ("--weights", "owner/repo"), ("--weights", "none")):
+        result = generate(tmp_path / "out.png", "--plan", tmp_path / "plan.json", *given)
+        assert result.exit_code == 0, result.output
+    assert [(each["weights"], each["revision"]) for each in asked] == [("owner/repo", "v2")] * 2 + [(None, None)]
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_the_small_flux_brings_its_size_text_length_and_weights(tmp_path, folder):
     options = (

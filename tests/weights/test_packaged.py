@@ -56,6 +56,30 @@ def test_settings_that_do_not_fit(pipe, settings):
     assert_same(pipe.transformer, before)
 
 
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ("auto", "these weights are in the package"),
+        (demo.distilled(), f"{demo.distilled()} is on this machine"),
+        (demo.distilled() / "clear_weights.safetensors", "clear_weights.safetensors is on this machine"),
+        (None, "weights=None keeps the model's own"),
+    ],
+)
+def test_what_is_not_on_the_hub_has_no_revision(pipe, weights, reason):
+    before = snapshot(pipe.transformer)
+    with pytest.raises(ValueError, match=rf"revision='v2' is a version on the Hub, and .*{reason}; leave revision out"):
+        clear.linearize(pipe, weights=weights, revision="v2")
+    assert_same(pipe.transformer, before)
+
+
+def test_a_pipeline_saved_while_it_was_linearized_has_no_revision(pipe, tmp_path):
+    clear.linearize(pipe).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"revision='v2' is .* weights='auto' keeps those that this pipeline was saved"
+    ):
+        clear.linearize(type(pipe).from_pretrained(tmp_path), revision="v2")
+
+
 def test_while_it_is_linearized(pipe):
     clear.linearize(pipe, 4, weights=None)
     clear.linearize(pipe)

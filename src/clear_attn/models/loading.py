@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from clear_attn.models import adapter_for
 from clear_attn.models._diffusers import load_modular, load_pretrained, progress_bar_config_of
+from clear_attn.utils.validation import check_no_revision
 
 ORDINARY_INDEX = "model_index.json"
 
@@ -24,8 +25,10 @@ def load_pipeline(name: str | os.PathLike[str], dtype: torch.dtype, revision: st
     Raises:
         OSError: there is no such model, or no index of a pipeline.
         RuntimeError: components of a modular pipeline cannot be loaded.
-        ValueError, AttributeError: diffusers cannot read it.
+        ValueError: a revision is given for a folder. ValueError, AttributeError: diffusers cannot read it.
     """
+    if os.path.isdir(name):
+        check_no_revision(revision, f"{name} is on this machine")
     options = {} if revision is None else {"revision": revision}
     try:
         return load_pretrained(diffusers.DiffusionPipeline, name, dtype=dtype, **options)

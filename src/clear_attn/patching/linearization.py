@@ -23,6 +23,7 @@ from clear_attn.patching.hooks import EntryHook, Original
 from clear_attn.patching.resolve import fits_arguments, parameters_lost, resolve_method, resolve_saved
 from clear_attn.patching.state import State, apply_or_fall_back, capture, match_device_and_dtype, original_state
 from clear_attn.patching.target import PipelineOrTransformer, Target, find_target
+from clear_attn.utils.validation import check_no_revision
 from clear_attn.weights.metadata import make_metadata, read_schedule
 from clear_attn.weights.parameters import (
     check_checkpoint,
@@ -113,7 +114,7 @@ def linearize(
             pipeline that was saved while it was linearized, it uses the weights in the pipeline. None keeps the model's
             own (training-free). Or a `.safetensors` file, a directory that `save_pretrained` wrote, or a Hub id,
             `owner/repo` or `owner/repo/file.safetensors`.
-        revision (`str`, *optional*): a branch, tag or commit on the Hub.
+        revision (`str`, *optional*): a branch, tag or commit of weights on the Hub.
         token (`str` or `bool`, *optional*): a Hub token; by default that of `hf auth login`.
         backend (`str`, defaults to `"auto"`): `"triton"`, `"flex"`, `"tiled"`, `"reference"`, or `"auto"`, which
             selects the fastest for each call.
@@ -127,7 +128,8 @@ def linearize(
         TypeError: the pipeline is not supported; an argument has the wrong type.
         ValueError: an argument is out of range; the window, down_factor or method differs from what the weights were
             distilled for; a window, backend or schedule with windows does not fit the method; the schedule names
-            layers that do not exist; the weights do not fit the model, or none are published for it.
+            layers that do not exist; the weights do not fit the model, or none are published for it; a revision is
+            given for weights that are not on the Hub.
         FileNotFoundError, PermissionError, ConnectionError: the weights cannot be found or downloaded.
         RuntimeError: the pipeline has no transformer yet; the backend cannot run on this machine; the model has
             attention processors of another library, guidance that changes attention, or context parallelism; its
@@ -184,6 +186,7 @@ def prepare(
         _validate_schedule(target, schedule)
     metadata = original.metadata
     if weights == "auto" and metadata:
+        check_no_revision(revision, "weights='auto' keeps those that this pipeline was saved with")
         saved = resolve_saved(window, down_factor, method, metadata)
         settings = Settings(saved, schedule or read_schedule(metadata), backend, keep_original, None, saved=True)
     else:
@@ -226,6 +229,7 @@ def _load_weights(
     token: str | bool | None,
 ) -> Checkpoint | None:
     if weights is None:
+        check_no_revision(revision, "weights=None keeps the model's own")
         return None
     check_replaceable(target.layers)
     return load(weights, Model(target.pipe, target.transformer, original.values), wanted, fits, revision, token)

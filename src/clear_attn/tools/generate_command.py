@@ -137,6 +137,8 @@ def generate(
         arguments = planned.arguments()
         if _is_given(context, "weights"):
             arguments["weights"] = options.none_or(weights)
+            if arguments["weights"] != planned.weights:  # the revision was that of the weights before
+                arguments["revision"] = None
         if kept:
             check_resumable(replace(planned, weights=with_absolute_path(arguments["weights"])), kept)
     else:

@@ -38,3 +38,15 @@ def check_whole_number(name: str, value: object, remedy: str, least: int = 1, mo
     if number > most:
         raise ValueError(f"{name} must be at most {most}, got {shorten(number)}; {remedy}")
     return number
+
+
+def check_no_revision(revision: str | None, reason: str) -> None:
+    """Raise ValueError for a revision of what is not on the Hub; the reason says so.
+
+    Examples:
+        >>> check_no_revision("v2", "my-weights is on this machine")
+        Traceback (most recent call last):
+        ValueError: revision='v2' is a version on the Hub, and my-weights is on this machine; leave revision out
+    """
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is a version on the Hub, and {reason}; leave revision out")

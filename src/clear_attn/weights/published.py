@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from clear_attn.methods import Clear, Method
 from clear_attn.models import adapter_for
 from clear_attn.models.pipeline_defaults import native_grid
+from clear_attn.utils.validation import check_no_revision
 from clear_attn.weights import packaged
 from clear_attn.weights.hub import fetch, in_cache
 from clear_attn.weights.metadata import WEIGHTS_FILE
@@ -52,7 +53,12 @@ class PackagedFolder(NamedTuple):
     path: Path
 
     def fetch(self, file: str, revision: str | None, token: str | bool | None) -> Path:
-        """Return the path of a file."""
+        """Return the path of a file.
+
+        Raises:
+            ValueError: a revision is given, and a package has none.
+        """
+        check_no_revision(revision, "these weights are in the package")
         return self.path / file
 
     def name(self, file: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from clear_attn.methods import Method
 from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
+from clear_attn.utils.validation import check_no_revision
 from clear_attn.weights.hub import HUB_ID
 from clear_attn.weights.metadata import CONFIG_FILE, WEIGHTS_FILE, read_record
 from clear_attn.weights.parameters import pooled_factor, read_checkpoint
@@ -112,6 +113,8 @@ def load(
     on_hub = HUB_FILE.fullmatch(weights) if isinstance(weights, str) else None
     # "folder/file.safetensors" has the form of a repository id, but means a file.
     if path.exists() or not on_hub or (on_hub[2] is None and path.suffix == ".safetensors"):
+        if path.exists():
+            check_no_revision(revision, f"{path} is on this machine")
         return _load_local(path)
     repo, file_in_repo = on_hub.groups()
     known = published_in(repo)
