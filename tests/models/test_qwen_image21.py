@@ -157,6 +157,13 @@ def test_gradients_of_text_and_condition_images(transformer):
             {"encoder_hidden_states_mask": torch.ones(1, 6, dtype=torch.bool)},
             r"encoder_hidden_states_mask must be \[1, 7\], got \[1, 6\]",
         ),
+        (
+            {
+                "encoder_hidden_states_mask": torch.ones(1, 7, dtype=torch.bool),
+                "img_mask": torch.tensor([[True] * 2 + [False] * 5 + [True] * 26]),
+            },
+            "img_mask must mark 0 slots among the tokens of encoder_hidden_states, .* got 2; pass both",
+        ),
     ],
 )
 def test_calls_that_do_not_fit(transformer, change, words):

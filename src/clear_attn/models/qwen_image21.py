@@ -177,6 +177,12 @@ class QwenImage21(Publishing, ModelAdapter):
             )
         if (mask := kwargs.get("encoder_hidden_states_mask")) is not None:
             check_mask("encoder_hidden_states_mask", mask, tuple(text.shape[:2]))
+            # The model counts them only after `text_bias`, which relies on their number.
+            if (marked := int(slots[0, : text.shape[1]].sum())) != before // TOKENS_PER_SLOT:
+                raise ValueError(
+                    f"img_mask must mark {before // TOKENS_PER_SLOT} slots among the tokens of encoder_hidden_states, "
+                    f"for the condition images in img_shapes, got {marked}; pass both as the pipeline does"
+                )
         return Call((target[1:],), _prefix_tokens(text.shape[1], before), hidden_states.device)
 
     def text_bias(self, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
