@@ -7,6 +7,7 @@ import torch
 from clear_attn.core.layout import TokenLayout
 from clear_attn.core.plan import GridPlan, Plan, WindowPlan, pooled_cells
 from clear_attn.core.window_mask import window_mask
+from clear_attn.parallel.shard import Shard
 from tests.helpers import reference_attention
 
 
@@ -15,6 +16,18 @@ def test_a_plan_knows_where_text_and_image_are(text_first, text, image):
     plan = Plan(TokenLayout([(3, 4)], 5, text_first=text_first))
     assert (plan.text, plan.image) == (slice(*text), slice(*image))
     assert (plan.text_tokens, plan.image_tokens, plan.tokens) == (5, 12, 17)
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("text_queries", [True, False])
+def test_positions_have_the_same_names_in_layout_and_plan(text_first, text_queries):
+    layout = TokenLayout([(3, 4)], 5, text_first=text_first, text_queries=text_queries)
+    for each in (layout, Shard(layout, 0, 1), Plan(layout)):
+        text, image = ((0, 5), (5, 17)) if text_first else ((12, 17), (0, 12))
+        assert (each.text_keys, each.image_keys) == (slice(*text), slice(*image))
+        if not text_queries:
+            text, image = ((0, 0) if text_first else (12, 12)), (0, 12)
+        assert (each.text, each.image) == (slice(*text), slice(*image))
 
 
 def test_a_grid_plan_takes_one_image():

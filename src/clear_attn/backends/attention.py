@@ -61,17 +61,17 @@ def clear_attention(
     """Return CLEAR's attention (arXiv 2412.16112): text queries attend to all tokens, image queries to their window.
 
     Args:
-        query: `[batch, heads, tokens, head_dim]`, text and image tokens joined in the order of the plan's layout, the
-            image tokens in tile order. Any floating-point dtype; `flex` supports float32, bfloat16 and float16,
-            `triton` bfloat16 and float16.
-        key, value: `[batch, key heads, tokens, head_dim]`; the key heads divide the query's heads (grouped-query
-            attention).
+        query: `[batch, heads, queries, head_dim]`, text and image tokens joined in the order of the plan's layout, the
+            image tokens in tile order; on a layout with `text_queries=False` image tokens alone. Any floating-point
+            dtype; `flex` supports float32, bfloat16 and float16, `triton` bfloat16 and float16.
+        key, value: `[batch, key heads, tokens, head_dim]`, text and image tokens in the same order; the key heads
+            divide the query's heads (grouped-query attention).
         plan: a plan of `clear_attn.methods.Clear` on a `TokenLayout`.
         pooled (*optional*): the pooled keys and values that `pool` returns; required if the plan's down_factor is above
             1.
         key_bias (*optional*): the bias on the scaled scores of each key, `[batch, keys]`, pooled keys last.
         text_bias (*optional*): the bias on the scores of text queries, in place of `key_bias`; broadcasts to
-            `[batch, heads, text tokens, tokens]`.
+            `[batch, heads, text tokens, tokens]`. Without text queries it has no effect.
         backend (`str`, defaults to `"auto"`): `"triton"`, `"flex"`, `"tiled"` or `"reference"`; `"auto"` selects one
             for the device and dtype.
         scale (`float`, *optional*, defaults to head_dim^-0.5): the factor of the scores.
@@ -81,7 +81,7 @@ def clear_attention(
 
     Returns:
         The output, in the shape and order of the query. With `return_lse`, also the log-sum-exp
-        `[batch, heads, tokens]` in at least float32.
+        `[batch, heads, queries]` in at least float32.
 
     Raises:
         ValueError: the backend is unknown, shapes do not match the plan or each other, or the sequence is too long for

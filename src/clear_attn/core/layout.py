@@ -55,8 +55,9 @@ class TokenLayout:
 
     Attributes:
         image_tokens, tokens (`int`): the number of image tokens, and of all tokens.
-        image, text (`slice`): the positions of image and text in the joint sequence, which keys and values have.
-        query_image, query_text (`slice`): their positions in query and output.
+        text_keys, image_keys (`slice`): the positions of text and image in the joint sequence, which keys and values
+            have.
+        text, image (`slice`): their positions in query and output; the same, unless text tokens are keys alone.
         permutation, inverse_permutation: int64 `[image_tokens]`; `x[permutation]` puts tokens from raster into tile
             order, `x[inverse_permutation]` puts them back.
         segments, token_set: the coordinates, on the CPU.
@@ -104,8 +105,9 @@ class TokenLayout:
         self.token_set = select_rows(self.segments, [slice(0, height) for height, _ in self.grids])
         self.image_tokens = len(self.token_set.raster)
         self.tokens = self.text_tokens + self.image_tokens
-        self.text, self.image = joint_slices(self.text_tokens, self.image_tokens, text_first)
-        self.query_text, self.query_image = joint_slices(text_queries * self.text_tokens, self.image_tokens, text_first)
+        self.text_keys, self.image_keys = joint_slices(self.text_tokens, self.image_tokens, text_first)
+        text_in_query = self.text_tokens if text_queries else 0
+        self.text, self.image = joint_slices(text_in_query, self.image_tokens, text_first)
         # A layout that is made in inference mode may be used in training later.
         with torch.inference_mode(False):
             self.permutation = to_tensor(self.token_set.raster, self.device)

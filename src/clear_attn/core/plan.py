@@ -29,10 +29,10 @@ class Layout(Protocol):
     def image(self) -> slice: ...
 
     @property
-    def query_text(self) -> slice: ...
+    def text_keys(self) -> slice: ...
 
     @property
-    def query_image(self) -> slice: ...
+    def image_keys(self) -> slice: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -54,8 +54,8 @@ class Plan:
 
     def __init__(self, layout: Layout) -> None:
         self.text_tokens, self.image_tokens = layout.text_tokens, layout.image_tokens
-        self.text_keys, self.image_keys = layout.text, layout.image
-        self.text, self.image, self.device = layout.query_text, layout.query_image, layout.device
+        self.text_keys, self.image_keys = layout.text_keys, layout.image_keys
+        self.text, self.image, self.device = layout.text, layout.image, layout.device
         self.text_queries = self.text.stop - self.text.start
         self.tokens = self.text_queries + self.image_tokens
 
@@ -100,7 +100,7 @@ class WindowPlan(AttentionRegion, Plan):
             self.pool_index = to_tensor(rank[cells], layout.device)
             self.pool_weight = to_tensor(weights, layout.device)
         self.pooled_tokens = len(cells)
-        before = layout.image.start
+        before = layout.image_keys.start
         super().__init__(
             queries=layout.token_set,
             keys=layout.token_set,

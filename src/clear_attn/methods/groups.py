@@ -42,7 +42,7 @@ class GroupPlan(Plan):
     def __init__(self, layout: TokenLayout, label: np.ndarray) -> None:
         super().__init__(layout)
         self._label = label[layout.token_set.raster]
-        self.shared_keys = SharedKeys(layout.image.start, layout.image_tokens, layout.tokens - layout.image.stop)
+        self.shared_keys = SharedKeys(self.image_keys.start, self.image_tokens, layout.tokens - self.image_keys.stop)
         rank = invert_permutation(layout.token_set.raster)
         _, sizes = np.unique(label, return_counts=True)
         by_shape: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)

@@ -82,7 +82,7 @@ def count_volume(
     sent = sum(len(halo_from(layout, rank, peer, ranks, method.halo())) for peer in range(ranks) if peer != rank)
     most_tokens = max(_tokens(layout, each, ranks) for each in range(ranks))
     most_cells = max(_cells(layout, method.pooled_factor or 1, each, ranks) for each in range(ranks))
-    queries = layout.query_text.stop - layout.query_text.start
+    queries = layout.text.stop - layout.text.start
     joint = layout.text_tokens + layout.image_tokens
     return CommunicationVolume(
         halo=2 * sent * token,

@@ -173,9 +173,9 @@ class Shard:
             self.permutation = to_tensor(own, self.device)
             self.inverse_permutation = to_tensor(invert_permutation(np.concatenate(self.raster)), self.device)
             self.in_whole = whole.inverse_permutation[self.permutation]
-        self.text, self.image = joint_slices(self.text_tokens, self.image_tokens, self.text_first)
-        text_queries = whole.text_queries * self.text_tokens
-        self.query_text, self.query_image = joint_slices(text_queries, self.image_tokens, self.text_first)
+        self.text_keys, self.image_keys = joint_slices(self.text_tokens, self.image_tokens, self.text_first)
+        text_in_query = self.text_tokens if whole.text_queries else 0
+        self.text, self.image = joint_slices(text_in_query, self.image_tokens, self.text_first)
 
     @functools.cached_property
     def without_text(self) -> Shard:

@@ -120,7 +120,7 @@ def test_partitions(method, text_queries):
     qkv = random_inputs(layout.tokens, EXACT)
     output, _ = triton.attend(qkv[0][:, :, -plan.tokens :], *qkv[1:], plan, None, SCALE, False)
     query, key, value = (x.double().cpu() for x in qkv)
-    scores = query[:, :, layout.image] @ key.mT * SCALE
+    scores = query[:, :, layout.image_keys] @ key.mT * SCALE
     allowed = torch.nn.functional.pad(mask, (66, 0), value=True)
     expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
     image = output[:, :, plan.image]
