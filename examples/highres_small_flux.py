@@ -30,13 +30,12 @@ from clear_attn import demo
 from clear_attn.demo.scenes import Scene, held_out_scenes, read
 from clear_attn.utils.image_sheets import contact_sheet
 
-PUBLISHED = clear.Stage()
-GENTLE = clear.Stage(strength=0.4, ntk_factor=1, proportional=False)
-FOR_THE_SMALL_FLUX = dataclasses.replace(GENTLE, low_resolution_guidance=1)
+REFINED = clear.Stage.preset("refined")
+GENTLE = dataclasses.replace(REFINED, low_resolution_guidance=None)
 STEPWISE = dataclasses.replace(GENTLE, stepwise_guidance=clear.StepwiseGuidance())
 STAGES = {
-    "highres, published settings": PUBLISHED,
-    "highres": FOR_THE_SMALL_FLUX,
+    "highres, published settings": clear.Stage.preset("published"),
+    "highres": REFINED,
     "highres, step by step": STEPWISE,
     "highres, continued": dataclasses.replace(GENTLE, strength=0.2, continues=True),
     "highres, continued, step by step": dataclasses.replace(STEPWISE, continues=True),

@@ -231,6 +231,8 @@ BAD = [
     ({"image": noise(256, 256)}, ValueError, "is smaller than the 256 x 256 px before it"),
     ({"image": "base.png"}, TypeError, "image must be a PIL image, got a str"),
     ({"stages": []}, ValueError, "stages is empty"),
+    ({"stages": None, "preset": "best"}, ValueError, "preset must be 'published' or 'refined', got 'best'"),
+    ({"preset": "refined"}, ValueError, "preset='refined' and stages are both given; leave one out, or change"),
     ({"stages": 3}, TypeError, "stages must be a clear_attn.Stage or a list of them, got 3"),
     ({"stages": ["4x"]}, TypeError, "stages must be clear_attn.Stage each, got a str"),
     ({"stages": clear.Stage(128, 128)}, ValueError, "has a size; give it in a list"),

@@ -15,6 +15,8 @@ import typer
 from typer.testing import CliRunner
 
 import clear_attn as clear
+from clear_attn.cascade.planning import PUBLISHED_NTK_FACTOR
+from clear_attn.cascade.stages import PRESETS
 from clear_attn.methods import Clear
 from clear_attn.profiling import attention_cost
 from clear_attn.tools import options
@@ -25,7 +27,7 @@ from clear_attn.tools.cli import app
 from clear_attn.tools.evaluate import evaluate
 from clear_attn.tools.evaluate.metric_registry import METRICS
 from clear_attn.tools.evaluate_command import evaluate as evaluate_command
-from clear_attn.tools.generate_command import generate
+from clear_attn.tools.generate_command import OF_STAGE, generate
 from clear_attn.tools.reporting import quiet_imports, spell_options
 
 SIZE = ("--height", 64, "--width", 64)
@@ -260,7 +262,21 @@ class TestOptionsFitTheLibrary:
         assert all(name in help_text for name in METRICS)
 
     def test_defaults_of_stages(self):
-        options, stage = inspect.signature(generate).parameters, clear.Stage()
-        for field in dataclasses.fields(clear.Stage):
-            if field.name not in ("height", "width"):
-                assert (options[field.name].default or None) == (getattr(stage, field.name) or None), field.name
+        assert set(OF_STAGE) == {field.name for field in dataclasses.fields(clear.Stage)} - {"height", "width"}
+        published, refined = (clear.Stage.preset(name) for name in ("published", "refined"))
+        for name in OF_STAGE:
+            assert inspect.signature(generate).parameters[name].default is None
+            shown = OPTION_OF["generate", name].show_default
+            before, _, changed = shown.partition("; refined ")
+            assert before == in_words(getattr(published, name)) or name == "ntk_factor", name
+            assert (changed or before) == in_words(getattr(refined, name)), name
+        assert OPTION_OF["generate", "ntk_factor"].show_default.startswith(f"{PUBLISHED_NTK_FACTOR:g};")
+
+    def test_presets(self):
+        option = OPTION_OF["generate", "preset"]
+        assert re.search(r": (.*?)\.", option.help)[1] == " or ".join(PRESETS)
+
+
+def in_words(value):
+    """Return a setting of a stage as an option shows it; None is off."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value or 0:g}"

@@ -97,6 +97,26 @@ def test_other_weights_than_the_plans_have_no_revision_of_it(tmp_path, start, mo
     assert [(each["weights"], each["revision"]) for each in asked] == [("owner/repo", "v2")] * 2 + [(None, None)]
 
 
+def test_options_change_the_preset(tmp_path, monkeypatch):
+    """Guidance of one kind turns the other off."""
+    asked = []
+    monkeypatch.setattr(generation, "draw", lambda pipe, arguments, *rest, **settings: asked.append(arguments))
+    refined = clear.Stage.preset("refined")
+    by_run = replace(refined, low_resolution_guidance=None, stepwise_guidance=clear.StepwiseGuidance(structure=0.25))
+    cases = {
+        (): refined,
+        ("--preset", "published"): clear.Stage(),
+        ("--steps", 7): replace(refined, steps=7),
+        ("--preset", "published", "--steps", 7, "--shift", 0): clear.Stage(steps=7, shift=None),
+        ("--low-resolution-guidance", 0, "--no-continues"): replace(refined, low_resolution_guidance=None),
+        ("--stepwise-guidance", 0.25): by_run,
+    }
+    for given, stage in cases.items():
+        result = generate(tmp_path / "out.png", "--prompt", "a red circle", "--height", 160, "--width", 160, *given)
+        assert result.exit_code == 0, result.output
+        assert asked.pop()["stages"] == stage, given
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_the_small_flux_brings_its_size_text_length_and_weights(tmp_path, folder):
     options = (
@@ -420,6 +440,11 @@ def test_the_orientation_of_the_first_image(tmp_path):
             "--true-cfg-scale 4.0 has no effect without --negative-prompt",
         ),
         ((*SMALL, "--height", 128, "--strength", 0), "--strength must be above 0 and at most 1, got 0"),
+        ((*SMALL, "--height", 128, "--preset", "best"), "--preset must be 'published' or 'refined', got 'best'"),
+        (
+            (*SMALL, "--height", 128, "--low-resolution-guidance", 1, "--stepwise-guidance", 1),
+            "both guide the low frequencies",
+        ),
         ((*SMALL, "--height", 64), "64 x 160 px"),
         (("--plan", "none.json"), "none.json"),
         (("--plan", "plan.json", "--steps", 20), "--plan and --steps both say what to draw"),

@@ -12,9 +12,10 @@ from PIL import Image
 
 from clear_attn.cascade import stage_runner
 from clear_attn.cascade.memory_check import check_fits
-from clear_attn.cascade.pipelines import find_cascade_target
+from clear_attn.cascade.pipelines import CascadeTarget, find_cascade_target
 from clear_attn.cascade.plan import UNRESOLVED, HighresPlan, comparable
 from clear_attn.cascade.planning import make_plan, resolve_attention, runs_as_it_is, validate_calls
+from clear_attn.cascade.presets import default_preset
 from clear_attn.cascade.recording import Recording
 from clear_attn.cascade.result import HighresError, HighresInterrupted, HighresResult
 from clear_attn.cascade.stages import Base, Stage
@@ -40,7 +41,8 @@ def highres(
     image: Image.Image | None = None,
     resume: HighresResult | None = None,
     base: Base | None = None,
-    stages: Stage | Sequence[Stage] = Stage(),  # noqa: B008, it is frozen
+    stages: Stage | Sequence[Stage] | None = None,
+    preset: str | None = None,
     seed: int | None = None,
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -66,8 +68,10 @@ def highres(
             `HighresInterrupted`, `HighresError` or `HighresResult.load`. Only what it lacks is drawn:
             ``highres(pipe, **result.plan.arguments(), resume=result)``. It has the image if one was given.
         base (`Base`, *optional*): settings of the base image.
-        stages (`Stage` or a sequence of them, defaults to `Stage()`): settings of each stage; the last one has the
-            final size. One without a size means as few stages as grow by a factor of at most about four.
+        stages (`Stage` or a sequence of them, *optional*): settings of each stage; the last one has the final size.
+            One without a size means as few stages as grow by a factor of at most about four.
+        preset (`str`, *optional*): instead of `stages`, the name of settings, see `Stage.preset`. Defaults to
+            "published", and to "refined" for the small FLUX, the one model that it was tried on.
         seed (`int`, *optional*): seed of the noise, see `HighresPlan`; drawn from torch's generator by default.
         callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. A callback may set `_interrupt`
             on the pipeline to stop after the step; so may other threads, on ``pipe`` unless it is modular. The result
@@ -124,6 +128,7 @@ def highres(
         "revision": revision,
         "backend": backend,
     }
+    stages = _stages(target, stages, preset)
     plan = make_plan(target, prompt, (height, width), image, base, stages, seed, attention, options)
     if resume:
         check_resumable(plan, resume, resolved=False)
@@ -153,6 +158,19 @@ def highres(
     except Exception as error:
         raise HighresError(result, error) from error
     return result
+
+
+def _stages(
+    target: CascadeTarget, stages: Stage | Sequence[Stage] | None, preset: str | None
+) -> Stage | Sequence[Stage]:
+    if stages is None:
+        return Stage.preset(default_preset(target.patched) if preset is None else preset)
+    if preset is not None:
+        raise ValueError(
+            f"preset={preset!r} and stages are both given; leave one out, or change a preset with "
+            f"stages=dataclasses.replace(clear_attn.Stage.preset({preset!r}), ...)"
+        )
+    return stages
 
 
 def _check_original_weights(target: Target) -> None:

@@ -55,7 +55,7 @@ ATTENTION = ("window", "down_factor", "schedule", "weights", "revision", "backen
 UNRESOLVED = {"window": None, "down_factor": None, "schedule": None, "weights": "auto", "backend": "auto"}
 ARGUMENTS = ("prompt", "height", "width", "base", "stages", "seed", *ATTENTION)
 # Names that `options` must not have: these, and the other arguments of `highres`.
-RESERVED = {*ARGUMENTS, "pipe", "image", "resume", "token", "options", "self"}
+RESERVED = {*ARGUMENTS, "preset", "pipe", "image", "resume", "token", "options", "self"}
 
 
 def versions() -> dict[str, str]:

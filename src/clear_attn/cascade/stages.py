@@ -190,6 +190,25 @@ class Stage(_Sized):
         if not isinstance(self.continues, bool):
             raise TypeError(f"continues must be True or False, got {self.continues!r}")
 
+    @staticmethod
+    def preset(name: str) -> Stage:
+        """Return the settings of a preset; change some with `dataclasses.replace`.
+
+        Args:
+            name: "published", the settings of CLEAR's published run with FLUX.1-dev, or "refined", those with which the
+                small FLUX keeps most of its images right (docs/highres.md).
+
+        Raises:
+            ValueError: there is no such preset.
+
+        Examples:
+            >>> Stage.preset("published") == Stage()
+            True
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be {' or '.join(map(repr, PRESETS))}, got {name!r}")
+        return PRESETS[name]
+
     @property
     def needs_recording(self) -> bool:
         """Whether the run before must be recorded."""
@@ -199,6 +218,12 @@ class Stage(_Sized):
     def steps_run(self) -> int:
         """The number of steps that run, as image-to-image pipelines of diffusers round."""
         return self.steps - int(max(self.steps - min(self.steps * self.strength, self.steps), 0))
+
+
+PRESETS = {
+    "published": Stage(),
+    "refined": Stage(strength=0.4, ntk_factor=1, proportional=False, low_resolution_guidance=1),
+}
 
 
 def read_stage(values: Mapping[str, Any]) -> Stage:

@@ -30,6 +30,9 @@ GO_WITH_PLAN = {
 # Options that are arguments of `highres`, which has defaults of its own.
 PASSED_ON = ("window", "down_factor", "revision", "seed", "negative_prompt", "true_cfg_scale", "max_sequence_length")
 
+# Options that are settings of `Stage`; those of guidance by the image before.
+GUIDANCES = ("low_resolution_guidance", "stepwise_guidance")
+OF_STAGE = ("strength", "steps", "guidance", "ntk_factor", "proportional", "shift", *GUIDANCES, "continues")
 
 FROM_PLAN = "from --plan"
 
@@ -38,8 +41,8 @@ def _of_base(help: str, **settings: Any) -> Any:
     return typer.Option(help=help, show_default=options.OF_PIPELINE, **settings)
 
 
-def _of_stage(help: str, **settings: Any) -> Any:
-    return typer.Option(help=help, **settings)
+def _of_stage(help: str, default: str, **settings: Any) -> Any:
+    return typer.Option(help=help, show_default=default, **settings)
 
 
 def generate(
@@ -80,27 +83,44 @@ def generate(
     save_stages: Annotated[bool, typer.Option("--save-stages", help="Keep the image of each stage, too.")] = False,
     base_steps: Annotated[int | None, _of_base("The number of steps of the base image.", min=1)] = None,
     base_guidance: Annotated[float | None, _of_base("The guidance scale of the base image.", min=0)] = None,
-    strength: Annotated[float, _of_stage("The share of the steps that each stage runs.")] = 0.7,
-    steps: Annotated[int, _of_stage("The number of steps of the whole schedule of each stage.", min=1)] = 20,
-    guidance: Annotated[float, _of_stage("The guidance scale of each stage.", min=0)] = 7.5,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="The settings of the stages: published or refined.", show_default="published; refined for demo"
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None, _of_stage("The share of the steps that each stage runs.", "0.7; refined 0.4")
+    ] = None,
+    steps: Annotated[
+        int | None, _of_stage("The number of steps of the whole schedule of each stage.", "20", min=1)
+    ] = None,
+    guidance: Annotated[float | None, _of_stage("The guidance scale of each stage.", "7.5", min=0)] = None,
     ntk_factor: Annotated[
         float | None,
         _of_stage(
-            "The factor of the rotary embedding's theta in each stage.", show_default="10; 1 without rotary embedding"
+            "The factor of the rotary embedding's theta in each stage.", "10; 1 without rotary embedding; refined 1"
         ),
     ] = None,
-    proportional: Annotated[bool, _of_stage("Whether stages use proportional attention.")] = True,
-    shift: Annotated[float, _of_stage("The static shift of each stage; 0 keeps the pipeline's schedule.", min=0)] = 3.0,
+    proportional: Annotated[
+        bool | None, _of_stage("Whether stages use proportional attention.", "yes; refined no")
+    ] = None,
+    shift: Annotated[
+        float | None, _of_stage("The static shift of each stage; 0 keeps the pipeline's schedule.", "3", min=0)
+    ] = None,
     low_resolution_guidance: Annotated[
-        int, _of_stage("The wavelet levels in which stages follow the image before; 0 is off.", min=0)
-    ] = 0,
+        int | None,
+        _of_stage("The wavelet levels in which stages follow the image before; 0 is off.", "0; refined 1", min=0),
+    ] = None,
     stepwise_guidance: Annotated[
-        float,
-        _of_stage("The weight with which stages follow the run before step by step, 0 to 1; 0 is off.", min=0, max=1),
-    ] = 0,
+        float | None,
+        _of_stage(
+            "The weight with which stages follow the run before step by step, 0 to 1; 0 is off.", "0", min=0, max=1
+        ),
+    ] = None,
     continues: Annotated[
-        bool, _of_stage("Whether stages continue the run before instead of drawing its image again.")
-    ] = False,
+        bool | None, _of_stage("Whether stages continue the run before instead of drawing its image again.", "no")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -115,9 +135,10 @@ def generate(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Draw an image much larger than the model was trained on; under torchrun, on all its processes together."""
-    from clear_attn.cascade import Base, HighresResult, Stage, StepwiseGuidance
+    from clear_attn.cascade import Base, HighresResult, Stage
     from clear_attn.cascade.large_images import check_resumable
     from clear_attn.cascade.result import plan_file, stage_files, validate_output
+    from clear_attn.cascade.stages import PRESETS
     from clear_attn.parallel import launch
     from clear_attn.tools import generation
     from clear_attn.weights.sources import with_absolute_path
@@ -146,30 +167,36 @@ def generate(
         if missing := [f"--{name}" for name, value in required.items() if value is None]:
             raise typer.BadParameter(f"{', '.join(missing)} must be given, or a --plan")
         planned = None
-        stage = Stage(
-            strength=strength,
-            steps=steps,
-            guidance=guidance,
-            ntk_factor=ntk_factor,
-            proportional=proportional,
-            shift=shift or None,
-            low_resolution_guidance=low_resolution_guidance or None,
-            stepwise_guidance=StepwiseGuidance(structure=stepwise_guidance) if stepwise_guidance else None,
-            continues=continues,
-        )
+        given_stage = _given_stage(context)
+        for name in PRESETS if preset is None else (preset,):
+            replace(Stage.preset(name), **given_stage)  # refused before the pipeline is loaded
         own_base = (base_steps, base_guidance) != (None, None)
         base = {"base": Base(steps=base_steps, guidance=base_guidance)} if own_base else {}
         given = {name: context.params[name] for name in PASSED_ON if context.params[name] is not None}
-        arguments = {**required, **base, **given, "weights": options.none_or(weights), "stages": stage}
+        arguments = {**required, **base, **given, "weights": options.none_or(weights)}
     if launch.is_first():
         with options.refusing("--output"):
             validate_output(output, (arguments["height"], arguments["width"]))
     where = generation.select_rank_device(device)
     pipe = options.load_pipeline(model, where, options.select_dtype(dtype, where), offload=offload)
-    if planned:
+    if not planned:
+        arguments["stages"] = replace(Stage.preset(preset or generation.preset_of(pipe)), **given_stage)
+    else:
         report = generation.refuse_differences if resume else generation.warn_of_differences
         report(planned, pipe)
     generation.draw(pipe, {**arguments, "image": image, "resume": kept}, output, save_stages=save_stages)
+
+
+def _given_stage(context: typer.Context) -> dict[str, Any]:
+    """Return the settings of `Stage` that were given. The two guidances by the image before exclude each other."""
+    from clear_attn.cascade import StepwiseGuidance
+
+    given = {name: context.params[name] for name in OF_STAGE if context.params[name] is not None}
+    given |= {name: None for name in ("shift", *GUIDANCES) if given.get(name) == 0}
+    if given.get("stepwise_guidance"):
+        given["stepwise_guidance"] = StepwiseGuidance(structure=given["stepwise_guidance"])
+    guidances = {name: given.get(name) for name in GUIDANCES}
+    return {**guidances, **given} if any(guidances.values()) else given
 
 
 def _check_not_in_plan(context: typer.Context) -> None:

@@ -12,8 +12,10 @@ import typer
 from PIL import Image, ImageOps
 
 from clear_attn.cascade import HighresError, HighresInterrupted, HighresPlan, HighresResult, highres
+from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import describe, fingerprint
 from clear_attn.cascade.planning import random_seed
+from clear_attn.cascade.presets import default_preset
 from clear_attn.cascade.result import delete_stages, has_plan, plan_file, stage_file
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
@@ -135,6 +137,11 @@ def _parallelize(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     seed = random_seed(execution_device_of(pipe))
     dist.broadcast(seed, src=0)
     return {**arguments, "seed": int(seed)}
+
+
+def preset_of(pipe: Any) -> str:
+    """Return the name of the preset that a pipeline's model draws with by default."""
+    return default_preset(find_cascade_target(pipe).patched)
 
 
 def warn_of_differences(plan: HighresPlan, pipe: Any) -> None:
