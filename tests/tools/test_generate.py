@@ -177,6 +177,9 @@ def test_saves_finished_images(tmp_path, start, monkeypatch, error, code, words,
     way = "To go on, give --model, --output and --init-image again, --device and --dtype as before, and --resume\n"
     assert (way in result.output) == (ending == "png")
     assert ("Less memory is needed for a smaller image" in result.output) == (code == 1)
+    again = shown(generate(tmp_path / f"out.{ending}", *SMALL, "--height", 128, "--init-image", start))
+    assert f"{first.name} exists; give another file, or --overwrite" in again
+    assert ("--resume to go on" in again) == (ending == "png")
     assert pixels(first).shape == (64, 80, 3)
     assert clear.HighresPlan.load(plan).seed == 3
     assert not (tmp_path / f"out.{ending}").exists()

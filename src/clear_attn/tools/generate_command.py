@@ -124,7 +124,8 @@ def generate(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Draw what is missing of what an interrupted or killed run saved under --output."
+            "--resume",
+            help="Draw what is missing of what an interrupted or killed run saved under --output, a .png file.",
         ),
     ] = False,
     device: options.Device = None,
@@ -145,7 +146,8 @@ def generate(
 
     # The plan of an unfinished image may be replaced; `validate_output` refuses other files of its name.
     if not (resume or overwrite) and (left := stage_files(output)):
-        raise options.refused("--output", f"{options.EXISTS.format(left[0])}, or --resume to go on")
+        go_on = ", or --resume to go on" if output.suffix.lower() == ".png" else ""
+        raise options.refused("--output", options.EXISTS.format(left[0]) + go_on)
     kept = None
     if resume:
         if plan:
