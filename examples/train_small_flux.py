@@ -92,12 +92,12 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
         merges = (Path(directory) / "merges.txt").read_text().splitlines()[1:]
     tokens = ["<|startoftext|>", "<|endoftext|>", "<|pad|>", *alphabet, *(letter + "</w>" for letter in alphabet)]
     tokens += [merged for merge in merges if (merged := merge.replace(" ", "")) not in tokens]
-    clip = CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(dict.fromkeys(tokens))},
-        merges=[tuple(merge.split(" ")) for merge in merges],
-        pad_token="<|pad|>",
-        model_max_length=CAPTION_LENGTH,
-    )
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    with tempfile.TemporaryDirectory() as directory:
+        # From files, which transformers 4 needs and transformers 5 takes.
+        files = models.BPE(vocab, pairs, end_of_word_suffix="</w>").save(directory)
+        clip = CLIPTokenizer(*files, pad_token="<|pad|>", model_max_length=CAPTION_LENGTH)
 
     characters = [chr(code) for code in range(33, 127)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
@@ -118,15 +118,17 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
 
 
 def support_transformers_4(folder: Path) -> None:
-    """Rewrite what transformers 5 saved of a pipeline so that transformers 4 loads it too.
+    """Rewrite what was saved of a pipeline so that transformers 4 and 5 load it.
 
-    It needs the vocabulary of CLIP in files of its own, T5's fast tokenizer by name, and `text_model.` in the names
-    of CLIP's weights, without which it leaves them random.
+    Transformers 4 needs the vocabulary of CLIP in files of its own, which it also saves, T5's fast tokenizer by name,
+    and `text_model.` in the names of CLIP's weights, without which it leaves them random.
     """
-    model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n")
-    merges = "".join(" ".join(merge) + "\n" for merge in model["merges"])
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + merges)
+    saved = folder / "tokenizer" / "tokenizer.json"
+    if saved.exists():
+        model = json.loads(saved.read_text())["model"]
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n")
+        merges = "".join(" ".join(merge) + "\n" for merge in model["merges"])
+        (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + merges)
 
     config_file, index_file = folder / "tokenizer_2" / "tokenizer_config.json", folder / "model_index.json"
     config = json.loads(config_file.read_text())

@@ -128,6 +128,8 @@ class TestSmallFlux:
             for name in ("first", "second")
         ]
         assert weights[0] == weights[1]
+        pipe = FluxPipeline.from_pretrained(tmp_path / "first")
+        assert len(pipe.tokenizer("a red circle").input_ids) == 3 + 2
 
 
 class TestDistilled:
