@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from clear_attn.models._diffusers import diffusers_version
-from tests.helpers import dummy_models, dummy_pipelines
+from tests.helpers import dummy_models, dummy_pipelines, families
 from tests.helpers.dummy_controlnets import fill_zeros, sd3_controlnet, z_image_controlnet
 from tests.helpers.flux3_loop import Flux3Loop
 from tests.helpers.image_processors import pillow_processor
@@ -40,8 +40,18 @@ IP_TOKENS, IP_DIM = 4, 20
 FLUX_PARTS = "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"
 
 
-# The first version of diffusers in which the pipelines of a family work here, where it is not the oldest supported.
-FIRST_VERSIONS = {"FLUX.2": (0, 37), "Qwen-Image": (0, 39), "Krea 2": (0, 39), "FLUX.3": (0, 42), "Z-Image": (0, 42)}
+# The first version of diffusers in which the pipelines of a family work here; the oldest supported is 0.36.
+FIRST_VERSIONS = {
+    "FLUX.1": (0, 36),
+    "SD3": (0, 36),
+    "FLUX.2": (0, 37),
+    "Qwen-Image": families.QWEN.first_version,
+    "FLUX.3": families.FLUX3.first_version,
+    "Krea 2": families.KREA2.first_version,
+    "Qwen-Image 2.1": families.QWEN21.first_version,
+    "Z-Image": families.Z_IMAGE.first_version,
+    "Chroma": families.CHROMA.first_version,
+}
 
 
 class Row(NamedTuple):
@@ -375,4 +385,4 @@ ROWS = {
     ),
 }
 # The rows that the installed diffusers has.
-PRESENT = {name: row for name, row in ROWS.items() if FIRST_VERSIONS.get(row.family, (0, 36)) <= diffusers_version()}
+PRESENT = {name: row for name, row in ROWS.items() if FIRST_VERSIONS[row.family] <= diffusers_version()}
