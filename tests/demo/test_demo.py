@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,9 +19,12 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.demo import comparison
 from clear_attn.demo.scenes import PLACES, SHAPES, Scene, all_scenes, draw, held_out_scenes, read, training_scenes
+from clear_attn.models._diffusers import diffusers_version
 from clear_attn.tools.cli import app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+needs_flux2_klein = pytest.mark.skipif(diffusers_version() < (0, 37), reason="diffusers has no FLUX.2 klein")
 
 
 def example(name):
@@ -267,14 +271,21 @@ class TestCommand:
             ("sd3-medium", 24, 333),
             ("sd3.5-medium", 37, 333),
             ("sd3.5-large", 38, 333),
-            ("flux2-klein-4b", 25, 512),
-            ("flux2-klein-9b", 32, 512),
+            pytest.param("flux2-klein-4b", 25, 512, marks=needs_flux2_klein),
+            pytest.param("flux2-klein-9b", 32, 512, marks=needs_flux2_klein),
         ],
     )
     def test_cost_of_other_models(self, model, layers, text):
         output = self.run("cost", "--height", 1024, "--width", 1024, "--model", model).output
         assert f"all {layers} layers" in output
         assert f"{text} text tokens" in output
+
+    def test_cost_refuses_a_model_that_needs_a_later_diffusers(self, monkeypatch):
+        monkeypatch.setattr(diffusers, "__version__", "0.36.0")
+        for model, first in (("flux2-klein-9b", "0.37"), ("krea2", "0.39")):
+            result = self.run("cost", "--height", 1024, "--width", 1024, "--model", model)
+            assert result.exit_code == 2
+            assert f"is supported with diffusers {first} and later, not with 0.36" in result.output
 
     def test_cost_refuses(self):
         result = self.run("cost", "--height", 8, "--width", 1024)

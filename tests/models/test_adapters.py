@@ -1,5 +1,7 @@
 """The registry of models: found by names of diffusers' classes, which are imported only when used."""
 
+import contextlib
+import inspect
 import subprocess
 import sys
 
@@ -53,6 +55,23 @@ def test_a_model_that_needs_a_later_diffusers(monkeypatch):
     with pytest.raises(TypeError, match=words):
         clear.linearize(dummy_models.qwen_transformer(), 3, weights=None)
     adapter_for(dummy_models.flux_transformer()).check_version()
+
+
+SIZES = [
+    pytest.param(adapter, size, id=size.name)
+    for adapter in ADAPTERS
+    for size in adapter.architectures
+    if adapter.first_version <= diffusers_version()
+]
+
+
+@pytest.mark.parametrize(("adapter", "size"), SIZES)
+def test_a_size_is_refused_where_the_transformer_lacks_an_entry_of_its_config(adapter, size):
+    known = inspect.signature(getattr(diffusers, adapter.transformer_class)).parameters
+    later = size.first_version > diffusers_version()
+    assert (not size.config.keys() <= known.keys()) == later
+    with pytest.raises(TypeError, match=f"{size.name} is supported with") if later else contextlib.nullcontext():
+        size.check_version()
 
 
 # Pipelines that came later than their transformers, by the first version of diffusers.

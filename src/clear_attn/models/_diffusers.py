@@ -45,6 +45,20 @@ def diffusers_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def require_diffusers(what: str, first: tuple[int, int]) -> None:
+    """Check that the installed diffusers is of this version or later (diffusers 0.36 to 0.42).
+
+    Raises:
+        TypeError: it is older.
+    """
+    if diffusers_version() < first:
+        needed, installed = (".".join(map(str, each)) for each in (first, diffusers_version()))
+        raise TypeError(
+            f"{what} is supported with diffusers {needed} and later, not with {installed}, which is installed; call "
+            f"pip install 'diffusers>={needed}'"
+        )
+
+
 def load_pretrained(loader: Any, name: str | os.PathLike[str], *, dtype: torch.dtype, **options: Any) -> Any:
     """Load a pipeline or model of a class of diffusers in a dtype (diffusers 0.36 to 0.42).
 

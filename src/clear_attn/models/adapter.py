@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clear_attn.core.coordinates import Grid
 from clear_attn.core.layout import Images, TokenLayout
 from clear_attn.methods import Layer, Method
-from clear_attn.models._diffusers import diffusers_version
+from clear_attn.models._diffusers import require_diffusers
 from clear_attn.models.class_names import DIFFUSERS, class_of
 from clear_attn.models.context.context import ClearContext
 from clear_attn.models.hooked import InnerHook
@@ -50,10 +50,20 @@ class Architecture(NamedTuple):
     Attributes:
         name: the name for `clear-attn cost --model`.
         config: the entries that differ from the transformer's default config.
+        first_version: the first version of diffusers that has these entries.
     """
 
     name: str
     config: Mapping[str, Any] = MappingProxyType({})
+    first_version: tuple[int, int] = (0, 36)
+
+    def check_version(self) -> None:
+        """Check that the installed version of diffusers has a transformer of this size.
+
+        Raises:
+            TypeError: the version is older than `first_version`.
+        """
+        require_diffusers(self.name, self.first_version)
 
 
 class ModelAdapter(abc.ABC):
@@ -118,12 +128,8 @@ class ModelAdapter(abc.ABC):
         Raises:
             TypeError: the version is older than `first_version`.
         """
-        if self.packages == DIFFUSERS and diffusers_version() < self.first_version:
-            first, installed = (".".join(map(str, each)) for each in (self.first_version, diffusers_version()))
-            raise TypeError(
-                f"a {self.transformer_class} is supported with diffusers {first} and later, not with {installed}, "
-                f"which is installed; call pip install 'diffusers>={first}'"
-            )
+        if self.packages == DIFFUSERS:
+            require_diffusers(f"a {self.transformer_class}", self.first_version)
 
     # Layers
 

@@ -159,6 +159,6 @@ class Flux2(Flux):
     )
     architectures = (
         Architecture("flux2"),
-        Architecture("flux2-klein-4b", KLEIN_4B),
-        Architecture("flux2-klein-9b", KLEIN_9B),
+        Architecture("flux2-klein-4b", KLEIN_4B, first_version=(0, 37)),
+        Architecture("flux2-klein-9b", KLEIN_9B, first_version=(0, 37)),
     )

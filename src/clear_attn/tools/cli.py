@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from clear_attn.tools.reporting import Command
 
 if TYPE_CHECKING:
     from clear_attn.models import ModelAdapter
+    from clear_attn.models.adapter import Architecture
 
 DEMO_OUTPUT = Path("clear-attn-demo.png")
 DEMO_CAPTIONS = (
@@ -85,11 +86,11 @@ def demo(
     typer.echo(f"{report}\n\nSaved {file}")
 
 
-def _architectures() -> dict[str, tuple[ModelAdapter, dict[str, Any]]]:
-    """Return the published sizes by name: the model's adapter, and what differs from its default config."""
+def _architectures() -> dict[str, tuple[ModelAdapter, Architecture]]:
+    """Return the published sizes by name, each with the model's adapter."""
     from clear_attn.models import ADAPTERS
 
-    return {size.name: (adapter, dict(size.config)) for adapter in ADAPTERS for size in adapter.architectures}
+    return {size.name: (adapter, size) for adapter in ADAPTERS for size in adapter.architectures}
 
 
 @app.command(cls=Command, short_help="Count FLOPs and estimate memory.")
@@ -123,10 +124,11 @@ def cost(
     known = _architectures()
     if model not in known:
         raise options.refused("--model", f"{model!r} is not one of {', '.join(known)}")
-    adapter, config = known[model]
+    adapter, size = known[model]
     adapter.check_version()
+    size.check_version()
     with torch.device("meta"):
-        transformer = getattr(diffusers, adapter.transformer_class)(**config).bfloat16()
+        transformer = getattr(diffusers, adapter.transformer_class)(**size.config).bfloat16()
     counted = cost_of(
         transformer,
         height,
