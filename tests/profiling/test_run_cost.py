@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 import clear_attn as clear
 from clear_attn import Schedule
 from clear_attn.methods import Clear, Dense
+from clear_attn.models._diffusers import diffusers_version
 from clear_attn.models.pipeline_defaults import pixels_per_token
 from clear_attn.patching.target import entry_hook_of, find_transformer
 from tests.helpers import dummy_models, dummy_pipelines, families
@@ -125,12 +126,30 @@ def test_sigmas_of_a_modular_pipeline():
     assert counted.run[0].sigmas == pytest.approx(sigmas_after(pipe), rel=1e-6)
 
 
-def test_sigmas_of_other_schedulers(pipe):
-    """A scheduler that makes its own sigmas, and one with two calls for a step."""
-    pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
-    pipe("a red circle", num_inference_steps=5, output_type="latent")
-    counted = clear.cost(pipe, 128, 128, steps=5)
+# FLUX.1's pipeline gives its scheduler a `mu` even if the shift is static.
+takes_any_mu = pytest.mark.skipif(diffusers_version() < (0, 37), reason="UniPC refuses the mu of FLUX.1's pipeline")
+
+
+@pytest.mark.parametrize(
+    ("make", "dynamic"),
+    [
+        pytest.param(dummy_models.flux_pipeline, False, marks=takes_any_mu),
+        (dummy_models.flux_pipeline, True),
+        (dummy_models.sd3_pipeline, False),
+        (dummy_models.sd3_pipeline, True),
+    ],
+)
+def test_sigmas_of_a_scheduler_that_makes_its_own(make, dynamic):
+    pipe = make()
+    pipe.scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, use_dynamic_shifting=dynamic
+    )
+    pipe("a red circle", num_inference_steps=5, output_type="latent", height=64, width=64)
+    counted = clear.cost(pipe, 64, 64, window=3, steps=5)
     assert counted.run[0].sigmas == pytest.approx(sigmas_after(pipe), rel=1e-6)
+
+
+def test_sigmas_of_a_scheduler_with_two_calls_for_a_step():
     pipe = dummy_models.sd3_pipeline()
     pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
     pipe("a red circle", num_inference_steps=3, output_type="latent", height=64, width=64)

@@ -82,16 +82,17 @@ def default_text_tokens(pipe: Any) -> int | None:
     return None if usual is None else min(int(usual), longest_text(pipe))
 
 
-def linear_shift(config: Mapping[str, Any], tokens: int, longest: int = 4096) -> float:
+def linear_shift(config: Mapping[str, Any], tokens: int, longest: int = 4096, highest: float = 1.15) -> float:
     """Return the `mu` of dynamic shifting that grows linearly with the tokens, as most pipelines compute it.
 
     Args:
         config: the config of a scheduler.
         tokens: the number of image tokens.
         longest: the number of tokens at which it is `max_shift`, if the config has none.
+        highest: `max_shift`, if the config has none.
     """
     shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", longest)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", highest)
     slope = (high - low) / (longest - shortest)
     return float(tokens * slope + (low - slope * shortest))  # rounded as diffusers does
 

@@ -93,7 +93,7 @@ class SD3(ModelAdapter):
         return super().sigma(kwargs) / 1000  # the number of training timesteps
 
     def timestep_settings(self, pipe: Any, tokens: int, steps: int) -> dict[str, Any]:
-        return {"num_inference_steps": steps, "mu": linear_shift(pipe.scheduler.config, tokens)}
+        return {"num_inference_steps": steps, "mu": linear_shift(pipe.scheduler.config, tokens, highest=1.16)}
 
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         return self.permute_residuals(kwargs, layout)
