@@ -297,7 +297,6 @@ def test_work_counts_the_passes_of_flux(options):
     assert_work_is_of_the_run(dummy_models.small_flux(), stages=STAGE, **options)
 
 
-@pytest.mark.skipif(diffusers_version() < KINDS["flux2"].first_version, reason="diffusers has no FLUX.2")
 def test_work_counts_one_pass_of_flux2_dev(make):
     kind = KINDS["flux2"]._replace(make=dummy_pipelines.flux2_dev)
     assert_work_is_of_the_run(make(kind), **settings(kind))

@@ -36,9 +36,9 @@ class Row(NamedTuple):
     first_version: tuple[int, int] = (0, 36)
 
 
-def of(name, pipeline=None, first_version=(0, 36)):
+def of(name, pipeline=None):
     family = families.ALL[name]
-    return Row(family.transformer, family.call, pipeline, max(first_version, family.first_version))
+    return Row(family.transformer, family.call, pipeline, family.first_version)
 
 
 def qwen_controlnet():
@@ -57,7 +57,7 @@ def with_condition(call):
 
 ROWS = {
     "FLUX.1": of("flux", dummy_models.flux_pipeline),
-    "FLUX.2, FLUX.2 klein": of("flux2", dummy_pipelines.flux2, (0, 37)),
+    "FLUX.2, FLUX.2 klein": of("flux2", dummy_pipelines.flux2_dev),
     "FLUX.3": of("flux3", lambda: dummy_pipelines.flux3(text_blocks=["text_encoder"])),
     "Qwen-Image": of("qwen", lambda: dummy_pipelines.qwen(QwenImagePipeline)),
     "Qwen-Image 2.1": of("qwen21"),

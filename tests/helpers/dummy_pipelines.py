@@ -34,14 +34,17 @@ def _flux2_vae():
 
 def flux2():
     """Return a FLUX.2 pipeline with tokens of 4 x 4 pixels. Call it with `flux2_text`."""
-    vae, scheduler = _flux2_vae(), FlowMatchEulerDiscreteScheduler(shift=3.0)
-    kind = diffusers.Flux2KleinPipeline  # from diffusers 0.37
-    return _quiet(kind(scheduler, vae, unused_text_encoder(), None, dummy_models.flux2_transformer()))
+    return _flux2(diffusers.Flux2KleinPipeline)  # from diffusers 0.37
 
 
 def flux2_dev():
     """Return a FLUX.2-dev pipeline of the parts of `flux2`, which takes the guidance scale as an input."""
-    return _quiet(diffusers.Flux2Pipeline(**flux2().components))
+    return _flux2(diffusers.Flux2Pipeline)
+
+
+def _flux2(kind):
+    vae, scheduler = _flux2_vae(), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return _quiet(kind(scheduler, vae, unused_text_encoder(), None, dummy_models.flux2_transformer()))
 
 
 def flux2_text(negative=5):
