@@ -8,7 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import clear_attn as clear
 from clear_attn.distill.data import buckets
-from clear_attn.models.qwen_image21 import Qwen21Training
+from clear_attn.models.qwen_image21 import HIDDEN, Qwen21Training
+from clear_attn.patching.target import find_target
 from tests.helpers import dummy_models, dummy_pipelines, families, hardware
 from tests.helpers.reference_attention import window_mask
 from tests.helpers.reference_model import check_pipeline, in_raster_order, joined, run
@@ -142,6 +143,21 @@ def test_gradients_of_text_and_condition_images(transformer):
     found = torch.autograd.grad(joined(transformer(**call)).square().mean(), inputs)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
+
+
+def test_reads_no_values_of_masks_on_an_accelerator(transformer):
+    """Reading waits for it in every call. Tensors on meta have no values, so that reading one is an error."""
+    call = call_with_conditions(transformer)
+    adapter = find_target(transformer).adapter
+    expected, _ = adapter.text_bias(call)
+    assert set(expected.unique().tolist()) == {0.0, HIDDEN}
+    repeats = torch.where(call["img_mask"][0, : call["encoder_hidden_states"].shape[1]], 4, 1)
+    hidden = call["encoder_hidden_states_mask"].bool() | call["img_mask"][:, : len(repeats)]
+    assert torch.equal(expected, torch.where(hidden, 0.0, HIDDEN).repeat_interleave(repeats, dim=1))
+    on_meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    adapter.parse_call(transformer, on_meta)
+    bias, _ = adapter.text_bias(on_meta)
+    assert (bias.shape, bias.device.type) == (expected.shape, "meta")
 
 
 @pytest.mark.parametrize(

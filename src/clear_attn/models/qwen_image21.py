@@ -177,8 +177,9 @@ class QwenImage21(Publishing, ModelAdapter):
             )
         if (mask := kwargs.get("encoder_hidden_states_mask")) is not None:
             check_mask("encoder_hidden_states_mask", mask, tuple(text.shape[:2]))
-            # The model counts them only after `text_bias`, which relies on their number.
-            if (marked := int(slots[0, : text.shape[1]].sum())) != before // TOKENS_PER_SLOT:
+            # On a GPU counting them would wait for it; the model's own assignment of image tokens fails there.
+            marked = int(slots[0, : text.shape[1]].sum()) if slots.device.type == "cpu" else before // TOKENS_PER_SLOT
+            if marked != before // TOKENS_PER_SLOT:
                 raise ValueError(
                     f"img_mask must mark {before // TOKENS_PER_SLOT} slots among the tokens of encoder_hidden_states, "
                     f"for the condition images in img_shapes, got {marked}; pass both as the pipeline does"
@@ -193,7 +194,10 @@ class QwenImage21(Publishing, ModelAdapter):
         *conditions, _ = _images(kwargs)
         tokens = _prefix_tokens(mask.shape[1], sum(map(math.prod, conditions)))
         bias = torch.where(mask.bool() | slots, 0.0, HIDDEN)
-        return bias.repeat_interleave(torch.where(slots, TOKENS_PER_SLOT, 1), dim=1, output_size=tokens), None
+        # Unlike `repeat_interleave`, this neither waits for a GPU nor writes out of bounds for a wrong mask.
+        ends = torch.where(slots, TOKENS_PER_SLOT, 1).cumsum(0)
+        slot_of = torch.searchsorted(ends, torch.arange(tokens, device=ends.device), right=True)
+        return bias[:, slot_of.clamp(max=len(slots) - 1)], None
 
     def permute_inputs(self, kwargs: Mapping[str, Any], layout: TokenLayout) -> dict[str, Any]:
         whole = math.prod(layout.grids[0])
