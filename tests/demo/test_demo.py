@@ -266,19 +266,21 @@ class TestCommand:
         assert "'sd9' is not one of flux" in result.output
 
     @pytest.mark.parametrize(
-        ("model", "layers", "text"),
+        ("model", "layers", "text", "a_layer", "weights"),
         [
-            ("sd3-medium", 24, 333),
-            ("sd3.5-medium", 37, 333),
-            ("sd3.5-large", 38, 333),
-            pytest.param("flux2-klein-4b", 25, 512, marks=needs_flux2_klein),
-            pytest.param("flux2-klein-9b", 32, 512, marks=needs_flux2_klein),
+            ("sd3-medium", 24, 333, "33.4 ", "3.80 GiB"),
+            ("sd3.5-medium", 37, 333, "33.4 ", "4.20 GiB"),
+            ("sd3.5-large", 38, 333, "52.9 ", "15.0 GiB"),
+            pytest.param("flux2-klein-4b", 25, 512, "86.6 ", "7.22 GiB", marks=needs_flux2_klein),
+            pytest.param("flux2-klein-9b", 32, 512, "115.5 ", "16.9 GiB", marks=needs_flux2_klein),
         ],
     )
-    def test_cost_of_other_models(self, model, layers, text):
+    def test_cost_of_other_models(self, model, layers, text, a_layer, weights):
         output = self.run("cost", "--height", 1024, "--width", 1024, "--model", model).output
         assert f"all {layers} layers" in output
         assert f"{text} text tokens" in output
+        assert re.search(rf"a layer +[\d.]+ +{a_layer}", output), output  # in GFLOPs, proportional to its width
+        assert f"transformer weights {weights}," in output  # the size of the published files in bfloat16
 
     def test_cost_refuses_a_model_that_needs_a_later_diffusers(self, monkeypatch):
         monkeypatch.setattr(diffusers, "__version__", "0.36.0")

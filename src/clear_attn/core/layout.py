@@ -57,7 +57,8 @@ class TokenLayout:
         image_tokens, tokens (`int`): the number of image tokens, and of all tokens.
         text_keys, image_keys (`slice`): the positions of text and image in the joint sequence, which keys and values
             have.
-        text, image (`slice`): their positions in query and output; the same, unless text tokens are keys alone.
+        text, image (`slice`): their positions in query and output; the same, unless text tokens are only keys, not
+            queries.
         permutation, inverse_permutation: int64 `[image_tokens]`; `x[permutation]` puts tokens from raster into tile
             order, `x[inverse_permutation]` puts them back.
         segments, token_set: the coordinates, on the CPU.

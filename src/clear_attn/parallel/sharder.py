@@ -142,6 +142,6 @@ class Gather:
         part = shard.of_images(self.images) if shard else None
         if part is None:
             return output
-        # A joint sequence has the positions of the keys.
+        # A joint sequence holds all tokens, as keys do; in some models text tokens are only keys, not queries.
         image = output[:, part.image_keys] if output.shape[1] == part.tokens else output
         return torch.cat(self.communicator.all_gather(image.contiguous(), part.counts, dim=1)(), dim=1)
