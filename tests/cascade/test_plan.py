@@ -122,6 +122,21 @@ class TestPlan:
         result.save(tmp_path / "out.jpg")
         assert clear.HighresPlan.load(tmp_path / "out.jpg.json") == result.plan
 
+    @pytest.mark.parametrize(
+        ("weights", "kept"),
+        [
+            (None, False),
+            ("/home/me/small_flux_clear", False),
+            ("small_flux_clear", False),
+            ("owner/repo", True),
+            ("owner/repo/file.safetensors", True),
+        ],
+    )
+    def test_a_revision_of_weights_that_have_none_is_dropped(self, weights, kept):
+        """Earlier versions ignored and recorded it, and today it is an error."""
+        plan = clear.HighresPlan(PROMPT, 128, 128, BASE, (STAGE,), 3, 4, 1, weights, "main")
+        assert clear.HighresPlan.from_json(plan.to_json()).revision == ("main" if kept else None)
+
     def test_format_1(self):
         plan = clear.HighresPlan.load(Path(__file__).parents[1] / "data" / "format_1" / "plan.json")
         assert plan.base == clear.Base(64, 64, steps=2, guidance=3.5)

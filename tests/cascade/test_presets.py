@@ -19,8 +19,14 @@ def test_the_small_flux_has_the_refined_preset_however_it_is_linearized(tmp_path
     assert preset_of(pipe) == "refined"
     with clear.linearized(pipe, window=8):  # with distilled weights
         assert preset_of(pipe) == "refined"
-    pipe.save_pretrained(tmp_path)
-    assert preset_of(type(pipe).from_pretrained(tmp_path)) == "refined"
+        pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    assert not torch.equal(*(each.transformer.transformer_blocks[0].attn.to_q.weight for each in (pipe, loaded))), (
+        "it was saved after it was restored"
+    )
+    assert preset_of(loaded) == "refined"
+    clear.linearize(pipe, window=8, keep_original=False)
+    assert preset_of(pipe) == "refined"
 
 
 def test_other_models_have_the_published_one():

@@ -233,6 +233,11 @@ def test_refuses_a_dynamic_shift_and_too_little_memory(pipe, monkeypatch):
             ValueError,
             "low_resolution_guidance=1 and stepwise_guidance both guide .*; leave one out",
         ),
+        (
+            lambda: replace(clear.Stage.preset("refined"), continues=True),
+            ValueError,
+            "low_resolution_guidance=1 guides toward the finished image before, .* continues=True .*; leave one out",
+        ),
     ],
 )
 def test_refuses_settings(make, error, words):

@@ -110,6 +110,8 @@ def test_options_change_the_preset(tmp_path, monkeypatch):
         ("--preset", "published", "--steps", 7, "--shift", 0): clear.Stage(steps=7, shift=None),
         ("--low-resolution-guidance", 0, "--no-continues"): replace(refined, low_resolution_guidance=None),
         ("--stepwise-guidance", 0.25): by_run,
+        ("--continues",): replace(refined, low_resolution_guidance=None, continues=True),
+        ("--continues", "--stepwise-guidance", 0.25): replace(by_run, continues=True),
     }
     for given, stage in cases.items():
         result = generate(tmp_path / "out.png", "--prompt", "a red circle", "--height", 160, "--width", 160, *given)
@@ -447,6 +449,10 @@ def test_the_orientation_of_the_first_image(tmp_path):
         (
             (*SMALL, "--height", 128, "--low-resolution-guidance", 1, "--stepwise-guidance", 1),
             "both guide the low frequencies",
+        ),
+        (
+            (*SMALL, "--height", 128, "--low-resolution-guidance", 1, "--continues"),
+            "--low-resolution-guidance 1 guides toward the finished image before",
         ),
         ((*SMALL, "--height", 64), "64 x 160 px"),
         (("--plan", "none.json"), "none.json"),

@@ -21,7 +21,7 @@ from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.json_records import Fields, parse_json, validate_record
 from clear_attn.utils.versions import installed_versions
 from clear_attn.weights.published import shared_name_of
-from clear_attn.weights.sources import shared_name
+from clear_attn.weights.sources import has_revision, shared_name
 
 if TYPE_CHECKING:
     from clear_attn.cascade.work import PlanWork
@@ -199,6 +199,9 @@ class HighresPlan:
                 raise ValueError(f"options must not have {reserved[0]!r}; set the plan's own field")
             base, schedule = values.pop("base", None), values.pop("schedule", None)
             absent = {"window": None, "down_factor": None, "weights": None}
+            # Earlier versions recorded it where weights have none, which is an error today.
+            if not has_revision(values.get("weights")):
+                values.pop("revision", None)
             return cls(
                 base=Base(**base) if base else None,
                 stages=tuple(read_stage(stage) for stage in values.pop("stages")),

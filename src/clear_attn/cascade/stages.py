@@ -140,7 +140,8 @@ class Stage(_Sized):
             finished image again: progressive resolution (arXiv 2605.18736). The run before stops where its latents have
             the signal-to-noise ratio at which this stage starts, and its image is what it predicts there. Its latents
             are enlarged, and fresh noise fills the band that they do not have. A lower `strength` leaves more steps to
-            the smaller size. With `stepwise_guidance` the run before goes on to its end, for its predictions.
+            the smaller size. With `stepwise_guidance` the run before goes on to its end, for its predictions. Not
+            together with `low_resolution_guidance`, which needs the finished image.
 
     Raises:
         TypeError, ValueError: a value has the wrong type or is out of range.
@@ -189,14 +190,20 @@ class Stage(_Sized):
             )
         if not isinstance(self.continues, bool):
             raise TypeError(f"continues must be True or False, got {self.continues!r}")
+        if self.continues and self.low_resolution_guidance is not None:
+            raise ValueError(
+                f"low_resolution_guidance={self.low_resolution_guidance} guides toward the finished image before, and "
+                "with continues=True the run before is not finished; leave one out (low_resolution_guidance=None is "
+                "off), or guide with stepwise_guidance"
+            )
 
     @staticmethod
     def preset(name: str) -> Stage:
         """Return the settings of a preset; change some with `dataclasses.replace`.
 
         Args:
-            name: "published", the settings of CLEAR's published run with FLUX.1-dev, or "refined", those with which the
-                small FLUX keeps most of its images right (docs/highres.md).
+            name: "published", the settings of CLEAR's published run with FLUX.1-dev, or "refined", those with which
+                captions are read back correctly from most large images of the small FLUX (docs/highres.md).
 
         Raises:
             ValueError: there is no such preset.

@@ -115,11 +115,20 @@ def generate(
     stepwise_guidance: Annotated[
         float | None,
         _of_stage(
-            "The weight with which stages follow the run before step by step, 0 to 1; 0 is off.", "0", min=0, max=1
+            "The weight with which stages follow the run before step by step, 0 to 1; 0 is off. It turns "
+            "--low-resolution-guidance off.",
+            "0",
+            min=0,
+            max=1,
         ),
     ] = None,
     continues: Annotated[
-        bool | None, _of_stage("Whether stages continue the run before instead of drawing its image again.", "no")
+        bool | None,
+        _of_stage(
+            "Whether stages continue the run before instead of drawing its image again. It turns "
+            "--low-resolution-guidance off.",
+            "no",
+        ),
     ] = None,
     resume: Annotated[
         bool,
@@ -190,15 +199,15 @@ def generate(
 
 
 def _given_stage(context: typer.Context) -> dict[str, Any]:
-    """Return the settings of `Stage` that were given. The two guidances by the image before exclude each other."""
+    """Return the settings of `Stage` that were given, and what they turn off of a preset: `Stage` refuses both."""
     from clear_attn.cascade import StepwiseGuidance
 
     given = {name: context.params[name] for name in OF_STAGE if context.params[name] is not None}
     given |= {name: None for name in ("shift", *GUIDANCES) if given.get(name) == 0}
     if given.get("stepwise_guidance"):
         given["stepwise_guidance"] = StepwiseGuidance(structure=given["stepwise_guidance"])
-    guidances = {name: given.get(name) for name in GUIDANCES}
-    return {**guidances, **given} if any(guidances.values()) else given
+    guided = any(given.get(name) for name in (*GUIDANCES, "continues"))
+    return {**dict.fromkeys(GUIDANCES), **given} if guided else given
 
 
 def _check_not_in_plan(context: typer.Context) -> None:

@@ -111,13 +111,15 @@ class WithFineTunes(ByName):
 
 @dataclass(frozen=True)
 class ByValues(Recognizer):
-    """Recognize a model by its config and all its values, wherever it was loaded from and in whatever dtype.
+    """Recognize a model by its config and its values, wherever it was loaded from and in whatever dtype.
 
     Attributes:
         folder: the model's transformer, as diffusers saves it in one file.
+        ignored: a regular expression; values with such names may differ. None compares all.
     """
 
     folder: Path
+    ignored: str | None = None
 
     def recognizes(self, model: Model) -> bool:
         own = read_json(self.folder / "config.json")
@@ -129,7 +131,12 @@ class ByValues(Recognizer):
         # A LoRA wraps a layer and keeps it as its base layer.
         parameters = {name.replace(".base_layer.", "."): value for name, value in model.transformer.named_parameters()}
         values, _ = read_tensors(self.folder / "diffusion_pytorch_model.safetensors")
-        return all(_same({**parameters, **model.originals}.get(name), value) for name, value in values.items())
+        own_values = {**parameters, **model.originals}
+        return all(
+            _same(own_values.get(name), value)
+            for name, value in values.items()
+            if self.ignored is None or not re.search(self.ignored, name)
+        )
 
 
 def _same(value: Tensor | None, expected: Tensor) -> bool:

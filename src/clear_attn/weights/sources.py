@@ -71,6 +71,11 @@ def with_absolute_path(weights: str | os.PathLike[str] | None) -> str | None:
     return str(path.resolve()) if path.exists() else os.fspath(weights)
 
 
+def has_revision(weights: str | None) -> bool:
+    """Return whether the argument of `linearize`, with an absolute path, may name weights on the Hub."""
+    return weights is not None and (weights == "auto" or HUB_FILE.fullmatch(weights) is not None)
+
+
 def shared_name(weights: str) -> str:
     """Return a Hub id, or the name of a local file or folder without its absolute path."""
     return weights if HUB_FILE.fullmatch(weights) else Path(weights).name
