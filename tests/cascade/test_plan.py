@@ -384,8 +384,18 @@ class TestResult:
         assert clear.HighresPlan.load(tmp_path / "out.png.json") == self.plan
 
     def test_without_images(self, tmp_path):
-        result = HighresResult([], self.plan)
-        for use in (lambda: result.image, lambda: result.save(tmp_path / "out.png")):
-            with pytest.raises(ValueError, match="no image was finished"):
-                use()
-        assert not list(tmp_path.iterdir())
+        result = HighresResult([], replace(self.plan, stages=(clear.Stage(64, 64),)))
+        with pytest.raises(ValueError, match="no image was finished"):
+            result.image  # noqa: B018
+        assert result.save(tmp_path / "out.png") == []
+        assert [file.name for file in tmp_path.iterdir()] == ["out.png.json"]
+        assert HighresResult.load(tmp_path / "out.png") == result
+
+    def test_an_image_that_is_saved_is_not_written_again(self, tmp_path):
+        first, other = HighresResult([noise(8, 8)], self.plan), HighresResult([noise(8, 8, seed=1)], self.plan)
+        file = first.save(tmp_path / "out.png")[0]
+        before = file.stat().st_ino
+        first.save(tmp_path / "out.png")
+        assert file.stat().st_ino == before
+        other.save(tmp_path / "out.png")
+        assert same(Image.open(file), other.image)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from PIL import Image
 
 import clear_attn as clear
 from clear_attn import demo
@@ -91,6 +92,43 @@ def test_resumes_before_a_stage_whose_record_a_kill_prevented(pipe, tmp_path):
     assert len(clear.HighresResult.load(tmp_path / "out.png").images) == 2
     (tmp_path / "out.png.run.safetensors").unlink()
     assert len(clear.HighresResult.load(tmp_path / "out.png").images) == 1
+
+
+def test_resumes_what_was_killed_before_its_first_image_or_its_record(pipe, tmp_path):
+    settings, starts = {"base": BASE, "stages": GUIDED}, []
+
+    def killed(result):
+        starts.append(list(result.images))
+        result.save(tmp_path / "out.png")
+        raise KeyboardInterrupt
+
+    expected = draw(pipe, **settings)
+    with pytest.raises(clear.HighresInterrupted):
+        draw(pipe, **settings, callback_on_start=killed)
+    kept = clear.HighresResult.load(tmp_path / "out.png")
+    assert (starts, kept.images, kept.runs) == ([[]], [], {})
+    assert same(clear.highres(pipe, **kept.plan.arguments(), resume=kept).image, expected.image)
+    stopped(pipe, 1, **settings).save(tmp_path / "out.png")
+    (tmp_path / "out.png.run.safetensors").unlink()
+    kept = clear.HighresResult.load(tmp_path / "out.png")
+    assert kept.images == []
+    assert same(clear.highres(pipe, **kept.plan.arguments(), resume=kept).image, expected.image)
+
+
+def test_resumes_after_a_version_of_diffusers_with_other_entries_in_configs(pipe, tmp_path):
+    result = stopped(pipe, 1)
+    scheduler = result.plan.model["scheduler"]
+    config = {**scheduler["config"], "of_before": 1}
+    del config["invert_sigmas"]
+    model = {**result.plan.model, "scheduler": {**scheduler, "config": config}}
+    replace(result, plan=replace(result.plan, model=model)).save(tmp_path / "out.png")
+    kept = clear.HighresResult.load(tmp_path / "out.png")
+    again = clear.highres(pipe, **kept.plan.arguments(), resume=kept)
+    assert again.finished
+    assert again.plan.model == model  # else the images that are saved would be of another plan
+    changed = replace(kept, plan=replace(kept.plan, model={**model, "dtype": "bfloat16"}))
+    with pytest.raises(ValueError, match="resume has a plan with another model;"):
+        clear.highres(pipe, **kept.plan.arguments(), resume=changed)
 
 
 def test_resumes_what_runs_with_other_versions_and_folders_saved(pipe, tmp_path):
@@ -256,11 +294,13 @@ def test_refuses_to_resume_what_does_not_fit(pipe, tmp_path, monkeypatch):
     assert spell_options(str(refused.value), {"resume": "--resume"}) == str(refused.value)
     with pytest.raises(ValueError, match="resume has no record of the run before stage 1"):
         draw(pipe, **settings, resume=replace(result, runs={}))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*out\.png\.json to resume from"):
         clear.HighresResult.load(tmp_path / "out.png")
     result.save(tmp_path / "out.png")
-    (tmp_path / "out-0-64x64.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no .*out-0-64x64\.png of this plan to resume from"):
+    Image.new("RGB", (64, 64)).save(tmp_path / "out-0-64x64.png")
+    with pytest.raises(
+        ValueError, match=r"out-0-64x64\.png is not an image of highres, .* would overwrite it; move it"
+    ):
         clear.HighresResult.load(tmp_path / "out.png")
     with pytest.raises(ValueError, match=r"out\.jpg cannot be resumed: only \.png files keep exact pixels"):
         clear.HighresResult.load(tmp_path / "out.jpg")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+import typer
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import ExifTags, Image
 from typer.testing import CliRunner
@@ -154,6 +155,22 @@ def test_warns_how_a_pipeline_differs_from_the_plan(tmp_path, monkeypatch):
     assert f"Warning: the image will differ, as the pipeline does: {changes}" in result.output
 
 
+def test_refuses_to_resume_with_another_pipeline_but_not_for_other_entries_in_configs():
+    pipe = demo.pipeline()
+    model = describe(pipe)
+    config = model["scheduler"]["config"]
+    del config["invert_sigmas"]
+    config["of_before"] = 1
+    plan = clear.HighresPlan("a red circle", 256, 256, None, (clear.Stage(),), 3, 4, 1, None, model=model)
+    generation.refuse_differences(plan, pipe)
+    config["shift"] = 9.0
+    with pytest.raises(typer.BadParameter, match=r"shift was 9.0 and is 4.0; give --model and --dtype as before$"):
+        generation.refuse_differences(plan, pipe)
+    other = replace(plan, made_with={**plan.made_with, "diffusers": "0.1"})
+    with pytest.raises(typer.BadParameter, match=r"or install the versions of before: diffusers was '0.1' and is"):
+        generation.refuse_differences(other, pipe)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -212,6 +229,27 @@ def test_a_full_disk_loses_no_image(tmp_path, start, monkeypatch, is_plan_saved)
     assert (f"{image} and {output}.json, seed" in result.stdout) == is_plan_saved
     missing = f"{output}" if is_plan_saved else f"{output} and {output}.json"
     assert result.stderr.endswith(f"\n{missing} could not be written\n")
+    assert len(list((tmp_path / "temporary").rglob("*.png"))) == 2  # none of a stage while the next one is drawn
+
+
+def test_says_how_to_go_on_only_if_the_images_are_there(tmp_path, start, monkeypatch):
+    def full(image, file, plan):
+        if file.parent == tmp_path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        save_with_plan(image, file, plan)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    save_with_plan = cascade_result.save_with_plan
+    monkeypatch.setattr(cascade_result, "save_with_plan", full)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
+    result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start)
+    assert result.exit_code == 130
+    assert "the image is in" in result.stderr
+    assert "To go on" not in result.stderr
 
 
 def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
@@ -247,7 +285,8 @@ def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(tools_options, "load_pipeline", lambda *args, **settings: pytest.fail("it loads the pipeline"))
         other = generate(output, "--resume", "--weights", demo.distilled())
-    assert "resume has a plan with another weights" in shown(other)
+    assert "'--resume': the unfinished run has a plan with another weights; give --model, " in shown(other)
+    assert "arguments()" not in shown(other)
     result = generate(output, "--resume")
     assert result.exit_code == 0, result.output
     assert np.array_equal(pixels(output), pixels(tmp_path / "expected.png"))
@@ -296,6 +335,69 @@ def test_a_killed_run_is_resumed(tmp_path):
         assert sorted(file.name for file in tmp_path.glob(f"{name}*")) == names
 
 
+def test_a_run_that_saved_no_image_is_resumed(tmp_path, monkeypatch):
+    """Like one that is killed at once. The weights may be given as before."""
+    options = (*FEW_STEPS, "--window", 8, "--height", 160, "--base-steps", 2)
+    expected = generate(tmp_path / "expected.png", *options)
+    assert expected.exit_code == 0, expected.output
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
+        result = generate(tmp_path / "out.png", *options)
+    assert f"Interrupted; saved {tmp_path / 'out.png.json'}\n" in result.output
+    result = generate(tmp_path / "out.png", "--resume", "--weights", "auto")
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "expected.png"))
+
+
+def test_deletes_only_stages_of_its_own_and_of_unfinished_runs(tmp_path, start, monkeypatch):
+    output, options = tmp_path / "out.png", (*SMALL, "--height", 128, "--init-image", start)
+    first = generate(output, *options, "--save-stages")
+    assert first.exit_code == 0, first.output
+    (tmp_path / "out-7-8x8.png").write_text("mine")
+    Image.new("RGB", (8, 8)).save(tmp_path / "out-8-8x8.png")
+    plan = replace(clear.HighresPlan.load(output), seed=9)
+    left = cascade_result.HighresResult([Image.new("RGB", (40, 32))], plan).save(output)
+    assert left == [tmp_path / "out-0-32x40.png"]
+    result = generate(output, *options, "--overwrite")
+    assert result.exit_code == 0, result.output
+    stages = ["out-0-64x80.png", "out-7-8x8.png", "out-8-8x8.png"]
+    assert sorted(file.name for file in tmp_path.glob("out-*")) == stages
+    assert (tmp_path / "out-7-8x8.png").read_text() == "mine"
+
+
+def test_an_init_image_with_the_name_of_a_stage_is_refused(tmp_path, start):
+    shutil.copy(start, tmp_path / "out-0-64x80.png")
+    options = (*SMALL, "--height", 128, "--init-image", tmp_path / "out-0-64x80.png", "--overwrite")
+    result = generate(tmp_path / "out.png", *options)
+    assert result.exit_code == 2, result.output
+    assert "'--init-image': " in shown(result)
+    assert "give a copy of another name" in shown(result)
+    assert (tmp_path / "out-0-64x80.png").read_bytes() == start.read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+@pytest.mark.parametrize("save_stages", [False, True])
+def test_only_what_can_be_resumed_or_is_wanted_is_kept_while_it_draws(
+    tmp_path, start, monkeypatch, ending, save_stages
+):
+    there, step = [], FlowMatchEulerDiscreteScheduler.step
+
+    def look(self, *args, **settings):
+        there.append(sorted(file.name for file in tmp_path.glob("out*")))
+        return step(self, *args, **settings)
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", look)
+    options = ("--height", 128, "--init-image", start, *["--save-stages"] * save_stages)
+    result = generate(tmp_path / f"out.{ending}", *SMALL, *options)
+    assert result.exit_code == 0, result.output
+    kept = [f"out-0-64x80.{ending}", f"out.{ending}.json"] if ending == "png" or save_stages else []
+    assert there == [kept]
+
+
 def test_ctrl_c_while_the_image_is_saved_loses_nothing(tmp_path, start, monkeypatch):
     save, calls = generation.HighresResult.save, []
 
@@ -311,6 +413,7 @@ def test_ctrl_c_while_the_image_is_saved_loses_nothing(tmp_path, start, monkeypa
     assert f"Interrupted; saved {tmp_path / 'out.png'} and {tmp_path / 'out.png.json'}\n" in result.output
     assert "To go on" not in result.output
     assert pixels(tmp_path / "out.png").shape == (128, 160, 3)
+    assert not list(tmp_path.glob("out-*"))
 
 
 @pytest.fixture
@@ -338,10 +441,10 @@ def test_saves_finished_images_when_another_rank_failed(tmp_path, start, monkeyp
 
     save = generation.HighresResult.save
 
-    def save_while_signals_come(*args):
+    def save_while_signals_come(*args, **settings):
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        return save(*args)
+        return save(*args, **settings)
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", step)
     monkeypatch.setattr(generation.HighresResult, "save", save_while_signals_come)

@@ -13,7 +13,7 @@ from PIL import Image
 from clear_attn.cascade import stage_runner
 from clear_attn.cascade.memory_check import check_fits
 from clear_attn.cascade.pipelines import CascadeTarget, find_cascade_target
-from clear_attn.cascade.plan import UNRESOLVED, HighresPlan, comparable
+from clear_attn.cascade.plan import UNRESOLVED, HighresPlan, comparable, differences
 from clear_attn.cascade.planning import make_plan, resolve_attention, runs_as_it_is, validate_calls
 from clear_attn.cascade.presets import default_preset
 from clear_attn.cascade.recording import Recording
@@ -46,6 +46,7 @@ def highres(
     seed: int | None = None,
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    callback_on_start: Callable[[HighresResult], None] | None = None,
     callback_on_stage_end: Callable[[HighresResult], None] | None = None,
     **options: Any,
 ) -> HighresResult:
@@ -76,9 +77,10 @@ def highres(
         callback_on_step_end, callback_on_step_end_tensor_inputs: as in the pipelines. A callback may set `_interrupt`
             on the pipeline to stop after the step; so may other threads, on ``pipe`` unless it is modular. The result
             then has the finished images.
-        callback_on_stage_end (*optional*): called with the unfinished result when each image is finished, the first
-            and the last one included. ``lambda result: result.save("out.png")`` keeps what `resume` needs, even if the
-            process is killed.
+        callback_on_start, callback_on_stage_end (*optional*): called with the result so far, before the first step and
+            when each image is finished, the first and the last one included. It is the one that is returned, and its
+            `images` grow: copy the list to keep it. ``lambda result: result.save("out.png")`` for both keeps what
+            `resume` needs, even if the process is killed.
         **options: further keywords for every call of the pipelines, plain data: `negative_prompt`,
             `max_sequence_length`, ...
 
@@ -141,6 +143,8 @@ def highres(
     check_fits(target, plan)
     if resume:
         check_resumable(plan, resume)
+        # What other versions of diffusers add to a config would make another plan, of which no image was saved.
+        plan = dataclasses.replace(plan, model=resume.plan.model)
     result = HighresResult(list(resume.images) if resume else [], plan, dict(resume.runs) if resume else {})
     count = len(result.images)
     finished = stage_runner.Finished(count, result.image if count else image, result.runs.get(count - 1))
@@ -151,6 +155,8 @@ def highres(
             callback_on_stage_end(result)
 
     try:
+        if callback_on_start:
+            callback_on_start(result)
         with contextlib.suppress(stage_runner.Interrupted):
             stage_runner.Cascade(target, plan, callback_on_step_end, inputs).draw(change, finished, on_image)
     except KeyboardInterrupt:
@@ -183,6 +189,18 @@ def _check_original_weights(target: Target) -> None:
         ) from None
 
 
+class ResumeError(ValueError):
+    """An unfinished result that cannot be resumed with these arguments.
+
+    Attributes:
+        reason: what is wrong with it, without a remedy.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"resume {reason}; {remedy}")
+        self.reason = reason
+
+
 def check_resumable(plan: HighresPlan, resume: HighresResult, *, resolved: bool = True) -> None:
     """Check that an unfinished result is of a plan, and has the record that its next stage needs.
 
@@ -192,18 +210,22 @@ def check_resumable(plan: HighresPlan, resume: HighresResult, *, resolved: bool 
         resolved: whether `resolve_attention` has filled in the plan's settings of attention.
 
     Raises:
-        ValueError: it is of another plan, or lacks the record.
+        ResumeError: it is of another plan, or lacks the record.
     """
     now, before = (dataclasses.asdict(comparable(each)) for each in (plan, resume.plan))
     unknown = () if resolved else [name for name, value in UNRESOLVED.items() if now[name] == value]
-    if names := [name for name in now if now[name] != before[name] and name not in unknown]:
-        raise ValueError(
-            f"resume has a plan with another {', '.join(names)}; draw with the same pipeline and the keywords of "
-            "resume.plan.arguments(), or leave resume out"
+    changed = [name for name in now if now[name] != before[name] and name not in unknown]
+    if not any(differences(before["model"], now["model"])):
+        changed = [name for name in changed if name != "model"]
+    if changed:
+        raise ResumeError(
+            f"has a plan with another {', '.join(changed)}",
+            "draw with the same pipeline, the keywords of resume.plan.arguments(), and the image if one was given, or "
+            "leave resume out",
         )
     count = len(resume.images)
     if count and not resume.finished and plan.stages[count - 1].needs_recording and count - 1 not in resume.runs:
-        raise ValueError(
-            f"resume has no record of the run before stage {count}, which its settings need; resume from the result of "
-            "the interrupted call or from the files that it saved, or leave resume out"
+        raise ResumeError(
+            f"has no record of the run before stage {count}, which its settings need",
+            "resume from the result of the interrupted call or from the files that it saved, or leave resume out",
         )

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,19 @@ def describe(pipe: Any) -> dict[str, Any]:
         },
         "adapters": _active_adapters(pipe),
     }
+
+
+def differences(planned: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Return in words how one pipeline differs from another, as `describe` describes them.
+
+    Another version of diffusers may have more entries in a config, or fewer; what only one has is no difference.
+    """
+    for name in sorted(planned.keys() & present.keys()):
+        before, now = planned[name], present[name]
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name} was {before!r} and is {now!r}"
 
 
 def _active_adapters(pipe: Any) -> list[str]:

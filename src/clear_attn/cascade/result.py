@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,13 @@ class HighresResult:
         Args:
             file: the name that was given to `save` or `generate`; its plan, images and record are next to it.
 
+        Returns:
+            What is there, even if that is the plan alone: of a process that was killed before its first image.
+
         Raises:
-            FileNotFoundError: there is no plan, or no first image of it.
-            ValueError: the plan or the record cannot be read; the images are not PNG files, which alone have the plan.
+            FileNotFoundError: there is no plan.
+            ValueError: the plan or the record cannot be read; the images are not PNG files, which alone have the plan;
+                an image that is not from `highres` has the name of one of this plan.
 
         Examples:
             >>> import tempfile
@@ -94,23 +98,30 @@ class HighresResult:
                 f"{file} cannot be resumed: only .png files keep exact pixels and the plan that they are of; draw it "
                 "again, to a .png file"
             )
+        if not plan_file(file).exists():
+            raise FileNotFoundError(f"there is no {plan_file(file)} to resume from; draw the image")
         plan = HighresPlan.load(plan_file(file))
         sizes = [(plan.image["height"], plan.image["width"])] if plan.image else []
         sizes += [drawn.size for drawn in plan.drawn]
         files = [file.with_name(_stage_name(file, *each)) for each in enumerate(sizes[:-1])]
         # Images of another plan may have been left under these names.
-        found = list(itertools.takewhile(lambda each: _is_of(each, plan), files))
-        if not found:
-            raise FileNotFoundError(f"there is no {files[0]} of this plan to resume from; draw the image again")
+        are_there = [_is_of(each, plan) for each in files]
+        found = list(itertools.compress(files, itertools.accumulate(are_there, min)))
         runs = _load_run(run_file(file), plan)
-        return cls([_open(each) for each in found[: _resumable(len(found), plan, runs)]], plan, runs)
+        count = _resumable(len(found), plan, runs)
+        return cls(
+            [_open(each) for each in found[:count]],
+            plan,
+            {number: run for number, run in runs.items() if number == count - 1},
+        )
 
     def save(self, file: Path | str, *, stages: bool = False) -> list[Path]:
         """Save the last image, with the plan in it (PNG only) and next to it (`out.png.json` for `out.png`).
 
         Of an unfinished result, save every image, with its number and size in its name, and the record of the last run
-        if the next stage needs it (`out.png.run.safetensors`); `load` reads them. An image that cannot be written
-        goes to a file in the system's temporary folder, with a warning that names it.
+        if the next stage needs it (`out.png.run.safetensors`); `load` reads them. A PNG file that has the same image
+        and plan already is left. An image that cannot be written goes to a file in the system's temporary folder, with
+        a warning that names it.
 
         Args:
             file: where the last image goes, a `.png`, `.jpg`, `.webp`, `.tif` or `.bmp` file. The plan in an image has
@@ -118,30 +129,47 @@ class HighresResult:
             stages: also save the images before the last one, with number and size in their names.
 
         Returns:
-            The files of the images, the last image's last.
+            The files of the images, the last image's last; none if no image is finished.
 
         Raises:
-            ValueError: no image was finished, or the file's format does not suit the image.
+            ValueError: the file's format does not suit the image.
             FileExistsError: the plan would overwrite a JSON file that is not a plan.
             OSError: neither the files nor a fallback file can be written.
         """
-        file, last = Path(file), self.image
-        validate_image_file(file, (last.height, last.width))
+        file = Path(file)
+        validate_image_file(file, (self.image.height, self.image.width) if self.images else None)
+        _validate_plan_file(plan_file(file))
+        return self._save(file, save_or_fall_back, stages=stages)
+
+    def save_progress(self, file: Path | str) -> None:
+        """Save an unfinished result as `save` does, but only warn of what cannot be written: more images follow."""
+        self._save(Path(file), _save_or_warn, stages=False)
+
+    def _save(self, file: Path, write: Callable[[Callable[[Path], None], Path], Path], *, stages: bool) -> list[Path]:
         numbered = self.images if not self.finished else self.images[:-1] if stages else []
         images = {stage_file(file, number, image): image for number, image in enumerate(numbered)}
         if self.finished:
-            images[file] = last
-        _validate_plan_file(plan_file(file))
+            images[file] = self.image
         # A killed process leaves a plan without images, or images without the record, and `load` copes with both.
         with warn_if_unwritten(plan_file(file)):
             save_plan(self.plan, file)
         written = [
-            save_or_fall_back(functools.partial(save_with_plan, image, plan=self.plan), path)
+            path
+            if self._is_saved(image, path)
+            else write(functools.partial(save_with_plan, image, plan=self.plan), path)
             for path, image in images.items()
         ]
         with warn_if_unwritten(run_file(file)):
             self._save_run(file)
         return written
+
+    def _is_saved(self, image: Image.Image, file: Path) -> bool:
+        saved = _plan_in(file)
+        return (
+            saved is not None
+            and comparable(saved) == comparable(self.plan)
+            and _open(file).tobytes() == image.convert("RGB").tobytes()
+        )
 
     def _save_run(self, file: Path) -> None:
         recording = None if self.finished else self.runs.get(len(self.images) - 1)
@@ -161,9 +189,32 @@ def _stage_name(file: Path, number: int, size: Size) -> str:
     return f"{file.stem}-{number}-{size[0]}x{size[1]}{file.suffix}"
 
 
+def _save_or_warn(save: Callable[[Path], None], file: Path) -> Path:
+    with warn_if_unwritten(file):
+        save(file)
+    return file
+
+
+def _plan_in(file: Path) -> HighresPlan | None:
+    """Return the plan in a PNG image, or None if there is none that can be read."""
+    try:
+        return HighresPlan.load(file) if file.suffix.lower() == ".png" else None
+    except (OSError, ValueError):
+        return None
+
+
 def _is_of(file: Path, plan: HighresPlan) -> bool:
-    """Return whether an image exists and was drawn from a plan."""
-    return file.exists() and comparable(HighresPlan.load(file)) == comparable(plan)
+    """Return whether an image exists and was drawn from a plan.
+
+    Raises:
+        ValueError: it exists and has no plan.
+    """
+    if not file.exists():
+        return False
+    saved = _plan_in(file)
+    if saved is None:
+        raise ValueError(f"{file} is not an image of highres, and drawing on would overwrite it; move it away")
+    return comparable(saved) == comparable(plan)
 
 
 def _open(file: Path) -> Image.Image:
@@ -178,7 +229,7 @@ def _hash(plan: HighresPlan) -> str:
 def _resumable(found: int, plan: HighresPlan, runs: Container[int]) -> int:
     """Return how many of the images can be resumed from: the stage after them has the record that it needs."""
     counts = range(1, found + 1)
-    return max((n for n in counts if n - 1 in runs or not plan.stages[n - 1].needs_recording), default=found)
+    return max((n for n in counts if n - 1 in runs or not plan.stages[n - 1].needs_recording), default=0)
 
 
 def _load_run(file: Path, plan: HighresPlan) -> dict[int, Recording]:
@@ -197,13 +248,16 @@ def run_file(file: Path) -> Path:
 def stage_files(file: Path) -> list[Path]:
     """Return the files that exist under names of an image's intermediate images."""
     name = re.compile(rf"{re.escape(file.stem)}-\d+-\d+x\d+{re.escape(file.suffix)}")
-    return sorted(each for each in file.resolve().parent.iterdir() if name.fullmatch(each.name))
+    return sorted(each for each in file.parent.iterdir() if name.fullmatch(each.name))
 
 
-def delete_stages(result: HighresResult, file: Path) -> None:
-    """Delete the intermediate images that `HighresResult.save` wrote while the result was unfinished."""
-    for number, image in enumerate(result.images[:-1]):
-        stage_file(file, number, image).unlink(missing_ok=True)
+def unfinished_stages(file: Path) -> list[Path]:
+    """Return the intermediate images next to an image that are of plans, but not of the image's own."""
+    finished = _plan_in(file)
+    plans = {each: _plan_in(each) for each in stage_files(file)}
+    return [
+        each for each, plan in plans.items() if plan and (finished is None or comparable(plan) != comparable(finished))
+    ]
 
 
 def plan_file(file: Path) -> Path:

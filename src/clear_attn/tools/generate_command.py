@@ -162,6 +162,8 @@ def generate(
         if plan:
             raise typer.BadParameter("--resume and --plan both say what to draw; give one")
         kept, plan = HighresResult.load(output), plan_file(output)
+    if init_image:
+        generation.refuse_as_first_image(init_image, output)
     image = generation.open_image(init_image) if init_image else None
     if plan:
         _check_not_in_plan(context)
@@ -169,10 +171,13 @@ def generate(
         arguments = planned.arguments()
         if _is_given(context, "weights"):
             arguments["weights"] = options.none_or(weights)
-            if arguments["weights"] != planned.weights:  # the revision was that of the weights before
+            # The revision was that of the weights before; of a run that is resumed, auto has named the same ones.
+            if arguments["weights"] not in {planned.weights, "auto" if resume else planned.weights}:
                 arguments["revision"] = None
         if kept:
-            check_resumable(replace(planned, weights=with_absolute_path(arguments["weights"])), kept)
+            now = replace(planned, weights=with_absolute_path(arguments["weights"]))
+            with generation.refusing_resume():
+                check_resumable(now, kept, resolved=False)
     else:
         required = {"prompt": prompt, "height": height, "width": width}
         if missing := [f"--{name}" for name, value in required.items() if value is None]:
