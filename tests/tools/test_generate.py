@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import clear_attn as clear
 from clear_attn import demo
 from clear_attn.cascade import result as cascade_result
+from clear_attn.cascade import saved_files
 from clear_attn.cascade.plan import describe
 from clear_attn.tools import generation
 from clear_attn.tools import options as tools_options
@@ -215,9 +216,9 @@ def test_a_full_disk_loses_no_image(tmp_path, start, monkeypatch, is_plan_saved)
 
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(cascade_result, "atomic_file", full)
+    monkeypatch.setattr(saved_files, "atomic_file", full)
     if not is_plan_saved:
-        monkeypatch.setattr(cascade_result, "atomic_text", full)
+        monkeypatch.setattr(saved_files, "atomic_text", full)
     result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start, "--save-stages")
     assert result.exit_code == 1, result.output
     reason = "could not be written (No space left on device)"

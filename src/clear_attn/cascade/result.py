@@ -5,20 +5,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.PngImagePlugin import PngImageFile
 
-from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan, comparable
+from clear_attn.cascade.plan import HighresPlan, comparable
 from clear_attn.cascade.recording import Recording, load_recording, save_recording
-from clear_attn.utils.atomic import atomic_file, atomic_text, warn_if_unwritten
-from clear_attn.utils.image_files import save_or_fall_back, try_write, validate_image_file
-from clear_attn.utils.image_sizes import Size
+from clear_attn.cascade.saved_files import (
+    is_of,
+    plan_file,
+    plan_in,
+    run_file,
+    save_plan,
+    save_with_plan,
+    stage_file,
+    stage_name,
+    validate_plan_file,
+)
+from clear_attn.utils.atomic import warn_if_unwritten
+from clear_attn.utils.image_files import save_or_fall_back, validate_image_file
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,9 @@ class HighresResult:
         plan = HighresPlan.load(plan_file(file))
         sizes = [(plan.image["height"], plan.image["width"])] if plan.image else []
         sizes += [drawn.size for drawn in plan.drawn]
-        files = [file.with_name(_stage_name(file, *each)) for each in enumerate(sizes[:-1])]
+        files = [file.with_name(stage_name(file, *each)) for each in enumerate(sizes[:-1])]
         # Images of another plan may have been left under these names.
-        are_there = [_is_of(each, plan) for each in files]
+        are_there = [is_of(each, plan) for each in files]
         found = list(itertools.compress(files, itertools.accumulate(are_there, min)))
         runs = _load_run(run_file(file), plan)
         count = _resumable(len(found), plan, runs)
@@ -138,7 +146,7 @@ class HighresResult:
         """
         file = Path(file)
         validate_image_file(file, (self.image.height, self.image.width) if self.images else None)
-        _validate_plan_file(plan_file(file))
+        validate_plan_file(plan_file(file))
         return self._save(file, save_or_fall_back, stages=stages)
 
     def save_progress(self, file: Path | str) -> None:
@@ -164,7 +172,7 @@ class HighresResult:
         return written
 
     def _is_saved(self, image: Image.Image, file: Path) -> bool:
-        saved = _plan_in(file)
+        saved = plan_in(file)
         return (
             saved is not None
             and comparable(saved) == comparable(self.plan)
@@ -180,41 +188,10 @@ class HighresResult:
             run_file(file).unlink(missing_ok=True)
 
 
-def stage_file(file: Path, number: int, image: Image.Image) -> Path:
-    """Return the file of an intermediate image: out-0-1024x768.png for the first of out.png, height before width."""
-    return file.with_name(_stage_name(file, number, (image.height, image.width)))
-
-
-def _stage_name(file: Path, number: int, size: Size) -> str:
-    return f"{file.stem}-{number}-{size[0]}x{size[1]}{file.suffix}"
-
-
 def _save_or_warn(save: Callable[[Path], None], file: Path) -> Path:
     with warn_if_unwritten(file):
         save(file)
     return file
-
-
-def _plan_in(file: Path) -> HighresPlan | None:
-    """Return the plan in a PNG image, or None if there is none that can be read."""
-    try:
-        return HighresPlan.load(file) if file.suffix.lower() == ".png" else None
-    except (OSError, ValueError):
-        return None
-
-
-def _is_of(file: Path, plan: HighresPlan) -> bool:
-    """Return whether an image exists and was drawn from a plan.
-
-    Raises:
-        ValueError: it exists and has no plan.
-    """
-    if not file.exists():
-        return False
-    saved = _plan_in(file)
-    if saved is None:
-        raise ValueError(f"{file} is not an image of highres, and drawing on would overwrite it; move it away")
-    return comparable(saved) == comparable(plan)
 
 
 def _open(file: Path) -> Image.Image:
@@ -238,87 +215,6 @@ def _load_run(file: Path, plan: HighresPlan) -> dict[int, Recording]:
         return {}
     recording, about = load_recording(file)
     return {int(about["image"]): recording} if about.get("plan") == _hash(plan) else {}
-
-
-def run_file(file: Path) -> Path:
-    """Return the file of the record of an unfinished result's last run: out.png.run.safetensors for out.png."""
-    return file.with_name(f"{file.name}.run.safetensors")
-
-
-def stage_files(file: Path) -> list[Path]:
-    """Return the files that exist under names of an image's intermediate images."""
-    name = re.compile(rf"{re.escape(file.stem)}-\d+-\d+x\d+{re.escape(file.suffix)}")
-    return sorted(each for each in file.parent.iterdir() if name.fullmatch(each.name))
-
-
-def unfinished_stages(file: Path) -> list[Path]:
-    """Return the intermediate images next to an image that are of plans, but not of the image's own."""
-    finished = _plan_in(file)
-    plans = {each: _plan_in(each) for each in stage_files(file)}
-    return [
-        each for each, plan in plans.items() if plan and (finished is None or comparable(plan) != comparable(finished))
-    ]
-
-
-def plan_file(file: Path) -> Path:
-    """Return the file of an image's plan: out.png.json for out.png."""
-    return file.with_name(f"{file.name}.json")
-
-
-def save_plan(plan: HighresPlan, file: Path) -> None:
-    """Save a plan next to the image that is drawn from it.
-
-    Raises:
-        FileExistsError: there is a file of the plan's name that is not a plan.
-    """
-    _validate_plan_file(plan_file(file))
-    if not has_plan(file, plan):
-        atomic_text(plan_file(file), plan.to_json())
-
-
-def has_plan(file: Path, plan: HighresPlan) -> bool:
-    """Return whether a plan is saved next to an image."""
-    saved = plan_file(file)
-    return saved.is_file() and saved.read_bytes() == plan.to_json().encode()
-
-
-def _validate_plan_file(file: Path) -> None:
-    if file.exists():
-        try:
-            HighresPlan.load(file)
-        except (OSError, ValueError):
-            raise FileExistsError(f"{file} is not a plan and would be overwritten; give another file") from None
-
-
-def save_with_plan(image: Image.Image, file: Path, plan: HighresPlan) -> None:
-    """Save an image, with the plan in it if it is a PNG file."""
-    options: dict[str, Any] = {}
-    if file.suffix.lower() == ".png":
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt(PNG_ENTRY, plan.without_paths().to_json())
-    with atomic_file(file) as unfinished:
-        image.save(unfinished, **options)
-
-
-def validate_output(file: Path, size: Size) -> None:
-    """Check before drawing that an image, its plan and intermediate images can be saved, by writing trial files.
-
-    Args:
-        file: where the image goes.
-        size: height and width of the image in pixels.
-
-    Raises:
-        ValueError: the file's format is unknown or cannot hold the image.
-        FileExistsError: the plan would overwrite a file that is not a plan.
-        OSError: the folder does not exist, or nothing can be written there under such a name.
-    """
-    validate_image_file(file, size)
-    if not file.resolve().parent.is_dir():
-        raise FileNotFoundError(f"no such directory: {file.resolve().parent}; create it, or give another file")
-    longest = file.with_name(f"{file.stem}-99-{size[0]}x{size[1]}{file.suffix}")
-    for each in (file, plan_file(file), run_file(file), longest):
-        try_write(each)
-    _validate_plan_file(plan_file(file))
 
 
 class HighresInterrupted(KeyboardInterrupt):

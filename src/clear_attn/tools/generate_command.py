@@ -147,7 +147,7 @@ def generate(
     """Draw an image much larger than the model was trained on; under torchrun, on all its processes together."""
     from clear_attn.cascade import Base, HighresResult, Stage
     from clear_attn.cascade.large_images import check_resumable
-    from clear_attn.cascade.result import plan_file, stage_files, validate_output
+    from clear_attn.cascade.saved_files import plan_file, stage_files, validate_output
     from clear_attn.cascade.stages import PRESETS
     from clear_attn.parallel import launch
     from clear_attn.tools import generation

@@ -18,7 +18,7 @@ from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import describe, differences, fingerprint, versions
 from clear_attn.cascade.planning import random_seed
 from clear_attn.cascade.presets import default_preset
-from clear_attn.cascade.result import has_plan, plan_file, stage_file, stage_files, unfinished_stages
+from clear_attn.cascade.saved_files import has_plan, plan_file, stage_file, stage_files, unfinished_stages
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
 from clear_attn.patching.linearization import linearize
