@@ -38,6 +38,7 @@ from clear_attn.tools.evaluate.embeddings import Clip, Dino
 from clear_attn.tools.evaluate.evaluation import read_images
 from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
 from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
+from clear_attn.tools.evaluate.unfinished import check_output, finish
 from clear_attn.utils import atomic, optional_dependencies, seeded_images
 from clear_attn.utils.image_sheets import CELL
 from tests.helpers import dummy_models, dummy_pipelines
@@ -424,7 +425,7 @@ class TestEvaluate:
         assert not clear.is_linearized(pipe)
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_full_disk_at_the_end_loses_no_numbers(self, pipe, tmp_path, monkeypatch):
+    def test_a_full_disk_at_the_end_loses_no_images(self, pipe, tmp_path, monkeypatch):
         def full(path, *args):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -432,11 +433,41 @@ class TestEvaluate:
         call = {**CALL, "num_inference_steps": 1}
         with pytest.warns(UserWarning, match=r"out/contact_sheet\.png could not be written \(No space left on device"):
             evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=None, metrics=["psnr"], **call)
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["eval.json"]
-        monkeypatch.setattr(evaluation, "atomic_text", full)
-        with pytest.warns(UserWarning, match="could not be written"):
-            found = evaluate(pipe, PROMPTS[:1], tmp_path / "other", weights=None, metrics=["psnr"], **call)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["eval.json", "unfinished"]
+        with monkeypatch.context() as patched:
+            patched.setattr(evaluation, "atomic_text", full)
+            with pytest.warns(UserWarning, match="2 of 2 images are kept in .*the same arguments with resume=True"):
+                found = evaluate(
+                    pipe, PROMPTS[:1], tmp_path / "out", weights=None, metrics=["psnr"], resume=True, **call
+                )
         assert found.means["psnr"]["student"] > 0
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished"]
+        monkeypatch.setattr(evaluation, "atomic_file", atomic.atomic_file)
+        monkeypatch.setattr(FluxPipeline, "__call__", lambda *args, **kwargs: pytest.fail("it drew"))
+        evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=None, metrics=["psnr"], resume=True, **call)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["contact_sheet.png", "eval.json"]
+
+    def test_a_kill_leaves_a_folder_that_can_be_evaluated_to_or_resumed(self, tmp_path):
+        folder = tmp_path / "out" / "unfinished"
+        folder.mkdir(parents=True)  # killed before the settings were written
+        check_output(tmp_path / "out", resume=False)
+        assert not folder.exists()
+        (folder / "student").mkdir(parents=True)
+        (folder / "student" / "00000.png").write_bytes(b"")
+        with pytest.raises(FileExistsError, match="holds something already"):  # killed while they were deleted
+            check_output(tmp_path / "out", resume=False)
+        (folder / "settings.json").write_text("{}")
+        check_output(tmp_path / "out", resume=True)
+        with pytest.raises(FileExistsError, match="go on with resume=True"):
+            check_output(tmp_path / "out", resume=False)
+
+    def test_settings_are_deleted_before_images_are_moved(self, tmp_path):
+        folder = tmp_path / "unfinished"
+        (folder / "student").mkdir(parents=True)
+        (folder / "settings.json").write_text("{}")
+        with pytest.raises(FileNotFoundError):
+            finish(tmp_path, ["student", "teacher"])
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["student", "unfinished"]
 
     def test_goes_on_from_the_images_that_a_full_disk_left(self, pipe, tmp_path, monkeypatch):
         given = {"weights": None, "window": 2, "batch_size": 2, "save_images": True, **CALL}

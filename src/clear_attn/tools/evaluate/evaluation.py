@@ -25,7 +25,7 @@ from clear_attn.patching.target import find_transformer
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_metrics
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
-from clear_attn.tools.evaluate.unfinished import check_output, check_settings, unfinished_run
+from clear_attn.tools.evaluate.unfinished import check_output, check_settings, finish, unfinished_run, warn_of_kept
 from clear_attn.utils.atomic import atomic_file, atomic_text, warn_if_unwritten
 from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.image_sizes import Size, round_down
@@ -67,7 +67,7 @@ def evaluate(
 
     Writes `eval.json`, `contact_sheet.png` of the first images, and with ``save_images`` the folders `teacher` and
     `student`, into ``output_dir``, after all images are drawn; warns of a file that cannot be written. Restores the
-    pipeline. After an error or a kill, the images that are drawn stay in the folder `unfinished` there.
+    pipeline. After an error or a kill, and if a file is missing, the images stay in the folder `unfinished` there.
 
     Args:
         pipe: a dense text-to-image pipeline that `linearize` supports.
@@ -192,13 +192,17 @@ def evaluate(
                 for n, prompt in enumerate(prompts)
             ],
         )
+        for name in (NUMBERS, SHEET):  # of a run that could not write the other
+            (output / name).unlink(missing_ok=True)
         # The numbers are returned even if the disk is full.
         with warn_if_unwritten(output / NUMBERS):
             atomic_text(output / NUMBERS, evaluation.to_json())
         with warn_if_unwritten(output / SHEET), atomic_file(output / SHEET) as unfinished:
             evaluation_sheet(evaluation, files).save(unfinished)
-        for row in files if save_images else ():
-            (folder / row).replace(output / row)
+    if (output / NUMBERS).is_file() and (output / SHEET).is_file():
+        finish(output, files if save_images else ())
+    else:
+        warn_of_kept(folder, 2 * len(prompts), 2 * len(prompts), stacklevel=3)
     return evaluation
 
 

@@ -1,4 +1,7 @@
-"""An unfinished evaluation: a folder in its output, with the images that are drawn, from which it can be resumed."""
+"""An unfinished evaluation: a folder in its output, with the images that are drawn, from which it can be resumed.
+
+It can be resumed while it has its file of settings, which is written first and deleted first.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,15 @@ def check_output(output: Path, *, resume: bool) -> None:
         if not (folder / SETTINGS).is_file():
             raise FileNotFoundError(f"{output} has no unfinished evaluation; leave resume=True out to begin one")
         return
-    if folder.is_dir():
+    if (folder / SETTINGS).is_file():
         raise FileExistsError(
             f"{output} holds an unfinished evaluation; go on with resume=True, or give another folder"
         )
     delete_leftovers(output)
+    # A run that was killed at its start leaves a folder without files.
+    delete_leftovers(folder)
+    if folder.is_dir() and all(path.is_dir() for path in folder.rglob("*")):
+        shutil.rmtree(folder)
     check_empty(output)
 
 
@@ -57,7 +64,7 @@ def _to_json(settings: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def unfinished_run(output: Path, settings: dict[str, Any], images: int) -> Iterator[Path]:
-    """Yield the folder to draw in, new or of the run to resume, and delete it at the end.
+    """Yield the folder to draw in, new or of the run to resume; `finish` deletes it.
 
     After an error it is kept, with a warning that says so, unless it has no image yet.
 
@@ -73,14 +80,27 @@ def unfinished_run(output: Path, settings: dict[str, Any], images: int) -> Itera
         yield folder
     except BaseException:
         if kept := len(list(folder.glob("*/[0-9]*.png"))):
-            warnings.warn(
-                f"{kept} of {images} images are kept in {folder}; the same arguments with resume=True go on from them",
-                stacklevel=4,
-            )
+            warn_of_kept(folder, kept, images, stacklevel=5)
         else:
             shutil.rmtree(folder, ignore_errors=True)
             if not existed:
                 with contextlib.suppress(OSError):
                     output.rmdir()
         raise
+
+
+def warn_of_kept(folder: Path, kept: int, images: int, stacklevel: int) -> None:
+    """Warn that images are kept, and say how to go on from them."""
+    warnings.warn(
+        f"{kept} of {images} images are kept in {folder}; the same arguments with resume=True go on from them",
+        stacklevel=stacklevel,
+    )
+
+
+def finish(output: Path, rows: Iterable[str]) -> None:
+    """Move the images of some rows to the result, and delete the rest of a finished evaluation."""
+    folder = unfinished_folder(output)
+    (folder / SETTINGS).unlink()
+    for row in rows:
+        (folder / row).replace(output / row)
     shutil.rmtree(folder)
