@@ -23,15 +23,16 @@ between are not run.
 | torch | diffusers | transformers | huggingface_hub | what was run |
 |---|---|---|---|---|
 | 2.13 (CPU) | 0.42.1 | 5.24 | 2.4 | all tests, in CI |
-| 2.14.1, Triton 3.8 | 0.42.1 | 5.24 | 2.4 | all but slow tests [a], once by hand |
-| 2.9.0, Triton 3.5 | 0.36.0 | 4.57.1 | 0.36.0 | all but slow tests [b], once by hand |
+| 2.14.1, Triton 3.8 | 0.42.1 | 5.24 | 2.4 | all tests [a], once by hand |
+| 2.9.0, Triton 3.5 | 0.36.0 | 4.57.1 | 0.36.0 | all tests [b], once by hand |
 | 2.13 (CPU) | 0.36.0 | 4.57.1 | 0.36.0 | the core tests, in CI |
 | 2.13 (CPU) | 0.38.0 | 4.57.1 | 0.36.0 | the tests of Qwen-Image, once by hand; those of its ControlNet fail |
 | 2.14.1 | 0.42.1 | 5.24 | 2.4 | Python 3.13, the tests of core, weights and lifecycle, once by hand |
 | 2.11 (CUDA, H200) | 0.41.0 | 5.17 | 1.33 | Python 3.12, the tests on a GPU and of the kernels, once by hand |
 
-[a] On a CPU, the kernels in Triton's interpreter. [b] On a CPU, with accelerate 1.10 and peft 0.17, of the models and
-pipelines that this diffusers has; the kernels are left out, because they need Triton 3.6.
+[a] On a CPU, the kernels in Triton's interpreter. [b] On a CPU, with accelerate 1.10, peft 0.17 and torchao 0.15, of
+the models and pipelines that this diffusers has, without cache-dit; the kernels are left out, because they need Triton
+3.6. These tests have a part of the cells below. `python -m tests.matrix` runs all, with the versions of the first row.
 
 - Before diffusers 0.40, the keyword for the dtype is `torch_dtype=`. A pipeline ignores `dtype=` there, with a line in
   the log, and is loaded in float32. A model raises a `TypeError`.
