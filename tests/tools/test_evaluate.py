@@ -32,13 +32,14 @@ from typer.testing import CliRunner
 
 import clear_attn as clear
 from clear_attn import demo
+from clear_attn.tools import options
 from clear_attn.tools.cli import app
 from clear_attn.tools.evaluate import Evaluation, evaluate, evaluation
 from clear_attn.tools.evaluate.embeddings import Clip, Dino
 from clear_attn.tools.evaluate.evaluation import read_images
 from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
 from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
-from clear_attn.tools.evaluate.unfinished import check_output, finish
+from clear_attn.tools.evaluate.unfinished import LOCK, check_output, finish, locked
 from clear_attn.utils import atomic, optional_dependencies, seeded_images
 from clear_attn.utils.image_sheets import CELL
 from tests.helpers import dummy_models, dummy_pipelines
@@ -447,6 +448,35 @@ class TestEvaluate:
         evaluate(pipe, PROMPTS[:1], tmp_path / "out", weights=None, metrics=["psnr"], resume=True, **call)
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["contact_sheet.png", "eval.json"]
 
+    def test_one_evaluation_at_a_time_in_a_folder(self, pipe, tmp_path, monkeypatch):
+        out, generate, refused = tmp_path / "out", seeded_images.generate_with_seeds, []
+        other = dummy_models.flux_pipeline()
+        call = {"weights": None, "metrics": ["psnr"], **CALL, "num_inference_steps": 1}
+
+        def another_starts(*args, **each):
+            assert (out / "unfinished").is_dir()
+            for resume in (False, True):
+                with pytest.raises(FileExistsError, match="out is being evaluated by another process; wait for it"):
+                    evaluate(other, PROMPTS[:1], out, resume=resume, **call)
+                refused.append(resume)
+            return generate(*args, **each)
+
+        monkeypatch.setattr(seeded_images, "generate_with_seeds", another_starts)
+        evaluate(pipe, PROMPTS[:1], out, **call)
+        assert refused == [False, True] * 2
+        assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "eval.json"]
+
+    def test_the_lock_of_a_killed_evaluation_is_no_content(self, tmp_path):
+        (tmp_path / LOCK).touch()
+        with locked(tmp_path):
+            check_output(tmp_path, resume=False)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_error_under_the_lock_leaves_no_new_folders(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no unfinished evaluation"), locked(tmp_path / "new" / "out"):
+            check_output(tmp_path / "new" / "out", resume=True)
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_kill_leaves_a_folder_that_can_be_evaluated_to_or_resumed(self, tmp_path):
         folder = tmp_path / "out" / "unfinished"
         folder.mkdir(parents=True)  # killed before the settings were written
@@ -629,6 +659,14 @@ class TestCommand:
         result = self.run(*options, "--resume", **given)
         assert result.exit_code == 0, result.output
         assert f"Saved {out}" in result.output
+
+    def test_a_folder_that_is_in_use(self, prompts, tmp_path, monkeypatch):
+        monkeypatch.setattr(options, "load_pipeline", lambda *args: pytest.fail("it loads the model"))
+        with locked(tmp_path / "out"):
+            result = self.run("--resume", **{"prompts": prompts, "output-dir": tmp_path / "out", "device": "cpu"})
+        assert result.exit_code == 2
+        expected = "out is being evaluated by another process; wait for it, or give another --output-dir"
+        assert expected in " ".join(result.stderr.split())
 
     def test_missing_devices(self, prompts):
         result = self.run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})

@@ -62,11 +62,12 @@ def evaluate(
 ) -> None:
     """Compare a linearized pipeline with the dense one: the same prompts and seeds, the metrics of CLEAR's paper."""
     from clear_attn.tools.evaluate import evaluation
-    from clear_attn.tools.evaluate.unfinished import check_output, unfinished_folder
+    from clear_attn.tools.evaluate.unfinished import check_output, locked, unfinished_folder
     from clear_attn.utils.prompts import read_prompts
 
     texts = read_prompts(prompts)[:max_prompts]
-    check_output(output_dir, resume=resume)
+    with locked(output_dir):
+        check_output(output_dir, resume=resume)
     where = options.select_device(device)
     pipe = options.load_pipeline(model, where, options.select_dtype(dtype, where))
     pipe.set_progress_bar_config(leave=False)

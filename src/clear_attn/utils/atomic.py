@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -129,13 +129,13 @@ def check_folder(directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def check_empty(folder: Path) -> None:
-    """Check that a folder is new or empty.
+def check_empty(folder: Path, ignored: Collection[str] = ()) -> None:
+    """Check that a folder is new, or empty except for files of the ignored names.
 
     Raises:
         NotADirectoryError: it is a file.
         FileExistsError: it is not empty.
     """
     check_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name not in ignored for path in folder.iterdir()):
         raise FileExistsError(f"{folder} holds something already; give a new or an empty folder")

@@ -25,7 +25,14 @@ from clear_attn.patching.target import find_transformer
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_metrics
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
-from clear_attn.tools.evaluate.unfinished import check_output, check_settings, finish, unfinished_run, warn_of_kept
+from clear_attn.tools.evaluate.unfinished import (
+    check_output,
+    check_settings,
+    finish,
+    locked,
+    unfinished_run,
+    warn_of_kept,
+)
 from clear_attn.utils.atomic import atomic_file, atomic_text, warn_if_unwritten
 from clear_attn.utils.dtypes import dtype_name
 from clear_attn.utils.image_sizes import Size, round_down
@@ -94,7 +101,8 @@ def evaluate(
     Raises:
         TypeError, ValueError: an argument is out of range or unknown; the pipeline is linearized, or was saved so.
         RuntimeError: a metric of ``metrics`` cannot be computed, or none can.
-        FileExistsError, NotADirectoryError: ``output_dir`` is not a new or an empty folder.
+        FileExistsError, NotADirectoryError: ``output_dir`` is not a new or an empty folder, or another process
+            evaluates to it.
         FileNotFoundError: there is no unfinished run to resume. ValueError: it had other arguments.
         And the errors of `linearize` and of the pipeline's check of its arguments, before anything is drawn.
 
@@ -151,58 +159,59 @@ def evaluate(
         "schedule": repr(schedule),
         "prompts": list(prompts),
     }
-    check_output(output, resume=resume)
-    if resume:
-        check_settings(output, drawn_from)
-    made, missing = make_metrics(metrics, Sources(prompts, clip, dino, download))
-    with unfinished_run(output, drawn_from, 2 * len(prompts)) as folder:
-        files = {row: [folder / row / f"{n:05}.png" for n in range(len(prompts))] for row in (STUDENT, TEACHER)}
+    with locked(output):
+        check_output(output, resume=resume)
+        if resume:
+            check_settings(output, drawn_from)
+        made, missing = make_metrics(metrics, Sources(prompts, clip, dino, download))
+        with unfinished_run(output, drawn_from, 2 * len(prompts)) as folder:
+            files = {row: [folder / row / f"{n:05}.png" for n in range(len(prompts))] for row in (STUDENT, TEACHER)}
 
-        def draw(row: str) -> dict[str, float]:
-            (folder / row).mkdir(exist_ok=True)
-            progress = functools.partial(tqdm, desc=row, unit="batch")
-            if not all(file.exists() for file in files[row]):
-                # What happens once per process or model, such as building plans, is in no row's seconds.
-                warm_up = {**arguments, "num_inference_steps": 1, "prompt": list(prompts[:batch_size])}
-                generate_with_seeds(pipe, seeds[:batch_size], **warm_up)
-            seconds = save_images_with_seeds(
-                pipe, prompts, seeds, files[row], batch_size=batch_size, progress=progress, **arguments
+            def draw(row: str) -> dict[str, float]:
+                (folder / row).mkdir(exist_ok=True)
+                progress = functools.partial(tqdm, desc=row, unit="batch")
+                if not all(file.exists() for file in files[row]):
+                    # What happens once per process or model, such as building plans, is in no row's seconds.
+                    warm_up = {**arguments, "num_inference_steps": 1, "prompt": list(prompts[:batch_size])}
+                    generate_with_seeds(pipe, seeds[:batch_size], **warm_up)
+                seconds = save_images_with_seeds(
+                    pipe, prompts, seeds, files[row], batch_size=batch_size, progress=progress, **arguments
+                )
+                return {"total": sum(seconds), "per_image": median(seconds)}
+
+            # The student first, since linearizing checks all that can be checked of its weights.
+            with linearized(pipe, window, down_factor, schedule=schedule, weights=weights, backend=backend):
+                metadata = metadata_of(transformer) or {}
+                seconds = {STUDENT: draw(STUDENT)}
+            seconds[TEACHER] = draw(TEACHER)
+            _compare(made, files, prompts, batch_size, device)
+            evaluation = Evaluation(
+                settings={
+                    **shared,
+                    **{name: metadata[name] for name in ("weights", "method", "schedule")},
+                    "clip": clip,
+                    "dino": dino,
+                },
+                versions=installed_versions(*LIBRARIES),
+                seconds=seconds,
+                means={name: metric.compute() for name, metric in made.items()},
+                missing=missing,
+                images=[
+                    {"prompt": prompt, "seed": seeds[n], **{row: _numbers(made, row, n) for row in (TEACHER, STUDENT)}}
+                    for n, prompt in enumerate(prompts)
+                ],
             )
-            return {"total": sum(seconds), "per_image": median(seconds)}
-
-        # The student first, since linearizing checks all that can be checked of its weights.
-        with linearized(pipe, window, down_factor, schedule=schedule, weights=weights, backend=backend):
-            metadata = metadata_of(transformer) or {}
-            seconds = {STUDENT: draw(STUDENT)}
-        seconds[TEACHER] = draw(TEACHER)
-        _compare(made, files, prompts, batch_size, device)
-        evaluation = Evaluation(
-            settings={
-                **shared,
-                **{name: metadata[name] for name in ("weights", "method", "schedule")},
-                "clip": clip,
-                "dino": dino,
-            },
-            versions=installed_versions(*LIBRARIES),
-            seconds=seconds,
-            means={name: metric.compute() for name, metric in made.items()},
-            missing=missing,
-            images=[
-                {"prompt": prompt, "seed": seeds[n], **{row: _numbers(made, row, n) for row in (TEACHER, STUDENT)}}
-                for n, prompt in enumerate(prompts)
-            ],
-        )
-        for name in (NUMBERS, SHEET):  # of a run that could not write the other
-            (output / name).unlink(missing_ok=True)
-        # The numbers are returned even if the disk is full.
-        with warn_if_unwritten(output / NUMBERS):
-            atomic_text(output / NUMBERS, evaluation.to_json())
-        with warn_if_unwritten(output / SHEET), atomic_file(output / SHEET) as unfinished:
-            evaluation_sheet(evaluation, files).save(unfinished)
-    if (output / NUMBERS).is_file() and (output / SHEET).is_file():
-        finish(output, files if save_images else ())
-    else:
-        warn_of_kept(folder, 2 * len(prompts), 2 * len(prompts), stacklevel=3)
+            for name in (NUMBERS, SHEET):  # of a run that could not write the other
+                (output / name).unlink(missing_ok=True)
+            # The numbers are returned even if the disk is full.
+            with warn_if_unwritten(output / NUMBERS):
+                atomic_text(output / NUMBERS, evaluation.to_json())
+            with warn_if_unwritten(output / SHEET), atomic_file(output / SHEET) as unfinished:
+                evaluation_sheet(evaluation, files).save(unfinished)
+        if (output / NUMBERS).is_file() and (output / SHEET).is_file():
+            finish(output, files if save_images else ())
+        else:
+            warn_of_kept(folder, 2 * len(prompts), 2 * len(prompts), stacklevel=3)
     return evaluation
 
 

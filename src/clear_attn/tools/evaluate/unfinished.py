@@ -13,15 +13,52 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clear_attn.utils.atomic import atomic_text, check_empty, delete_leftovers
+from filelock import FileLock, Timeout
+
+from clear_attn.utils.atomic import atomic_text, check_empty, check_folder, delete_leftovers
 from clear_attn.utils.json_records import read_json
 
 SETTINGS = "settings.json"
+LOCK = ".eval.lock"
 
 
 def unfinished_folder(output: Path) -> Path:
     """Return the folder of an unfinished evaluation."""
     return output / "unfinished"
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Reserve a folder for one evaluation, and delete it at the end if it is new and still empty.
+
+    The operating system releases the lock when the process ends, even if it is killed.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        FileExistsError: another process evaluates to it.
+    """
+    check_folder(output)
+    new = [folder for folder in (output, *output.parents) if not folder.exists()]
+    lock = FileLock(output / LOCK, blocking=False)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise FileExistsError(
+                f"{output} is being evaluated by another process; wait for it, or give another output_dir"
+            ) from None
+        try:
+            yield
+        finally:
+            # Before the release, so that it is never another process's file; Windows deletes it on release.
+            with contextlib.suppress(OSError):
+                (output / LOCK).unlink()
+            lock.release()
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
 
 
 def check_output(output: Path, *, resume: bool) -> None:
@@ -46,7 +83,7 @@ def check_output(output: Path, *, resume: bool) -> None:
     delete_leftovers(folder)
     if folder.is_dir() and all(path.is_dir() for path in folder.rglob("*")):
         shutil.rmtree(folder)
-    check_empty(output)
+    check_empty(output, ignored=(LOCK,))
 
 
 def check_settings(output: Path, settings: dict[str, Any]) -> None:
@@ -73,7 +110,7 @@ def unfinished_run(output: Path, settings: dict[str, Any], images: int) -> Itera
         settings: what the images depend on, as JSON.
         images: the number of images to draw.
     """
-    existed, folder = output.is_dir(), unfinished_folder(output)
+    folder = unfinished_folder(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_text(folder / SETTINGS, _to_json(settings))
@@ -83,9 +120,6 @@ def unfinished_run(output: Path, settings: dict[str, Any], images: int) -> Itera
             warn_of_kept(folder, kept, images, stacklevel=5)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-            if not existed:
-                with contextlib.suppress(OSError):
-                    output.rmdir()
         raise
 
 
