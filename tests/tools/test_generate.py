@@ -331,9 +331,11 @@ def test_a_killed_run_is_resumed(tmp_path):
     for name, given, left in (("copy", ("--save-stages",), [kept[0]]), ("out", (), [])):
         result = generate(tmp_path / f"{name}.png", "--resume", *given)
         assert result.exit_code == 0, result.output
-        assert np.array_equal(pixels(tmp_path / f"{name}.png"), pixels(tmp_path / "expected.png"))
+        # The base image is of another process, in which the last bits may differ.
+        np.testing.assert_allclose(pixels(tmp_path / f"{name}.png"), pixels(tmp_path / "expected.png"), atol=2)
         names = [each.replace("out", name) for each in [*left, "out.png", "out.png.json"]]
         assert sorted(file.name for file in tmp_path.glob(f"{name}*")) == names
+    assert np.array_equal(pixels(tmp_path / "copy.png"), pixels(tmp_path / "out.png"))
 
 
 def test_a_run_that_saved_no_image_is_resumed(tmp_path, monkeypatch):

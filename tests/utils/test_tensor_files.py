@@ -56,10 +56,14 @@ class SwallowsInterrupts:
 @pytest.mark.parametrize("error", [ValueError("bare"), safetensors.SafetensorError("half")])
 def test_ctrl_c_is_raised_whatever_safetensors_raises(file, monkeypatch, error):
     monkeypatch.setattr(tensor_files, "safe_open", SwallowsInterrupts(error))
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        read_tensors(file)
-    assert signal.getsignal(signal.SIGINT) is before
+    # A shell starts its background jobs with SIGINT ignored, and Python keeps it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            read_tensors(file)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_users_handler_is_called(file, monkeypatch):
