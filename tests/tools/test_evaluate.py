@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FluxPipeline
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -37,6 +38,7 @@ from clear_attn.tools.cli import app
 from clear_attn.tools.evaluate import Evaluation, evaluate, evaluation
 from clear_attn.tools.evaluate.embeddings import Clip, Dino
 from clear_attn.tools.evaluate.evaluation import read_images
+from clear_attn.tools.evaluate.fingerprint import describe_sources, fingerprint
 from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
 from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
 from clear_attn.tools.evaluate.unfinished import LOCK, check_output, finish, locked
@@ -76,6 +78,11 @@ def feature_models(tmp_path_factory):
         )
     pillow_processor("ViT")(size={"height": 32, "width": 32}).save_pretrained(folder / "dino")
     return folder
+
+
+def train(pipe):
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(1.001)
 
 
 def random_images(count=3, height=24, width=40, seed=0):
@@ -524,7 +531,7 @@ class TestEvaluate:
             evaluate(pipe, PROMPTS, out, **given)
         with monkeypatch.context() as patched:
             patched.setattr(evaluation, "make_metrics", lambda *args: pytest.fail("it loads metrics"))
-            with pytest.raises(ValueError, match="an unfinished evaluation with another seed, window; give the same"):
+            with pytest.raises(ValueError, match=r"seed must be the same \(was 0, is 1\), window must be "):
                 evaluate(pipe, PROMPTS, out, resume=True, seed=1, **{**given, "window": 3})
         generate = seeded_images.generate_with_seeds
         monkeypatch.setattr(
@@ -535,6 +542,65 @@ class TestEvaluate:
         assert found.means["psnr"] == expected.means["psnr"]
         assert found.seconds["student"]["total"] >= taken
         assert sorted(path.name for path in out.iterdir()) == ["contact_sheet.png", "eval.json", "student", "teacher"]
+
+    @pytest.mark.parametrize(
+        ("change", "differs"),
+        [
+            (
+                lambda pipe: pipe.transformer.register_to_config(_name_or_path="b/model"),
+                "model must be the same (was '/",
+            ),
+            (train, "transformer must be the same (was "),
+            (lambda pipe: pipe.unload_lora_weights(), "adapters must be the same (was ['style'], is [])"),
+            (lambda pipe: pipe.set_adapters("style", 0.5), "adapter_scales must be the same (was ['style * 1.0'], is"),
+            (lambda pipe: pipe.scheduler.register_to_config(shift=2.5), "scheduler must be the same"),
+        ],
+        ids=["folder", "values", "lora", "scale", "scheduler"],
+    )
+    def test_resumes_with_the_same_model_alone(self, tmp_path, monkeypatch, change, differs):
+        def full(path):
+            if path.name == "00001.png":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return atomic.atomic_file(path)
+
+        pipe = dummy_models.flux_pipeline()
+        pipe.transformer.register_to_config(_name_or_path="a/model")
+        pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"]), "style")
+        call = {"weights": None, "metrics": ["psnr"], **CALL, "num_inference_steps": 1}
+        with monkeypatch.context() as patched:
+            patched.setattr(seeded_images, "atomic_file", full)
+            with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning, match="1 of 4 images"):
+                evaluate(pipe, PROMPTS[:2], tmp_path / "out", **call)
+        before = (tmp_path / "out" / "unfinished" / "settings.json").read_bytes()
+        change(pipe)
+        with pytest.raises(ValueError, match=re.escape(differs)):
+            evaluate(pipe, PROMPTS[:2], tmp_path / "out", resume=True, **call)
+        assert (tmp_path / "out" / "unfinished" / "settings.json").read_bytes() == before
+
+    def test_other_weights_at_the_same_path_have_another_fingerprint(self, pipe, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        found = []
+        for value in (1.0, 2.0):
+            save_file({"a": torch.full((5000,), value)}, "weights.safetensors")
+            found.append(describe_sources(pipe, pipe.transformer, "weights.safetensors"))
+        assert found[0].pop("weights_file") != found[1].pop("weights_file")
+        assert found[0] == found[1]
+        assert found[0]["weights"] == str(tmp_path / "weights.safetensors")
+
+    def test_quantized_values_have_a_fingerprint(self):
+        quantization = pytest.importorskip("torchao.quantization")
+
+        def quantized(value):
+            layer = torch.nn.Sequential(torch.nn.Linear(64, 64))
+            torch.nn.init.constant_(layer[0].weight, value)
+            quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+            return fingerprint({"weight": layer[0].weight})
+
+        assert quantized(1.0) == quantized(1.0) != quantized(2.0)
+
+    def test_tensors_without_values_have_a_fingerprint(self):
+        meta = [fingerprint({"a": torch.empty(3, device="meta", dtype=each)}) for each in (torch.half, torch.half)]
+        assert meta[0] == meta[1] != fingerprint({"a": torch.zeros(3, dtype=torch.half)})
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
@@ -656,6 +722,11 @@ class TestCommand:
         assert "holds an unfinished evaluation; go on with --resume" in " ".join(
             self.run(*options, **given).stderr.split()
         )
+        prompts.write_text("\n".join(reversed(PROMPTS)))
+        stderr = " ".join(self.run(*options, "--resume", "--batch-size", "2", **given).stderr.split())
+        assert "--batch-size must be the same (was 1, is 2), --prompts must be the same (was [" in stderr
+        assert stderr.endswith("; or give another --output-dir")
+        prompts.write_text("\n".join(PROMPTS))
         result = self.run(*options, "--resume", **given)
         assert result.exit_code == 0, result.output
         assert f"Saved {out}" in result.output

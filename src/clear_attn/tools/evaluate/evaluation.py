@@ -22,6 +22,7 @@ from clear_attn.models._diffusers import execution_device_of
 from clear_attn.models.pipeline_defaults import default_text_tokens, native_side, pixels_per_token
 from clear_attn.patching.context_managers import linearized
 from clear_attn.patching.target import find_transformer
+from clear_attn.tools.evaluate.fingerprint import describe_sources
 from clear_attn.tools.evaluate.metric_registry import CLIP, DINO, Sources, make_metrics
 from clear_attn.tools.evaluate.metrics import STUDENT, TEACHER, Batch, Metric
 from clear_attn.tools.evaluate.report import Evaluation, evaluation_sheet
@@ -153,7 +154,7 @@ def evaluate(
     }
     drawn_from = {
         **shared,
-        "weights": None if weights is None else str(weights),
+        **describe_sources(pipe, transformer, weights),
         "window": window,
         "down_factor": down_factor,
         "schedule": repr(schedule),

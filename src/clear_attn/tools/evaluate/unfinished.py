@@ -76,7 +76,7 @@ def check_output(output: Path, *, resume: bool) -> None:
         return
     if (folder / SETTINGS).is_file():
         raise FileExistsError(
-            f"{output} holds an unfinished evaluation; go on with resume=True, or give another folder"
+            f"{output} holds an unfinished evaluation; go on with resume=True, or give another output_dir"
         )
     delete_leftovers(output)
     # A run that was killed at its start leaves a folder without files.
@@ -89,10 +89,18 @@ def check_output(output: Path, *, resume: bool) -> None:
 def check_settings(output: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError if the images of an unfinished evaluation were drawn with other settings."""
     before, now = read_json(unfinished_folder(output) / SETTINGS), json.loads(_to_json(settings))
-    if names := [name for name in now if now[name] != before.get(name)]:
+    differ = [f"{name} must be {_same(before.get(name), now[name])}" for name in now if now[name] != before.get(name)]
+    if differ:
         raise ValueError(
-            f"{output} holds an unfinished evaluation with another {', '.join(names)}; give the same, or another folder"
+            f"{output} holds an unfinished evaluation of other images: to go on with it, {', '.join(differ)}; "
+            "or give another output_dir"
         )
+
+
+def _same(before: Any, now: Any) -> str:
+    """Return in words that a value must be as before, with both if they are short."""
+    values = f" (was {before!r}, is {now!r})"
+    return f"the same{values if len(values) < 200 else ''}"
 
 
 def _to_json(settings: dict[str, Any]) -> str:
