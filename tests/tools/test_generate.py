@@ -356,13 +356,34 @@ def test_a_run_that_saved_no_image_is_resumed(tmp_path, monkeypatch):
     assert np.array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "expected.png"))
 
 
+def test_a_finished_image_with_the_name_of_a_stage_stays(tmp_path):
+    options = (*SMALL, "--height", 128, "--base-steps", 1)
+    finished = tmp_path / "out-1-2048x2048.png"
+    assert generate(finished, *options).exit_code == 0
+    before = finished.read_bytes()
+    result = generate(tmp_path / "out.png", *options, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert finished.read_bytes() == before
+
+
+def test_a_run_begins_without_the_stages_of_an_earlier_one(tmp_path):
+    """The weights may have changed in between."""
+    file, image = tmp_path / "out.png", Image.new("RGB", (64, 64))
+    plan = clear.HighresPlan("a red circle", 128, 128, clear.Base(64, 64), (clear.Stage(128, 128),), 3, 4, 1, None)
+    saved_files.save_with_plan(image, saved_files.stage_file(file, 0, image), plan)
+    saved_files.save_with_plan(image, saved_files.stage_file(file, 1, image), replace(plan, seed=4))
+    generation.Output.find(file, save_stages=False).keep(clear.HighresResult([], plan))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out-1-64x64.png", "out.png.json"]
+
+
 def test_deletes_only_stages_of_its_own_and_of_unfinished_runs(tmp_path, start, monkeypatch):
     output, options = tmp_path / "out.png", (*SMALL, "--height", 128, "--init-image", start)
     first = generate(output, *options, "--save-stages")
     assert first.exit_code == 0, first.output
     (tmp_path / "out-7-8x8.png").write_text("mine")
     Image.new("RGB", (8, 8)).save(tmp_path / "out-8-8x8.png")
-    plan = replace(clear.HighresPlan.load(output), seed=9)
+    plan = clear.HighresPlan.load(output)
+    plan = replace(plan, seed=9, image={**plan.image, "height": 32, "width": 40})
     left = cascade_result.HighresResult([Image.new("RGB", (40, 32))], plan).save(output)
     assert left == [tmp_path / "out-0-32x40.png"]
     result = generate(output, *options, "--overwrite")

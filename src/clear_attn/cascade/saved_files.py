@@ -13,6 +13,7 @@ from clear_attn.cascade.plan import PNG_ENTRY, HighresPlan, comparable
 from clear_attn.utils.atomic import atomic_file, atomic_text
 from clear_attn.utils.image_files import try_write, validate_image_file
 from clear_attn.utils.image_sizes import Size
+from clear_attn.utils.json_records import parse_json
 
 
 def stage_file(file: Path, number: int, image: Image.Image) -> Path:
@@ -59,12 +60,22 @@ def stage_files(file: Path) -> list[Path]:
 
 
 def unfinished_stages(file: Path) -> list[Path]:
-    """Return the intermediate images next to an image that are of plans, but not of the image's own."""
+    """Return the intermediate images of the plan next to an image that was not drawn to its end."""
+    try:
+        plan = HighresPlan.load(plan_file(file))
+    except (OSError, ValueError):
+        return []
     finished = plan_in(file)
-    plans = {each: plan_in(each) for each in stage_files(file)}
-    return [
-        each for each, plan in plans.items() if plan and (finished is None or comparable(plan) != comparable(finished))
-    ]
+    return [] if finished and comparable(finished) == comparable(plan) else stages_of(file, plan)
+
+
+def stages_of(file: Path, plan: HighresPlan) -> list[Path]:
+    """Return the intermediate images next to an image that were drawn from a plan."""
+    given = [(plan.image["height"], plan.image["width"])] if plan.image else []
+    sizes = [*given, *(each.size for each in plan.drawn[:-1] if each.height is not None)]
+    files = [file.with_name(stage_name(file, *each)) for each in enumerate(sizes)]
+    drawn = ((each, plan_in(each)) for each in files if each.exists())
+    return [each for each, own in drawn if own and comparable(own) == comparable(plan)]
 
 
 def plan_file(file: Path) -> Path:
@@ -90,12 +101,16 @@ def has_plan(file: Path, plan: HighresPlan) -> bool:
 
 
 def validate_plan_file(file: Path) -> None:
-    """Raise FileExistsError for a file that a plan would overwrite and that is not a plan."""
-    if file.exists():
-        try:
-            HighresPlan.load(file)
-        except (OSError, ValueError):
-            raise FileExistsError(f"{file} is not a plan and would be overwritten; give another file") from None
+    """Raise FileExistsError for a file that a plan would overwrite and that is not a plan, of any version."""
+    if file.exists() and not _is_plan(file):
+        raise FileExistsError(f"{file} is not a plan and would be overwritten; give another file")
+
+
+def _is_plan(file: Path) -> bool:
+    try:
+        return {"format", "prompt", "stages"} <= parse_json(file.read_bytes(), "it").keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def save_with_plan(image: Image.Image, file: Path, plan: HighresPlan) -> None:

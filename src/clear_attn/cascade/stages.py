@@ -193,8 +193,7 @@ class Stage(_Sized):
         if self.continues and self.low_resolution_guidance is not None:
             raise ValueError(
                 f"low_resolution_guidance={self.low_resolution_guidance} guides toward the finished image before, and "
-                "with continues=True the run before is not finished; leave one out (low_resolution_guidance=None is "
-                "off), or guide with stepwise_guidance"
+                "with continues=True the run before is not finished; leave one out, or guide with stepwise_guidance"
             )
 
     @staticmethod

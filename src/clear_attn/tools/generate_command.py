@@ -155,7 +155,7 @@ def generate(
 
     # The plan of an unfinished image may be replaced; `validate_output` refuses other files of its name.
     if not (resume or overwrite) and (left := stage_files(output)):
-        go_on = ", or --resume to go on" if output.suffix.lower() == ".png" else ""
+        go_on = ", or --resume to go on" if plan_file(output).exists() and output.suffix.lower() == ".png" else ""
         raise options.refused("--output", options.EXISTS.format(left[0]) + go_on)
     kept = None
     if resume:

@@ -18,7 +18,7 @@ from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import describe, differences, fingerprint, versions
 from clear_attn.cascade.planning import random_seed
 from clear_attn.cascade.presets import default_preset
-from clear_attn.cascade.saved_files import has_plan, plan_file, stage_file, stage_files, unfinished_stages
+from clear_attn.cascade.saved_files import has_plan, plan_file, stage_file, stage_files, stages_of, unfinished_stages
 from clear_attn.models._diffusers import execution_device_of
 from clear_attn.parallel import launch, parallelize
 from clear_attn.patching.linearization import linearize
@@ -83,6 +83,9 @@ class Output(NamedTuple):
     def keep(self, result: HighresResult) -> None:
         """Save what is finished of an unfinished result, to resume from after a kill."""
         if launch.is_first() and not result.finished and (self.is_resumable or self.save_stages):
+            # The weights may have changed since another run of this plan drew its images.
+            for file in {*stages_of(self.file, result.plan)} - self._stages(result.images):
+                file.unlink()
             result.save_progress(self.file)
 
     def save(self, result: HighresResult) -> list[Path]:
@@ -100,12 +103,16 @@ class Output(NamedTuple):
 
     def can_resume(self, result: HighresResult, saved: Sequence[Path]) -> bool:
         """Return whether a run can be resumed from the images of an unfinished result, as its files are saved."""
-        images = [stage_file(self.file, *each) for each in enumerate(result.images)]
-        return self.is_resumable and images != [] and {*images, plan_file(self.file)} <= set(saved)
+        images = self._stages(result.images)
+        return self.is_resumable and bool(images) and {*images, plan_file(self.file)} <= set(saved)
+
+    def _stages(self, images: Sequence[Image.Image]) -> set[Path]:
+        """Return the files of intermediate images."""
+        return {stage_file(self.file, *each) for each in enumerate(images)}
 
     def _delete_stages(self, result: HighresResult) -> None:
         """Delete the images of stages that this run saved or unfinished ones left; files of others stay."""
-        own = {stage_file(self.file, *each) for each in enumerate(result.images[:-1])}
+        own = self._stages(result.images[:-1])
         for file in (self.unfinished | own) - (own if self.save_stages else self.before - self.unfinished):
             file.unlink(missing_ok=True)
 
