@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 from clear_attn.cascade.plan import HighresPlan, comparable
 from clear_attn.cascade.recording import Recording, load_recording, save_recording
 from clear_attn.cascade.saved_files import (
+    files_of_stages,
     is_of,
     plan_file,
     plan_in,
@@ -22,7 +23,6 @@ from clear_attn.cascade.saved_files import (
     save_plan,
     save_with_plan,
     stage_file,
-    stage_name,
     validate_plan_file,
 )
 from clear_attn.utils.atomic import warn_if_unwritten
@@ -109,9 +109,7 @@ class HighresResult:
         if not plan_file(file).exists():
             raise FileNotFoundError(f"there is no {plan_file(file)} to resume from; draw the image")
         plan = HighresPlan.load(plan_file(file))
-        sizes = [(plan.image["height"], plan.image["width"])] if plan.image else []
-        sizes += [drawn.size for drawn in plan.drawn]
-        files = [file.with_name(stage_name(file, *each)) for each in enumerate(sizes[:-1])]
+        files = files_of_stages(file, plan)
         # Images of another plan may have been left under these names.
         are_there = [is_of(each, plan) for each in files]
         found = list(itertools.compress(files, itertools.accumulate(are_there, min)))

@@ -71,11 +71,15 @@ def unfinished_stages(file: Path) -> list[Path]:
 
 def stages_of(file: Path, plan: HighresPlan) -> list[Path]:
     """Return the intermediate images next to an image that were drawn from a plan."""
+    drawn = ((each, plan_in(each)) for each in files_of_stages(file, plan) if each.exists())
+    return [each for each, own in drawn if own and comparable(own) == comparable(plan)]
+
+
+def files_of_stages(file: Path, plan: HighresPlan) -> list[Path]:
+    """Return the files in which the intermediate images of a plan are saved, whether they exist or not."""
     given = [(plan.image["height"], plan.image["width"])] if plan.image else []
     sizes = [*given, *(each.size for each in plan.drawn[:-1] if each.height is not None)]
-    files = [file.with_name(stage_name(file, *each)) for each in enumerate(sizes)]
-    drawn = ((each, plan_in(each)) for each in files if each.exists())
-    return [each for each, own in drawn if own and comparable(own) == comparable(plan)]
+    return [file.with_name(stage_name(file, *each)) for each in enumerate(sizes)]
 
 
 def plan_file(file: Path) -> Path:
