@@ -1,6 +1,7 @@
 """The command `clear-attn generate`."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -315,29 +316,39 @@ app(sys.argv[1:])
 """
 
 
-def in_a_process(output, *options, start=("-m", "clear_attn")):
-    """Run `generate` in a process of its own. The last bits of an image may depend on what a process did before."""
-    arguments = ["generate", "--model", "demo", "--output", output, *options]
-    return subprocess.run([sys.executable, *start, *map(str, arguments)], capture_output=True, timeout=600)
+IN_TURN = """
+import json, sys
+from clear_attn.tools.cli import app
+
+for command in json.loads(sys.argv[1]):
+    app(command, standalone_mode=False)
+"""
+
+
+def in_new_process(code, *argument):
+    return subprocess.run([sys.executable, "-c", code, *map(str, argument)], capture_output=True, timeout=600)
 
 
 def test_a_killed_run_is_resumed(tmp_path):
+    """In new processes: the last bits of an image may depend on what a process did before."""
+    draw = ["generate", "--model", "demo", "--output"]
     options = (*SMALL, "--height", 160, "--base-steps", 2, "--stepwise-guidance", 0.5, "--continues")
-    expected = in_a_process(tmp_path / "expected.png", *options)
-    assert expected.returncode == 0, expected.stderr
-    assert not (tmp_path / "expected-0-128x128.png").exists()
-    killed = in_a_process(tmp_path / "out.png", *options, start=("-c", KILLED))
+    killed = in_new_process(KILLED, *draw, tmp_path / "out.png", *options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     kept = ["out-0-128x128.png", "out.png.json", "out.png.run.safetensors"]
-    assert sorted(file.name for file in tmp_path.glob("out*")) == kept
+    assert sorted(file.name for file in tmp_path.glob("*")) == kept
     for name in kept:
         shutil.copy(tmp_path / name, tmp_path / name.replace("out", "copy", 1))
-    for name, given, left in (("copy", ("--save-stages",), [kept[0]]), ("out", (), [])):
-        result = in_a_process(tmp_path / f"{name}.png", "--resume", *given)
-        assert result.returncode == 0, result.stderr
+    runs = {"expected": options, "copy": ("--resume", "--save-stages"), "out": ("--resume",)}
+    commands = [[*draw, f"{tmp_path / name}.png", *map(str, given)] for name, given in runs.items()]
+    done = in_new_process(IN_TURN, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    for name in ("copy", "out"):
         assert np.array_equal(pixels(tmp_path / f"{name}.png"), pixels(tmp_path / "expected.png"))
-        names = [each.replace("out", name) for each in [*left, "out.png", "out.png.json"]]
-        assert sorted(file.name for file in tmp_path.glob(f"{name}*")) == names
+    stages = {"copy": ["copy-0-128x128.png"]}
+    for name in runs:
+        files = [*stages.get(name, []), f"{name}.png", f"{name}.png.json"]
+        assert sorted(file.name for file in tmp_path.glob(f"{name}*")) == files
 
 
 def test_a_run_that_saved_no_image_is_resumed(tmp_path, monkeypatch):
