@@ -64,4 +64,23 @@ def trained(family, tmp_path):
 
 @pytest.fixture
 def pipe():
+    """A random FLUX for images of 16 x 16 tokens, which a test may change."""
     return dummy_models.flux_pipeline()
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory):
+    """The folder of the random FLUX."""
+    folder = tmp_path_factory.mktemp("models") / "random_flux"
+    dummy_models.flux_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_weights(tmp_path_factory):
+    """The folder of random weights for the random FLUX, with a window of 8."""
+    pipe, folder = dummy_models.flux_pipeline(), tmp_path_factory.mktemp("weights")
+    save_file(checkpoint_for(pipe.transformer), folder / "values.safetensors")
+    clear.linearize(pipe, 8, weights=folder / "values.safetensors")
+    clear.save_pretrained(pipe, folder / "flux_weights")
+    return folder / "flux_weights"

@@ -22,7 +22,7 @@ def draw(pipe, steps=4, **arguments):
     """An image as float64 numbers from 0 to 255, from latents that are drawn on the CPU."""
     rng = torch.Generator("cpu").manual_seed(0)
     size = {"height": 192, "width": 160, **arguments}
-    image = pipe(PROMPT, max_sequence_length=24, num_inference_steps=steps, generator=rng, **size).images[0]
+    image = pipe(PROMPT, num_inference_steps=steps, generator=rng, **size).images[0]
     return np.asarray(image, float)
 
 
@@ -60,7 +60,7 @@ def test_restore_gives_back_weights_image_and_memory():
     expected, before = draw(pipe), {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     gc.collect()
     allocated = torch.cuda.memory_allocated()
-    clear.linearize(pipe, weights=demo.distilled())
+    clear.linearize(pipe)
     changed = draw(pipe)
     clear.restore(pipe)
     gc.collect()
@@ -80,15 +80,14 @@ def test_compiled_blocks():
 
 def test_highres():
     pipe = demo.pipeline(torch.bfloat16).to("cuda")
-    result = clear.highres(
-        pipe, PROMPT, height=256, width=256, seed=0, weights=demo.distilled(), max_sequence_length=24
-    )
-    assert result.image.size == (256, 256)
+    side = 2 * demo.SIZE
+    result = clear.highres(pipe, PROMPT, height=side, width=side, seed=0)
+    assert result.image.size == (side, side)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_training(tmp_path, precision, fresh_accelerate):
-    settings = change(small_settings(tmp_path, fill(tmp_path / "images")), mixed_precision=precision)
+    settings = change(small_settings(tmp_path, fill(tmp_path / "images"), demo.path()), mixed_precision=precision)
     train(settings)
     assert all(torch.isfinite(x).all() for x in weights_of(settings).values())
 

@@ -135,15 +135,16 @@ class TestImages:
         assert same(other_stage.images[0], plain.images[0])
         assert not same(other_stage.image, plain.image)
 
-    def test_offloaded(self, pipe):
-        distilled = {"weights": demo.distilled(), "window": None}
+    def test_offloaded(self, pipe, flux_weights):
+        distilled = {"weights": flux_weights, "window": None}
         expected = draw(pipe, **distilled)
         by_group("leaf_level")(pipe.transformer)
         before = everything(pipe)
         assert same(draw(pipe, **distilled).image, expected.image)
         assert_as_it_was(pipe, before)
 
-    def test_guidance_keeps_the_small_flux_on_its_caption(self, pipe):
+    def test_guidance_keeps_the_small_flux_on_its_caption(self):
+        pipe = demo.pipeline()
         scene = held_out_scenes()[1]
         start = clear.Stage(strength=0.4, steps=10, ntk_factor=1, proportional=False)
         base = pipe(scene.caption, generator=torch.Generator().manual_seed(0)).images[0]
@@ -164,8 +165,8 @@ class TestImages:
         assert seen == [False, True]
 
 
-def test_refuses_a_base_image_after_originals_were_discarded(pipe):
-    clear.linearize(pipe, weights=demo.distilled(), keep_original=False)
+def test_refuses_a_base_image_after_originals_were_discarded(pipe, flux_weights):
+    clear.linearize(pipe, weights=flux_weights, keep_original=False)
     with pytest.raises(RuntimeError, match="the original weights of this pipeline were discarded"):
         draw(pipe, window=None, weights="auto")
     assert draw(pipe, window=None, weights="auto", image=noise(64, 64)).finished
@@ -179,25 +180,25 @@ def test_refuses_a_base_image_after_originals_were_discarded(pipe):
     ],
     ids=["quantized", "sequential offload"],
 )
-def test_refuses_a_base_image_whose_weights_cannot_come_back(pipe, change, message):
-    clear.linearize(pipe, weights=demo.distilled())
+def test_refuses_a_base_image_whose_weights_cannot_come_back(pipe, change, message, flux_weights):
+    clear.linearize(pipe, weights=flux_weights)
     change(pipe)
     with pytest.raises(RuntimeError, match=f"the base image needs the original weights: .*{message}.* with image="):
         draw(pipe, window=None, weights="auto")
     assert draw(pipe, window=None, weights="auto", image=noise(64, 64)).finished
 
 
-def test_refuses_a_base_image_of_a_pipeline_without_its_original_weights(pipe, tmp_path):
-    clear.linearize(pipe, weights=demo.distilled()).save_pretrained(tmp_path)
+def test_refuses_a_base_image_of_a_pipeline_without_its_original_weights(pipe, tmp_path, flux_weights):
+    clear.linearize(pipe, weights=flux_weights).save_pretrained(tmp_path)
     loaded = type(pipe).from_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="was loaded with distilled weights in it"):
         draw(loaded, window=None, weights="auto")
 
 
 @pytest.mark.parametrize("linearized", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_copies_of_the_attention_weights(pipe, linearized, monkeypatch):
+def test_copies_of_the_attention_weights(pipe, linearized, monkeypatch, flux_weights):
     """Two copies, originals and distilled; three for the base image of a linearized pipeline."""
-    distilled = {"weights": demo.distilled(), "window": None}
+    distilled = {"weights": flux_weights, "window": None}
     transformer, adapter = find_transformer(pipe)
     weights = [each for each in replaced_parameters(adapter.attention_layers(transformer)).values() if each.ndim == 2]
     shapes, once = {each.shape for each in weights}, sum(each.nbytes for each in weights)
@@ -209,7 +210,7 @@ def test_copies_of_the_attention_weights(pipe, linearized, monkeypatch):
 
     others = held() - once
     if linearized:
-        clear.linearize(pipe, weights=demo.distilled())
+        clear.linearize(pipe, weights=flux_weights)
         distilled["weights"] = "auto"
     copies = []
 
@@ -331,10 +332,10 @@ class TestAfterwards:
             (True, [2], 1),
         ],
     )
-    def test_ctrl_c_while_weights_are_copied(self, pipe, monkeypatch, linearized, at, finished):
-        distilled = {"weights": demo.distilled(), "window": None}
+    def test_ctrl_c_while_weights_are_copied(self, pipe, monkeypatch, linearized, at, finished, flux_weights):
+        distilled = {"weights": flux_weights, "window": None}
         if linearized:
-            clear.linearize(pipe, weights=demo.distilled())
+            clear.linearize(pipe, weights=flux_weights)
             distilled["weights"] = "auto"
         pipe.transformer.register_forward_pre_hook(lambda module, args: None)
         before, calls, copy_values = everything(pipe), [], state.copy_values

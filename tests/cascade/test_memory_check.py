@@ -67,7 +67,7 @@ class TestMemory:
     def test_weights_before_they_move(self, pipe, monkeypatch):
         weights = memory.pipeline_bytes(pipe)
         monkeypatch.setattr(fits, "available_memory", lambda device: (10 * weights, weights - 1))
-        with pytest.raises(ValueError, match=r"the weights take [\d.]+ MiB, and cuda:0 has .* --offload"):
+        with pytest.raises(ValueError, match=r"the weights take [\d.]+ KiB, and cuda:0 has .* --offload"):
             fits.check_weights_fit(pipe, torch.device("cuda:0"))
         monkeypatch.setattr(fits, "available_memory", lambda device: (10 * weights, weights))
         fits.check_weights_fit(pipe, torch.device("cuda:0"))

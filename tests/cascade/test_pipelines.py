@@ -294,7 +294,7 @@ def test_a_distilled_model_is_drawn_with_as_one(kind, make):
 
 @pytest.mark.parametrize("options", [{}, {"negative_prompt": NEGATIVE, "true_cfg_scale": 2.0}], ids=["plain", "guided"])
 def test_work_counts_the_passes_of_flux(options):
-    assert_work_is_of_the_run(dummy_models.small_flux(), stages=STAGE, **options)
+    assert_work_is_of_the_run(dummy_models.random_flux(), stages=STAGE, **options)
 
 
 def test_work_counts_one_pass_of_flux2_dev(make):

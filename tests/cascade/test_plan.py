@@ -16,7 +16,6 @@ from peft import LoraConfig
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn import demo
 from clear_attn.cascade import result as cascade_result
 from clear_attn.cascade.pipelines import find_cascade_target
 from clear_attn.cascade.plan import ATTENTION, describe
@@ -54,7 +53,7 @@ class TestPlan:
         assert plan.stages == (stage,)
         assert plan.base == clear.Base(height=128, width=64, steps=1, guidance=3.5)
         assert plan.model["pipeline"] == "FluxPipeline"
-        assert (plan.model["name"], plan.model["dtype"], plan.model["adapters"]) == ("small_flux", "float32", [])
+        assert (plan.model["name"], plan.model["dtype"], plan.model["adapters"]) == ("random_flux", "float32", [])
         assert plan.model["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
         assert plan.model["scheduler"]["config"]["shift"] == pipe.scheduler.config.shift
         assert (plan.weights, plan.revision, plan.backend) == (None, None, "auto")
@@ -94,11 +93,11 @@ class TestPlan:
         with pytest.raises(ValueError, match="has another aspect ratio"):
             clear.highres(pipe, **{**plan.arguments(), "base": replace(plan.base, width=120)})
 
-    def test_in_an_image_has_no_local_paths(self, tmp_path):
-        plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, str(demo.distilled()))
+    def test_in_an_image_has_no_local_paths(self, tmp_path, flux_weights):
+        plan = clear.HighresPlan(PROMPT, 64, 64, None, (clear.Stage(),), 3, 4, 1, str(flux_weights))
         HighresResult([noise(8, 8), noise(64, 64)], plan).save(tmp_path / "out.png")
         assert clear.HighresPlan.load(tmp_path / "out.png.json") == plan
-        assert clear.HighresPlan.load(tmp_path / "out.png") == replace(plan, weights="small_flux_clear")
+        assert clear.HighresPlan.load(tmp_path / "out.png") == replace(plan, weights="flux_weights")
         on_hub = replace(plan, weights="owner/repo/file.safetensors")
         assert on_hub.without_paths() == on_hub
 

@@ -5,6 +5,7 @@ import torch
 import clear_attn as clear
 from clear_attn import Stage, demo
 from clear_attn.cascade.presets import default_preset
+from clear_attn.cascade.stage_runner import Cascade
 from clear_attn.patching.target import find_target
 from tests.helpers import dummy_models
 from tests.helpers.large_images import draw
@@ -37,7 +38,8 @@ def test_other_models_have_the_published_one():
     assert preset_of(pipe) == "published"
 
 
-def test_highres_takes_the_models_preset_or_the_one_given():
+def test_highres_takes_the_models_preset_or_the_one_given(monkeypatch):
+    monkeypatch.setattr(Cascade, "draw", lambda *args: None)
     pipe = demo.pipeline()
 
     def planned(**settings):

@@ -10,7 +10,6 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn import demo
 from clear_attn.cascade import large_images, recorded_runs
 from clear_attn.cascade.growth import grow, smaller_sigma
 from clear_attn.cascade.latents import unpack
@@ -141,9 +140,9 @@ def test_resumes_what_runs_with_other_versions_and_folders_saved(pipe, tmp_path)
     assert (len(kept.images), list(kept.runs)) == (2, [1])
 
 
-def test_resumes_with_weights_that_have_moved(pipe, tmp_path, monkeypatch):
+def test_resumes_with_weights_that_have_moved(pipe, tmp_path, monkeypatch, flux_weights):
     for folder in ("before", "now"):
-        shutil.copytree(demo.distilled(), tmp_path / folder / "weights")
+        shutil.copytree(flux_weights, tmp_path / folder / "weights")
     monkeypatch.setattr(Cascade, "draw", lambda *args: None)
     settings = {"window": None, "base": BASE}
     result = draw(pipe, **settings, weights=tmp_path / "before" / "weights")
@@ -179,7 +178,7 @@ def test_a_stage_starts_from_the_grown_latents_of_the_base_image(pipe, monkeypat
     shifted = [3 * share / (1 + 2 * share) for share in (0.5, 0.25)]  # 2 of 4 steps, with a shift of 3
     assert [sigma for cls, sigma, _ in steps if cls is FluxImg2ImgPipeline] == pytest.approx(shifted)
     ends_at = smaller_sigma(shifted[0], 2.0)
-    sigmas = [4 * share / (1 + 3 * share) for share in (1, 0.75, 0.5, 0.25, 0)]  # the small FLUX's shift is 4
+    sigmas = [4 * share / (1 + 3 * share) for share in (1, 0.75, 0.5, 0.25, 0)]  # the pipeline's shift is 4
     ran = [sigma for cls, sigma, _ in steps if cls is FluxPipeline]
     assert ran == pytest.approx([sigma for sigma in sigmas if sigma > ends_at])
     assert len(ran) < 4
@@ -318,8 +317,8 @@ def test_refuses_to_resume_before_weights_are_loaded(pipe, monkeypatch, change):
         draw(pipe, **{**settings, **change}, resume=result if change else replace(result, runs={}))
 
 
-def test_refuses_to_resume_with_weights_that_say_another_window(pipe):
-    settings = {"base": BASE, "window": None, "weights": demo.distilled()}
+def test_refuses_to_resume_with_weights_that_say_another_window(pipe, flux_weights):
+    settings = {"base": BASE, "window": None, "weights": flux_weights}
     result = stopped(pipe, 1, **settings)
     other = replace(result, plan=replace(result.plan, window=5))
     with pytest.raises(ValueError, match="resume has a plan with another window;"):

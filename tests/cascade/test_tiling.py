@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from clear_attn import demo
 from clear_attn.cascade import tiling
 from clear_attn.cascade.tiling import HALO, run_in_tiles, scale_of, spans, tile_side, tiled_vae, weights
 from clear_attn.parallel import decode as rank_decode
 from clear_attn.profiling.memory import tiled_decode_bytes
-from tests.helpers import dummy_models, dummy_pipelines
+from tests.helpers import dummy_pipelines
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS = {
@@ -241,7 +242,7 @@ def test_memory_is_that_of_a_tile_and_the_image(example):
 def test_borders_do_not_show(noise, example, monkeypatch):
     """Compared with decoding at once, the difference along borders is no larger than elsewhere, nor does it jump."""
     monkeypatch.setattr(tiling, "LEAST_SIDE", 384)
-    found = example.compare(dummy_models.small_flux().vae, 768, noise)
+    found = example.compare(demo.pipeline().vae, 768, noise)
     ours, plain = found[example.OURS], found[example.NO_OVERLAP]
     assert ours.near <= 1.05 * ours.elsewhere
     assert ours.jump <= 1.05 * ours.change

@@ -36,6 +36,13 @@ def example(name):
     return module
 
 
+@pytest.fixture
+def pipe():
+    pipe = demo.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 class TestScenes:
     def test_held_out_scenes_are_not_trained_on(self):
         held_out, training = set(held_out_scenes()), set(training_scenes())

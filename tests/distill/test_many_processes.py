@@ -28,8 +28,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(tmp_path, data):
-    return change(small_settings(tmp_path, data), train_batch_size=1, max_train_steps=3)
+def settings(tmp_path, data, flux_folder):
+    return change(small_settings(tmp_path, data, flux_folder), train_batch_size=1, max_train_steps=3)
 
 
 def train_on_two(kind, settings):

@@ -7,16 +7,26 @@ import inspect
 import diffusers
 import torch
 from diffusers import (
+    AutoencoderKL,
     ChromaTransformer2DModel,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    FluxPipeline,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from clear_attn import demo
 
@@ -30,6 +40,10 @@ FLUX_CONFIG = {
     "pooled_projection_dim": 10,
     "axes_dims_rope": (4, 6, 6),
 }
+# That of the autoencoder and the text encoders of the pipelines.
+FLUX_PIPELINE_SIZES = {"in_channels": 16, "joint_attention_dim": 32, "pooled_projection_dim": 16}
+# The most that the tokenizers take.
+TEXT_TOKENS = 24
 FLUX2_CONFIG = {
     "in_channels": 8,
     "num_layers": 2,
@@ -134,17 +148,71 @@ def flux_transformer(guidance=False, **changes):
     return FluxTransformer2DModel(**{**FLUX_CONFIG, "guidance_embeds": guidance, **changes}).eval()
 
 
+def _tokenizers():
+    """Return CLIP's and T5's tokenizer of the packaged FLUX, for texts of up to 24 tokens."""
+    kinds = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+    return tuple(kind.from_pretrained(demo.path() / name, model_max_length=TEXT_TOKENS) for name, kind in kinds.items())
+
+
+def _clip_config(tokenizer):
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        projection_dim=16,
+        max_position_embeddings=TEXT_TOKENS,
+        **ids,
+    )
+
+
+def _t5_config(tokenizer):
+    return T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0)
+
+
 @functools.cache
-def small_flux():
-    """Return the small FLUX of the package. Do not change it."""
-    pipe = demo.pipeline()
+def random_flux():
+    """Return a random FLUX for images of 128 px, 16 x 16 tokens, and texts of 24 tokens. Do not change it."""
+    tokenizer, tokenizer_2 = _tokenizers()
+    torch.manual_seed(2)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=128,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    models = {
+        "vae": vae,
+        "text_encoder": CLIPTextModel(_clip_config(tokenizer)),
+        "text_encoder_2": T5EncoderModel(_t5_config(tokenizer_2)),
+        # The third single-stream layer is the first with an attention loss.
+        "transformer": flux_transformer(**FLUX_PIPELINE_SIZES, num_single_layers=3),
+    }
+    for model in models.values():
+        randomize(model.eval())
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0), tokenizer=tokenizer, tokenizer_2=tokenizer_2, **models
+    )
+    # As if loaded from a folder.
+    pipe.register_to_config(_name_or_path="/models/random_flux")
+    pipe.transformer.register_to_config(_name_or_path="/models/random_flux/transformer")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def flux_pipeline():
     """Return a copy, which a test may change."""
-    return copy.deepcopy(small_flux())
+    return copy.deepcopy(random_flux())
 
 
 def image_ids(*grids):
@@ -419,23 +487,10 @@ def qwen21_call(transformer, grid, *conditions, text=7, batch=1, seed=0, padded=
 
 @functools.cache
 def small_sd3():
-    """Return a random SD3.5 for up to 32 x 32 tokens, with the tokenizers of the small FLUX. Do not change it."""
-    parts = small_flux().components
+    """Return a random SD3.5 for up to 32 x 32 tokens, with the tokenizers of the random FLUX. Do not change it."""
+    parts = random_flux().components
     torch.manual_seed(2)
-    ids = {name: getattr(parts["tokenizer"], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    clip = CLIPTextConfig(
-        vocab_size=len(parts["tokenizer"]),
-        hidden_size=16,
-        intermediate_size=24,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        projection_dim=16,
-        max_position_embeddings=parts["tokenizer"].model_max_length,
-        **ids,
-    )
-    t5 = T5Config(
-        vocab_size=len(parts["tokenizer_2"]), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0
-    )
+    clip, t5 = _clip_config(parts["tokenizer"]), _t5_config(parts["tokenizer_2"])
     pipe = StableDiffusion3Pipeline(
         transformer=sd3_transformer(joint_attention_dim=32, pooled_projection_dim=32, num_layers=4),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -176,11 +176,11 @@ def chroma(kind):
 
 
 def z_image(kind="ZImagePipeline", **parts):
-    """A Z-Image pipeline of the class of this name around the small FLUX's autoencoder, to be called with captions."""
+    """A Z-Image pipeline of the class of this name around the random FLUX's autoencoder, to be called with captions."""
     return _quiet(
         getattr(diffusers, kind)(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=dummy_models.small_flux().vae,
+            vae=dummy_models.random_flux().vae,
             text_encoder=unused_text_encoder(),
             tokenizer=None,
             transformer=dummy_models.z_image_transformer(),

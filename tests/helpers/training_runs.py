@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from clear_attn import demo
 from clear_attn.demo.scenes import draw, training_scenes
 from clear_attn.distill import Settings
 from clear_attn.distill.step import Batch
@@ -25,10 +24,10 @@ def fill(folder, count=5, sizes=((64, 64),)):
     return folder
 
 
-def small_settings(folder, data):
-    """Return settings for four steps of the small FLUX, with a checkpoint after two."""
+def small_settings(folder, data, model):
+    """Return settings for four steps of the FLUX in a folder, with a checkpoint after two."""
     return Settings(
-        pretrained_model_name_or_path=str(demo.path()),
+        pretrained_model_name_or_path=str(model),
         train_data_dir=str(data),
         output_dir=str(folder / "out"),
         latents_dir=str(folder / "cache"),

@@ -36,7 +36,7 @@ QWEN21_CONDITIONS = 4 * 4, 4 * 4  # tokens of condition images, which are resize
 IP_TOKENS, IP_DIM = 4, 20
 
 
-# Parts of the small FLUX that all pipelines share.
+# Parts of the random FLUX that all pipelines share.
 FLUX_PARTS = "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"
 
 
@@ -110,16 +110,16 @@ def _values(seed: int, *shape: int) -> Tensor:
 
 
 def flux(name: str, *, channels: int = 16, **parts: Any) -> Any:
-    """Return a FLUX pipeline of a class, with a random transformer and the other parts of the small FLUX."""
-    others = {part: dummy_models.small_flux().components[part] for part in FLUX_PARTS}
-    sizes = {"joint_attention_dim": 128, "pooled_projection_dim": 64}
-    transformer = dummy_models.flux_transformer(guidance=True, in_channels=channels, out_channels=16, **sizes)
+    """Return a FLUX pipeline of a class, with a transformer of its own and the other parts of the random FLUX."""
+    others = {part: dummy_models.random_flux().components[part] for part in FLUX_PARTS}
+    sizes = {**dummy_models.FLUX_PIPELINE_SIZES, "in_channels": channels, "out_channels": 16}
+    transformer = dummy_models.flux_transformer(guidance=True, **sizes)
     return getattr(diffusers, name)(**others, transformer=transformer, **parts)
 
 
 def flux_controlnet() -> FluxControlNetModel:
     torch.manual_seed(5)
-    sizes = {"joint_attention_dim": 128, "pooled_projection_dim": 64, "in_channels": 16, "guidance_embeds": True}
+    sizes = {**dummy_models.FLUX_PIPELINE_SIZES, "guidance_embeds": True}
     return fill_zeros(
         FluxControlNetModel(**{**dummy_models.FLUX_CONFIG, "num_layers": 1, "num_single_layers": 1, **sizes})
     )
@@ -167,14 +167,16 @@ def load_ip_adapter(pipe: Any) -> None:
 @functools.cache
 def _redux_prior() -> Any:
     """Return a pipeline that makes embeddings of a text, followed by those of an image."""
-    parts = dummy_models.small_flux().components
+    parts = dummy_models.random_flux().components
     torch.manual_seed(4)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8))
     return diffusers.FluxPriorReduxPipeline(
         image_encoder=encoder.eval(),
         feature_extractor=pillow_processor("Siglip")(size={"height": 16, "width": 16}),
-        image_embedder=ReduxImageEncoder(redux_dim=16, txt_in_features=128).eval(),
+        image_embedder=ReduxImageEncoder(
+            redux_dim=16, txt_in_features=dummy_models.FLUX_PIPELINE_SIZES["joint_attention_dim"]
+        ).eval(),
         **{name: parts[name] for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")},
     )
 

@@ -17,6 +17,7 @@ from clear_attn.distill.student import add_student, student_values
 from clear_attn.patching.saving import save_values
 from tests.helpers import dummy_models
 from tests.helpers.families import each_family, each_family_with_each
+from tests.helpers.placement import align
 from tests.helpers.reference_model import joined, put_rule, run
 from tests.helpers.snapshots import assert_same, layers_of, snapshot, train
 
@@ -174,7 +175,9 @@ class TestSavedWhole:
         def save_whole(method):
             clear.linearize(pipe, method=method, weights=None)
             pipe.save_pretrained(tmp_path)
-            return FluxPipeline.from_pretrained(tmp_path)
+            loaded = FluxPipeline.from_pretrained(tmp_path)
+            align(loaded.transformer)
+            return loaded
 
         return save_whole
 

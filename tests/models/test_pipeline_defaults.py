@@ -66,7 +66,7 @@ class TestSmallFlux:
     def test_is_known_wherever_it_is_loaded_from(self, loaded):
         assert native_side(loaded, loaded.transformer) == demo.SIZE
         assert longest_text(loaded) == default_text_tokens(loaded) == demo.TEXT_TOKENS
-        assert clear.cost(loaded, 128, 128).text_tokens == demo.TEXT_TOKENS
+        assert clear.cost(loaded, demo.SIZE, demo.SIZE).text_tokens == demo.TEXT_TOKENS
 
     def test_saves_a_pipeline_of_diffusers(self, tmp_path):
         demo.pipeline().save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clear_attn as clear
-from clear_attn import TokenLayout, demo
+from clear_attn import TokenLayout
 from clear_attn.core.layout import Images
 from clear_attn.core.window_mask import window_mask
 from clear_attn.parallel import weights_digest
@@ -259,12 +259,12 @@ def test_only_changed_weights_are_read_again(monkeypatch):
 
 
 @pytest.mark.slow
-def test_generate_under_torchrun(tmp_path):
+def test_generate_under_torchrun(flux_folder, tmp_path):
     options = ("--prompt", "a red circle", "--height", 192, "--width", 128, "--window", 4, "--weights", "none")
     options = (*options, "--seed", 3, "--max-sequence-length", 24, "--steps", 2, "--strength", 0.5, "--device", "cpu")
     start = tmp_path / "start.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 64, 3)).astype(np.uint8)).save(start)
-    options = ("-m", "clear_attn", "generate", "--model", demo.path(), *options, "--init-image", start)
+    options = ("-m", "clear_attn", "generate", "--model", flux_folder, *options, "--init-image", start)
     _run(sys.executable, *options, "--output", tmp_path / "one.png")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     output = _run(*torchrun, *options, "--output", tmp_path / "two.png").stdout

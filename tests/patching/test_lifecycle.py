@@ -8,7 +8,6 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from safetensors.torch import save_file
 
 import clear_attn as clear
-from clear_attn import demo
 from clear_attn.models._diffusers import load_pretrained
 from tests.helpers.placement import as_a_whole, by_group, nothing, to_eight_bits
 from tests.helpers.reference_model import run
@@ -43,8 +42,8 @@ def test_offloading_and_casting_before_and_after(family, transformer, checkpoint
 
 
 @pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}])
-def test_loading_options(options, tmp_path):
-    pipe = load_pretrained(FluxPipeline, demo.path(), dtype=torch.bfloat16, **options)
+def test_loading_options(options, flux_folder, tmp_path):
+    pipe = load_pretrained(FluxPipeline, flux_folder, dtype=torch.bfloat16, **options)
     save_file(checkpoint_for(pipe.transformer.float(), 2), tmp_path / "weights.safetensors")
     pipe.transformer.bfloat16()
     clear.linearize(pipe, 4, weights=tmp_path / "weights.safetensors")

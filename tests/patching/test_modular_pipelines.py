@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import clear_attn as clear
 from clear_attn.weights.metadata import CONFIG_FILE, read_record
 from tests.helpers.modular_pipelines import MODULAR, each_modular_pipeline, needs_modular_pipelines
+from tests.helpers.placement import align
 from tests.helpers.reference_model import check_pipeline
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot
 
@@ -90,6 +91,7 @@ def test_components_that_are_loaded_later_leave_it_linearized(tmp_path):
     pipe = diffusers.ModularPipeline.from_pretrained(str(tmp_path / "model"))
     pipe.set_progress_bar_config(disable=True)
     pipe.load_components("transformer")
+    align(pipe.transformer)
     clear.linearize(pipe, 3, weights=None)
     pipe.load_components()
     assert clear.is_linearized(pipe)
@@ -110,6 +112,7 @@ def test_one_that_was_saved_while_it_was_linearized(tmp_path):
     pipe.save_pretrained(str(tmp_path / "model"), overwrite_modular_index=True)
     again = diffusers.ModularPipeline.from_pretrained(str(tmp_path / "model"))
     again.load_components()
+    align(again.transformer)
     again.set_progress_bar_config(disable=True)
     with pytest.warns(UserWarning, match="now runs with dense attention"):
         assert not clear.is_linearized(again)

@@ -18,6 +18,7 @@ from clear_attn.patching import saving
 from clear_attn.patching.target import entry_hook_of
 from tests.helpers import dummy_models, families
 from tests.helpers.families import each_family
+from tests.helpers.placement import align
 from tests.helpers.reference_model import run
 from tests.helpers.snapshots import assert_same, checkpoint_for, snapshot, train
 
@@ -356,7 +357,9 @@ class TestSavedWhole:
                 save_file(checkpoint_for(pipe.transformer, factor), weights)
             clear.linearize(pipe, 5, factor, weights=weights)
             pipe.save_pretrained(tmp_path / "whole")
-            return FluxPipeline.from_pretrained(tmp_path / "whole")
+            loaded = FluxPipeline.from_pretrained(tmp_path / "whole")
+            align(loaded.transformer)
+            return loaded
 
         return save_whole
 

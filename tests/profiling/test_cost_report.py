@@ -57,7 +57,7 @@ def test_settings_and_sizes_come_from_the_pipeline(pipe):
     clear.linearize(pipe, 5, 2, weights=None)
     cost = clear.cost(pipe, 256, 128, text_tokens=24, batch=4)
     assert (cost.height, cost.width, cost.method) == (32, 16, clear.methods.Clear(5, 2))
-    assert (cost.layers, cost.heads * cost.head_dim) == (6, 128)
+    assert (cost.layers, cost.heads * cost.head_dim) == (5, 32)
     assert clear.cost(pipe, 256, 128, window=3).method == clear.methods.Clear(3, 2)
 
 

@@ -144,7 +144,7 @@ def test_sigmas_of_a_scheduler_that_makes_its_own(make, dynamic):
     pipe.scheduler = UniPCMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, use_dynamic_shifting=dynamic
     )
-    pipe("a red circle", num_inference_steps=5, output_type="latent", height=64, width=64)
+    pipe("a red circle", num_inference_steps=5, max_sequence_length=24, output_type="latent", height=64, width=64)
     counted = clear.cost(pipe, 64, 64, window=3, steps=5)
     assert counted.run[0].sigmas == pytest.approx(sigmas_after(pipe), rel=1e-6)
 
@@ -173,7 +173,7 @@ def test_counts_are_those_of_the_calls_that_are_made(pipe):
     pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: methods.append(hook.method_of(kwargs)), prepend=True, with_kwargs=True
     )
-    pipe("a red circle", num_inference_steps=9, output_type="latent", height=128, width=128)
+    pipe("a red circle", num_inference_steps=9, max_sequence_length=24, output_type="latent", height=128, width=128)
     assert len(set(methods)) == 4
     each = [clear.cost(pipe, 128, 128, method=own, schedule=Schedule()) for own in methods]
     counted = clear.cost(pipe, 128, 128, steps=9)

@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 import clear_attn as clear
+from clear_attn import demo
 from clear_attn.cascade.planning import PUBLISHED_NTK_FACTOR
 from clear_attn.cascade.stages import PRESETS
 from clear_attn.methods import Clear
@@ -32,7 +33,7 @@ from clear_attn.tools.reporting import quiet_imports, spell_options
 
 SIZE = ("--height", 64, "--width", 64)
 DRAW = ("generate", "--output", "out.png", *SIZE, "--prompt", "a")
-DRAW_LARGE = (*DRAW, "--model", "demo", "--height", 256, "--width", 256)
+DRAW_LARGE = (*DRAW, "--model", "demo", "--height", 2 * demo.SIZE, "--width", 2 * demo.SIZE)
 HEAVY = ("torch", "diffusers", "transformers", "matplotlib", "torchmetrics")
 
 
@@ -196,8 +197,11 @@ def test_interrupts_say_what_is_kept(arguments, place, monkeypatch):
         ((*DRAW, "--model", "./no"), "Invalid value for '--model': ./no does not exist; give a folder, a Hub id"),
         ((*DRAW, "--model", "flux"), "Invalid value for '--model': flux does not exist; give a folder, a Hub id"),
         ((*DRAW, "--model", "."), "Invalid value for '--model': diffusers cannot load '.' as a pipeline"),
-        ((*DRAW, "--model", "demo"), "is smaller than the model's own 128 px; ask for at least that, or, in Python, "),
-        ((*DRAW_LARGE, "--window", 16), "or --weights none to keep the model's own (training-free)"),
+        (
+            (*DRAW, "--model", "demo"),
+            f"is smaller than the model's own {demo.SIZE} px; ask for at least that, or, in Python, ",
+        ),
+        ((*DRAW_LARGE, "--window", 5), "or --weights none to keep the model's own (training-free)"),
         ((*DRAW_LARGE, "--weights", "no"), "a Hub id (owner/repo), or --weights none"),
         ((*DRAW_LARGE, "--weights", "AUTO"), "did you mean --weights auto?"),
     ],

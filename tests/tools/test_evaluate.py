@@ -63,7 +63,7 @@ def feature_models(tmp_path_factory):
     """Return a folder with a random CLIP, DINOv2 and DINO (without pooler)."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("feature_models")
-    tokenizer = dummy_models.flux_pipeline().tokenizer
+    tokenizer = dummy_models.random_flux().tokenizer
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **ids}
     # With small weights, random models give the same features for all images.
@@ -204,7 +204,7 @@ class TestMetrics:
         processor = pillow_processor("CLIP").from_pretrained(feature_models / "clip")
         model, tokenizer = (
             CLIPModel.from_pretrained(feature_models / "clip").eval(),
-            dummy_models.flux_pipeline().tokenizer,
+            dummy_models.random_flux().tokenizer,
         )
         for number, prompt in enumerate(PROMPTS):
             images = [Image.fromarray(x[number].permute(1, 2, 0).numpy()) for x in (teacher, student)]
@@ -397,8 +397,8 @@ class TestEvaluate:
         found = evaluate(pipe, PROMPTS[:1], tmp_path / "out", metrics=["psnr"], num_inference_steps=1)
         assert [found.settings[side] for side in ("height", "width")] == [demo.SIZE, demo.SIZE]
         assert found.settings["max_sequence_length"] == demo.TEXT_TOKENS
-        assert found.settings["method"] == clear.methods.Clear(8).to_dict()
-        assert found.settings["weights"] == "small_flux_clear"
+        linearized = clear.info(clear.linearize(pipe))
+        assert (found.settings["method"], found.settings["weights"]) == (linearized.method.to_dict(), linearized.source)
 
     def test_sd3(self, tmp_path):
         call = {**CALL, "height": 32, "width": 48}
@@ -618,7 +618,7 @@ class TestEvaluate:
             ({"metrics": []}, RuntimeError, "none was asked for"),
             ({"metrics": ["lpips"]}, RuntimeError, "metrics cannot be computed:\n  lpips: "),
             ({"metrics": ["clip_t"], "clip": "no/clip"}, RuntimeError, "no/clip is no folder and not in the cache"),
-            ({"weights": "auto", "window": 5}, ValueError, "no weights are published for window=5, down_factor=1"),
+            ({"weights": "auto"}, ValueError, "weights='auto' finds none for this model, a FluxTransformer2DModel"),
             ({"weights": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
             ({"window": 0}, ValueError, "window must be at least 1"),
             ({"backend": "fast"}, ValueError, "fast"),
@@ -650,11 +650,16 @@ class TestEvaluate:
 
 
 class TestCommand:
-    @staticmethod
-    def run(*options, **given):
-        given = {"model": demo.path(), "weights": "none", "height": 64, "width": 64, "max-sequence-length": 24} | given
-        named = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        return CliRunner().invoke(app, ["eval", *named, *options])
+    @pytest.fixture
+    def run(self, flux_folder):
+        """Return a function that runs the command, by default with the random FLUX."""
+        usual = {"model": flux_folder, "weights": "none", "height": 64, "width": 64, "max-sequence-length": 24}
+
+        def run(*options, **given):
+            named = [word for name, value in (usual | given).items() for word in (f"--{name}", str(value))]
+            return CliRunner().invoke(app, ["eval", *named, *options])
+
+        return run
 
     @pytest.fixture
     def prompts(self, tmp_path):
@@ -662,10 +667,10 @@ class TestCommand:
         file.write_text("\n".join(["", *PROMPTS, ""]))
         return file
 
-    def test_it_evaluates(self, prompts, tmp_path):
+    def test_it_evaluates(self, run, prompts, tmp_path):
         out = tmp_path / "out"
         options = ["--window", "3", "--num-inference-steps", "1", "--max-prompts", "2", "--clip", "no/clip"]
-        result = self.run(*options, "--dino", "no/dino", **{"prompts": prompts, "output-dir": out, "device": "cpu"})
+        result = run(*options, "--dino", "no/dino", **{"prompts": prompts, "output-dir": out, "device": "cpu"})
         assert result.exit_code == 0, result.output
         assert "2 images of 64 x 64 px" in result.output
         assert "CLIP-I is missing: no/clip is no folder" in result.output
@@ -684,27 +689,30 @@ class TestCommand:
             ({"metric": "nice"}, "'nice' is not a metric"),
             ({"metric": "fid"}, "metrics cannot be computed: fid"),
             ({"weights": "nowhere"}, "nowhere"),
-            ({"weights": "auto", "window": 5}, "no weights are published for --window 5, --down-factor 1"),
+            (
+                {"model": demo.path(), "weights": "auto", "window": 5},
+                "no weights are published for --window 5, --down-factor 1",
+            ),
             ({"height": 7}, "is less than one token of 8 px"),
         ],
     )
-    def test_errors_are_one_line(self, prompts, tmp_path, monkeypatch, given, message):
+    def test_errors_are_one_line(self, run, prompts, tmp_path, monkeypatch, given, message):
         monkeypatch.chdir(tmp_path)
-        result = self.run(**{"prompts": prompts, "output-dir": "out", "clip": "no/clip", "dino": "no/dino"} | given)
+        result = run(**{"prompts": prompts, "output-dir": "out", "clip": "no/clip", "dino": "no/dino"} | given)
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.replace("│", " ").split())
         assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
-    def test_a_missing_file_is_an_error(self, prompts, tmp_path, monkeypatch):
+    def test_a_missing_file_is_an_error(self, run, prompts, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluation, "atomic_file", open)  # of a folder that does not exist
         monkeypatch.setattr(evaluation, "SHEET", "no/contact_sheet.png")
         out = tmp_path / "out"
         options = ["--num-inference-steps", "1", "--max-prompts", "1", "--metric", "psnr"]
-        result = self.run(*options, **{"prompts": prompts, "output-dir": out, "device": "cpu"})
+        result = run(*options, **{"prompts": prompts, "output-dir": out, "device": "cpu"})
         assert result.exit_code == 1, result.output
         assert result.stdout.endswith(f"Saved {out}, without no/contact_sheet.png\n")
 
-    def test_ctrl_c_says_how_to_go_on(self, prompts, tmp_path, monkeypatch):
+    def test_ctrl_c_says_how_to_go_on(self, run, prompts, tmp_path, monkeypatch):
         def interrupted(path):
             if path.parent.name == "teacher":
                 raise KeyboardInterrupt
@@ -715,32 +723,30 @@ class TestCommand:
         given = {"prompts": prompts, "output-dir": out, "device": "cpu"}
         with monkeypatch.context() as patched:
             patched.setattr(seeded_images, "atomic_file", interrupted)
-            result = self.run(*options, **given)
+            result = run(*options, **given)
         assert result.exit_code == 130, result.output
         kept = f"2 of 4 images are kept in {out}/unfinished; the same arguments with --resume go on from them\n"
         assert result.stderr.endswith(f"Warning: {kept}Interrupted; saved {out}/unfinished\n")
-        assert "holds an unfinished evaluation; go on with --resume" in " ".join(
-            self.run(*options, **given).stderr.split()
-        )
+        assert "holds an unfinished evaluation; go on with --resume" in " ".join(run(*options, **given).stderr.split())
         prompts.write_text("\n".join(reversed(PROMPTS)))
-        stderr = " ".join(self.run(*options, "--resume", "--batch-size", "2", **given).stderr.split())
+        stderr = " ".join(run(*options, "--resume", "--batch-size", "2", **given).stderr.split())
         assert "--batch-size must be the same (was 1, is 2), --prompts must be the same (was [" in stderr
         assert stderr.endswith("; or give another --output-dir")
         prompts.write_text("\n".join(PROMPTS))
-        result = self.run(*options, "--resume", **given)
+        result = run(*options, "--resume", **given)
         assert result.exit_code == 0, result.output
         assert f"Saved {out}" in result.output
 
-    def test_a_folder_that_is_in_use(self, prompts, tmp_path, monkeypatch):
+    def test_a_folder_that_is_in_use(self, run, prompts, tmp_path, monkeypatch):
         monkeypatch.setattr(options, "load_pipeline", lambda *args: pytest.fail("it loads the model"))
         with locked(tmp_path / "out"):
-            result = self.run("--resume", **{"prompts": prompts, "output-dir": tmp_path / "out", "device": "cpu"})
+            result = run("--resume", **{"prompts": prompts, "output-dir": tmp_path / "out", "device": "cpu"})
         assert result.exit_code == 2
         expected = "out is being evaluated by another process; wait for it, or give another --output-dir"
         assert expected in " ".join(result.stderr.split())
 
-    def test_missing_devices(self, prompts):
-        result = self.run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})
+    def test_missing_devices(self, run, prompts):
+        result = run(**{"prompts": prompts, "output-dir": "out", "device": "tpu"})
         assert result.exit_code == 2
         assert "'tpu' does not exist" in result.output
 

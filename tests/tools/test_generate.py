@@ -1,6 +1,7 @@
 """The command `clear-attn generate`."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -41,9 +42,15 @@ FEW_STEPS = (
 SMALL = (*FEW_STEPS, "--window", 4, "--weights", "none")
 
 
-def generate(output, *options, model="demo"):
-    arguments = ["generate", "--model", model, "--output", output, *options]
-    return CliRunner().invoke(app, list(map(str, arguments)))
+@pytest.fixture
+def generate(flux_folder):
+    """Return a function that runs the command, by default with the random FLUX."""
+
+    def run(output, *options, model=flux_folder):
+        arguments = ["generate", "--model", model, "--output", output, *options]
+        return CliRunner().invoke(app, list(map(str, arguments)))
+
+    return run
 
 
 def shown(result):
@@ -62,10 +69,10 @@ def start(tmp_path):
     return file
 
 
-def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
+def test_draws_from_an_image_and_draws_it_again(flux_weights, generate, tmp_path, start):
     output = tmp_path / "out.png"
     options = (*FEW_STEPS, "--height", 128, "--init-image", start, "--save-stages", "--low-resolution-guidance", 1)
-    result = generate(output, *options, "--weights", demo.distilled())
+    result = generate(output, *options, "--weights", flux_weights)
     assert result.exit_code == 0, result.output
     assert f"Saved {output} and {tmp_path / 'out.png.json'}, seed 3" in result.output
     assert pixels(output).shape == (128, 160, 3)
@@ -77,9 +84,8 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
     again = tmp_path / "again.png"
     result = generate(again, "--plan", output, "--init-image", start)
     assert result.exit_code == 2
-    assert "--weights small_flux_clear does not exist" in shown(result)
-    where = ("--weights", demo.distilled())
-    result = generate(again, "--plan", output, "--init-image", start, *where, model=demo.path())
+    assert "--weights flux_weights does not exist" in shown(result)
+    result = generate(again, "--plan", output, "--init-image", start, "--weights", flux_weights)
     assert result.exit_code == 0, result.output
     assert "Warning" not in result.output
     assert np.array_equal(pixels(again), pixels(output))
@@ -89,7 +95,7 @@ def test_draws_from_an_image_and_draws_it_again(tmp_path, start):
     assert "and --init-image is not given" in shown(result)
 
 
-def test_other_weights_than_the_plans_have_no_revision_of_it(tmp_path, start, monkeypatch):
+def test_other_weights_than_the_plans_have_no_revision_of_it(generate, tmp_path, start, monkeypatch):
     plan = clear.HighresPlan("a red circle", 128, 160, None, (clear.Stage(),), 3, 4, 1, "owner/repo", "v2")
     (tmp_path / "plan.json").write_text(plan.to_json())
     asked = []
@@ -100,10 +106,11 @@ def test_other_weights_than_the_plans_have_no_revision_of_it(tmp_path, start, mo
     assert [(each["weights"], each["revision"]) for each in asked] == [("owner/repo", "v2")] * 2 + [(None, None)]
 
 
-def test_options_change_the_preset(tmp_path, monkeypatch):
-    """Guidance of one kind turns the other off."""
+def test_options_change_the_preset(generate, tmp_path, monkeypatch):
+    """The small FLUX has the refined one. Guidance of one kind turns the other off."""
     asked = []
     monkeypatch.setattr(generation, "draw", lambda pipe, arguments, *rest, **settings: asked.append(arguments))
+    options = ("--prompt", "a red circle", "--height", 2 * demo.SIZE, "--width", 2 * demo.SIZE)
     refined = clear.Stage.preset("refined")
     by_run = replace(refined, low_resolution_guidance=None, stepwise_guidance=clear.StepwiseGuidance(structure=0.25))
     cases = {
@@ -117,34 +124,38 @@ def test_options_change_the_preset(tmp_path, monkeypatch):
         ("--continues", "--stepwise-guidance", 0.25): replace(by_run, continues=True),
     }
     for given, stage in cases.items():
-        result = generate(tmp_path / "out.png", "--prompt", "a red circle", "--height", 160, "--width", 160, *given)
+        result = generate(tmp_path / "out.png", *options, *given, model="demo")
         assert result.exit_code == 0, result.output
         assert asked.pop()["stages"] == stage, given
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_the_small_flux_brings_its_size_text_length_and_weights(tmp_path, folder):
+def test_the_small_flux_brings_its_size_text_length_and_weights(generate, tmp_path, folder):
+    side = demo.SIZE * 5 // 4
     options = (
-        *("--prompt", "a red circle", "--height", 160, "--width", 160),
+        *("--prompt", "a red circle", "--height", side, "--width", side),
         *("--seed", 3, "--base-steps", 1, "--steps", 1, "--strength", 1),
     )
     if folder:
         demo.pipeline().save_pretrained(tmp_path / "small")
-    model = tmp_path / "small" if folder else "demo"
+    model, same_model = (tmp_path / "small",) * 2 if folder else ("demo", demo.path())
     result = generate(tmp_path / "out.png", *options, model=model)
     assert result.exit_code == 0, result.output
     plan = clear.HighresPlan.load(tmp_path / "out.png")
-    assert (plan.base.size, plan.window, plan.down_factor) == ((demo.SIZE, demo.SIZE), 8, 1)
+    method = clear.info(clear.linearize(demo.pipeline())).method
+    assert plan.base.size == (demo.SIZE, demo.SIZE)
+    assert (plan.window, plan.down_factor) == (method.window, method.down_factor)
     assert plan.options == {"max_sequence_length": demo.TEXT_TOKENS}
-    result = generate(tmp_path / "again.png", "--plan", tmp_path / "out.png", model=model)
+    result = generate(tmp_path / "again.png", "--plan", tmp_path / "out.png", model=same_model)
     assert result.exit_code == 0, result.output
+    assert "Warning" not in result.output
     assert np.array_equal(pixels(tmp_path / "again.png"), pixels(tmp_path / "out.png"))
     refused = generate(tmp_path / "no.png", *options, "--width", 64, "--height", 64, model=model)
-    assert "64 x 64 px is smaller than the model's own 128 px" in shown(refused)
+    assert f"64 x 64 px is smaller than the model's own {demo.SIZE} px" in shown(refused)
 
 
-def test_warns_how_a_pipeline_differs_from_the_plan(tmp_path, monkeypatch):
-    planned = describe(demo.pipeline())
+def test_warns_how_a_pipeline_differs_from_the_plan(generate, pipe, tmp_path, monkeypatch):
+    planned = describe(pipe)
     planned["scheduler"]["config"]["shift"] = 9.0
     plan = clear.HighresPlan("a red circle", 256, 256, clear.Base(), (clear.Stage(),), 3, 4, 1, None, model=planned)
     (tmp_path / "plan.json").write_text(plan.to_json())
@@ -157,8 +168,7 @@ def test_warns_how_a_pipeline_differs_from_the_plan(tmp_path, monkeypatch):
     assert f"Warning: the image will differ, as the pipeline does: {changes}" in result.output
 
 
-def test_refuses_to_resume_with_another_pipeline_but_not_for_other_entries_in_configs():
-    pipe = demo.pipeline()
+def test_refuses_to_resume_with_another_pipeline_but_not_for_other_entries_in_configs(pipe):
     model = describe(pipe)
     config = model["scheduler"]["config"]
     del config["invert_sigmas"]
@@ -185,7 +195,7 @@ def test_refuses_to_resume_with_another_pipeline_but_not_for_other_entries_in_co
     ],
 )
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_saves_finished_images(tmp_path, start, monkeypatch, error, code, words, ending):
+def test_saves_finished_images(generate, tmp_path, start, monkeypatch, error, code, words, ending):
     def stop(*args, **kwargs):
         raise error
 
@@ -207,7 +217,7 @@ def test_saves_finished_images(tmp_path, start, monkeypatch, error, code, words,
 
 
 @pytest.mark.parametrize("is_plan_saved", [False, True])
-def test_a_full_disk_loses_no_image(tmp_path, start, monkeypatch, is_plan_saved):
+def test_a_full_disk_loses_no_image(generate, tmp_path, start, monkeypatch, is_plan_saved):
     """Neither while other images are drawn, nor at the end; the exit status says that a file is missing."""
 
     def full(file, *args):
@@ -234,7 +244,7 @@ def test_a_full_disk_loses_no_image(tmp_path, start, monkeypatch, is_plan_saved)
     assert len(list((tmp_path / "temporary").rglob("*.png"))) == 2  # none of a stage while the next one is drawn
 
 
-def test_says_how_to_go_on_only_if_the_images_are_there(tmp_path, start, monkeypatch):
+def test_says_how_to_go_on_only_if_the_images_are_there(generate, tmp_path, start, monkeypatch):
     def full(image, file, plan):
         if file.parent == tmp_path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
@@ -254,7 +264,7 @@ def test_says_how_to_go_on_only_if_the_images_are_there(tmp_path, start, monkeyp
     assert "To go on" not in result.stderr
 
 
-def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
+def test_resumes_an_interrupted_run(flux_weights, generate, tmp_path, monkeypatch):
     options = (*SMALL, "--height", 160, "--base-steps", 3, "--stepwise-guidance", 0.5, "--continues")
     expected = generate(tmp_path / "expected.png", *options)
     assert expected.exit_code == 0, expected.output
@@ -286,7 +296,7 @@ def test_resumes_an_interrupted_run(tmp_path, monkeypatch):
     assert "'--resume': the pipeline is another, dtype was 'float32' and is 'bfloat16'; give" in shown(other)
     with monkeypatch.context() as patched:
         patched.setattr(tools_options, "load_pipeline", lambda *args, **settings: pytest.fail("it loads the pipeline"))
-        other = generate(output, "--resume", "--weights", demo.distilled())
+        other = generate(output, "--resume", "--weights", flux_weights)
     assert "'--resume': the unfinished run has a plan with another weights; give --model, " in shown(other)
     assert "arguments()" not in shown(other)
     result = generate(output, "--resume")
@@ -329,9 +339,9 @@ def in_new_process(code, *argument):
     return subprocess.run([sys.executable, "-c", code, *map(str, argument)], capture_output=True, timeout=600)
 
 
-def test_a_killed_run_is_resumed(tmp_path):
+def test_a_killed_run_is_resumed(flux_folder, tmp_path):
     """In new processes: the last bits of an image may depend on what a process did before."""
-    draw = ["generate", "--model", "demo", "--output"]
+    draw = ["generate", "--model", str(flux_folder), "--output"]
     options = (*SMALL, "--height", 160, "--base-steps", 2, "--stepwise-guidance", 0.5, "--continues")
     killed = in_new_process(KILLED, *draw, tmp_path / "out.png", *options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -351,9 +361,12 @@ def test_a_killed_run_is_resumed(tmp_path):
         assert sorted(file.name for file in tmp_path.glob(f"{name}*")) == files
 
 
-def test_a_run_that_saved_no_image_is_resumed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_run_that_saved_no_image_is_resumed(generate, flux_folder, flux_weights, tmp_path, monkeypatch, automatic):
     """Like one that is killed at once. The weights may be given as before."""
-    options = (*FEW_STEPS, "--window", 8, "--height", 160, "--base-steps", 2)
+    weights, model, side = ("auto", "demo", demo.SIZE * 5 // 4) if automatic else (flux_weights, flux_folder, 160)
+    generate = functools.partial(generate, model=model)
+    options = (*FEW_STEPS, "--weights", weights, "--height", side, "--width", side, "--base-steps", 1)
     expected = generate(tmp_path / "expected.png", *options)
     assert expected.exit_code == 0, expected.output
 
@@ -364,12 +377,12 @@ def test_a_run_that_saved_no_image_is_resumed(tmp_path, monkeypatch):
         patched.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
         result = generate(tmp_path / "out.png", *options)
     assert f"Interrupted; saved {tmp_path / 'out.png.json'}\n" in result.output
-    result = generate(tmp_path / "out.png", "--resume", "--weights", "auto")
+    result = generate(tmp_path / "out.png", "--resume", "--weights", weights)
     assert result.exit_code == 0, result.output
     assert np.array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "expected.png"))
 
 
-def test_a_finished_image_with_the_name_of_a_stage_stays(tmp_path):
+def test_a_finished_image_with_the_name_of_a_stage_stays(generate, tmp_path):
     options = (*SMALL, "--height", 128, "--base-steps", 1)
     finished = tmp_path / "out-1-2048x2048.png"
     assert generate(finished, *options).exit_code == 0
@@ -389,7 +402,7 @@ def test_a_run_begins_without_the_stages_of_an_earlier_one(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out-1-64x64.png", "out.png.json"]
 
 
-def test_deletes_only_stages_of_its_own_and_of_unfinished_runs(tmp_path, start, monkeypatch):
+def test_deletes_only_stages_of_its_own_and_of_unfinished_runs(generate, tmp_path, start, monkeypatch):
     output, options = tmp_path / "out.png", (*SMALL, "--height", 128, "--init-image", start)
     first = generate(output, *options, "--save-stages")
     assert first.exit_code == 0, first.output
@@ -406,7 +419,7 @@ def test_deletes_only_stages_of_its_own_and_of_unfinished_runs(tmp_path, start, 
     assert (tmp_path / "out-7-8x8.png").read_text() == "mine"
 
 
-def test_an_init_image_with_the_name_of_a_stage_is_refused(tmp_path, start):
+def test_an_init_image_with_the_name_of_a_stage_is_refused(generate, tmp_path, start):
     shutil.copy(start, tmp_path / "out-0-64x80.png")
     options = (*SMALL, "--height", 128, "--init-image", tmp_path / "out-0-64x80.png", "--overwrite")
     result = generate(tmp_path / "out.png", *options)
@@ -419,7 +432,7 @@ def test_an_init_image_with_the_name_of_a_stage_is_refused(tmp_path, start):
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 @pytest.mark.parametrize("save_stages", [False, True])
 def test_only_what_can_be_resumed_or_is_wanted_is_kept_while_it_draws(
-    tmp_path, start, monkeypatch, ending, save_stages
+    generate, tmp_path, start, monkeypatch, ending, save_stages
 ):
     there, step = [], FlowMatchEulerDiscreteScheduler.step
 
@@ -435,7 +448,7 @@ def test_only_what_can_be_resumed_or_is_wanted_is_kept_while_it_draws(
     assert there == [kept]
 
 
-def test_ctrl_c_while_the_image_is_saved_loses_nothing(tmp_path, start, monkeypatch):
+def test_ctrl_c_while_the_image_is_saved_loses_nothing(generate, tmp_path, start, monkeypatch):
     save, calls = generation.HighresResult.save, []
 
     def interrupted(self, *args, **settings):
@@ -471,7 +484,7 @@ def under_torchrun(monkeypatch):
 
 
 @pytest.mark.usefixtures("under_torchrun")
-def test_saves_finished_images_when_another_rank_failed(tmp_path, start, monkeypatch):
+def test_saves_finished_images_when_another_rank_failed(generate, tmp_path, start, monkeypatch):
     def step(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does
         time.sleep(10)
@@ -492,7 +505,7 @@ def test_saves_finished_images_when_another_rank_failed(tmp_path, start, monkeyp
     assert pixels(tmp_path / "out-0-64x80.png").shape == (64, 80, 3)
 
 
-def test_a_bug_keeps_its_traceback_and_the_images(tmp_path, start, monkeypatch):
+def test_a_bug_keeps_its_traceback_and_the_images(generate, tmp_path, start, monkeypatch):
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", lambda *args, **kwargs: len(3))
     result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start)
     assert isinstance(result.exception, TypeError)
@@ -500,7 +513,7 @@ def test_a_bug_keeps_its_traceback_and_the_images(tmp_path, start, monkeypatch):
     assert pixels(tmp_path / "out-0-64x80.png").shape == (64, 80, 3)
 
 
-def test_intermediate_images_are_not_overwritten(tmp_path, start):
+def test_intermediate_images_are_not_overwritten(generate, tmp_path, start):
     (tmp_path / "out-1-2x2.png").write_text("mine")
     result = generate(tmp_path / "out.png", *SMALL, "--height", 128, "--init-image", start)
     assert result.exit_code == 2
@@ -508,7 +521,7 @@ def test_intermediate_images_are_not_overwritten(tmp_path, start):
     assert "out-1-2x2.png exists; give another file, or --overwrite" in shown(result)
 
 
-def test_the_plan_of_an_unfinished_image_is_replaced(tmp_path, monkeypatch):
+def test_the_plan_of_an_unfinished_image_is_replaced(generate, tmp_path, monkeypatch):
     plan = clear.HighresPlan("a red circle", 128, 160, clear.Base(), (clear.Stage(),), 3, 4, 1, None)
     (tmp_path / "out.png.json").write_text(replace(plan, seed=5).to_json())
     monkeypatch.setattr(
@@ -519,7 +532,7 @@ def test_the_plan_of_an_unfinished_image_is_replaced(tmp_path, monkeypatch):
     assert clear.HighresPlan.load(tmp_path / "out.png.json").seed == 3
 
 
-def test_stable_diffusion_3_from_a_folder(tmp_path):
+def test_stable_diffusion_3_from_a_folder(generate, tmp_path):
     dummy_models.sd3_pipeline().save_pretrained(tmp_path / "sd3")
     options = (*SMALL, "--height", 128, "--negative-prompt", "rain", "--base-steps", 1, "--base-guidance", 2)
     result = generate(tmp_path / "out.png", *options, "--guidance", 3, model=tmp_path / "sd3")
@@ -532,7 +545,7 @@ def test_stable_diffusion_3_from_a_folder(tmp_path):
 
 @needs_modular_pipelines
 @pytest.mark.parametrize("name", ["Flux3ModularPipeline", "Flux3DistilledModularPipeline"])
-def test_a_modular_pipeline_from_a_folder(tmp_path, start, monkeypatch, name):
+def test_a_modular_pipeline_from_a_folder(generate, tmp_path, start, monkeypatch, name):
     dummy_pipelines.fake_flux3_text(monkeypatch.setattr)
     model = tmp_path / "model"
     pipe = dummy_pipelines.flux3(name, ["prompt_upsampler", "text_encoder"])
@@ -551,14 +564,14 @@ def test_a_modular_pipeline_from_a_folder(tmp_path, start, monkeypatch, name):
 
 
 @needs_modular_pipelines
-def test_modular_pipelines_of_other_tasks_are_refused(tmp_path):
+def test_modular_pipelines_of_other_tasks_are_refused(generate, tmp_path):
     MODULAR["FLUX.1 Kontext"].pipeline().save_pretrained(str(tmp_path / "model"), overwrite_modular_index=True)
     result = generate(tmp_path / "out.png", *SMALL, "--height", 128, model=tmp_path / "model")
     assert result.exit_code == 2
     assert "highres does not support a FluxKontextModularPipeline; give one of: FluxPipeline," in shown(result)
 
 
-def test_a_folder_without_a_pipeline(tmp_path):
+def test_a_folder_without_a_pipeline(generate, tmp_path):
     result = generate(tmp_path / "out.png", *SMALL, "--height", 128, model=tmp_path)
     assert "no file named model_index.json" in shown(result)
     assert result.exit_code == 2
@@ -602,7 +615,7 @@ def test_the_orientation_of_the_first_image(tmp_path):
         ((*SMALL, "--height", 128, "--device", "cpu", "--offload"), "it saves a GPU's memory"),
     ],
 )
-def test_refuses(tmp_path, options, words, monkeypatch):
+def test_refuses(generate, tmp_path, options, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     Path("plan.json").write_text("{}")
@@ -616,7 +629,7 @@ def test_refuses(tmp_path, options, words, monkeypatch):
     assert not (tmp_path / "out.png").exists()
 
 
-def test_refuses_an_output_that_cannot_be_saved(tmp_path):
+def test_refuses_an_output_that_cannot_be_saved(generate, tmp_path):
     (tmp_path / "mine.png.json").write_text('{"mine": 1}')
     files = {
         "no/out.png": "no such directory",

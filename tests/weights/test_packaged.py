@@ -1,5 +1,7 @@
 """The small FLUX is recognized, and takes its own distilled weights by itself."""
 
+import re
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
@@ -7,27 +9,42 @@ from safetensors.torch import load_file
 
 import clear_attn as clear
 from clear_attn import demo
-from clear_attn.methods import Clear
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.patching.target import find_target
 from clear_attn.weights.metadata import read_record
 from clear_attn.weights.published import PUBLISHED
 from clear_attn.weights.recognition import Model
-from tests.helpers import dummy_models, families
+from tests.helpers import families
 from tests.helpers.snapshots import assert_same, snapshot
+
+SMALL_FLUX = PUBLISHED[1]
+# The first is taken where none is asked for.
+DEFAULT, FILE = next((method, demo.distilled() / file) for method, file in SMALL_FLUX.files.items())
+
+SOURCE = SMALL_FLUX.location.origin(SMALL_FLUX.files[DEFAULT])
+
+
+@pytest.fixture
+def pipe():
+    return demo.pipeline()
 
 
 def has_distilled_weights(transformer):
-    state, values = transformer.state_dict(), load_file(demo.distilled() / "clear_weights.safetensors")
+    state, values = transformer.state_dict(), load_file(FILE)
     return all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in values.items())
 
 
 def is_small_flux(transformer):
-    return PUBLISHED[1].recognizer.recognizes(Model(transformer, transformer, {}))
+    return SMALL_FLUX.recognizer.recognizes(Model(transformer, transformer, {}))
 
 
 def method_of(pipe):
-    return clear.cost(pipe, 128, 128).method
+    return clear.cost(pipe, demo.SIZE, demo.SIZE).method
+
+
+def test_the_list_has_each_method_of_the_package():
+    methods = {file.parent: read_record(file).method for file in demo.distilled().rglob("clear_config.json")}
+    assert methods == {(demo.distilled() / file).parent: method for method, file in SMALL_FLUX.files.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -38,19 +55,24 @@ def test_wherever_it_was_loaded_from(dtype, tmp_path):
         before = snapshot(getattr(pipe, "transformer", pipe))
         clear.linearize(pipe)
         assert has_distilled_weights(getattr(pipe, "transformer", pipe))
-        assert method_of(pipe) == Clear(8)
+        assert method_of(pipe) == DEFAULT
         assert_same(clear.restore(getattr(pipe, "transformer", pipe)), before)
 
 
-@pytest.mark.parametrize("settings", [{}, {"window": 8}, {"down_factor": 1}, {"method": Clear(8)}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"window": DEFAULT.window}, {"down_factor": DEFAULT.down_factor}, {"method": DEFAULT}],
+    ids=["none", "window", "down_factor", "method"],
+)
 def test_settings_that_fit(pipe, settings):
-    assert method_of(clear.linearize(pipe, **settings)) == Clear(8)
+    assert method_of(clear.linearize(pipe, **settings)) == DEFAULT
 
 
-@pytest.mark.parametrize("settings", [{"window": 16}, {"down_factor": 4}, {"method": clear.methods.Swin(8)}], ids=str)
+@pytest.mark.parametrize("settings", [{"window": 5}, {"down_factor": 3}, {"method": clear.methods.Swin(8)}], ids=str)
 def test_settings_that_do_not_fit(pipe, settings):
     before = snapshot(pipe.transformer)
-    message = r"no weights are published for .*; for the small FLUX there are some for window=8, down_factor=1; .*None"
+    some = re.escape(DEFAULT.as_arguments())
+    message = rf"no weights are published for .*; for the small FLUX there are some for {some}; .*None"
     with pytest.raises(ValueError, match=message):
         clear.linearize(pipe, **settings)
     assert_same(pipe.transformer, before)
@@ -60,8 +82,8 @@ def test_settings_that_do_not_fit(pipe, settings):
     ("weights", "reason"),
     [
         ("auto", "these weights are in the package"),
-        (demo.distilled(), f"{demo.distilled()} is on this machine"),
-        (demo.distilled() / "clear_weights.safetensors", "clear_weights.safetensors is on this machine"),
+        (FILE.parent, f"{FILE.parent} is on this machine"),
+        (FILE, f"{FILE.name} is on this machine"),
         (None, "weights=None keeps the model's own"),
     ],
 )
@@ -85,7 +107,7 @@ def test_while_it_is_linearized(pipe):
     clear.linearize(pipe)
     assert has_distilled_weights(pipe.transformer)
     clear.linearize(pipe)
-    assert method_of(pipe) == Clear(8)
+    assert method_of(pipe) == DEFAULT
 
 
 def test_with_a_lora(pipe):
@@ -93,7 +115,7 @@ def test_with_a_lora(pipe):
     from peft import LoraConfig
 
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_mlp"]))
-    assert method_of(clear.linearize(pipe)) == Clear(8)
+    assert method_of(clear.linearize(pipe)) == DEFAULT
 
 
 @pytest.mark.parametrize("name", ["x_embedder.bias", "transformer_blocks.1.attn.to_q.weight", "proj_out.weight"])
@@ -109,7 +131,7 @@ def test_a_fine_tune_is_another_model(pipe, name):
 def test_a_fine_tune_that_is_linearized_is_another_model(pipe):
     with torch.no_grad():
         pipe.transformer.transformer_blocks[1].attn.to_q.weight[0, 0] += 0.01
-    clear.linearize(pipe, weights=demo.distilled())
+    clear.linearize(pipe, weights=FILE.parent)
     with pytest.raises(ValueError, match="finds none for this model"):
         clear.linearize(pipe)
 
@@ -133,11 +155,11 @@ def test_what_it_is_saved_as(pipe, tmp_path):
     """As from the folder, but with a name that means the same on any machine."""
     clear.linearize(pipe)
     assert find_target(pipe).hook.weights == "auto"
-    assert "auto, from small_flux_clear" in str(clear.info(pipe))
+    assert f"auto, from {SOURCE}" in str(clear.info(pipe))
     pipe.save_pretrained(tmp_path / "whole")
     loaded = FluxPipeline.from_pretrained(tmp_path / "whole")
-    assert loaded.transformer.config["clear_attn"]["weights"] == "small_flux_clear"
-    assert method_of(clear.linearize(loaded)) == Clear(8)
+    assert loaded.transformer.config["clear_attn"]["weights"] == SOURCE
+    assert method_of(clear.linearize(loaded)) == DEFAULT
     clear.save_pretrained(pipe, tmp_path / "own")
-    assert read_record(tmp_path / "own" / "clear_config.json").source == "small_flux_clear"
-    assert method_of(clear.linearize(dummy_models.flux_pipeline(), weights=tmp_path / "own")) == Clear(8)
+    assert read_record(tmp_path / "own" / "clear_config.json").source == SOURCE
+    assert method_of(clear.linearize(demo.pipeline(), weights=tmp_path / "own")) == DEFAULT
