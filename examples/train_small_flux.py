@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -73,9 +74,8 @@ def captions_of(scene: Scene) -> list[str]:
     ]
 
 
-def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+def build_tokenizers(captions: Iterable[str], length: int) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Return CLIP's byte-pair and T5's unigram tokenizer, with one token for each word of the captions."""
-    captions = [caption for scene in training_scenes() for caption in captions_of(scene)]
     words = sorted({word for caption in captions for word in caption.replace(",", "").replace(".", "").split()})
 
     byte_pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -97,7 +97,7 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     with tempfile.TemporaryDirectory() as directory:
         # From files, which transformers 4 needs and transformers 5 takes.
         files = models.BPE(vocab, pairs, end_of_word_suffix="</w>").save(directory)
-        clip = CLIPTokenizer(*files, pad_token="<|pad|>", model_max_length=CAPTION_LENGTH)
+        clip = CLIPTokenizer(*files, pad_token="<|pad|>", model_max_length=length)
 
     characters = [chr(code) for code in range(33, 127)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
@@ -112,7 +112,7 @@ def build_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
         eos_token="</s>",
         unk_token="<unk>",
         extra_ids=0,
-        model_max_length=CAPTION_LENGTH,
+        model_max_length=length,
     )
     return clip, t5
 
@@ -155,7 +155,8 @@ def load_in_float32(folder: Path) -> None:
 
 def build_pipeline() -> FluxPipeline:
     """Return the untrained pipeline, in float32."""
-    clip_tokenizer, t5_tokenizer = build_tokenizers()
+    captions = [caption for scene in training_scenes() for caption in captions_of(scene)]
+    clip_tokenizer, t5_tokenizer = build_tokenizers(captions, CAPTION_LENGTH)
     clip = CLIPTextConfig(
         vocab_size=len(clip_tokenizer),
         hidden_size=64,

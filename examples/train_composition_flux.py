@@ -1,0 +1,378 @@
+"""Train a small FLUX of 32 x 32 tokens, from random weights, on a CPU, in as many sittings as needed.
+
+    python examples/train_composition_flux.py --output composition-flux
+
+trains the autoencoder on drawn scenes, then the transformer and both text encoders by flow matching, in phases: most
+steps take a small part of each image's tokens, at random positions. It saves a `FluxPipeline` in bfloat16 after each
+phase, and its state every few minutes. Started again, it goes on from there, with the result of an uninterrupted run:
+the randomness of a step depends on the seed and the step's number alone.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from clear_attn.demo.compositions import SIZE, Scene, draw, poses, training_scenes
+from clear_attn.utils.atomic import atomic_file
+from train_small_flux import build_tokenizers, load_in_float32, support_transformers_4
+
+SHIFT = 5.0  # an image's structure is decided close to pure noise
+CAPTION_LENGTH = 32  # the most text tokens by default
+# Share of the training batches with each text length. FLUX attends to the padding of prompts, and FluxPipeline pads to
+# 512 by default, so training must include long padding.
+TEXT_LENGTHS = {32: 0.92, 96: 0.05, 512: 0.03}
+AVERAGE = 0.998  # decay of the moving average of the weights
+LATENT_NOISE = 0.1  # as a share of the standard deviation of the latents
+SAVE_EVERY = 180  # seconds
+
+
+class Phase(NamedTuple):
+    """A part of the transformer's training.
+
+    Attributes:
+        steps: of the optimizer.
+        image_tokens: number of tokens of each image, at random positions.
+        batch_sizes: for each text length.
+        rates: the learning rate at the start and at the end, with half a cosine between them.
+    """
+
+    steps: int
+    image_tokens: int
+    batch_sizes: dict[int, int]
+    rates: tuple[float, float]
+
+
+# Tokens learn from text and position alone, so most steps take few tokens of many images.
+PHASES = (
+    Phase(6000, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3)),
+    Phase(4000, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 6e-4)),
+    Phase(2000, 1024, {32: 6, 96: 6, 512: 3}, (6e-4, 0.0)),
+)
+WARMUP = 100
+IMAGES = 10_000
+
+
+class AutoencoderPhase(NamedTuple):
+    """Part of the autoencoder's training, on crops at multiples of a token's side, where textures repeat."""
+
+    steps: int
+    crop: int
+    batch: int
+
+
+TOKEN = 8  # pixels
+AUTOENCODER_IMAGES = 1024
+AUTOENCODER_RATE = 2e-3
+AUTOENCODER_PHASES = (AutoencoderPhase(3000, 64, 16), AutoencoderPhase(1200, 128, 4), AutoencoderPhase(500, 256, 2))
+
+
+def generator_of(seed: int, purpose: int, step: int) -> torch.Generator:
+    """Return the randomness of a step."""
+    return torch.Generator().manual_seed((seed * 16 + purpose) * 2**24 + step)
+
+
+def save_state(file: Path, **state: Any) -> None:
+    with atomic_file(file) as unfinished:
+        torch.save(state, unfinished)
+
+
+def load_state(file: Path) -> dict[str, Any]:
+    """Return what was saved, or nothing."""
+    return torch.load(file, weights_only=True) if file.exists() else {}
+
+
+def draw_images(scenes: list[Scene], seed: int) -> Iterator[Tensor]:
+    """Return the image of each scene, with jitter, `[3, SIZE, SIZE]` in -1..1."""
+    rng = np.random.default_rng(seed)
+    for scene in scenes:
+        yield torch.from_numpy(draw(scene, SIZE, poses(scene, rng))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def build_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+
+
+def crops(images: Tensor, phase: AutoencoderPhase, rng: torch.Generator) -> Tensor:
+    """Return a batch of crops of images, in -1..1."""
+    chosen = torch.randint(len(images), (phase.batch,), generator=rng)
+    corners = TOKEN * torch.randint((SIZE - phase.crop) // TOKEN + 1, (phase.batch, 2), generator=rng)
+    return torch.stack(
+        [
+            images[index, :, top : top + phase.crop, left : left + phase.crop]
+            for index, (top, left) in zip(chosen.tolist(), corners.tolist(), strict=True)
+        ]
+    )
+
+
+def train_autoencoder(vae: AutoencoderKL, state_file: Path, seed: int) -> None:
+    """Train with absolute and squared error. Noise on the latents keeps the effect of their small errors small."""
+    images = torch.stack(list(draw_images(training_scenes(AUTOENCODER_IMAGES, seed), seed)))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=AUTOENCODER_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    plan = [phase for phase in AUTOENCODER_PHASES for _ in range(phase.steps)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / len(plan)))
+    )
+    state = load_state(state_file)
+    if state:
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    first = state.get("step", 0)
+
+    def save(step: int) -> None:
+        parts = {"model": vae, "optimizer": optimizer, "schedule": schedule}
+        save_state(state_file, step=step, **{name: part.state_dict() for name, part in parts.items()})
+
+    started = saved = time.monotonic()
+    for step in range(first, len(plan)):
+        rng = generator_of(seed, 1, step)
+        batch = crops(images, plan[step], rng)
+        latents = vae.encode(batch).latent_dist.mode()
+        noise = LATENT_NOISE * latents.detach().std() * torch.randn(latents.shape, generator=rng)
+        decoded = vae.decode(latents + noise).sample
+        loss = F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            cores = time.process_time()
+            print(
+                f"autoencoder {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s, {cores:.0f} core s",
+                flush=True,
+            )
+        if time.monotonic() - saved > SAVE_EVERY or step == len(plan) - 1:
+            saved = time.monotonic()
+            save(step + 1)
+    vae.requires_grad_(False)
+
+
+def set_latent_statistics(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Record the mean and the spread of latents, and set the encoder's variance to that of the noise in training."""
+    spread = latents.std().item()
+    vae.register_to_config(scaling_factor=1 / spread, shift_factor=latents.mean().item())
+    _, log_variance = vae.encoder.conv_out.weight.chunk(2)
+    log_variance.zero_()
+    vae.encoder.conv_out.bias.chunk(2)[1].fill_(2 * math.log(LATENT_NOISE * spread))
+
+
+def build_pipeline(vae: AutoencoderKL) -> FluxPipeline:
+    """Return the pipeline with an untrained transformer and text encoders, in float32."""
+    captions = [caption for scene in training_scenes(2000) for caption in scene.captions]
+    clip_tokenizer, t5_tokenizer = build_tokenizers(captions, CAPTION_LENGTH)
+    clip = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=64,
+        projection_dim=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CAPTION_LENGTH,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        pad_token_id=clip_tokenizer.pad_token_id,
+    )
+    t5 = T5Config(
+        vocab_size=len(t5_tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae,
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=t5_tokenizer,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=4,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=128,
+            pooled_projection_dim=64,
+            axes_dims_rope=(4, 14, 14),
+        ),
+    )
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return packed latents `[count, tokens, channels]`, the transformer's input."""
+    latents = (vae.encode(images).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    return FluxPipeline._pack_latents(latents, *latents.shape)
+
+
+def cached_latents(vae: AutoencoderKL, scenes: list[Scene], seed: int, folder: Path, chunk: int = 500) -> Tensor:
+    """Return the packed latents of jittered scenes in float16, from files that are written once."""
+    folder.mkdir(exist_ok=True)
+    parts = []
+    for first in range(0, len(scenes), chunk):
+        file = folder / f"{first}.pt"
+        if not file.exists():
+            images = draw_images(scenes[first : first + chunk], seed + first)
+            encoded = torch.cat([encode(vae, image[None]) for image in images])
+            save_state(file, latents=encoded.half())
+            print(f"encoded {first + len(encoded)} images", flush=True)
+        parts.append(load_state(file)["latents"])
+    return torch.cat(parts)
+
+
+class Trained(nn.Module):
+    """All that the transformer's training changes."""
+
+    def __init__(self, pipe: FluxPipeline) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder, self.text_encoder_2 = (
+            pipe.transformer,
+            pipe.text_encoder,
+            pipe.text_encoder_2,
+        )
+
+
+def locate(step: int) -> tuple[int, float]:
+    """Return the number of a step's phase, and the share of the phase before it."""
+    for number, phase in enumerate(PHASES):
+        if step < phase.steps:
+            return number, step / phase.steps
+        step -= phase.steps
+    raise ValueError(f"step {step} is past the last phase")
+
+
+def learning_rate(step: int) -> float:
+    number, share = locate(step)
+    start, end = PHASES[number].rates
+    return min(1.0, (step + 1) / WARMUP) * (end + (start - end) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def flow_loss(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, phase: Phase, rng: torch.Generator) -> Tensor:
+    """Return the error of the velocity on a random batch."""
+    length = list(TEXT_LENGTHS)[int(torch.multinomial(torch.tensor(list(TEXT_LENGTHS.values())), 1, generator=rng))]
+    batch = phase.batch_sizes[length]
+    chosen = torch.randint(len(scenes), (batch,), generator=rng)
+    wordings = torch.randint(2, (batch,), generator=rng)
+    captions = [scenes[i].captions[w % len(scenes[i].captions)] for i, w in zip(chosen, wordings, strict=True)]
+    text, pooled, text_ids = pipe.encode_prompt(captions, None, device="cpu", max_sequence_length=length)
+
+    side = SIZE // TOKEN
+    positions = torch.randperm(side**2, generator=rng)[: phase.image_tokens]
+    image_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)[positions]
+    clean = latents[chosen[:, None], positions].float()
+    uniform = torch.rand(batch, generator=rng)
+    sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    noise = torch.randn(clean.shape, generator=rng)
+    noisy = torch.lerp(clean, noise, sigma[:, None, None])
+    velocity = pipe.transformer(noisy, text, pooled, sigma, image_ids, text_ids, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - clean)
+
+
+def save_pipeline(pipe: FluxPipeline, average: dict[str, Tensor], folder: Path) -> None:
+    """Save the pipeline with the averaged weights in bfloat16; its own weights stay as they are."""
+    trained = Trained(pipe)
+    own = {name: value.clone() for name, value in trained.state_dict().items()}
+    trained.load_state_dict(average)
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    pipe.to(torch.float32)
+    trained.load_state_dict(own)
+    support_transformers_4(folder)
+    load_in_float32(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
+
+
+def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, output: Path, seed: int) -> None:
+    """Train transformer and text encoders by flow matching, and save a moving average after each phase."""
+    trained = Trained(pipe)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.01)
+    average = {name: value.detach().clone() for name, value in trained.state_dict().items()}
+    state_file = output / "transformer.pt"
+    state = load_state(state_file)
+    if state:
+        trained.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average = state["average"]
+    first, seconds = state.get("step", 0), state.get("seconds", 0.0)
+    total, losses = sum(phase.steps for phase in PHASES), []
+    started = saved = time.monotonic()
+    for step in range(first, total):
+        number, _ = locate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        # The last phase trains the details, which bfloat16 would blur.
+        with torch.autocast("cpu", torch.bfloat16, enabled=number < len(PHASES) - 1):
+            loss = flow_loss(pipe, scenes, latents, PHASES[number], generator_of(seed, 2, step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(AVERAGE, (1 + step) / (10 + step))
+            for name, value in trained.state_dict().items():
+                average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            cores = time.process_time()
+            spent = time.monotonic() - started
+            print(
+                f"transformer {step + 1}/{total} phase {number} loss {np.mean(losses[-50:]):.4f} "
+                f"{spent:.0f} s, {cores:.0f} core s",
+                flush=True,
+            )
+        phase_ends = step + 1 == total or locate(step + 1)[0] != number
+        if phase_ends or time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            parts = {"model": trained.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            save_state(state_file, step=step + 1, seconds=seconds + saved - started, **parts)
+        if phase_ends:
+            save_pipeline(pipe, average, output / f"phase-{number}")
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for states and pipelines; an existing one is resumed.")],
+    seed: int = 0,
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    vae = build_autoencoder()
+    train_autoencoder(vae, output / "autoencoder.pt", seed)
+    # Round now as for saving, so that the transformer trains on the same latents as it gets later.
+    vae.to(torch.bfloat16).to(torch.float32)
+    with torch.no_grad():
+        samples = draw_images(training_scenes(256, seed + 1), seed + 1)
+        set_latent_statistics(vae, torch.cat([vae.encode(image[None]).latent_dist.mode() for image in samples]))
+    scenes = training_scenes(IMAGES, seed + 2)
+    latents = cached_latents(vae, scenes, seed + 2, output / "latents")
+    torch.manual_seed(seed + 3)
+    train_transformer(build_pipeline(vae), scenes, latents, output, seed)
+
+
+if __name__ == "__main__":
+    typer.run(main)
