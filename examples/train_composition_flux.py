@@ -92,10 +92,21 @@ def load_state(file: Path) -> dict[str, Any]:
 
 
 def draw_images(scenes: list[Scene], seed: int) -> Iterator[Tensor]:
-    """Return the image of each scene, with jitter, `[3, SIZE, SIZE]` in -1..1."""
+    """Return the image of each scene, with jitter, uint8 `[3, SIZE, SIZE]`."""
     rng = np.random.default_rng(seed)
     for scene in scenes:
-        yield torch.from_numpy(draw(scene, SIZE, poses(scene, rng))).permute(2, 0, 1).float() / 127.5 - 1
+        yield torch.from_numpy(draw(scene, SIZE, poses(scene, rng))).permute(2, 0, 1).contiguous()
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Return images in -1..1 from images in uint8."""
+    return images.float() / 127.5 - 1
+
+
+def report(name: str, step: int, steps: int, loss: float, started: float) -> None:
+    """Print the progress, the seconds of this sitting, and those of all cores."""
+    seconds, cores = time.monotonic() - started, time.process_time()
+    print(f"{name} {step + 1}/{steps} loss {loss:.4f} {seconds:.0f} s, {cores:.0f} core s", flush=True)
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -114,7 +125,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def crops(images: Tensor, phase: AutoencoderPhase, rng: torch.Generator) -> Tensor:
-    """Return a batch of crops of images, in -1..1."""
+    """Return a batch of crops of images."""
     chosen = torch.randint(len(images), (phase.batch,), generator=rng)
     corners = TOKEN * torch.randint((SIZE - phase.crop) // TOKEN + 1, (phase.batch, 2), generator=rng)
     return torch.stack(
@@ -147,7 +158,7 @@ def train_autoencoder(vae: AutoencoderKL, state_file: Path, seed: int) -> None:
     started = saved = time.monotonic()
     for step in range(first, len(plan)):
         rng = generator_of(seed, 1, step)
-        batch = crops(images, plan[step], rng)
+        batch = normalize(crops(images, plan[step], rng))
         latents = vae.encode(batch).latent_dist.mode()
         noise = LATENT_NOISE * latents.detach().std() * torch.randn(latents.shape, generator=rng)
         decoded = vae.decode(latents + noise).sample
@@ -157,12 +168,8 @@ def train_autoencoder(vae: AutoencoderKL, state_file: Path, seed: int) -> None:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            cores = time.process_time()
-            print(
-                f"autoencoder {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s, {cores:.0f} core s",
-                flush=True,
-            )
+        if (step + 1) % 50 == 0:
+            report("autoencoder", step, len(plan), loss.item(), started)
         if time.monotonic() - saved > SAVE_EVERY or step == len(plan) - 1:
             saved = time.monotonic()
             save(step + 1)
@@ -239,7 +246,7 @@ def cached_latents(vae: AutoencoderKL, scenes: list[Scene], seed: int, folder: P
         file = folder / f"{first}.pt"
         if not file.exists():
             images = draw_images(scenes[first : first + chunk], seed + first)
-            encoded = torch.cat([encode(vae, image[None]) for image in images])
+            encoded = torch.cat([encode(vae, normalize(image[None])) for image in images])
             save_state(file, latents=encoded.half())
             print(f"encoded {first + len(encoded)} images", flush=True)
         parts.append(load_state(file)["latents"])
@@ -339,13 +346,7 @@ def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, 
                 average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
-            cores = time.process_time()
-            spent = time.monotonic() - started
-            print(
-                f"transformer {step + 1}/{total} phase {number} loss {np.mean(losses[-50:]):.4f} "
-                f"{spent:.0f} s, {cores:.0f} core s",
-                flush=True,
-            )
+            report(f"transformer, phase {number}", step, total, float(np.mean(losses[-50:])), started)
         phase_ends = step + 1 == total or locate(step + 1)[0] != number
         if phase_ends or time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
@@ -367,7 +368,9 @@ def main(
     vae.to(torch.bfloat16).to(torch.float32)
     with torch.no_grad():
         samples = draw_images(training_scenes(256, seed + 1), seed + 1)
-        set_latent_statistics(vae, torch.cat([vae.encode(image[None]).latent_dist.mode() for image in samples]))
+        set_latent_statistics(
+            vae, torch.cat([vae.encode(normalize(image[None])).latent_dist.mode() for image in samples])
+        )
     scenes = training_scenes(IMAGES, seed + 2)
     latents = cached_latents(vae, scenes, seed + 2, output / "latents")
     torch.manual_seed(seed + 3)

@@ -7,9 +7,10 @@ flow matching. It saves a `FluxPipeline` in bfloat16. Everything is seeded: the 
 takes about an hour and a half on two cores, with five minutes for the autoencoder; `--autoencoder` takes a trained one.
 """
 
+import graphlib
+import itertools
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from clear_attn.demo.scenes import Scene, draw, training_scenes
@@ -74,29 +75,39 @@ def captions_of(scene: Scene) -> list[str]:
     ]
 
 
+def merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the merges that make one token of each word, letter by letter.
+
+    A word's merges come before those of words that begin with two letters of its middle.
+    """
+    spelled = {word: (*word[:-1], f"{word[-1]}</w>") for word in sorted(words)}
+    order = graphlib.TopologicalSorter[str]()
+    for word, letters in spelled.items():
+        middle = set(itertools.pairwise(letters[1:]))
+        order.add(word)
+        for other in spelled:
+            if spelled[other][:2] in middle:
+                order.add(other, word)
+    merges = [
+        ("".join(spelled[word][:end]), spelled[word][end])
+        for word in order.static_order()
+        for end in range(1, len(word))
+    ]
+    return list(dict.fromkeys(merges))
+
+
 def build_tokenizers(captions: Iterable[str], length: int) -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """Return CLIP's byte-pair and T5's unigram tokenizer, with one token for each word of the captions."""
     words = sorted({word for caption in captions for word in caption.replace(",", "").replace(".", "").split()})
 
-    byte_pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    byte_pairs.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    merges = merges_of(words)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    byte_pairs.train_from_iterator(words, trainer)
-    with tempfile.TemporaryDirectory() as directory:
-        byte_pairs.model.save(directory)
-        merges = (Path(directory) / "merges.txt").read_text().splitlines()[1:]
     tokens = ["<|startoftext|>", "<|endoftext|>", "<|pad|>", *alphabet, *(letter + "</w>" for letter in alphabet)]
-    tokens += [merged for merge in merges if (merged := merge.replace(" ", "")) not in tokens]
+    tokens += ["".join(merge) for merge in merges]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
     with tempfile.TemporaryDirectory() as directory:
         # From files, which transformers 4 needs and transformers 5 takes.
-        files = models.BPE(vocab, pairs, end_of_word_suffix="</w>").save(directory)
+        files = models.BPE(vocab, merges, end_of_word_suffix="</w>").save(directory)
         clip = CLIPTokenizer(*files, pad_token="<|pad|>", model_max_length=length)
 
     characters = [chr(code) for code in range(33, 127)]

@@ -16,7 +16,8 @@ FIGURE_CONTRAST = 45.0  # of a pixel that starts a figure
 CLEAR_COLOR = 40.0  # the largest mean distance of a surface from its colors
 STRAY_AREA = 0.002  # a spot below this share of the image is no figure
 STRAY_TOTAL = 0.01  # of all such spots together
-LEAST_OVERLAP = 0.8
+LEAST_OVERLAP = 0.8  # of a shape
+LEAST_REPEATS = 3  # of stripes or dots
 PLACE_TOLERANCE = 0.1
 SIDE_TOLERANCE = 0.25  # as a share of the nominal side
 
@@ -167,26 +168,35 @@ def recognize_surface(pixels: np.ndarray, region: np.ndarray) -> Surface | None:
 def recognize_texture(share: np.ndarray, region: np.ndarray) -> str | None:
     """Return the texture of a region by the share of the accent in each pixel, or None if it is none clearly.
 
-    Stripes vary from row to row, a gradient slowly so; dots vary along rows and columns alike, and cover less than half.
+    Stripes vary from row to row, a gradient slowly so; dots vary along both axes. The accent covers less than half.
     """
-    total = share[region].var()
+    mean, total = share[region].mean(), share[region].var()
     rows, columns = (_line_means(share, region, axis) for axis in (1, 0))
-    by_rows, by_columns = (line.var() / total for line in (rows, columns))
-    position = np.linspace(0, 1, len(rows))
-    slope, start = np.polyfit(position, rows, 1)
-    if by_rows > 0.7 and np.corrcoef(position, rows)[0, 1] ** 2 > 0.85:
+    by_rows, by_columns = (
+        float((counts * (means - mean) ** 2).sum() / counts.sum() / total) for means, counts in (rows, columns)
+    )
+    position = np.linspace(0, 1, len(rows[0]))
+    slope, start = np.polyfit(position, rows[0], 1)
+    if by_rows > 0.7 and np.corrcoef(position, rows[0])[0, 1] ** 2 > 0.85:
         return "gradient" if slope > 0.4 and start < 0.3 else None
+    if not 0.15 < mean < 0.48 or not _repeats(rows[0]):
+        return None
     if by_rows > 0.6 and by_columns < 0.2:
         return "stripes"
-    dotted = by_rows < 0.6 and by_columns < 0.6 and 0.15 < share[region].mean() < 0.48
-    return "dots" if dotted else None
+    return "dots" if max(by_rows, by_columns) < 0.6 and _repeats(columns[0]) else None
 
 
-def _line_means(share: np.ndarray, region: np.ndarray, axis: int) -> np.ndarray:
-    """Return the mean share of each row or column that has enough of the region."""
+def _repeats(line: np.ndarray) -> bool:
+    """Return whether the values of a line rise past their middle often enough for a texture."""
+    above = line > (line.min() + line.max()) / 2
+    return bool((above[1:] & ~above[:-1]).sum() >= LEAST_REPEATS)
+
+
+def _line_means(share: np.ndarray, region: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean share of each row or column that has enough of the region, and its number of pixels."""
     counts = region.sum(axis=axis)
-    lines = counts >= max(3, counts.max() / 8)
-    return np.asarray((share * region).sum(axis=axis)[lines] / counts[lines])
+    lines = counts >= max(3, len(counts) // 32)
+    return (share * region).sum(axis=axis)[lines] / counts[lines], counts[lines]
 
 
 def grow(region: np.ndarray, by: int) -> np.ndarray:

@@ -6,6 +6,7 @@ A `Scene` has captions and can be drawn. `clear_attn.demo.composition_reader` re
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ ACCENTS = ("white", "black")
 # Share of the image's side after which stripes and dots repeat: one token, so that all tokens of a surface are alike.
 PITCH = 1 / 32
 DOT_RADIUS = 0.32  # as a share of the pitch
+STRIPE = (-0.25, 0.125)  # from edge to edge, as shares of the pitch; whole pixels, and narrower than the gaps
 FADED = 0.8  # a gradient ends with this share of its accent
 
 # The centers (x, y) of the figures as shares of the image's side, by layout.
@@ -133,13 +135,8 @@ def _surfaces(textured: bool) -> tuple[Surface, ...]:
     """Return all surfaces of one kind."""
     if not textured:
         return tuple(map(Surface, COLORS))
-    return tuple(
-        Surface(color, texture, accent)
-        for color in COLORS
-        for texture in TEXTURES
-        for accent in ACCENTS
-        if accent != color
-    )
+    pairs = [(color, accent) for color in COLORS for accent in ACCENTS if accent != color]
+    return tuple(Surface(color, texture, accent) for (color, accent), texture in itertools.product(pairs, TEXTURES))
 
 
 def random_surface(rng: np.random.Generator, textured: bool, without: Set[str] = frozenset()) -> Surface:
@@ -156,10 +153,9 @@ def random_scene(rng: np.random.Generator) -> Scene:
     textured = rng.random(count) < 0.35
     if count == 3:
         textured &= np.arange(3) == rng.integers(3)
-    figures = tuple(
-        Figure(list(SHAPES)[rng.integers(len(SHAPES))], random_surface(rng, bool(each), ground.colors))
-        for each in textured
-    )
+    shapes = [list(SHAPES)[index] for index in rng.integers(len(SHAPES), size=count)]
+    surfaces = [random_surface(rng, bool(each), ground.colors) for each in textured]
+    figures = tuple(map(Figure, shapes, surfaces))
     return Scene(figures, layouts[rng.integers(len(layouts))], ground)
 
 
@@ -205,8 +201,8 @@ def _accent_share(texture: str, size: int) -> np.ndarray:
     """Return the share of each pixel that the accent of stripes or dots covers, `[size, size]`."""
     phase = (np.arange(4 * size) + 0.5) / (4 * size) / PITCH % 1 - 0.5
     x, y = phase[None, :], phase[:, None]
-    inside = (abs(y) < 0.25) & (abs(x) < 1) if texture == "stripes" else np.hypot(x, y) < DOT_RADIUS
-    return inside.astype(np.float32).reshape(size, 4, size, 4).mean(axis=(1, 3))
+    inside = (y >= STRIPE[0]) & (y < STRIPE[1]) if texture == "stripes" else np.hypot(x, y) < DOT_RADIUS
+    return np.broadcast_to(inside, (4 * size, 4 * size)).astype(np.float32).reshape(size, 4, size, 4).mean(axis=(1, 3))
 
 
 def paint(surface: Surface, size: int, top: float, bottom: float) -> np.ndarray:
