@@ -366,11 +366,10 @@ def main(
     train_autoencoder(vae, output / "autoencoder.pt", seed)
     # Round now as for saving, so that the transformer trains on the same latents as it gets later.
     vae.to(torch.bfloat16).to(torch.float32)
+    samples = draw_images(training_scenes(256, seed + 1), seed + 1)
     with torch.no_grad():
-        samples = draw_images(training_scenes(256, seed + 1), seed + 1)
-        set_latent_statistics(
-            vae, torch.cat([vae.encode(normalize(image[None])).latent_dist.mode() for image in samples])
-        )
+        latents = torch.cat([vae.encode(normalize(image[None])).latent_dist.mode() for image in samples])
+        set_latent_statistics(vae, latents)
     scenes = training_scenes(IMAGES, seed + 2)
     latents = cached_latents(vae, scenes, seed + 2, output / "latents")
     torch.manual_seed(seed + 3)
