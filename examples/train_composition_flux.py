@@ -8,6 +8,7 @@ phase, and its state every few minutes. Started again, it goes on from there, wi
 the randomness of a step depends on the seed and the step's number alone.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -266,6 +267,25 @@ class Trained(nn.Module):
             pipe.text_encoder_2,
         )
 
+    def hidden(self) -> list[nn.Parameter]:
+        """Return the matrices between hidden activations, which Muon trains."""
+        others = ("embed", "norm", "shared", "bias", "transformer.proj_out")
+        return [
+            value
+            for name, value in self.named_parameters()
+            if value.ndim == 2 and not any(other in name for other in others)
+        ]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return Muon for the hidden matrices, which takes a third fewer steps here, and AdamW for the rest."""
+        hidden = self.hidden()
+        chosen = set(map(id, hidden))
+        rest = [value for value in self.parameters() if id(value) not in chosen]
+        return [
+            torch.optim.Muon(hidden, lr=1.0, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.99), weight_decay=0.01),
+        ]
+
 
 def locate(step: int) -> tuple[int, float]:
     """Return the number of a step's phase, and the share of the phase before it."""
@@ -320,27 +340,29 @@ def save_pipeline(pipe: FluxPipeline, average: dict[str, Tensor], folder: Path) 
 def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, output: Path, seed: int) -> None:
     """Train transformer and text encoders by flow matching, and save a moving average after each phase."""
     trained = Trained(pipe)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers = trained.optimizers()
     average = {name: value.detach().clone() for name, value in trained.state_dict().items()}
     state_file = output / "transformer.pt"
     state = load_state(state_file)
     if state:
         trained.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
         average = state["average"]
     first, seconds = state.get("step", 0), state.get("seconds", 0.0)
     total, losses = sum(phase.steps for phase in PHASES), []
     started = saved = time.monotonic()
     for step in range(first, total):
         number, _ = locate(step)
-        for group in optimizer.param_groups:
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = learning_rate(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=number < len(PHASES) - 1):
             loss = flow_loss(pipe, scenes, latents, PHASES[number], generator_of(seed, 2, step))
-        optimizer.zero_grad()
+        trained.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         with torch.no_grad():
             decay = min(AVERAGE, (1 + step) / (10 + step))
             for name, value in trained.state_dict().items():
@@ -349,12 +371,13 @@ def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, 
         if (step + 1) % 50 == 0:
             report(f"transformer, phase {number}", step, total, float(np.mean(losses[-50:])), started)
         phase_ends = step + 1 == total or locate(step + 1)[0] != number
-        if phase_ends or time.monotonic() - saved > SAVE_EVERY:
-            saved = time.monotonic()
-            parts = {"model": trained.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            save_state(state_file, step=step + 1, seconds=seconds + saved - started, **parts)
         if phase_ends:
             save_pipeline(pipe, average, output / f"phase-{number}")
+        if phase_ends or time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            parts = {"model": trained.state_dict(), "average": average}
+            own = [optimizer.state_dict() for optimizer in optimizers]
+            save_state(state_file, step=step + 1, seconds=seconds + saved - started, optimizers=own, **parts)
 
 
 def main(
