@@ -142,7 +142,7 @@ class TestReader:
             "a figure of two colors": painted(slice(100, 128), slice(140, 236), (245, 245, 245)),
             "a ground of two colors": painted(slice(200, None), slice(None), (220, 40, 40)),
             "a figure out of place": draw(plain, posed=[Pose(0.3, 0.2, 0.19), Pose(0.73, 0.5, 0.19)]),
-            "a figure too large": draw(plain, posed=[Pose(0.27, 0.5, 0.12), Pose(0.73, 0.5, 0.19)]),
+            "a figure too small": draw(plain, posed=[Pose(0.27, 0.5, 0.12), Pose(0.73, 0.5, 0.19)]),
             "touching figures": draw(plain, posed=[Pose(0.4, 0.5, 0.19), Pose(0.6, 0.5, 0.19)]),
         }
         assert read(draw(plain)).scene == plain

@@ -11,7 +11,7 @@ import numpy as np
 from clear_attn.demo.compositions import ACCENTS, HALF_SIDES, LAYOUTS, Figure, Pose, Scene, Surface, coverage
 from clear_attn.demo.scenes import COLORS, SHAPES
 
-# Distances between RGB colors in 0..255; the nearest two of COLORS are 128 apart.
+# Distances between RGB colors in 0..255; the nearest two of COLORS are 148 apart.
 FIGURE_CONTRAST = 45.0  # of a pixel that starts a figure
 CLEAR_COLOR = 40.0  # the largest mean distance of a surface from its colors
 STRAY_AREA = 0.002  # a spot below this share of the image is no figure
