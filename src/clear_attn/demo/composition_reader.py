@@ -66,6 +66,17 @@ def read(image: np.ndarray) -> Reading | None:
     return Reading(scene, tuple(each.pose for each in ordered), tuple(each.overlap for each in ordered))
 
 
+def count_figures(image: np.ndarray, ground: Surface) -> int:
+    """Return the number of figures in an image on a known ground, also of an image that shows no scene clearly.
+
+    Args:
+        image: uint8 array `[size, size, 3]`.
+        ground: the surface around the figures.
+    """
+    from_ground = distance_from(np.asarray(image).astype(np.float32), ground)
+    return sum(bool(spot.mean() >= STRAY_AREA) for spot in connected_regions(from_ground > FIGURE_CONTRAST))
+
+
 class FoundFigure(NamedTuple):
     figure: Figure
     pose: Pose

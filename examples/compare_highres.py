@@ -1,0 +1,272 @@
+"""Compare ways to draw at two and four times the size that the small FLUX was trained at.
+
+    python examples/compare_highres.py --output compared
+    python examples/compare_highres.py --output compared --side 1024 --captions 10 --only "direct, dense"
+
+Every way draws the same held-out captions with the same seeds. The table shows the captions drawn right, the median
+overlap of the shapes with ideal ones, the distance to the enlarged base image (root mean square, colors in 0..1), the
+figures that nobody asked for, and the FLOPs of attention and the seconds of all runs, the base image included.
+
+Images and measurements are kept in the output folder, and an interrupted run goes on from them. Several processes can
+share the work (`--only`). The last one writes the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import typer
+from diffusers import FluxPipeline
+from PIL import Image
+from rich import print
+from rich.table import Table
+
+import clear_attn as clear
+from clear_attn import Schedule, Stage, StepwiseGuidance
+from clear_attn.demo.composition_reader import count_figures, read
+from clear_attn.demo.compositions import SIZE, Scene, held_out_scenes, poses
+from clear_attn.models._diffusers import load_pretrained
+from clear_attn.utils.atomic import atomic_file
+from clear_attn.utils.image_sheets import CELL, contact_sheet
+
+WINDOW = 8
+STEPS = 28
+TEXT_TOKENS = 32
+
+
+class Task(NamedTuple):
+    """An image to draw."""
+
+    number: int
+    scene: Scene
+    seed: int
+
+    @property
+    def caption(self) -> str:
+        return self.scene.captions[self.number % len(self.scene.captions)]
+
+    @property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Drawn(NamedTuple):
+    image: Image.Image
+    seconds: float
+    flops: int
+
+
+class Way(Protocol):
+    """A way to draw a large image."""
+
+    def draw(self, pipe: FluxPipeline, weights: str | None, task: Task, side: int, base: Drawn) -> Drawn: ...
+
+
+class Direct(NamedTuple):
+    """Text to image at this size. Without a window attention is dense."""
+
+    window: int | None
+
+    def draw(self, pipe: FluxPipeline, weights: str | None, task: Task, side: int, base: Drawn | None) -> Drawn:
+        local = clear.linearized(pipe, self.window, weights=weights) if self.window else contextlib.nullcontext()
+        cost = clear.cost(pipe, side, side, window=self.window or WINDOW, text_tokens=TEXT_TOKENS, steps=STEPS)
+        call = {"num_inference_steps": STEPS, "max_sequence_length": TEXT_TOKENS, "generator": task.generator}
+        with local:
+            started = time.perf_counter()
+            image = pipe(task.caption, height=side, width=side, **call).images[0]
+            seconds = time.perf_counter() - started
+        return Drawn(image, seconds, cost.run_flops if self.window else cost.dense_run_flops)
+
+
+class Staged(NamedTuple):
+    """`highres`, with its base image."""
+
+    stage: Stage
+    schedule: Schedule | None = None
+    count: int = 1
+
+    def draw(self, pipe: FluxPipeline, weights: str | None, task: Task, side: int, base: Drawn) -> Drawn:
+        """Draw the stages. The base image is drawn again only by those that need its run."""
+        growth = (side / SIZE) ** (1 / self.count)
+        sides = [round(SIZE * growth ** (number + 1)) for number in range(self.count)]
+        started = time.perf_counter()
+        result = clear.highres(
+            pipe,
+            task.caption,
+            height=side,
+            width=side,
+            window=WINDOW,
+            schedule=self.schedule,
+            weights=weights,
+            image=None if self.stage.needs_recording else base.image,
+            base=clear.Base(SIZE, SIZE, steps=STEPS) if self.stage.needs_recording else None,
+            stages=[replace(self.stage, height=each, width=each) for each in sides],
+            seed=task.seed,
+            max_sequence_length=TEXT_TOKENS,
+        )
+        seconds, flops = time.perf_counter() - started, result.plan.work(pipe).flops
+        if self.stage.needs_recording:
+            return Drawn(result.image, seconds, flops)
+        return Drawn(result.image, seconds + base.seconds, flops + base.flops)
+
+
+# Wide windows while a stage decides the layout. Its first sigma is 0.67 with a strength of 0.4 and a shift of 3.
+WIDE_FIRST = Schedule(windows_by_sigma=((0.6, 32), (0.4, 16)))
+CLOSE = Stage(strength=0.4, ntk_factor=1, proportional=False)
+STEPWISE = StepwiseGuidance()
+WAYS: dict[str, Way] = {
+    "direct, dense": Direct(None),
+    "direct, local": Direct(WINDOW),
+    "published": Staged(Stage()),
+    "close": Staged(CLOSE),
+    "close, wide first": Staged(CLOSE, WIDE_FIRST),
+    "close, low resolution": Staged(replace(CLOSE, low_resolution_guidance=1)),
+    "close, stepwise": Staged(replace(CLOSE, stepwise_guidance=STEPWISE)),
+    "close, stepwise, wide first": Staged(replace(CLOSE, stepwise_guidance=STEPWISE), WIDE_FIRST),
+    "continued": Staged(replace(CLOSE, continues=True)),
+    "continued, wide first": Staged(replace(CLOSE, continues=True), WIDE_FIRST),
+    "continued, stepwise": Staged(replace(CLOSE, continues=True, stepwise_guidance=STEPWISE)),
+    "continued, stepwise, wide first": Staged(replace(CLOSE, continues=True, stepwise_guidance=STEPWISE), WIDE_FIRST),
+}
+BASE = "base image"
+
+
+def measure(task: Task, drawn: Drawn, base: Image.Image) -> dict[str, Any]:
+    """Return what the table is made from."""
+    pixels = np.asarray(drawn.image)
+    enlarged = np.asarray(base.resize(drawn.image.size, Image.Resampling.LANCZOS))
+    reading = read(pixels)
+    return {
+        "caption": task.number,
+        "seed": task.seed,
+        "right": reading is not None and reading.scene == task.scene,
+        "overlaps": [round(overlap, 4) for overlap in reading.overlaps] if reading else [],
+        "distance": float(np.sqrt(np.mean((pixels / 255 - enlarged / 255) ** 2))),
+        "extra": max(0, count_figures(pixels, task.scene.ground) - len(task.scene.figures)),
+        "seconds": drawn.seconds,
+        "flops": drawn.flops,
+    }
+
+
+class Folder(NamedTuple):
+    """The images and the measurements of one way at one size."""
+
+    path: Path
+
+    def file(self, task: Task) -> Path:
+        return self.path / f"{task.seed}-{task.number}.png"
+
+    def load(self, task: Task) -> Drawn | None:
+        """Return what was drawn for a task, if anything was."""
+        file, record = self.file(task), self.file(task).with_suffix(".json")
+        if not record.exists():
+            return None
+        values = json.loads(record.read_text())
+        with Image.open(file) as image:
+            return Drawn(image.convert("RGB"), values["seconds"], values["flops"])
+
+    def save(self, task: Task, drawn: Drawn, base: Image.Image) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        drawn.image.save(self.file(task))
+        with atomic_file(self.file(task).with_suffix(".json")) as unfinished:
+            unfinished.write_text(json.dumps(measure(task, drawn, base)) + "\n")
+
+    def measurements(self) -> list[dict[str, Any]]:
+        return [json.loads(file.read_text()) for file in sorted(self.path.glob("*.json"))]
+
+
+def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a row of the table."""
+    measured = list(measured)
+    overlaps = [overlap for each in measured for overlap in each["overlaps"]]
+    return {
+        "images": len(measured),
+        "right": sum(each["right"] for each in measured),
+        "median_overlap": round(float(np.median(overlaps)), 4) if overlaps else None,
+        "distance": round(float(np.mean([each["distance"] for each in measured])), 4),
+        "extra_figures": sum(each["extra"] for each in measured),
+        "flops": round(float(np.mean([each["flops"] for each in measured]))),
+        "seconds": round(float(np.median([each["seconds"] for each in measured])), 2),
+    }
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for images, measurements and the table; goes on from them.")],
+    model: Annotated[Path, typer.Option(help="Folder of the pipeline.")],
+    weights: Annotated[str | None, typer.Option(help="Distilled weights; none: the model's own.")] = None,
+    side: Annotated[list[int] | None, typer.Option(help="Side in pixels; repeatable.", show_default="512")] = None,
+    captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 50,
+    seeds: Annotated[int, typer.Option(help="Number of images of each caption.")] = 2,
+    only: Annotated[list[str] | None, typer.Option(help="Draw this way alone; repeatable.")] = None,
+    shown: Annotated[int, typer.Option(help="How many captions the contact sheets show.")] = 4,
+) -> None:
+    if unknown := sorted(set(only or ()) - set(WAYS)):
+        raise typer.BadParameter(f"no such way: {', '.join(unknown)}; there are {', '.join(WAYS)}")
+    pipe = load_pretrained(FluxPipeline, model, dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    tasks = [
+        Task(number, scene, seed) for seed in range(seeds) for number, scene in enumerate(held_out_scenes(captions))
+    ]
+    bases = Folder(output / BASE)
+    for pixels in side or [2 * SIZE]:
+        for name in only or WAYS:
+            folder = Folder(output / str(pixels) / name)
+            for task in tasks:
+                base = bases.load(task)
+                if base is None:
+                    base = Direct(None).draw(pipe, weights, task, SIZE, None)
+                    bases.save(task, base, base.image)
+                if folder.load(task) is None:
+                    folder.save(task, WAYS[name].draw(pipe, weights, task, pixels, base), base.image)
+            print(pixels, name, summarize(folder.measurements()))
+        write_sheets(output, pixels, tasks[:shown])
+    write_table(output)
+
+
+def write_sheets(output: Path, side: int, tasks: list[Task]) -> None:
+    """Save a sheet of whole images, and one of crops at 1:1 around the right edge of each scene's first figure."""
+    drawn = {BASE: [Folder(output / BASE).load(task) for task in tasks]}
+    drawn |= {name: [Folder(output / str(side) / name).load(task) for task in tasks] for name in WAYS}
+    rows = {
+        name: [each.image.resize((side, side), Image.Resampling.LANCZOS) for each in images if each]
+        for name, images in drawn.items()
+        if all(images)
+    }
+    crops = {
+        name: [crop(image, task) for image, task in zip(images, tasks, strict=True)] for name, images in rows.items()
+    }
+    captions = [task.caption for task in tasks]
+    contact_sheet(rows, captions).save(output / f"{side}.png")
+    contact_sheet(crops, captions).save(output / f"{side}-crops.png")
+
+
+def crop(image: Image.Image, task: Task) -> Image.Image:
+    first = poses(task.scene)[0]
+    left, top = (round(center * image.width - CELL / 2) for center in (first.x + first.half, first.y))
+    return image.crop((left, top, left + CELL, top + CELL))
+
+
+def write_table(output: Path) -> None:
+    """Write the numbers of all ways that were drawn so far, and print them."""
+    sizes = sorted((each for each in output.iterdir() if each.name.isdecimal()), key=lambda each: int(each.name))
+    folders = [(SIZE, BASE, output / BASE)]
+    folders += [(int(size.name), name, size / name) for size in sizes for name in WAYS if (size / name).exists()]
+    rows = [{"side": pixels, "way": name, **summarize(Folder(path).measurements())} for pixels, name, path in folders]
+    with atomic_file(output / "highres.json") as unfinished:
+        unfinished.write_text(json.dumps({"window": WINDOW, "steps": STEPS, "rows": rows}, indent=1) + "\n")
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
