@@ -183,7 +183,12 @@ class TestTraining:
         monkeypatch.setattr(training, "IMAGES", 4)
         sizes = {32: 2, 96: 2, 512: 1}
         monkeypatch.setattr(
-            training, "PHASES", (training.Phase(2, 16, sizes, (1e-3, 5e-4)), training.Phase(2, 32, sizes, (5e-4, 0.0)))
+            training,
+            "PHASES",
+            (
+                training.Phase(2, 16, sizes, (1e-3, 5e-4), (0.0, 0.5)),
+                training.Phase(2, 32, sizes, (5e-4, 0.0), (0.5, 0.5)),
+            ),
         )
 
     def test_every_word_is_one_token_and_captions_fit(self, training):
