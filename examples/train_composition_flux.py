@@ -60,9 +60,9 @@ class Phase(NamedTuple):
 # equally often would say nothing about places by their order or their "left of" alone, and both together are hard to
 # learn at once.
 PHASES = (
-    Phase(4000, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3), (0.05, 0.3)),
-    Phase(2500, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 6e-4), (0.3, 0.5)),
-    Phase(1000, 1024, {32: 6, 96: 6, 512: 3}, (6e-4, 0.0), (0.5, 0.5)),
+    Phase(3500, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3), (0.05, 0.3)),
+    Phase(3000, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 6e-4), (0.3, 0.5)),
+    Phase(1200, 1024, {32: 6, 96: 6, 512: 3}, (6e-4, 0.0), (0.5, 0.5)),
 )
 WARMUP = 100
 IMAGES = 10_000
