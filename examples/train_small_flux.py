@@ -11,6 +11,7 @@ import graphlib
 import itertools
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
