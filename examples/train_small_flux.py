@@ -1,367 +1,350 @@
-"""Train the small FLUX that ships with clear_attn, from random weights, on a CPU.
+"""Train the small FLUX that ships with clear_attn, from random weights, on a CPU, in as many sittings as needed.
 
     python examples/train_small_flux.py --output small-flux
 
-builds the tokenizers, trains the autoencoder on drawn scenes, then trains the transformer and both text encoders by
-flow matching. It saves a `FluxPipeline` in bfloat16. Everything is seeded: the same machine gives the same weights. It
-takes about an hour and a half on two cores, with five minutes for the autoencoder; `--autoencoder` takes a trained one.
+trains the autoencoder on drawn scenes, then the transformer and both text encoders by flow matching, in phases: most
+steps take a small part of each image's tokens, at random positions. It saves a `FluxPipeline` in bfloat16 after each
+phase, and its state every few minutes. Started again, it goes on from there, with the result of an uninterrupted run:
+the randomness of a step depends on the seed and the step's number alone.
 """
 
-import graphlib
 import itertools
-import json
 import math
-import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from diffusers import AutoencoderKL, FluxPipeline
+from torch import Tensor, nn
 
-from clear_attn.demo.scenes import Scene, draw, training_scenes
-from clear_attn.models._diffusers import load_pretrained
+from clear_attn.demo.scenes import SIZE, Scene, draw, poses, training_scenes
+from clear_attn.utils.atomic import atomic_file
+from build_small_flux import SHIFT, build_autoencoder, build_pipeline, load_in_float32, support_transformers_4
 
-SIZE = 128  # pixels; 16 x 16 tokens after the autoencoder and the 2 x 2 packing
-SHIFT = 4.0  # with so few tokens, an image's structure is decided close to pure noise
-CAPTION_LENGTH = 24  # the most text tokens by default
-LATENT_NOISE = 0.1  # as a share of the standard deviation of the latents
 # Share of the training batches with each text length. FLUX attends to the padding of prompts, and FluxPipeline pads to
 # 512 by default, so training must include long padding.
-TEXT_LENGTHS = {24: 0.88, 96: 0.08, 512: 0.04}
+TEXT_LENGTHS = {32: 0.92, 96: 0.05, 512: 0.03}
+AVERAGE = 0.998  # decay of the moving average of the weights
+LATENT_NOISE = 0.1  # as a share of the standard deviation of the latents
+SAVE_EVERY = 180  # seconds
+# All phases but the last compute in bfloat16, in two thirds of the time. The last trains the details.
 
 
 class Phase(NamedTuple):
-    """A part of the transformer's training. At its end the weights are rounded to bfloat16.
+    """A part of the transformer's training.
 
     Attributes:
-        steps: of the optimizer, with a cosine schedule that ends at 0.
-        learning_rate: the highest.
+        steps: of the optimizer.
         image_tokens: number of tokens of each image, at random positions.
         batch_sizes: for each text length.
-        jitter: largest shift of a figure, and largest change of its half side, as shares of the image's side.
+        rates: the learning rate at the start and at the end, with half a cosine between them.
+        swapped: the share of the captions that name the second figure first, at the start and at the end.
     """
 
     steps: int
-    learning_rate: float
     image_tokens: int
     batch_sizes: dict[int, int]
-    jitter: float
+    rates: tuple[float, float]
+    swapped: tuple[float, float]
 
 
-LOOSE, NEAT = 0.02, 0.01
-WHOLE = {24: 16, 96: 12, 512: 5}
+# Tokens learn from text and position alone, so most steps take few tokens of many images. Captions in both orders
+# equally often would say nothing about places by their order or their "left of" alone, and both together are hard to
+# learn at once.
 PHASES = (
-    Phase(5000, 2e-3, 256, WHOLE, LOOSE),
-    # A quarter of each image takes a third of the time, so more images; tokens learn from text and position alone.
-    Phase(1300, 1.5e-3, 64, {24: 48, 96: 28, 512: 7}, NEAT),
-    Phase(500, 7e-4, 256, WHOLE, NEAT),
+    Phase(3500, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3), (0.05, 0.3)),
+    Phase(3000, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 6e-4), (0.3, 0.5)),
+    Phase(1200, 1024, {32: 6, 96: 6, 512: 3}, (6e-4, 0.0), (0.5, 0.5)),
 )
+WARMUP = 100
+IMAGES = 10_000
 
 
-def captions_of(scene: Scene) -> list[str]:
-    """Return wordings of a scene's caption; the first is the scene's own."""
-    return [
-        scene.caption,
-        f"a {scene.color} {scene.shape} {scene.place} on a {scene.ground} ground",
-        f"{scene.place}, a {scene.color} {scene.shape} on {scene.ground}",
-        f"A {scene.color} {scene.shape} on a {scene.ground} ground, {scene.place}.",
-    ]
+class AutoencoderPhase(NamedTuple):
+    """Part of the autoencoder's training, on crops at multiples of a token's side, where textures repeat."""
+
+    steps: int
+    crop: int
+    batch: int
 
 
-def merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the merges that make one token of each word, letter by letter.
-
-    A word's merges come before those of words that begin with two letters of its middle.
-    """
-    spelled = {word: (*word[:-1], f"{word[-1]}</w>") for word in sorted(words)}
-    order = graphlib.TopologicalSorter[str]()
-    for word, letters in spelled.items():
-        middle = set(itertools.pairwise(letters[1:]))
-        order.add(word)
-        for other in spelled:
-            if spelled[other][:2] in middle:
-                order.add(other, word)
-    merges = [
-        ("".join(spelled[word][:end]), spelled[word][end])
-        for word in order.static_order()
-        for end in range(1, len(word))
-    ]
-    return list(dict.fromkeys(merges))
+TOKEN = 8  # pixels
+AUTOENCODER_IMAGES = 1024
+AUTOENCODER_RATE = 2e-3
+AUTOENCODER_PHASES = (AutoencoderPhase(2400, 64, 16), AutoencoderPhase(900, 128, 4), AutoencoderPhase(400, 256, 2))
 
 
-def build_tokenizers(captions: Iterable[str], length: int) -> tuple[CLIPTokenizer, T5TokenizerFast]:
-    """Return CLIP's byte-pair and T5's unigram tokenizer, with one token for each word of the captions."""
-    words = sorted({word for caption in captions for word in caption.replace(",", "").replace(".", "").split()})
-
-    merges = merges_of(words)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", "<|pad|>", *alphabet, *(letter + "</w>" for letter in alphabet)]
-    tokens += ["".join(merge) for merge in merges]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    with tempfile.TemporaryDirectory() as directory:
-        # From files, which transformers 4 needs and transformers 5 takes.
-        files = models.BPE(vocab, merges, end_of_word_suffix="</w>").save(directory)
-        clip = CLIPTokenizer(*files, pad_token="<|pad|>", model_max_length=length)
-
-    characters = [chr(code) for code in range(33, 127)]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
-    pieces += [("▁" + word, -2.0) for word in words] + [(character, -10.0) for character in characters]
-    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram.decoder = decoders.Metaspace()
-    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    t5 = T5TokenizerFast(
-        tokenizer_object=unigram,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_ids=0,
-        model_max_length=length,
-    )
-    return clip, t5
+def generator_of(seed: int, purpose: int, step: int) -> torch.Generator:
+    """Return the randomness of a step."""
+    return torch.Generator().manual_seed((seed * 16 + purpose) * 2**24 + step)
 
 
-def support_transformers_4(folder: Path) -> None:
-    """Rewrite what was saved of a pipeline so that transformers 4 and 5 load it.
-
-    Transformers 4 needs the vocabulary of CLIP in files of its own, which it also saves, T5's fast tokenizer by name,
-    and `text_model.` in the names of CLIP's weights, without which it leaves them random.
-    """
-    saved = folder / "tokenizer" / "tokenizer.json"
-    if saved.exists():
-        model = json.loads(saved.read_text())["model"]
-        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n")
-        merges = "".join(" ".join(merge) + "\n" for merge in model["merges"])
-        (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + merges)
-
-    config_file, index_file = folder / "tokenizer_2" / "tokenizer_config.json", folder / "model_index.json"
-    config = json.loads(config_file.read_text())
-    config.pop("extra_special_tokens", None)
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
-    index = json.loads(index_file.read_text())
-    index["tokenizer_2"] = ["transformers", "T5TokenizerFast"]
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
-
-    weights_file = folder / "text_encoder" / "model.safetensors"
-    weights = {f"text_model.{name.removeprefix('text_model.')}": x for name, x in load_file(weights_file).items()}
-    save_file(weights, weights_file, metadata={"format": "pt"})
+def save_state(file: Path, **state: Any) -> None:
+    with atomic_file(file) as unfinished:
+        torch.save(state, unfinished)
 
 
-def load_in_float32(folder: Path) -> None:
-    """Record float32 as the dtype of the text encoders.
-
-    Where no dtype is asked for, transformers 5 loads the recorded one, and diffusers its own models in float32.
-    """
-    for name in ("text_encoder", "text_encoder_2"):
-        file = folder / name / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
+def load_state(file: Path) -> dict[str, Any]:
+    """Return what was saved, or nothing."""
+    return torch.load(file, weights_only=True) if file.exists() else {}
 
 
-def build_pipeline() -> FluxPipeline:
-    """Return the untrained pipeline, in float32."""
-    captions = [caption for scene in training_scenes() for caption in captions_of(scene)]
-    clip_tokenizer, t5_tokenizer = build_tokenizers(captions, CAPTION_LENGTH)
-    clip = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer),
-        hidden_size=64,
-        projection_dim=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=CAPTION_LENGTH,
-        bos_token_id=clip_tokenizer.bos_token_id,
-        eos_token_id=clip_tokenizer.eos_token_id,
-        pad_token_id=clip_tokenizer.pad_token_id,
-    )
-    t5 = T5Config(
-        vocab_size=len(t5_tokenizer),
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(16, 32, 32),
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=SIZE,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            mid_block_add_attention=False,
-        ),
-        text_encoder=CLIPTextModel(clip),
-        tokenizer=clip_tokenizer,
-        text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=t5_tokenizer,
-        transformer=FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=4,
-            attention_head_dim=32,
-            num_attention_heads=4,
-            joint_attention_dim=128,
-            pooled_projection_dim=64,
-            axes_dims_rope=(8, 12, 12),
-        ),
+def draw_images(scenes: list[Scene], seed: int) -> Iterator[Tensor]:
+    """Return the image of each scene, with jitter, uint8 `[3, SIZE, SIZE]`."""
+    rng = np.random.default_rng(seed)
+    for scene in scenes:
+        yield torch.from_numpy(draw(scene, SIZE, poses(scene, rng))).permute(2, 0, 1).contiguous()
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Return images in -1..1 from images in uint8."""
+    return images.float() / 127.5 - 1
+
+
+def report(name: str, step: int, steps: int, loss: float, started: float) -> None:
+    """Print the progress, the seconds of this sitting, and those of all cores."""
+    seconds, cores = time.monotonic() - started, time.process_time()
+    print(f"{name} {step + 1}/{steps} loss {loss:.4f} {seconds:.0f} s, {cores:.0f} core s", flush=True)
+
+
+def crops(images: Tensor, phase: AutoencoderPhase, rng: torch.Generator) -> Tensor:
+    """Return a batch of crops of images."""
+    chosen = torch.randint(len(images), (phase.batch,), generator=rng)
+    corners = TOKEN * torch.randint((SIZE - phase.crop) // TOKEN + 1, (phase.batch, 2), generator=rng)
+    return torch.stack(
+        [
+            images[index, :, top : top + phase.crop, left : left + phase.crop]
+            for index, (top, left) in zip(chosen.tolist(), corners.tolist(), strict=True)
+        ]
     )
 
 
-def draw_images(count: int, size: int, jitter: float, rng: np.random.Generator) -> tuple[list[Scene], torch.Tensor]:
-    """Return scenes in random order and their images, `[count, 3, size, size]` in -1..1."""
-    known = training_scenes()
-    scenes = [known[index % len(known)] for index in rng.permutation(count)]
-    drawn = [
-        draw(scene, size, shift=tuple(rng.uniform(-jitter, jitter, 2)), half=0.23 + rng.uniform(-jitter, jitter))
-        for scene in scenes
-    ]
-    return scenes, torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def train_autoencoder(vae: AutoencoderKL, state_file: Path, seed: int) -> None:
+    """Train with absolute and squared error. Noise on the latents keeps the effect of their small errors small."""
+    images = torch.stack(list(draw_images(training_scenes(AUTOENCODER_IMAGES, seed), seed)))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=AUTOENCODER_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    plan = [phase for phase in AUTOENCODER_PHASES for _ in range(phase.steps)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / len(plan)))
+    )
+    state = load_state(state_file)
+    if state:
+        vae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    first = state.get("step", 0)
 
+    def save(step: int) -> None:
+        parts = {"model": vae, "optimizer": optimizer, "schedule": schedule}
+        save_state(state_file, step=step, **{name: part.state_dict() for name, part in parts.items()})
 
-def learning_rate(step: int, steps: int, warmup: int = 50) -> float:
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def report(name: str, step: int, steps: int, loss: torch.Tensor, started: float) -> None:
-    if step % 50 == 0 or step == steps - 1:
-        print(f"{name} {step}/{steps} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
-
-
-def train_autoencoder(vae: AutoencoderKL, count: int, steps: int, rng: torch.Generator) -> None:
-    """Train with absolute and squared error. Noise on the latents keeps the effect of their small errors small.
-
-    Most steps run at half the size, in a quarter of the time; scenes look the same at any size.
-    """
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    drawing = np.random.default_rng(rng.initial_seed())
-    small, large = (draw_images(count, size, LOOSE, drawing)[1] for size in (SIZE // 2, SIZE))
-    started = time.monotonic()
-    for step in range(steps):
-        images = small if step < 0.86 * steps else large
-        batch = images[torch.randint(len(images), (4,), generator=rng)]
-        latents = vae.encode(batch).latent_dist.mode()
-        noise = LATENT_NOISE * latents.detach().std() * torch.randn(latents.shape, generator=rng)
-        decoded = vae.decode(latents + noise).sample
+    started = saved = time.monotonic()
+    for step in range(first, len(plan)):
+        rng = generator_of(seed, 1, step)
+        batch = normalize(crops(images, plan[step], rng))
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan[step] != AUTOENCODER_PHASES[-1]):
+            latents = vae.encode(batch).latent_dist.mode().float()
+            noise = LATENT_NOISE * latents.detach().std() * torch.randn(latents.shape, generator=rng)
+            decoded = vae.decode(latents + noise).sample.float()
         loss = F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        report("autoencoder", step, steps, loss, started)
+        if (step + 1) % 50 == 0:
+            report("autoencoder", step, len(plan), loss.item(), started)
+        if time.monotonic() - saved > SAVE_EVERY or step == len(plan) - 1:
+            saved = time.monotonic()
+            save(step + 1)
     vae.requires_grad_(False)
-    sample = torch.cat([vae.encode(batch).latent_dist.mode() for batch in large[:512].split(32)])
-    spread = sample.std().item()
-    vae.register_to_config(scaling_factor=1 / spread, shift_factor=sample.mean().item())
-    # Set the encoder's variance to that of the noise in training.
+
+
+def set_latent_statistics(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Record the mean and the spread of latents, and set the encoder's variance to that of the noise in training."""
+    spread = latents.std().item()
+    vae.register_to_config(scaling_factor=1 / spread, shift_factor=latents.mean().item())
     _, log_variance = vae.encoder.conv_out.weight.chunk(2)
     log_variance.zero_()
     vae.encoder.conv_out.bias.chunk(2)[1].fill_(2 * math.log(LATENT_NOISE * spread))
 
 
-def encode_images(pipe: FluxPipeline, images: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Return packed latents `[count, tokens, channels]`, the transformer's input."""
-    config = pipe.vae.config
-    latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in images.split(32)])
-    latents = (latents - config.shift_factor) * config.scaling_factor
-    return pipe._pack_latents(latents, *latents.shape)
+    latents = (vae.encode(images).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
-def train_transformer(
-    pipe: FluxPipeline, scenes: list[Scene], latents: torch.Tensor, phase: Phase, rng: torch.Generator
-) -> None:
-    """Train transformer and text encoders by flow matching. The result is a moving average."""
-    trained = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
-    parameters = [parameter for module in trained for parameter in module.parameters()]
-    average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, phase.steps))
-    shares = torch.tensor(list(TEXT_LENGTHS.values()))
-    side = SIZE // (2 * pipe.vae_scale_factor)
-    image_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
-    started = time.monotonic()
-    for step in range(phase.steps):
-        length = list(TEXT_LENGTHS)[int(torch.multinomial(shares, 1, generator=rng))]
-        batch = phase.batch_sizes[length]
-        chosen = torch.randint(len(scenes), (batch,), generator=rng)
-        wordings = torch.randint(4, (batch,), generator=rng)
-        captions = [captions_of(scenes[i])[wording] for i, wording in zip(chosen, wordings, strict=True)]
-        text, pooled, text_ids = pipe.encode_prompt(captions, None, device="cpu", max_sequence_length=length)
+def cached_latents(vae: AutoencoderKL, scenes: list[Scene], seed: int, folder: Path, chunk: int = 500) -> Tensor:
+    """Return the packed latents of jittered scenes in float16, from files that are written once."""
+    folder.mkdir(exist_ok=True)
+    parts = []
+    for first in range(0, len(scenes), chunk):
+        file = folder / f"{first}.pt"
+        if not file.exists():
+            images = draw_images(scenes[first : first + chunk], seed + first)
+            encoded = torch.cat([encode(vae, normalize(image[None])) for image in images])
+            save_state(file, latents=encoded.half())
+            print(f"encoded {first + len(encoded)} images", flush=True)
+        parts.append(load_state(file)["latents"])
+    return torch.cat(parts)
 
-        uniform = torch.rand(batch, generator=rng)
-        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        clean, seen_ids = latents[chosen], image_ids
-        if phase.image_tokens < clean.shape[1]:
-            seen = torch.randperm(clean.shape[1], generator=rng)[: phase.image_tokens]
-            clean, seen_ids = clean[:, seen], image_ids[seen]
-        noise = torch.randn(clean.shape, generator=rng)
-        noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        velocity = pipe.transformer(noisy, text, pooled, sigma, seen_ids, text_ids, return_dict=False)[0]
-        loss = F.mse_loss(velocity, noise - clean)
 
-        optimizer.zero_grad()
+class Trained(nn.Module):
+    """All that the transformer's training changes."""
+
+    def __init__(self, pipe: FluxPipeline) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder, self.text_encoder_2 = (
+            pipe.transformer,
+            pipe.text_encoder,
+            pipe.text_encoder_2,
+        )
+
+    def hidden(self) -> list[nn.Parameter]:
+        """Return the matrices between hidden activations, which Muon trains."""
+        others = ("embed", "norm", "shared", "bias", "transformer.proj_out")
+        return [
+            value
+            for name, value in self.named_parameters()
+            if value.ndim == 2 and not any(other in name for other in others)
+        ]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return Muon for the hidden matrices, which takes a third fewer steps here, and AdamW for the rest."""
+        hidden = self.hidden()
+        chosen = set(map(id, hidden))
+        rest = [value for value in self.parameters() if id(value) not in chosen]
+        return [
+            torch.optim.Muon(hidden, lr=1.0, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.99), weight_decay=0.01),
+        ]
+
+
+def locate(step: int) -> tuple[int, float]:
+    """Return the number of a step's phase, and the share of the phase before it."""
+    for number, phase in enumerate(PHASES):
+        if step < phase.steps:
+            return number, step / phase.steps
+        step -= phase.steps
+    raise ValueError(f"step {step} is past the last phase")
+
+
+def learning_rate(step: int) -> float:
+    number, share = locate(step)
+    start, end = PHASES[number].rates
+    return min(1.0, (step + 1) / WARMUP) * (end + (start - end) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def swapped_share(step: int) -> float:
+    number, share = locate(step)
+    start, end = PHASES[number].swapped
+    return start + (end - start) * share
+
+
+def flow_loss(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, step: int, rng: torch.Generator) -> Tensor:
+    """Return the error of the velocity on a random batch."""
+    phase = PHASES[locate(step)[0]]
+    length = list(TEXT_LENGTHS)[int(torch.multinomial(torch.tensor(list(TEXT_LENGTHS.values())), 1, generator=rng))]
+    batch = phase.batch_sizes[length]
+    chosen = torch.randint(len(scenes), (batch,), generator=rng)
+    swapped = torch.rand(batch, generator=rng) < swapped_share(step)
+    captions = [scenes[i].captions[-1 if swap else 0] for i, swap in zip(chosen, swapped, strict=True)]
+    text, pooled, text_ids = pipe.encode_prompt(captions, None, device="cpu", max_sequence_length=length)
+
+    side = SIZE // TOKEN
+    positions = torch.randperm(side**2, generator=rng)[: phase.image_tokens]
+    image_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)[positions]
+    clean = latents[chosen[:, None], positions].float()
+    uniform = torch.rand(batch, generator=rng)
+    sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    noise = torch.randn(clean.shape, generator=rng)
+    noisy = torch.lerp(clean, noise, sigma[:, None, None])
+    velocity = pipe.transformer(noisy, text, pooled, sigma, image_ids, text_ids, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - clean)
+
+
+def save_pipeline(pipe: FluxPipeline, average: dict[str, Tensor], folder: Path) -> None:
+    """Save the pipeline with the averaged weights in bfloat16; its own weights stay as they are."""
+    trained = Trained(pipe)
+    own = {name: value.clone() for name, value in trained.state_dict().items()}
+    trained.load_state_dict(average)
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    pipe.to(torch.float32)
+    trained.load_state_dict(own)
+    support_transformers_4(folder)
+    load_in_float32(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
+
+
+def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, output: Path, seed: int) -> None:
+    """Train transformer and text encoders by flow matching, and save a moving average after each phase."""
+    trained = Trained(pipe)
+    optimizers = trained.optimizers()
+    average = {name: value.detach().clone() for name, value in trained.state_dict().items()}
+    state_file = output / "transformer.pt"
+    state = load_state(state_file)
+    if state:
+        trained.load_state_dict(state["model"])
+        for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        average = state["average"]
+    first, seconds = state.get("step", 0), state.get("seconds", 0.0)
+    total, losses = sum(phase.steps for phase in PHASES), []
+    started = saved = time.monotonic()
+    for step in range(first, total):
+        number, _ = locate(step)
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+            group["lr"] = learning_rate(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=number < len(PHASES) - 1):
+            loss = flow_loss(pipe, scenes, latents, step, generator_of(seed, 2, step))
+        trained.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (1 + step) / (10 + step)))
-        report("transformer", step, phase.steps, loss, started)
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, average)
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            decay = min(AVERAGE, (1 + step) / (10 + step))
+            for name, value in trained.state_dict().items():
+                average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            report(f"transformer, phase {number}", step, total, float(np.mean(losses[-50:])), started)
+        phase_ends = step + 1 == total or locate(step + 1)[0] != number
+        if phase_ends:
+            save_pipeline(pipe, average, output / f"phase-{number}")
+        if phase_ends or time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            parts = {"model": trained.state_dict(), "average": average}
+            own = [optimizer.state_dict() for optimizer in optimizers]
+            save_state(state_file, step=step + 1, seconds=seconds + saved - started, optimizers=own, **parts)
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the pipeline.")],
-    autoencoder: Annotated[
-        Path | None, typer.Option(help="A saved autoencoder to use instead of training one.")
-    ] = None,
-    resume: Annotated[Path | None, typer.Option(help="A pipeline that was saved after a phase.")] = None,
-    first_phase: Annotated[int, typer.Option(help="The phase to resume with, from 0.")] = 0,
-    most_steps: Annotated[int | None, typer.Option(help="Limit the steps of each phase, for a trial.")] = None,
-    autoencoder_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2100,
-    images: Annotated[
-        int, typer.Option(help="Number of training images, each a scene with a random shift and size.")
-    ] = 4096,
+    output: Annotated[Path, typer.Option(help="Folder for states and pipelines; an existing one is resumed.")],
     seed: int = 0,
 ) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    pipe = load_pretrained(FluxPipeline, resume, dtype=torch.float32) if resume else build_pipeline()
-    if autoencoder:
-        pipe.register_modules(vae=load_pretrained(AutoencoderKL, autoencoder, dtype=torch.float32))
-    elif not resume:
-        train_autoencoder(pipe.vae, images // 2, autoencoder_steps, torch.Generator().manual_seed(seed))
+    vae = build_autoencoder()
+    train_autoencoder(vae, output / "autoencoder.pt", seed)
     # Round now as for saving, so that the transformer trains on the same latents as it gets later.
-    pipe.vae.to(torch.bfloat16).to(torch.float32)
-    for number, phase in enumerate(PHASES):
-        if number >= first_phase:
-            scenes, drawn = draw_images(images, SIZE, phase.jitter, np.random.default_rng(seed + 1))
-            with torch.no_grad():
-                latents = encode_images(pipe, drawn)
-            steps = min(phase.steps, most_steps or phase.steps)
-            phase_rng = torch.Generator().manual_seed(seed + 2 + number)
-            train_transformer(pipe, scenes, latents, phase._replace(steps=steps), phase_rng)
-            pipe.to(torch.bfloat16).save_pretrained(output)
-            support_transformers_4(output)
-            load_in_float32(output)
-            pipe.to(torch.float32)
-    for file in output.rglob("*.safetensors"):
-        file.chmod(0o644)
+    vae.to(torch.bfloat16).to(torch.float32)
+    samples = draw_images(training_scenes(256, seed + 1), seed + 1)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(normalize(image[None])).latent_dist.mode() for image in samples])
+        set_latent_statistics(vae, latents)
+    scenes = training_scenes(IMAGES, seed + 2)
+    latents = cached_latents(vae, scenes, seed + 2, output / "latents")
+    torch.manual_seed(seed + 3)
+    train_transformer(build_pipeline(vae), scenes, latents, output, seed)
 
 
 if __name__ == "__main__":

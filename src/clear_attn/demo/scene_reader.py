@@ -1,4 +1,4 @@
-"""Recognize the scenes of `clear_attn.demo.compositions` in images of any size, by their pixels alone."""
+"""Recognize the scenes of `clear_attn.demo.scenes` in images of any size, by their pixels alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clear_attn.demo.compositions import ACCENTS, HALF_SIDES, LAYOUTS, Figure, Pose, Scene, Surface, coverage
-from clear_attn.demo.scenes import COLORS, SHAPES
+from clear_attn.demo.scenes import (
+    ACCENTS,
+    COLORS,
+    HALF_SIDES,
+    LAYOUTS,
+    SHAPES,
+    Figure,
+    Pose,
+    Scene,
+    Surface,
+    coverage,
+)
 
 # Distances between RGB colors in 0..255; the nearest two of COLORS are 148 apart.
 FIGURE_CONTRAST = 45.0  # of a pixel that starts a figure
