@@ -12,14 +12,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from PIL import Image
 
 from clear_attn import demo
-from clear_attn.demo.scenes import held_out_scenes, read
+from clear_attn.demo.scenes import held_out_scenes
 from clear_attn.utils.image_sheets import contact_sheet
+from evaluate_small_flux import captions_of, draw, score
 
 
 def shift_positions(tokens: int, dtype: torch.dtype) -> Any:
@@ -39,26 +39,22 @@ def main(
     sheet_file: Annotated[Path | None, typer.Option("--sheet", help="Where the contact sheet goes.")] = None,
 ) -> None:
     pipe = demo.pipeline()
-    scenes = held_out_scenes()[:captions]
+    scenes = held_out_scenes(captions)
     rows, sheet = [], {}
     for tokens, dtype in ((0, torch.float32), (256, torch.float32), (256, torch.bfloat16), (512, torch.bfloat16)):
         handle = pipe.transformer.register_forward_pre_hook(shift_positions(tokens, dtype), with_kwargs=True)
         try:
-            images: list[Image.Image] = pipe(
-                [scene.caption for scene in scenes],
-                generator=[torch.Generator().manual_seed(number) for number in range(captions)],
-            ).images
+            images = draw(pipe, scenes, demo.TEXT_TOKENS, batch=10)
         finally:
             handle.remove()
-        right = sum(read(np.asarray(image)) == scene for scene, image in zip(scenes, images, strict=True))
         kind = str(dtype).removeprefix("torch.")
-        rows.append({"moved": tokens, "dtype": kind, "captions": captions, "right": right})
+        rows.append({"moved": tokens, "dtype": kind, "captions": captions, "right": score(scenes, images)["right"]})
         print(json.dumps(rows[-1]), flush=True)
-        sheet[f"moved {tokens}, {kind}"] = images[:shown]
+        sheet[f"moved {tokens}, {kind}"] = list(map(Image.fromarray, images[:shown]))
     if output:
         output.write_text(json.dumps(rows, indent=1) + "\n")
     if sheet_file:
-        contact_sheet(sheet, [scene.caption for scene in scenes[:shown]]).save(sheet_file)
+        contact_sheet(sheet, captions_of(scenes[:shown])).save(sheet_file)
 
 
 if __name__ == "__main__":

@@ -30,16 +30,15 @@ from rich import print
 from rich.table import Table
 
 import clear_attn as clear
-from clear_attn import Schedule, Stage, StepwiseGuidance
-from clear_attn.demo.composition_reader import count_figures, read
-from clear_attn.demo.compositions import SIZE, Scene, held_out_scenes, poses
+from clear_attn import Schedule, Stage, StepwiseGuidance, demo
+from clear_attn.demo.scene_reader import count_figures, read
+from clear_attn.demo.scenes import SIZE, Scene, held_out_scenes, poses
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import CELL, contact_sheet
+from evaluate_small_flux import STEPS
 
 WINDOW = 8
-STEPS = 28
-TEXT_TOKENS = 32
 
 
 class Task(NamedTuple):
@@ -67,7 +66,7 @@ class Drawn(NamedTuple):
 class Way(Protocol):
     """A way to draw a large image."""
 
-    def draw(self, pipe: FluxPipeline, weights: str | None, task: Task, side: int, base: Drawn) -> Drawn: ...
+    def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn) -> Drawn: ...
 
 
 class Direct(NamedTuple):
@@ -75,10 +74,10 @@ class Direct(NamedTuple):
 
     window: int | None
 
-    def draw(self, pipe: FluxPipeline, weights: str | None, task: Task, side: int, base: Drawn | None) -> Drawn:
+    def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn | None) -> Drawn:
         local = clear.linearized(pipe, self.window, weights=weights) if self.window else contextlib.nullcontext()
-        cost = clear.cost(pipe, side, side, window=self.window or WINDOW, text_tokens=TEXT_TOKENS, steps=STEPS)
-        call = {"num_inference_steps": STEPS, "max_sequence_length": TEXT_TOKENS, "generator": task.generator}
+        cost = clear.cost(pipe, side, side, window=self.window or WINDOW, text_tokens=demo.TEXT_TOKENS, steps=STEPS)
+        call = {"num_inference_steps": STEPS, "max_sequence_length": demo.TEXT_TOKENS, "generator": task.generator}
         with local:
             started = time.perf_counter()
             image = pipe(task.caption, height=side, width=side, **call).images[0]
@@ -93,7 +92,7 @@ class Staged(NamedTuple):
     schedule: Schedule | None = None
     count: int = 1
 
-    def draw(self, pipe: FluxPipeline, weights: str | None, task: Task, side: int, base: Drawn) -> Drawn:
+    def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn) -> Drawn:
         """Draw the stages. The base image is drawn again only by those that need its run."""
         growth = (side / SIZE) ** (1 / self.count)
         sides = [round(SIZE * growth ** (number + 1)) for number in range(self.count)]
@@ -110,7 +109,7 @@ class Staged(NamedTuple):
             base=clear.Base(SIZE, SIZE, steps=STEPS) if self.stage.needs_recording else None,
             stages=[replace(self.stage, height=each, width=each) for each in sides],
             seed=task.seed,
-            max_sequence_length=TEXT_TOKENS,
+            max_sequence_length=demo.TEXT_TOKENS,
         )
         seconds, flops = time.perf_counter() - started, result.plan.work(pipe).flops
         if self.stage.needs_recording:
@@ -200,8 +199,8 @@ def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for images, measurements and the table; goes on from them.")],
-    model: Annotated[Path, typer.Option(help="Folder of the pipeline.")],
-    weights: Annotated[str | None, typer.Option(help="Distilled weights; none: the model's own.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of the pipeline; default: the one in the package.")] = None,
+    weights: Annotated[str, typer.Option(help="Distilled weights.")] = "auto",
     side: Annotated[list[int] | None, typer.Option(help="Side in pixels; repeatable.", show_default="512")] = None,
     captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 50,
     seeds: Annotated[int, typer.Option(help="Number of images of each caption.")] = 2,
@@ -210,7 +209,7 @@ def main(
 ) -> None:
     if unknown := sorted(set(only or ()) - set(WAYS)):
         raise typer.BadParameter(f"no such way: {', '.join(unknown)}; there are {', '.join(WAYS)}")
-    pipe = load_pretrained(FluxPipeline, model, dtype=torch.float32, local_files_only=True)
+    pipe = load_pretrained(FluxPipeline, model or demo.path(), dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     tasks = [
         Task(number, scene, seed) for seed in range(seeds) for number, scene in enumerate(held_out_scenes(captions))

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from clear_attn import demo
 from clear_attn.cascade import tiling
 from clear_attn.cascade.tiling import scale_of, spans, tile_side, tiled_vae
-from clear_attn.demo.scenes import all_scenes, draw
+from clear_attn.demo.scenes import draw, held_out_scenes
 
 # Borders count to this many pixels from them.
 NEAR = 4
@@ -72,10 +72,10 @@ def seams(tiled: Tensor, whole: Tensor, borders: list[int]) -> Seams:
 
 def drawn(side: int) -> Tensor:
     """Return one large scene with many small ones in a quarter, `[1, 3, side, side]` in -1..1."""
-    scene, *others = all_scenes()
-    image, half = draw(scene, side).copy(), side // 2
+    half = side // 2
     count = half // SMALL + 2
-    small = [draw(each, SMALL) for each in others[: count**2]]
+    scene, *others = held_out_scenes(1 + count**2)
+    image, small = draw(scene, side), [draw(each, SMALL) for each in others]
     rows = [np.concatenate(small[row * count : (row + 1) * count], axis=1) for row in range(count)]
     image[:half, :half] = np.concatenate(rows)[37 : 37 + half, 53 : 53 + half]
     return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -22,9 +22,9 @@ import typer
 from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 
+from build_small_flux import SHIFT, build_autoencoder, build_pipeline, load_in_float32, support_transformers_4
 from clear_attn.demo.scenes import SIZE, Scene, draw, poses, training_scenes
 from clear_attn.utils.atomic import atomic_file
-from build_small_flux import SHIFT, build_autoencoder, build_pipeline, load_in_float32, support_transformers_4
 
 # Share of the training batches with each text length. FLUX attends to the padding of prompts, and FluxPipeline pads to
 # 512 by default, so training must include long padding.

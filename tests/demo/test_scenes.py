@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from diffusers import FluxPipeline
 
-from clear_attn.demo.composition_reader import connected_regions, read
-from clear_attn.demo.compositions import (
+from clear_attn.demo.scene_reader import connected_regions, read
+from clear_attn.demo.scenes import (
     LAYOUTS,
     Figure,
     Pose,
@@ -167,11 +167,17 @@ class TestReader:
 @pytest.fixture
 def training(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("train_composition_flux", EXAMPLES / "train_composition_flux.py")
+    spec = importlib.util.spec_from_file_location("train_small_flux", EXAMPLES / "train_small_flux.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def building(training):
+    """The module that training builds the models with."""
+    return sys.modules["build_small_flux"]
 
 
 class TestTraining:
@@ -191,17 +197,17 @@ class TestTraining:
             ),
         )
 
-    def test_every_word_is_one_token_and_captions_fit(self, training):
+    def test_every_word_is_one_token_and_captions_fit(self, building):
         captions = [caption for scene in scenes(3000) for caption in scene.captions]
-        clip, t5 = training.build_tokenizers(captions, training.CAPTION_LENGTH)
+        clip, t5 = building.build_tokenizers(captions, building.CAPTION_LENGTH)
         for caption in captions:
             words = caption.replace(",", " ,").split()
-            assert len(clip(caption).input_ids) == len(words) + 2 <= training.CAPTION_LENGTH
+            assert len(clip(caption).input_ids) == len(words) + 2 <= building.CAPTION_LENGTH
             assert len(t5(caption).input_ids) == len(words) + 1
 
-    def test_tokenizers_are_the_same_in_every_run(self, training):
+    def test_tokenizers_are_the_same_in_every_run(self, building):
         captions = [caption for scene in scenes(100) for caption in scene.captions]
-        first, second = (training.build_tokenizers(captions, training.CAPTION_LENGTH) for _ in range(2))
+        first, second = (building.build_tokenizers(captions, building.CAPTION_LENGTH) for _ in range(2))
         for one, other in zip(first, second, strict=True):
             assert one.get_vocab() == other.get_vocab()
 

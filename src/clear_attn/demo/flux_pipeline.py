@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 
 # The captions that the small FLUX was trained on are shorter.
-TEXT_TOKENS = 24
+TEXT_TOKENS = 32
 
 
 def _signature(method: Callable[..., Any]) -> inspect.Signature:
@@ -21,7 +21,7 @@ def _signature(method: Callable[..., Any]) -> inspect.Signature:
 
 
 class FluxPipeline(diffusers.FluxPipeline):
-    """A FluxPipeline that pads prompts to 24 tokens by default, instead of 512.
+    """A FluxPipeline that pads prompts to 32 tokens by default, instead of 512.
 
     It has the name of diffusers' class, so diffusers loads what it saves, and makes other pipelines from it.
     """

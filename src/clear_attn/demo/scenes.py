@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-SIZE = 256  # pixels by default; 32 x 32 tokens
+SIZE = 256  # pixels; the size that the small FLUX was trained at, 32 x 32 tokens
 
 # RGB in 0..255, far enough apart to name a color by the nearest one.
 COLORS: dict[str, tuple[int, int, int]] = {

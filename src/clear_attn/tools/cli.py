@@ -64,7 +64,7 @@ def demo(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A caption to draw. May be repeated.", show_default="four captions")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="The radius of the window in tokens; the image has 16 x 16.")] = 8,
+    window: Annotated[int, typer.Option(min=1, help="The radius of the window in tokens; the image has 32 x 32.")] = 8,
     down_factor: Annotated[
         int, typer.Option(min=1, help="The side of pooled cells in tokens; 1 means no pooling.")
     ] = 1,

@@ -11,6 +11,8 @@ from clear_attn.weights.hub import HUB_ID
 NAME = "demo"
 MODEL = Path(__file__).parents[1] / "demo" / "small_flux"
 WEIGHTS = Path(__file__).parents[1] / "demo" / "small_flux_clear"
+# The folder in WEIGHTS for each window and down_factor.
+FOLDERS = {(8, 1): "window_8", (4, 1): "window_4", (16, 1): "window_16", (8, 4): "window_8_down_4"}
 
 
 def resolve_name(model: str) -> str:

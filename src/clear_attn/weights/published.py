@@ -67,7 +67,7 @@ class PackagedFolder(NamedTuple):
 
     def origin(self, file: str) -> str:
         """Return what records name as the origin of weights."""
-        return self.path.name
+        return f"{self.path.name}/{file}"
 
 
 class License(NamedTuple):
@@ -155,7 +155,7 @@ PUBLISHED: list[PublishedWeights] = [
     ),
     PublishedWeights(
         PackagedFolder(packaged.WEIGHTS),
-        {Clear(8): WEIGHTS_FILE},
+        {Clear(*variant): f"{folder}/{WEIGHTS_FILE}" for variant, folder in packaged.FOLDERS.items()},
         ByValues(packaged.MODEL / "transformer"),
         base_model="the small FLUX",
     ),
