@@ -36,12 +36,13 @@ from clear_attn import demo
 from clear_attn.tools import options
 from clear_attn.tools.cli import app
 from clear_attn.tools.evaluate import Evaluation, evaluate, evaluation
+from clear_attn.tools.evaluate import unfinished as evaluation_folder
 from clear_attn.tools.evaluate.embeddings import Clip, Dino
 from clear_attn.tools.evaluate.evaluation import read_images
 from clear_attn.tools.evaluate.fingerprint import describe_sources, fingerprint
 from clear_attn.tools.evaluate.metric_registry import Sources, check_enough_for_fid, make_metrics
 from clear_attn.tools.evaluate.metrics import Batch, Frechet, Mean, lpips, psnr, ssim
-from clear_attn.tools.evaluate.unfinished import LOCK, check_output, finish, locked
+from clear_attn.tools.evaluate.unfinished import LOCK, check_output, locked
 from clear_attn.utils import atomic, optional_dependencies, seeded_images
 from clear_attn.utils.image_sheets import CELL
 from tests.helpers import dummy_models, dummy_pipelines
@@ -498,13 +499,24 @@ class TestEvaluate:
         with pytest.raises(FileExistsError, match="go on with resume=True"):
             check_output(tmp_path / "out", resume=False)
 
-    def test_settings_are_deleted_before_images_are_moved(self, tmp_path):
-        folder = tmp_path / "unfinished"
-        (folder / "student").mkdir(parents=True)
-        (folder / "settings.json").write_text("{}")
-        with pytest.raises(FileNotFoundError):
-            finish(tmp_path, ["student", "teacher"])
-        assert sorted(path.name for path in tmp_path.rglob("*")) == ["student", "unfinished"]
+    @pytest.mark.filterwarnings("ignore:. of 4 images are kept")
+    @pytest.mark.parametrize("moved", [1, 2])
+    def test_goes_on_after_a_kill_while_images_are_moved(self, pipe, tmp_path, monkeypatch, moved):
+        def killed(output, rows):
+            for row in list(rows)[:moved]:
+                (output / "unfinished" / row).replace(output / row)
+            raise KeyboardInterrupt
+
+        given = {"weights": None, "metrics": ["psnr"], "save_images": True, **CALL}
+        with monkeypatch.context() as patched:
+            patched.setattr(evaluation, "finish", killed)
+            patched.setattr(evaluation_folder.shutil, "rmtree", lambda *args, **each: None)  # nothing runs after a kill
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(pipe, PROMPTS[:2], tmp_path, **given)
+        monkeypatch.setattr(seeded_images, "generate_with_seeds", lambda *args, **each: pytest.fail("it draws again"))
+        evaluate(pipe, PROMPTS[:2], tmp_path, resume=True, **given)
+        assert {path.name for path in tmp_path.iterdir()} == {"contact_sheet.png", "eval.json", "student", "teacher"}
+        assert len(list(tmp_path.glob("*/*.png"))) == 4
 
     def test_goes_on_from_the_images_that_a_full_disk_left(self, pipe, tmp_path, monkeypatch):
         given = {"weights": None, "window": 2, "batch_size": 2, "save_images": True, **CALL}

@@ -165,7 +165,7 @@ def evaluate(
         if resume:
             check_settings(output, drawn_from)
         made, missing = make_metrics(metrics, Sources(prompts, clip, dino, download))
-        with unfinished_run(output, drawn_from, 2 * len(prompts)) as folder:
+        with unfinished_run(output, drawn_from, (STUDENT, TEACHER), 2 * len(prompts)) as folder:
             files = {row: [folder / row / f"{n:05}.png" for n in range(len(prompts))] for row in (STUDENT, TEACHER)}
 
             def draw(row: str) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """An unfinished evaluation: a folder in its output, with the images that are drawn, from which it can be resumed.
 
-It can be resumed while it has its file of settings, which is written first and deleted first.
+It can be resumed while it has its file of settings, which is written first, and deleted when the result is complete.
 """
 
 from __future__ import annotations
@@ -108,20 +108,26 @@ def _to_json(settings: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def unfinished_run(output: Path, settings: dict[str, Any], images: int) -> Iterator[Path]:
+def unfinished_run(output: Path, settings: dict[str, Any], rows: Iterable[str], images: int) -> Iterator[Path]:
     """Yield the folder to draw in, new or of the run to resume; `finish` deletes it.
+
+    Rows that a killed run had moved to the result already are moved back.
 
     After an error it is kept, with a warning that says so, unless it has no image yet.
 
     Args:
         output: the folder of the result.
         settings: what the images depend on, as JSON.
+        rows: the names of the folders of images.
         images: the number of images to draw.
     """
     folder = unfinished_folder(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_text(folder / SETTINGS, _to_json(settings))
+        for row in rows:
+            if (output / row).is_dir():
+                (output / row).replace(folder / row)
         yield folder
     except BaseException:
         if kept := len(list(folder.glob("*/[0-9]*.png"))):
@@ -142,7 +148,7 @@ def warn_of_kept(folder: Path, kept: int, images: int, stacklevel: int) -> None:
 def finish(output: Path, rows: Iterable[str]) -> None:
     """Move the images of some rows to the result, and delete the rest of a finished evaluation."""
     folder = unfinished_folder(output)
-    (folder / SETTINGS).unlink()
     for row in rows:
         (folder / row).replace(output / row)
+    (folder / SETTINGS).unlink()
     shutil.rmtree(folder)
