@@ -191,7 +191,8 @@ class TestComparison:
 class TestCommand:
     run = staticmethod(lambda *arguments: CliRunner().invoke(app, list(map(str, arguments))))
 
-    def test_demo(self, tmp_path):
+    def test_demo(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(comparison, "SMALL_STEPS", 2)
         output = tmp_path / "out.png"
         prompt = "a green square on a yellow ground, at the top right"
         result = self.run(

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 DEMO_OUTPUT = Path("clear-attn-demo.png")
 DEMO_CAPTIONS = (
     "a red circle on a blue ground, at the top left",
-    "a yellow triangle on a red ground, at the top right",
-    "a black triangle on a white ground, in the middle",
-    "a black cross on a yellow ground, at the bottom left",
+    "a yellow triangle with black stripes left of a green square, on a white ground",
+    "a white cross above a blue circle, on a red ground with black dots",
+    "a red square left of a blue circle, both above a black cross, on a yellow ground",
 )
 
 
