@@ -22,6 +22,7 @@ from clear_attn.demo.scene_reader import read
 from clear_attn.demo.scenes import held_out_scenes
 from clear_attn.models._diffusers import diffusers_version
 from clear_attn.tools.cli import app
+from clear_attn.utils.image_sheets import CELL
 from clear_attn.weights import packaged
 from clear_attn.weights.metadata import read_record
 
@@ -137,7 +138,7 @@ class TestDistilled:
         rows = json.loads((tmp_path / "table.json").read_text())["rows"]
         assert [row["weights"] for row in rows] == ["training-free", *distilling.LOSSES]
         assert len({row["error"] for row in rows}) == 4
-        assert Image.open(tmp_path / "table.png").size[1] > 5 * demo.SIZE
+        assert Image.open(tmp_path / "table.png").size[1] > 5 * CELL
         assert len(list((tmp_path / "images").glob("*.png"))) == 4
 
 
@@ -205,7 +206,7 @@ class TestCommand:
         assert "1 image of 512 x 512 px (64 x 64 tokens), 2 steps" in result.output
         assert "\nNext: " in result.output
         two = Image.open(output).size
-        assert two[0] > 2 * demo.SIZE
+        assert two[0] > CELL
         for name in ("out.ico", "no/out.png"):
             refused = self.run("demo", "--prompt", prompt, "--output", tmp_path / name)
             assert (refused.exit_code, (tmp_path / name).exists()) == (2, False)
