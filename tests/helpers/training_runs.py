@@ -17,10 +17,10 @@ from clear_attn.weights.metadata import WEIGHTS_FILE
 def fill(folder, count=5, sizes=((64, 64),)):
     """Write images of scenes, each with a caption in a text file."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, scene in zip(range(count), training_scenes(), strict=False):
+    for number, scene in enumerate(training_scenes(count)):
         height, width = sizes[number % len(sizes)]
         Image.fromarray(draw(scene, 64)).resize((width, height)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(scene.caption)
+        (folder / f"{number}.txt").write_text(scene.captions[0])
     return folder
 
 
