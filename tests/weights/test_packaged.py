@@ -11,6 +11,7 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.patching.target import find_target
+from clear_attn.weights import packaged
 from clear_attn.weights.metadata import read_record
 from clear_attn.weights.published import PUBLISHED
 from clear_attn.weights.recognition import Model
@@ -19,7 +20,7 @@ from tests.helpers.snapshots import assert_same, snapshot
 
 SMALL_FLUX = PUBLISHED[1]
 # The first is taken where none is asked for.
-DEFAULT, FILE = next((method, demo.distilled() / file) for method, file in SMALL_FLUX.files.items())
+DEFAULT, FILE = next((method, packaged.WEIGHTS / file) for method, file in SMALL_FLUX.files.items())
 
 SOURCE = SMALL_FLUX.location.origin(SMALL_FLUX.files[DEFAULT])
 
@@ -29,8 +30,8 @@ def pipe():
     return demo.pipeline()
 
 
-def has_distilled_weights(transformer):
-    state, values = transformer.state_dict(), load_file(FILE)
+def has_distilled_weights(transformer, file=FILE):
+    state, values = transformer.state_dict(), load_file(file)
     return all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in values.items())
 
 
@@ -43,8 +44,8 @@ def method_of(pipe):
 
 
 def test_the_list_has_each_method_of_the_package():
-    methods = {file.parent: read_record(file).method for file in demo.distilled().rglob("clear_config.json")}
-    assert methods == {(demo.distilled() / file).parent: method for method, file in SMALL_FLUX.files.items()}
+    methods = {file.parent: read_record(file).method for file in packaged.WEIGHTS.rglob("clear_config.json")}
+    assert methods == {(packaged.WEIGHTS / file).parent: method for method, file in SMALL_FLUX.files.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -68,10 +69,17 @@ def test_settings_that_fit(pipe, settings):
     assert method_of(clear.linearize(pipe, **settings)) == DEFAULT
 
 
+@pytest.mark.parametrize("method", SMALL_FLUX.files, ids=str)
+def test_each_method_has_weights_of_its_own(pipe, method):
+    clear.linearize(pipe, method=method)
+    assert method_of(pipe) == method
+    assert has_distilled_weights(pipe.transformer, packaged.WEIGHTS / SMALL_FLUX.files[method])
+
+
 @pytest.mark.parametrize("settings", [{"window": 5}, {"down_factor": 3}, {"method": clear.methods.Swin(8)}], ids=str)
 def test_settings_that_do_not_fit(pipe, settings):
     before = snapshot(pipe.transformer)
-    some = re.escape(DEFAULT.as_arguments())
+    some = "; ".join(re.escape(method.as_arguments()) for method in SMALL_FLUX.files)
     message = rf"no weights are published for .*; for the small FLUX there are some for {some}; .*None"
     with pytest.raises(ValueError, match=message):
         clear.linearize(pipe, **settings)

@@ -121,7 +121,7 @@ class TestAnEntry:
             clear.linearize(transformer, **HUB)
 
     def test_the_other_models_of_the_list_are_as_before(self, entry):
-        assert clear.info(clear.linearize(demo.pipeline())).source.startswith(demo.distilled().name)
+        assert clear.info(clear.linearize(demo.pipeline())).source.startswith(demo.distilled().parent.name)
 
     def test_what_is_saved_of_them_has_their_license(self, entry, tmp_path):
         transformer = clear.linearize(named(MODEL), **HUB)

@@ -65,7 +65,7 @@ def pipeline(dtype: torch.dtype = torch.float32) -> FluxPipeline:
     Examples:
         >>> from clear_attn import demo
         >>> pipe = demo.pipeline()
-        >>> image = pipe("a red circle on a blue ground, in the middle").images[0]
+        >>> image = pipe("a red circle on a blue ground, in the middle", num_inference_steps=12).images[0]
         >>> image.size
         (256, 256)
     """

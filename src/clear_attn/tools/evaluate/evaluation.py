@@ -112,7 +112,8 @@ def evaluate(
         >>> from clear_attn import demo
         >>> from clear_attn.tools.evaluate import evaluate
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     found = evaluate(demo.pipeline(), ["a red circle"], folder, metrics=["psnr"])
+        ...     size = {"height": 64, "width": 64, "num_inference_steps": 4}
+        ...     found = evaluate(demo.pipeline(), ["a red circle"], folder, metrics=["psnr"], **size)
         >>> found.means["psnr"]["student"] > 10
         True
     """
