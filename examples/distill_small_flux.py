@@ -4,9 +4,9 @@
 
 The training set is drawn scenes. For a window of 4, three students are trained: with flow matching alone, with the
 error against the teacher's prediction too, and with the error against its attention too. For the other variants the
-last is trained. The library contains the best student of each variant. Each draws the held-out captions with the
-teacher's seeds. The table shows the mean squared error against the teacher's images, and the number of captions drawn
-right.
+last is trained. The library contains this student of each variant, in bfloat16, from the folder "package". Each draws
+the held-out captions with the teacher's seeds. The table shows the mean squared error against the teacher's images, and
+the number of captions drawn right.
 
 An interrupted run continues where it stopped. Once the images are drawn, several processes can share the work, each
 with its own variants (`--only 4x1`). A last run without `--only` writes the table.
@@ -32,6 +32,7 @@ from clear_attn.distill import Settings, train
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
+from clear_attn.weights.packaged import FOLDERS
 from evaluate_small_flux import captions_of, draw, score
 
 # Weights of the prediction and attention losses; flow matching has weight 1.
@@ -45,6 +46,7 @@ FREE = "training-free"
 # The students of each window and down_factor, by their losses.
 VARIANTS = {(4, 1): tuple(LOSSES), (8, 1): (ALL,), (16, 1): (ALL,), (8, 4): (ALL,)}
 TRAINING_IMAGES = 1000
+DRAWING_STEPS = 12  # with which the teacher draws as many captions right as with 28
 SHOWN = 4
 
 
@@ -96,10 +98,22 @@ def train_student(output: Path, folder: Path, model: Path, steps: int, variant: 
     train(settings(output, folder, model, steps, **changes))
 
 
+def package(output: Path, model: Path, variant: tuple[int, int]) -> None:
+    """Save a variant's last student in bfloat16, as the library contains it."""
+    pipe = load_pretrained(FluxPipeline, model, dtype=torch.bfloat16, local_files_only=True)
+    clear.linearize(pipe, weights=student_folder(output, variant, ALL))
+    clear.save_pretrained(pipe, output / "package" / FOLDERS[variant])
+
+
+def student_folder(output: Path, variant: tuple[int, int], losses: str) -> Path:
+    window, down_factor = variant
+    return output / f"{window}x{down_factor}-{losses.removeprefix('+ ').replace(' ', '-')}"
+
+
 def cached_images(file: Path, pipe: FluxPipeline, captions: int) -> np.ndarray:
     """Return the held-out captions as a pipeline draws them, uint8 `[captions, SIZE, SIZE, 3]`, cached in a file."""
     if not file.exists():
-        drawn = np.stack(draw(pipe, held_out_scenes(captions), demo.TEXT_TOKENS, batch=10))
+        drawn = np.stack(draw(pipe, held_out_scenes(captions), demo.TEXT_TOKENS, batch=10, steps=DRAWING_STEPS))
         with atomic_file(file) as unfinished, unfinished.open("wb") as opened:  # numpy adds a suffix to a name
             np.save(opened, drawn)
     return np.load(file)
@@ -141,7 +155,7 @@ def main(
     for variant in variants:
         for weights in (FREE, *VARIANTS[variant]):
             window, down_factor = variant
-            folder = output / f"{window}x{down_factor}-{weights.removeprefix('+ ').replace(' ', '-')}"
+            folder = student_folder(output, variant, weights)
             if weights != FREE and not (folder / "clear_config.json").exists():
                 train_student(output, folder, folder_of_model, steps, variant, weights)
             folder.mkdir(exist_ok=True)
@@ -157,11 +171,13 @@ def main(
             )
             sheet[f"window {window}, down_factor {down_factor}\n{weights}"] = drawn
             print(table(rows))
+        package(output, folder_of_model, variant)
     if only:
         return
     result = {
         "teacher": score(scenes, list(teacher)),
         "steps": steps,
+        "drawing_steps": DRAWING_STEPS,
         "images": TRAINING_IMAGES,
         "torch": torch.__version__,
         "rows": rows,
