@@ -85,6 +85,13 @@ class Direct(NamedTuple):
         return Drawn(image, seconds, cost.run_flops if self.window else cost.dense_run_flops)
 
 
+class Enlarged(NamedTuple):
+    """The base image, only enlarged."""
+
+    def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn) -> Drawn:
+        return base._replace(image=base.image.resize((side, side), Image.Resampling.LANCZOS))
+
+
 class Staged(NamedTuple):
     """`highres`, with its base image."""
 
@@ -120,14 +127,19 @@ class Staged(NamedTuple):
 # Wide windows while a stage decides the layout. Its first sigma is 0.67 with a strength of 0.4 and a shift of 3.
 WIDE_FIRST = Schedule(windows_by_sigma=((0.6, 32), (0.4, 16)))
 CLOSE = Stage(strength=0.4, ntk_factor=1, proportional=False)
+GUIDED = replace(CLOSE, low_resolution_guidance=1)
 STEPWISE = StepwiseGuidance()
 WAYS: dict[str, Way] = {
+    "enlarged": Enlarged(),
     "direct, dense": Direct(None),
     "direct, local": Direct(WINDOW),
     "published": Staged(Stage()),
+    "published, wide first": Staged(Stage(), WIDE_FIRST),
     "close": Staged(CLOSE),
     "close, wide first": Staged(CLOSE, WIDE_FIRST),
-    "close, low resolution": Staged(replace(CLOSE, low_resolution_guidance=1)),
+    "close, low resolution": Staged(GUIDED),
+    "close, low resolution, wide first": Staged(GUIDED, WIDE_FIRST),
+    "close, low resolution, in two stages": Staged(GUIDED, count=2),
     "close, stepwise": Staged(replace(CLOSE, stepwise_guidance=STEPWISE)),
     "close, stepwise, wide first": Staged(replace(CLOSE, stepwise_guidance=STEPWISE), WIDE_FIRST),
     "continued": Staged(replace(CLOSE, continues=True)),
