@@ -192,6 +192,8 @@ def recognize_texture(share: np.ndarray, region: np.ndarray) -> str | None:
     Stripes vary from row to row, a gradient slowly so; dots vary along both axes. The accent covers less than half.
     """
     mean, total = share[region].mean(), share[region].var()
+    if total == 0:
+        return None
     rows, columns = (_line_means(share, region, axis) for axis in (1, 0))
     by_rows, by_columns = (
         float((counts * (means - mean) ** 2).sum() / counts.sum() / total) for means, counts in (rows, columns)
