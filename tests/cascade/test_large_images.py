@@ -15,7 +15,8 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.cascade import tiling
 from clear_attn.cascade.stage_runner import Cascade
-from clear_attn.demo.scenes import held_out_scenes, read
+from clear_attn.demo.scene_reader import read
+from clear_attn.demo.scenes import held_out_scenes
 from clear_attn.patching import linearization, state
 from clear_attn.patching.context_managers import restored
 from clear_attn.patching.target import find_transformer
@@ -143,26 +144,17 @@ class TestImages:
         assert same(draw(pipe, **distilled).image, expected.image)
         assert_as_it_was(pipe, before)
 
+    @pytest.mark.slow
     def test_guidance_keeps_the_small_flux_on_its_caption(self):
-        pipe = demo.pipeline()
-        scene = held_out_scenes()[1]
-        start = clear.Stage(strength=0.4, steps=10, ntk_factor=1, proportional=False)
-        base = pipe(scene.caption, generator=torch.Generator().manual_seed(0)).images[0]
-        seen = []
-        for stage in (start, replace(start, low_resolution_guidance=1)):
-            drawn = clear.highres(
-                pipe,
-                scene.caption,
-                height=256,
-                width=256,
-                window=8,
-                weights=None,
-                seed=0,
-                image=base,
-                stages=stage,
-            )
-            seen.append(read(np.asarray(drawn.image)) == scene)
-        assert seen == [False, True]
+        pipe, side = demo.pipeline(), 2 * demo.SIZE
+        scene = held_out_scenes(3)[2]
+        refined = clear.Stage.preset("refined")
+        free = replace(refined, low_resolution_guidance=None)
+        base = pipe(scene.captions[0], generator=torch.Generator().manual_seed(0), num_inference_steps=12).images[0]
+        call = {"height": side, "width": side, "seed": 0, "image": base}
+        drawn = [clear.highres(pipe, scene.captions[0], **call, stages=stage) for stage in (free, refined)]
+        seen = [read(np.asarray(result.image)) for result in drawn]
+        assert [reading is not None and reading.scene == scene for reading in seen] == [False, True]
 
 
 def test_refuses_a_base_image_after_originals_were_discarded(pipe, flux_weights):

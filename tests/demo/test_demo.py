@@ -60,7 +60,7 @@ class TestSmallFlux:
     def test_draws_captions_it_was_not_trained_on(self, pipe, count):
         evaluation = example("evaluate_small_flux")
         scenes = held_out_scenes(count)
-        found = evaluation.score(scenes, evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=10))
+        found = evaluation.score(scenes, evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=10, steps=12))
         assert found["right"] >= 0.9 * count, found
         assert found["median_overlap"] >= 0.93
 
@@ -70,7 +70,9 @@ class TestSmallFlux:
         hook = pipe.transformer.register_forward_pre_hook(
             lambda module, args, given: lengths.append(given["encoder_hidden_states"].shape[1]), with_kwargs=True
         )
-        image = pipe(scene.captions[0], generator=torch.Generator().manual_seed(0), **call).images[0]
+        image = pipe(
+            scene.captions[0], num_inference_steps=12, generator=torch.Generator().manual_seed(0), **call
+        ).images[0]
         hook.remove()
         assert set(lengths) == {call.get("max_sequence_length", demo.TEXT_TOKENS)}
         assert image.size == (demo.SIZE, demo.SIZE)
@@ -103,7 +105,7 @@ class TestDistilled:
         scenes = held_out_scenes(count)
 
         def draw():
-            return np.stack(evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=count)) / 255.0
+            return np.stack(evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=count, steps=12)) / 255.0
 
         dense = draw()
         with clear.linearized(pipe, window, down_factor, weights=None):

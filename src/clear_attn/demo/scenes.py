@@ -61,7 +61,7 @@ LAYOUTS: dict[str, tuple[tuple[float, float], ...]] = {
 HALF_SIDES = {1: 0.21, 2: 0.19, 3: 0.17}  # half the side of each figure, by the number of figures
 JITTER = 0.01  # largest shift, and largest change of the half side
 
-# One scene in so many is never trained on.
+# The share of the scenes that are never trained on is one in this number.
 HELD_OUT_SHARE = 10
 
 

@@ -78,7 +78,7 @@ def cost(
         >>> import clear_attn as clear
         >>> from clear_attn import demo
         >>> round(cost(demo.pipeline(), 1024, 1024, window=8).ratio, 1)
-        71.1
+        66.6
         >>> schedule = clear.Schedule(windows_by_sigma=((0.9, 32), (0.6, 16)))
         >>> counted = cost(demo.pipeline(), 1024, 1024, window=8, schedule=schedule, steps=28)
         >>> [phase.method.window for phase in counted.run], counted.steps

@@ -112,9 +112,9 @@ def evaluate(
         >>> from clear_attn import demo
         >>> from clear_attn.tools.evaluate import evaluate
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     size = {"height": 64, "width": 64, "num_inference_steps": 4}
+        ...     size = {"height": 128, "width": 128, "num_inference_steps": 8}
         ...     found = evaluate(demo.pipeline(), ["a red circle"], folder, metrics=["psnr"], **size)
-        >>> found.means["psnr"]["student"] > 10
+        >>> found.means["psnr"]["student"] > 5
         True
     """
     transformer, _ = find_transformer(pipe)
