@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from diffusers import FluxPipeline
 
-from clear_attn.demo.scene_reader import connected_regions, read
+from clear_attn.demo.scene_reader import connected_regions, read, recognize_texture
 from clear_attn.demo.scenes import (
     LAYOUTS,
     Figure,
@@ -156,6 +156,11 @@ class TestReader:
 
         right = [read(blur(draw(scene))).scene == scene for scene in scenes(30, seed=3)]
         assert all(right)
+
+    def test_regions_without_a_texture(self):
+        share = np.random.default_rng(0).random((64, 64))
+        assert recognize_texture(share, np.eye(64, dtype=bool)) is None  # no line has three of its pixels
+        assert recognize_texture(np.full((64, 64), 0.3), np.ones((64, 64), dtype=bool)) is None
 
     def test_connected_regions(self):
         mask = np.array([[1, 0, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0]], dtype=bool)

@@ -192,9 +192,9 @@ def recognize_texture(share: np.ndarray, region: np.ndarray) -> str | None:
     Stripes vary from row to row, a gradient slowly so; dots vary along both axes. The accent covers less than half.
     """
     mean, total = share[region].mean(), share[region].var()
-    if total == 0:
-        return None
     rows, columns = (_line_means(share, region, axis) for axis in (1, 0))
+    if total == 0 or min(len(rows[0]), len(columns[0])) < 2:
+        return None
     by_rows, by_columns = (
         float((counts * (means - mean) ** 2).sum() / counts.sum() / total) for means, counts in (rows, columns)
     )
