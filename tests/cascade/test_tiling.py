@@ -240,12 +240,12 @@ def test_memory_is_that_of_a_tile_and_the_image(example):
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_borders_do_not_show(noise, example, monkeypatch):
-    """Compared with decoding at once, the difference along borders is no larger than elsewhere, nor does it jump."""
+    """The difference from decoding at once is rounding alone, and no larger along borders than elsewhere."""
     monkeypatch.setattr(tiling, "LEAST_SIDE", 384)
     found = example.compare(demo.pipeline().vae, 768, noise)
     ours, plain = found[example.OURS], found[example.NO_OVERLAP]
+    assert ours.most < 1e-3  # levels of 255
     assert ours.near <= 1.05 * ours.elsewhere
-    assert ours.jump <= 1.05 * ours.change
     assert plain.near > 2 * plain.elsewhere
     assert plain.jump > 5 * plain.change
     theirs = found[example.THEIRS]
