@@ -168,7 +168,8 @@ def main(
                     **score(scenes, list(drawn)),
                 }
             )
-            sheet[f"window {window}, down_factor {down_factor}\n{weights}"] = drawn
+            label = "distilled" if weights == ALL else weights
+            sheet[f"window {window}, down_factor {down_factor}\n{label}"] = drawn
             print(table(rows))
         package(output, folder_of_model, variant)
     if only:
