@@ -8,7 +8,7 @@ overlap of the shapes with ideal ones, the distance to the enlarged base image (
 figures that nobody asked for, and the FLOPs of attention and the seconds of all runs, the base image included.
 
 Images and measurements are kept in the output folder, and an interrupted run goes on from them. Several processes can
-share the work (`--only`). The last one writes the table.
+share the work (`--only`) once the base images are drawn. Each writes the table of what is there.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ squared error against the teacher's images, the number of captions drawn right, 
 the seconds of drawing. As in the paper, methods that leave out most keys attend to about one in sixteen, here 64 of
 1024.
 
-An interrupted run continues where it stopped. Once the images are cached, several processes can share the
-work (`--only Swin`). A last run without `--only` writes table, contact sheet and plot. About two hours on two cores.
+An interrupted run continues where it stopped. Once the latents are cached, several processes can share the
+work (`--only Swin`). A last run without `--only` writes table, contact sheet and plot.
 """
 
 import contextlib

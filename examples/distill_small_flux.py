@@ -3,11 +3,11 @@
     python examples/distill_small_flux.py --output distilled
 
 The training set is drawn scenes. The losses are flow matching and the errors against the teacher's prediction and
-attention; `VARIANTS` can name students with fewer of them. The library contains the students, in bfloat16, from the
-folder "package". Each draws the held-out captions with the teacher's seeds. The table shows the mean squared error
+attention; `VARIANTS` can name more students, with fewer of them. The library contains the students, in bfloat16, from
+the folder "package". Each draws the held-out captions with the teacher's seeds. The table shows the mean squared error
 against the teacher's images, and the number of captions drawn right.
 
-An interrupted run continues where it stopped. Once the images are drawn, several processes can share the work, each
+An interrupted run continues where it stopped. Once the latents are cached, several processes can share the work, each
 with its own variants (`--only 4x1`). A last run without `--only` writes the table.
 """
 
@@ -45,7 +45,7 @@ FREE = "training-free"
 # The students of each window and down_factor, by their losses.
 VARIANTS = {(4, 1): (ALL,), (8, 1): (ALL,), (16, 1): (ALL,), (8, 4): (ALL,)}
 TRAINING_IMAGES = 1000
-DRAWING_STEPS = 12  # with which the teacher draws as many captions right as with 28
+DRAWING_STEPS = 12  # enough for this model
 SHOWN = 4
 
 
@@ -143,8 +143,11 @@ def main(
     captions: Annotated[int, typer.Option(help="Number of held-out captions.")] = 200,
     only: Annotated[list[str] | None, typer.Option(help="Variants such as 4x1; default: all.")] = None,
 ) -> None:
+    named = {f"{window}x{down_factor}": (window, down_factor) for window, down_factor in VARIANTS}
+    if unknown := set(only or ()) - named.keys():
+        raise typer.BadParameter(f"{unknown.pop()!r} is none of {', '.join(named)}", param_hint="--only")
+    variants = [named[name] for name in only or named]
     draw_training_set(output / "images")
-    variants = [each for each in VARIANTS if not only or f"{each[0]}x{each[1]}" in only]
     folder_of_model = model or demo.path()
     pipe = load_pretrained(FluxPipeline, folder_of_model, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

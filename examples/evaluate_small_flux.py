@@ -23,8 +23,10 @@ from clear_attn import demo
 from clear_attn.demo.scene_reader import read
 from clear_attn.demo.scenes import Figure, Scene, held_out_scenes
 from clear_attn.models._diffusers import load_pretrained
+from clear_attn.utils.image_sheets import contact_sheet
 
 STEPS = 28  # the pipeline's default
+SHOWN = 6
 
 
 def captions_of(scenes: Sequence[Scene]) -> list[str]:
@@ -83,7 +85,7 @@ def main(
     text_tokens: Annotated[int, typer.Option(help="Length to which prompts are padded.")] = demo.TEXT_TOKENS,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
     batch: int = 10,
-    sheet: Annotated[Path | None, typer.Option(help="Image file for the first 16 images, in four columns.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Image file for the first images.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     pipe = load_pretrained(FluxPipeline, model or demo.path(), dtype=torch.float32, local_files_only=True)
@@ -104,11 +106,10 @@ def main(
         **score(scenes, images),
     }
     print(json.dumps(result))
-    if sheet:
-        rows = [np.concatenate(images[first : first + 4], axis=1) for first in range(0, min(16, captions - 3), 4)]
-        Image.fromarray(np.concatenate(rows)).save(sheet)
     if output:
         output.write_text(json.dumps(result, indent=1) + "\n")
+    if sheet:
+        contact_sheet({"": list(map(Image.fromarray, images[:SHOWN]))}, captions_of(scenes[:SHOWN])).save(sheet)
 
 
 if __name__ == "__main__":

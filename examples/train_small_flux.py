@@ -32,7 +32,6 @@ TEXT_LENGTHS = {32: 0.92, 96: 0.05, 512: 0.03}
 AVERAGE = 0.998  # decay of the moving average of the weights
 LATENT_NOISE = 0.1  # as a share of the standard deviation of the latents
 SAVE_EVERY = 180  # seconds
-# All phases but the last compute in bfloat16, in two thirds of the time. The last trains the details.
 
 
 class Phase(NamedTuple):
@@ -303,6 +302,7 @@ def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, 
         number, _ = locate(step)
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = learning_rate(step)
+        # All phases but the last compute in bfloat16, in two thirds of the time. The last trains the details.
         with torch.autocast("cpu", torch.bfloat16, enabled=number < len(PHASES) - 1):
             loss = flow_loss(pipe, scenes, latents, step, generator_of(seed, 2, step))
         trained.zero_grad()

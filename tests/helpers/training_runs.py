@@ -1,6 +1,7 @@
 """A small run of distillation: images, settings, result."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import torch
@@ -14,10 +15,15 @@ from clear_attn.models import adapter_for, training_adapter_for
 from clear_attn.weights.metadata import WEIGHTS_FILE
 
 
+def has_no_texture(scene):
+    return not any(surface.texture for surface in (scene.ground, *(figure.surface for figure in scene.figures)))
+
+
 def fill(folder, count=5, sizes=((64, 64),)):
     """Write images of scenes, each with a caption in a text file."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(training_scenes(count)):
+    plain = filter(has_no_texture, training_scenes(1000))  # textures are finer than pixels here
+    for number, scene in enumerate(itertools.islice(plain, count)):
         height, width = sizes[number % len(sizes)]
         Image.fromarray(draw(scene, 64)).resize((width, height)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(scene.captions[0])

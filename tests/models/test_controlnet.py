@@ -103,7 +103,7 @@ def test_only_training_free():
 
 
 def test_in_a_pipeline_with_its_transformer(pipe):
-    heads = {"num_attention_heads": 4, "attention_head_dim": 32}
+    heads = {name: pipe.transformer.config[name] for name in ("num_attention_heads", "attention_head_dim")}
     controlnet = fill_zeros(
         FluxControlNetModel.from_transformer(pipe.transformer, num_layers=1, num_single_layers=1, **heads)
     )

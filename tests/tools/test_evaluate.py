@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -36,7 +37,6 @@ from clear_attn import demo
 from clear_attn.tools import options
 from clear_attn.tools.cli import app
 from clear_attn.tools.evaluate import Evaluation, evaluate, evaluation
-from clear_attn.tools.evaluate import unfinished as evaluation_folder
 from clear_attn.tools.evaluate.embeddings import Clip, Dino
 from clear_attn.tools.evaluate.evaluation import read_images
 from clear_attn.tools.evaluate.fingerprint import describe_sources, fingerprint
@@ -499,18 +499,20 @@ class TestEvaluate:
         with pytest.raises(FileExistsError, match="go on with resume=True"):
             check_output(tmp_path / "out", resume=False)
 
-    @pytest.mark.filterwarnings("ignore:. of 4 images are kept")
-    @pytest.mark.parametrize("moved", [1, 2])
-    def test_goes_on_after_a_kill_while_images_are_moved(self, pipe, tmp_path, monkeypatch, moved):
-        def killed(output, rows):
-            for row in list(rows)[:moved]:
-                (output / "unfinished" / row).replace(output / row)
-            raise KeyboardInterrupt
+    @pytest.mark.parametrize("killed_at", ["unfinished/student", "unfinished/teacher", "unfinished/settings.json"])
+    def test_goes_on_after_a_kill_while_images_are_moved(self, pipe, tmp_path, monkeypatch, killed_at):
+        def killed(method):
+            def call(path, *args, **given):
+                if path == tmp_path / killed_at:
+                    raise KeyboardInterrupt
+                return method(path, *args, **given)
+
+            return call
 
         given = {"weights": None, "metrics": ["psnr"], "save_images": True, **CALL}
         with monkeypatch.context() as patched:
-            patched.setattr(evaluation, "finish", killed)
-            patched.setattr(evaluation_folder.shutil, "rmtree", lambda *args, **each: None)  # nothing runs after a kill
+            patched.setattr(Path, "replace", killed(Path.replace))
+            patched.setattr(Path, "unlink", killed(Path.unlink))
             with pytest.raises(KeyboardInterrupt):
                 evaluate(pipe, PROMPTS[:2], tmp_path, **given)
         monkeypatch.setattr(seeded_images, "generate_with_seeds", lambda *args, **each: pytest.fail("it draws again"))

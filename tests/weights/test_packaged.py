@@ -159,6 +159,17 @@ def test_other_models():
         assert not is_small_flux(FluxTransformer2DModel(**config))
 
 
+def test_pooled_weights_of_a_pipeline_that_was_saved_whole_are_found_by_the_name_in_the_error(pipe, tmp_path):
+    clear.linearize(pipe, down_factor=4).save_pretrained(tmp_path)
+    loaded = FluxPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="give weights= a directory") as refused:
+        clear.linearize(loaded)
+    (name,) = re.findall(r"weights='(\S+)', which it had", str(refused.value))
+    assert name == "small_flux_clear_window_8_down_4"
+    clear.linearize(loaded, weights=name)
+    assert method_of(loaded) == clear.methods.Clear(8, 4)
+
+
 def test_what_it_is_saved_as(pipe, tmp_path):
     """As from the folder, but with a name that means the same on any machine."""
     clear.linearize(pipe)

@@ -202,7 +202,7 @@ class Stage(_Sized):
 
         Args:
             name: "published", the settings of CLEAR's published run with FLUX.1-dev, or "refined", those with which
-                captions are read back correctly from most large images of the small FLUX (docs/highres.md).
+                more captions are read back correctly from large images of the small FLUX (docs/highres.md).
 
         Raises:
             ValueError: there is no such preset.

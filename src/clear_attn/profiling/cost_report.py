@@ -85,9 +85,9 @@ class Cost:
     Examples:
         >>> import clear_attn as clear
         >>> from clear_attn import demo
-        >>> report = clear.cost(demo.pipeline(), 1024, 1024, window=8, text_tokens=24)
+        >>> report = clear.cost(demo.pipeline(), 1024, 1024, window=8)
         >>> f"{report.ratio:.0f} times fewer at {report.height} x {report.width} tokens"
-        '71 times fewer at 128 x 128 tokens'
+        '67 times fewer at 128 x 128 tokens'
     """
 
     height: int

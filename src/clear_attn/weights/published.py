@@ -66,8 +66,8 @@ class PackagedFolder(NamedTuple):
         return "auto"
 
     def origin(self, file: str) -> str:
-        """Return what records name as the origin of weights."""
-        return f"{self.path.name}/{file}"
+        """Return what records name as the origin of weights: no path, and not of the form of a Hub id."""
+        return "_".join((self.path.name, *Path(file).parent.parts))
 
 
 class License(NamedTuple):
@@ -200,6 +200,12 @@ def _covering_window(grid: tuple[int, int]) -> int:
 def published_in(repository: str) -> PublishedWeights | None:
     """Return the entry of a repository on the Hub, or None."""
     return next((each for each in PUBLISHED if each.location == HubRepository(repository)), None)
+
+
+def published_from(origin: str) -> tuple[PublishedWeights, str] | None:
+    """Return the entry and the file that records name as the origin of weights, or None."""
+    files = ((each, file) for each in PUBLISHED for file in each.files.values())
+    return next(((each, file) for each, file in files if each.location.origin(file) == origin), None)
 
 
 def published_as(file: str) -> tuple[Method | None, str | None]:

@@ -23,6 +23,7 @@ from clear_attn.weights.published import (
     PublishedWeights,
     published_as,
     published_for,
+    published_from,
     published_in,
 )
 from clear_attn.weights.recognition import Model
@@ -115,6 +116,8 @@ def load(
     path = Path(weights).expanduser()
     if not path.exists() and (meant := MEANT.get(str(weights).lower())):
         raise ValueError(f"weights={str(weights)!r} does not exist; did you mean weights={meant}?")
+    if not path.exists() and (recorded := published_from(str(weights))):
+        return _load_published(*recorded, revision, token)
     on_hub = HUB_FILE.fullmatch(weights) if isinstance(weights, str) else None
     # "folder/file.safetensors" has the form of a repository id, but means a file.
     if path.exists() or not on_hub or (on_hub[2] is None and path.suffix == ".safetensors"):

@@ -122,12 +122,12 @@ def unfinished_run(output: Path, settings: dict[str, Any], rows: Iterable[str], 
         images: the number of images to draw.
     """
     folder = unfinished_folder(output)
+    for row in rows:
+        if (output / row).is_dir():
+            (output / row).replace(folder / row)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_text(folder / SETTINGS, _to_json(settings))
-        for row in rows:
-            if (output / row).is_dir():
-                (output / row).replace(folder / row)
         yield folder
     except BaseException:
         if kept := len(list(folder.glob("*/[0-9]*.png"))):
