@@ -246,6 +246,7 @@ def test_borders_do_not_show(noise, example, monkeypatch):
     ours, plain = found[example.OURS], found[example.NO_OVERLAP]
     assert ours.most < 1e-3  # levels of 255
     assert ours.near <= 1.05 * ours.elsewhere
+    assert ours.jump <= 1.05 * ours.change
     assert plain.near > 2 * plain.elsewhere
     assert plain.jump > 5 * plain.change
     theirs = found[example.THEIRS]

@@ -8,15 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from clear_attn.demo.scenes import draw, training_scenes
+from clear_attn.demo.scenes import draw, has_no_texture, training_scenes
 from clear_attn.distill import Settings
 from clear_attn.distill.step import Batch
 from clear_attn.models import adapter_for, training_adapter_for
 from clear_attn.weights.metadata import WEIGHTS_FILE
-
-
-def has_no_texture(scene):
-    return not any(surface.texture for surface in (scene.ground, *(figure.surface for figure in scene.figures)))
 
 
 def fill(folder, count=5, sizes=((64, 64),)):

@@ -133,6 +133,11 @@ class Scene:
         return zlib.crc32(self.captions[0].encode()) % HELD_OUT_SHARE == 0
 
 
+def has_no_texture(scene: Scene) -> bool:
+    """Return whether all surfaces of a scene have one color."""
+    return not any(surface.texture for surface in (scene.ground, *(figure.surface for figure in scene.figures)))
+
+
 class Pose(NamedTuple):
     """The center and half the side of a figure, as shares of the image's side."""
 
