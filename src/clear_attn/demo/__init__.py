@@ -51,9 +51,15 @@ def distilled(window: int = 8, down_factor: int = 1) -> Path:
     """
     folder = packaged.FOLDERS.get((window, down_factor))
     if folder is None:
-        existing = "; ".join(Clear(*variant).as_arguments() for variant in packaged.FOLDERS)
-        raise ValueError(f"no weights are in the package for {window=}, {down_factor=}; there are some for {existing}")
+        raise ValueError(
+            f"no weights are in the package for {window=}, {down_factor=}; there are some for {variants()}"
+        )
     return packaged.WEIGHTS / folder
+
+
+def variants() -> str:
+    """Return the arguments of all distilled weights in the package, in words."""
+    return "; ".join(Clear(*variant).as_arguments() for variant in packaged.FOLDERS)
 
 
 def pipeline(dtype: torch.dtype = torch.float32) -> FluxPipeline:

@@ -85,8 +85,7 @@ def compare(captions: Sequence[str], method: Clear, seed: int, output: Path) -> 
         describe_seconds(large.seconds, 1, GROWTH * demo.SIZE, GROWTH * cost.width, LARGE_STEPS),
     ]
     if not trained:
-        existing = "; ".join(Clear(*variant).as_arguments() for variant in packaged.FOLDERS)
-        report.append(f"The distilled weights in the package are for {existing}, so they are not shown.")
+        report.append(f"The distilled weights in the package are for {demo.variants()}, so they are not shown.")
     return "\n\n".join([*report, NEXT])
 
 
