@@ -112,10 +112,10 @@ def evaluate(
         >>> from clear_attn import demo
         >>> from clear_attn.tools.evaluate import evaluate
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     size = {"height": 128, "width": 128, "num_inference_steps": 8}
-        ...     found = evaluate(demo.pipeline(), ["a red circle"], folder, metrics=["psnr"], **size)
-        >>> sorted(found.means)
-        ['psnr']
+        ...     call = {"height": 128, "width": 128, "num_inference_steps": 4, "window": 16, "weights": None}
+        ...     found = evaluate(demo.pipeline(), ["a red circle"], folder, metrics=["psnr"], **call)
+        >>> found.means["psnr"]["student"] > 10
+        True
     """
     transformer, _ = find_transformer(pipe)
     if not isinstance(pipe, DiffusionPipeline):
