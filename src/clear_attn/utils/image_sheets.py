@@ -7,35 +7,40 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, GAP, LABEL_WIDTH, CAPTION_HEIGHT = 192, 12, 132, 58
+CELL, GAP, LABEL_WIDTH = 192, 12, 132
+CHARACTER, LINE = 6.7, 17  # pixels: usual width of a caption's characters, and height of its lines
+MOST_LINES = 6
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
+def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str], cell: int = CELL) -> Image.Image:
     """Return a sheet with one row for each label and one column for each caption.
 
     Args:
         rows: by label, an image for each caption; all of the same size.
-        captions: the texts above the columns.
+        captions: the texts above the columns. Very long ones are cut.
+        cell: width of each image on the sheet in pixels.
 
     Examples:
         >>> image = Image.new("RGB", (64, 64))
         >>> contact_sheet({"dense": [image], "CLEAR": [image]}, ["a red circle"]).size
-        (348, 466)
+        (348, 437)
     """
     first = next(iter(rows.values()))[0]
-    height = round(CELL * first.height / first.width)
-    width = LABEL_WIDTH + len(captions) * (CELL + GAP) + GAP
-    sheet = Image.new("RGB", (width, CAPTION_HEIGHT + len(rows) * (height + GAP)), PAPER)
+    height = round(cell * first.height / first.width)
+    width = LABEL_WIDTH + len(captions) * (cell + GAP) + GAP
+    wrapped = [_wrap(caption, round(cell / CHARACTER), MOST_LINES) for caption in captions]
+    top_of_rows = GAP + max(len(lines) for lines in wrapped) * LINE
+    sheet = Image.new("RGB", (width, top_of_rows + len(rows) * (height + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(captions):
-        _write(draw, LABEL_WIDTH + GAP + column * (CELL + GAP), CAPTION_HEIGHT // 2, caption, characters=29, size=13)
+    for column, lines in enumerate(wrapped):
+        _write(draw, LABEL_WIDTH + GAP + column * (cell + GAP), top_of_rows // 2, lines, size=13)
     for row, (label, images) in enumerate(rows.items()):
-        top = CAPTION_HEIGHT + row * (height + GAP)
-        _write(draw, GAP, top + height // 2, label, characters=15, size=15)
+        top = top_of_rows + row * (height + GAP)
+        _write(draw, GAP, top + height // 2, _wrap(label, characters=15, most=3), size=15)
         for column, image in enumerate(images):
-            cell = image.resize((CELL, height), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (LABEL_WIDTH + GAP + column * (CELL + GAP), top))
+            shown = image.resize((cell, height), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (LABEL_WIDTH + GAP + column * (cell + GAP), top))
     return sheet
 
 
@@ -57,8 +62,14 @@ def draw_window(image: Image.Image, window: int, pixels_per_token: int) -> Image
     return marked
 
 
-def _write(draw: ImageDraw.ImageDraw, left: int, middle: int, text: str, characters: int, size: int) -> None:
-    lines = [
-        line for part in text.split("\n") for line in textwrap.wrap(part, characters, max_lines=3, placeholder=" ...")
+def _wrap(text: str, characters: int, most: int) -> list[str]:
+    """Return the lines of a text, at most so many for each line that it has."""
+    return [
+        line
+        for part in text.split("\n")
+        for line in textwrap.wrap(part, characters, max_lines=most, placeholder=" ...")
     ]
+
+
+def _write(draw: ImageDraw.ImageDraw, left: int, middle: int, lines: Sequence[str], size: int) -> None:
     draw.text((left, middle), "\n".join(lines), INK, ImageFont.load_default(size), anchor="lm")
