@@ -3,12 +3,17 @@
     python examples/compare_highres.py --output compared
     python examples/compare_highres.py --output compared --side 1024 --captions 10 --only "direct, dense"
 
-Every way draws the same held-out captions with the same seeds. The table shows the captions drawn right, the median
-overlap of the shapes with ideal ones, the distance to the enlarged base image (root mean square, colors in 0..1), the
-figures that nobody asked for, and the FLOPs of attention and the seconds of all runs, the base image included.
+Every way draws the same held-out captions with the same seeds. The table shows:
+
+- the captions drawn right, and the figures that nobody asked for;
+- of the right ones, the median overlap of the shapes with ideal ones, and how steep the edges are, as a share of those
+  of the same scene drawn with exact edges at this size;
+- the distance to the enlarged base image (root mean square, colors in 0..1);
+- FLOPs of attention and seconds of all runs, the base image included.
 
 Images and measurements are kept in the output folder, and an interrupted run goes on from them. Several processes can
-share the work (`--only`) once the base images are drawn. Each writes the table of what is there.
+share the work (`--only`) once the base images are drawn. Each writes the table of what is there, and the sheets of its
+ways.
 """
 
 from __future__ import annotations
@@ -31,14 +36,17 @@ from rich.table import Table
 
 import clear_attn as clear
 from clear_attn import Schedule, Stage, StepwiseGuidance, demo
-from clear_attn.demo.scene_reader import count_figures, read
+from clear_attn.demo import scenes as demo_scenes
+from clear_attn.demo.scene_reader import Reading, count_figures, read
 from clear_attn.demo.scenes import SIZE, Scene, held_out_scenes, poses
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.utils.atomic import atomic_file
-from clear_attn.utils.image_sheets import CELL, contact_sheet
-from evaluate_small_flux import STEPS
+from clear_attn.utils.image_sheets import contact_sheet
+from distill_small_flux import DRAWING_STEPS as STEPS
+from evaluate_small_flux import captions_of
 
 WINDOW = 8
+CELL = 320  # pixels of each image on the sheets
 
 
 class Task(NamedTuple):
@@ -46,11 +54,8 @@ class Task(NamedTuple):
 
     number: int
     scene: Scene
+    caption: str
     seed: int
-
-    @property
-    def caption(self) -> str:
-        return self.scene.captions[self.number % len(self.scene.captions)]
 
     @property
     def generator(self) -> torch.Generator:
@@ -124,11 +129,14 @@ class Staged(NamedTuple):
         return Drawn(result.image, seconds + base.seconds, flops + base.flops)
 
 
-# Wide windows while a stage decides the layout. Its first sigma is 0.67 with a strength of 0.4 and a shift of 3.
-WIDE_FIRST = Schedule(windows_by_sigma=((0.6, 32), (0.4, 16)))
-CLOSE = Stage(strength=0.4, ntk_factor=1, proportional=False)
-GUIDED = replace(CLOSE, low_resolution_guidance=1)
-STEPWISE = StepwiseGuidance()
+# Without a shift a strength of 0.4 starts at a sigma of 0.4.
+CLOSE = Stage(strength=0.4, shift=1, ntk_factor=1, proportional=False)
+NOISY = replace(CLOSE, shift=3)  # starts at 0.67
+GUIDED: dict[str, Any] = {"low_resolution_guidance": 1}
+STEPWISE: dict[str, Any] = {"stepwise_guidance": StepwiseGuidance()}
+CONTINUED: dict[str, Any] = {"continues": True}
+# Wide windows while a stage decides the layout.
+WIDE_FIRST = Schedule(windows_by_sigma=((0.6, 32), (0.3, 16)))
 WAYS: dict[str, Way] = {
     "enlarged": Enlarged(),
     "direct, dense": Direct(None),
@@ -137,17 +145,39 @@ WAYS: dict[str, Way] = {
     "published, wide first": Staged(Stage(), WIDE_FIRST),
     "close": Staged(CLOSE),
     "close, wide first": Staged(CLOSE, WIDE_FIRST),
-    "close, low resolution": Staged(GUIDED),
-    "close, low resolution, wide first": Staged(GUIDED, WIDE_FIRST),
-    "close, low resolution, in two stages": Staged(GUIDED, count=2),
-    "close, stepwise": Staged(replace(CLOSE, stepwise_guidance=STEPWISE)),
-    "close, stepwise, wide first": Staged(replace(CLOSE, stepwise_guidance=STEPWISE), WIDE_FIRST),
-    "continued": Staged(replace(CLOSE, continues=True)),
-    "continued, wide first": Staged(replace(CLOSE, continues=True), WIDE_FIRST),
-    "continued, stepwise": Staged(replace(CLOSE, continues=True, stepwise_guidance=STEPWISE)),
-    "continued, stepwise, wide first": Staged(replace(CLOSE, continues=True, stepwise_guidance=STEPWISE), WIDE_FIRST),
+    "close, low resolution": Staged(replace(CLOSE, **GUIDED)),
+    "close, low resolution, wide first": Staged(replace(CLOSE, **GUIDED), WIDE_FIRST),
+    "close, low resolution, in two stages": Staged(replace(CLOSE, **GUIDED), count=2),
+    "close, stepwise": Staged(replace(CLOSE, **STEPWISE)),
+    "close, stepwise, wide first": Staged(replace(CLOSE, **STEPWISE), WIDE_FIRST),
+    "continued": Staged(replace(CLOSE, **CONTINUED)),
+    "continued, wide first": Staged(replace(CLOSE, **CONTINUED), WIDE_FIRST),
+    "continued, stepwise": Staged(replace(CLOSE, **CONTINUED, **STEPWISE)),
+    "continued, stepwise, wide first": Staged(replace(CLOSE, **CONTINUED, **STEPWISE), WIDE_FIRST),
+    "noisy, low resolution": Staged(replace(NOISY, **GUIDED)),
+    "noisy, stepwise": Staged(replace(NOISY, **STEPWISE)),
+    "noisy, continued, stepwise": Staged(replace(NOISY, **CONTINUED, **STEPWISE)),
 }
 BASE = "base image"
+
+
+def sharpness(pixels: np.ndarray, reading: Reading) -> float:
+    """Return how steep the edges of an image are, as a share of those of its scene drawn with exact edges.
+
+    That is the mean change of color from pixel to pixel over the steepest pixels, as many as four sides of the image.
+
+    Args:
+        pixels: uint8 `[side, side, 3]`.
+        reading: what it shows.
+    """
+
+    def steepest(image: np.ndarray) -> float:
+        down, right = np.gradient(image.astype(np.float32), axis=(0, 1))
+        changes = np.sqrt(np.maximum((down**2).sum(-1), (right**2).sum(-1)))
+        return float(np.sort(changes, axis=None)[-4 * len(image) :].mean())
+
+    exact = demo_scenes.draw(reading.scene, len(pixels), list(reading.poses))
+    return steepest(pixels) / steepest(exact)
 
 
 def measure(task: Task, drawn: Drawn, base: Image.Image) -> dict[str, Any]:
@@ -155,11 +185,13 @@ def measure(task: Task, drawn: Drawn, base: Image.Image) -> dict[str, Any]:
     pixels = np.asarray(drawn.image)
     enlarged = np.asarray(base.resize(drawn.image.size, Image.Resampling.LANCZOS))
     reading = read(pixels)
+    right = reading is not None and reading.scene == task.scene
     return {
         "caption": task.number,
         "seed": task.seed,
-        "right": reading is not None and reading.scene == task.scene,
-        "overlaps": [round(overlap, 4) for overlap in reading.overlaps] if reading else [],
+        "right": right,
+        "overlaps": [round(overlap, 4) for overlap in reading.overlaps] if right else [],
+        "sharpness": sharpness(pixels, reading) if right else None,
         "distance": float(np.sqrt(np.mean((pixels / 255 - enlarged / 255) ** 2))),
         "extra": max(0, count_figures(pixels, task.scene.ground) - len(task.scene.figures)),
         "seconds": drawn.seconds,
@@ -186,7 +218,8 @@ class Folder(NamedTuple):
 
     def save(self, task: Task, drawn: Drawn, base: Image.Image) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        drawn.image.save(self.file(task))
+        with atomic_file(self.file(task)) as unfinished:
+            drawn.image.save(unfinished)
         with atomic_file(self.file(task).with_suffix(".json")) as unfinished:
             unfinished.write_text(json.dumps(measure(task, drawn, base)) + "\n")
 
@@ -197,13 +230,15 @@ class Folder(NamedTuple):
 def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a row of the table."""
     measured = list(measured)
-    overlaps = [overlap for each in measured for overlap in each["overlaps"]]
+    right = [each for each in measured if each["right"]]
+    overlaps = [overlap for each in right for overlap in each["overlaps"]]
     return {
         "images": len(measured),
-        "right": sum(each["right"] for each in measured),
-        "median_overlap": round(float(np.median(overlaps)), 4) if overlaps else None,
-        "distance": round(float(np.mean([each["distance"] for each in measured])), 4),
+        "right": len(right),
         "extra_figures": sum(each["extra"] for each in measured),
+        "median_overlap": round(float(np.median(overlaps)), 4) if right else None,
+        "sharpness": round(float(np.median([each["sharpness"] for each in right])), 2) if right else None,
+        "distance": round(float(np.mean([each["distance"] for each in measured])), 4),
         "flops": round(float(np.mean([each["flops"] for each in measured]))),
         "seconds": round(float(np.median([each["seconds"] for each in measured])), 2),
     }
@@ -223,8 +258,11 @@ def main(
         raise typer.BadParameter(f"no such way: {', '.join(unknown)}; there are {', '.join(WAYS)}")
     pipe = load_pretrained(FluxPipeline, model or demo.path(), dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
+    scenes = held_out_scenes(captions)
     tasks = [
-        Task(number, scene, seed) for seed in range(seeds) for number, scene in enumerate(held_out_scenes(captions))
+        Task(number, scene, caption, seed)
+        for seed in range(seeds)
+        for number, (scene, caption) in enumerate(zip(scenes, captions_of(scenes), strict=True))
     ]
     bases = Folder(output / BASE)
     for pixels in side or [2 * SIZE]:
@@ -238,14 +276,14 @@ def main(
                 if folder.load(task) is None:
                     folder.save(task, WAYS[name].draw(pipe, weights, task, pixels, base), base.image)
             print(pixels, name, summarize(folder.measurements()))
-        write_sheets(output, pixels, tasks[:shown])
+        write_sheets(output, pixels, only or list(WAYS), tasks[:shown])
     write_table(output)
 
 
-def write_sheets(output: Path, side: int, tasks: list[Task]) -> None:
+def write_sheets(output: Path, side: int, ways: list[str], tasks: list[Task]) -> None:
     """Save a sheet of whole images, and one of crops at 1:1 around the right edge of each scene's first figure."""
     drawn = {BASE: [Folder(output / BASE).load(task) for task in tasks]}
-    drawn |= {name: [Folder(output / str(side) / name).load(task) for task in tasks] for name in WAYS}
+    drawn |= {name: [Folder(output / str(side) / name).load(task) for task in tasks] for name in ways}
     rows = {
         name: [each.image.resize((side, side), Image.Resampling.LANCZOS) for each in images if each]
         for name, images in drawn.items()
@@ -255,8 +293,8 @@ def write_sheets(output: Path, side: int, tasks: list[Task]) -> None:
         name: [crop(image, task) for image, task in zip(images, tasks, strict=True)] for name, images in rows.items()
     }
     captions = [task.caption for task in tasks]
-    contact_sheet(rows, captions).save(output / f"{side}.png")
-    contact_sheet(crops, captions).save(output / f"{side}-crops.png")
+    contact_sheet(rows, captions, CELL).save(output / f"{side}.png")
+    contact_sheet(crops, captions, CELL).save(output / f"{side}-crops.png")
 
 
 def crop(image: Image.Image, task: Task) -> Image.Image:

@@ -44,10 +44,10 @@ def test_highres_takes_the_models_preset_or_the_one_given(monkeypatch):
 
     def planned(**settings):
         stage = draw(pipe, stages=None, **settings).plan.stages[0]
-        return stage.strength, stage.ntk_factor, stage.proportional, stage.low_resolution_guidance
+        return stage.strength, stage.ntk_factor, stage.proportional, stage.shift, stage.low_resolution_guidance
 
-    assert planned() == planned(preset="refined") == (0.4, 1, False, 1)
-    assert planned(preset="published") == (0.7, 10, True, None)
+    assert planned() == planned(preset="refined") == (0.4, 1, False, 1, 1)
+    assert planned(preset="published") == (0.7, 10, True, 3, None)
 
 
 def test_presets_differ_and_the_published_one_is_the_default_of_a_stage():

@@ -228,7 +228,7 @@ class Stage(_Sized):
 
 PRESETS = {
     "published": Stage(),
-    "refined": Stage(strength=0.4, ntk_factor=1, proportional=False, low_resolution_guidance=1),
+    "refined": Stage(strength=0.4, ntk_factor=1, proportional=False, shift=1.0, low_resolution_guidance=1),
 }
 
 

@@ -106,7 +106,8 @@ def generate(
         bool | None, _of_stage("Whether stages use proportional attention.", "yes; refined no")
     ] = None,
     shift: Annotated[
-        float | None, _of_stage("The static shift of each stage; 0 keeps the pipeline's schedule.", "3", min=0)
+        float | None,
+        _of_stage("The static shift of each stage; 0 keeps the pipeline's schedule.", "3; refined 1", min=0),
     ] = None,
     low_resolution_guidance: Annotated[
         int | None,
