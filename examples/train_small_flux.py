@@ -59,6 +59,8 @@ PHASES = (
     Phase(3500, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3), (0.05, 0.3)),
     Phase(1600, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 7e-4), (0.3, 0.5)),
     Phase(1500, 1024, {32: 6, 96: 6, 512: 3}, (7e-4, 0.0), (0.5, 0.5)),
+    Phase(1000, 256, {32: 24, 96: 18, 512: 7}, (6e-4, 4e-4), (0.5, 0.5)),
+    Phase(1000, 1024, {32: 6, 96: 6, 512: 3}, (4e-4, 0.0), (0.5, 0.5)),
 )
 WARMUP = 100
 IMAGES = 10_000
@@ -73,6 +75,7 @@ class AutoencoderPhase(NamedTuple):
 
 
 TOKEN = 8  # pixels
+IMAGE_TOKENS = (SIZE // TOKEN) ** 2
 AUTOENCODER_IMAGES = 1024
 AUTOENCODER_RATE = 2e-3
 AUTOENCODER_PHASES = (AutoencoderPhase(2400, 64, 16), AutoencoderPhase(900, 128, 4), AutoencoderPhase(400, 256, 2))
@@ -258,7 +261,7 @@ def flow_loss(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, step: in
     text, pooled, text_ids = pipe.encode_prompt(captions, None, device="cpu", max_sequence_length=length)
 
     side = SIZE // TOKEN
-    positions = torch.randperm(side**2, generator=rng)[: phase.image_tokens]
+    positions = torch.randperm(IMAGE_TOKENS, generator=rng)[: phase.image_tokens]
     image_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)[positions]
     clean = latents[chosen[:, None], positions].float()
     uniform = torch.rand(batch, generator=rng)
@@ -295,15 +298,15 @@ def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, 
         for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
         average = state["average"]
-    first, seconds = state.get("step", 0), state.get("seconds", 0.0)
+    first = state.get("step", 0)
     total, losses = sum(phase.steps for phase in PHASES), []
     started = saved = time.monotonic()
     for step in range(first, total):
         number, _ = locate(step)
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = learning_rate(step)
-        # All phases but the last compute in bfloat16, in two thirds of the time. The last trains the details.
-        with torch.autocast("cpu", torch.bfloat16, enabled=number < len(PHASES) - 1):
+        # Phases with a part of the tokens compute in bfloat16, in two thirds of the time. The others train the details.
+        with torch.autocast("cpu", torch.bfloat16, enabled=PHASES[number].image_tokens < IMAGE_TOKENS):
             loss = flow_loss(pipe, scenes, latents, step, generator_of(seed, 2, step))
         trained.zero_grad()
         loss.backward()
@@ -324,7 +327,7 @@ def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, 
             saved = time.monotonic()
             parts = {"model": trained.state_dict(), "average": average}
             own = [optimizer.state_dict() for optimizer in optimizers]
-            save_state(state_file, step=step + 1, seconds=seconds + saved - started, optimizers=own, **parts)
+            save_state(state_file, step=step + 1, optimizers=own, **parts)
 
 
 def main(

@@ -1,4 +1,7 @@
+import importlib
 import os
+import sys
+from pathlib import Path
 
 # Nothing in the tests may reach the Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +18,8 @@ from safetensors.torch import save_file
 import clear_attn as clear
 from tests.helpers import dummy_models, families
 from tests.helpers.snapshots import checkpoint_for
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("repeatable")
@@ -35,6 +40,15 @@ def fresh_accelerate():
     forget()
     yield forget
     forget()
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Return a function that imports a script of the examples, anew in each test."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module
+    for file in EXAMPLES.glob("*.py"):
+        sys.modules.pop(file.stem, None)
 
 
 @pytest.fixture(params=families.USUAL)

@@ -1,8 +1,6 @@
 """The example of LiT on digits: losses and metrics compared with other formulas, and a run of few steps."""
 
 import json
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,29 +8,15 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
-
-@pytest.fixture(autouse=True)
-def _examples(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield
-    for name in ("digits", "lit_digits"):
-        sys.modules.pop(name, None)
+@pytest.fixture
+def digits(example):
+    return example("digits")
 
 
 @pytest.fixture
-def digits():
-    import digits
-
-    return digits
-
-
-@pytest.fixture
-def lit_digits():
-    import lit_digits
-
-    return lit_digits
+def lit_digits(example):
+    return example("lit_digits")
 
 
 def noisy_at(digits, timestep, count=2):

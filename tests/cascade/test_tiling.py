@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +21,6 @@ from clear_attn.parallel import decode as rank_decode
 from clear_attn.profiling.memory import tiled_decode_bytes
 from tests.helpers import dummy_pipelines
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS = {
     "plain": functools.partial(AutoencoderKL, mid_block_add_attention=False),
     "attention": AutoencoderKL,
@@ -50,12 +47,8 @@ def _small_tiles(monkeypatch):
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import tiled_decoding
-
-    yield tiled_decoding
-    sys.modules.pop("tiled_decoding")
+def tiled_decoding(example):
+    return example("tiled_decoding")
 
 
 @pytest.fixture(params=KINDS)
@@ -225,13 +218,13 @@ def test_other_autoencoders_are_tiled_by_diffusers(kind, plain):
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_a_tile_and_the_image(example):
+def test_memory_is_that_of_a_tile_and_the_image(tiled_decoding):
     wide = {"block_out_channels": (32, 64), "norm_num_groups": 8, "mid_block_add_attention": False}
     vae = AutoencoderKL(**{**SMALL, **wide})
     for length in (70, 200):
         latents = torch.randn(1, 2, 70, length)
         bounds = tiled_decode_bytes(vae, 140, 2 * length, tile_side(vae))
-        with torch.no_grad(), tiled_vae(vae), example.LiveBytes() as live:
+        with torch.no_grad(), tiled_vae(vae), tiled_decoding.LiveBytes() as live:
             vae.decode(latents)
         assert bounds.least < live.peak < bounds.likely, live.peak / bounds.likely
     assert tile_side(vae) == SIDE * scale_of(vae)
@@ -239,16 +232,16 @@ def test_memory_is_that_of_a_tile_and_the_image(example):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_borders_do_not_show(noise, example, monkeypatch):
+def test_borders_do_not_show(noise, tiled_decoding, monkeypatch):
     """The difference from decoding at once is rounding alone, and no larger along borders than elsewhere."""
     monkeypatch.setattr(tiling, "LEAST_SIDE", 384)
-    found = example.compare(demo.pipeline().vae, 768, noise)
-    ours, plain = found[example.OURS], found[example.NO_OVERLAP]
+    found = tiled_decoding.compare(demo.pipeline().vae, 768, noise)
+    ours, plain = found[tiled_decoding.OURS], found[tiled_decoding.NO_OVERLAP]
     assert ours.most < 1e-3  # levels of 255
     assert ours.near <= 1.05 * ours.elsewhere
     assert ours.jump <= 1.05 * ours.change
     assert plain.near > 2 * plain.elsewhere
     assert plain.jump > 5 * plain.change
-    theirs = found[example.THEIRS]
+    theirs = found[tiled_decoding.THEIRS]
     assert theirs.jump > 1.2 * theirs.change
     assert ours.most < theirs.most / 2

@@ -1,16 +1,15 @@
 """The small FLUX in the package, what it draws, and the command that shows it."""
 
-import importlib.util
+import functools
 import json
 import re
-import sys
 import types
-from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import FluxPipeline
 from PIL import Image
 from typer.testing import CliRunner
@@ -19,24 +18,13 @@ import clear_attn as clear
 from clear_attn import demo
 from clear_attn.demo import comparison
 from clear_attn.demo.scene_reader import read
-from clear_attn.demo.scenes import held_out_scenes
+from clear_attn.demo.scenes import draw, has_no_texture, held_out_scenes
 from clear_attn.models._diffusers import diffusers_version
 from clear_attn.tools.cli import app
 from clear_attn.utils.image_sheets import CELL
 from clear_attn.weights import packaged
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 needs_flux2_klein = pytest.mark.skipif(diffusers_version() < (0, 37), reason="diffusers has no FLUX.2 klein")
-
-
-def example(name):
-    """Import a script of the examples as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -57,7 +45,7 @@ class TestSmallFlux:
         assert not any("_name_or_path" in file.read_text() for file in files if file.suffix == ".json")
 
     @pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.slow)])
-    def test_draws_captions_it_was_not_trained_on(self, pipe, count):
+    def test_draws_captions_it_was_not_trained_on(self, pipe, example, count):
         evaluation = example("evaluate_small_flux")
         scenes = held_out_scenes(count)
         found = evaluation.score(scenes, evaluation.draw(pipe, scenes, demo.TEXT_TOKENS, batch=10, steps=12))
@@ -99,7 +87,7 @@ class TestDistilled:
         ("window", "down_factor", "count"),
         [(8, 1, 2), *(pytest.param(*variant, 6, marks=pytest.mark.slow) for variant in packaged.FOLDERS)],
     )
-    def test_draws_what_the_dense_model_draws(self, pipe, window, down_factor, count):
+    def test_draws_what_the_dense_model_draws(self, pipe, example, window, down_factor, count):
         """Distilled weights give nearly the dense images, and the model's own weights do not."""
         evaluation = example("evaluate_small_flux")
         scenes = held_out_scenes(count)
@@ -125,8 +113,7 @@ class TestDistilled:
         assert sum(file.stat().st_size for file in files) < 4 * 2**20
 
     @pytest.mark.slow
-    def test_training_runs(self, tmp_path, monkeypatch):
-        monkeypatch.syspath_prepend(EXAMPLES)
+    def test_training_runs(self, tmp_path, example, monkeypatch):
         distilling = example("distill_small_flux")
         monkeypatch.setattr(distilling, "TRAINING_IMAGES", 4)
         monkeypatch.setattr(distilling, "VARIANTS", {(4, 1): tuple(distilling.LOSSES)})
@@ -138,6 +125,36 @@ class TestDistilled:
         assert len({row["error"] for row in rows}) == 4
         assert Image.open(tmp_path / "table.png").size[1] > 5 * CELL
         assert len(list((tmp_path / "images").glob("*.png"))) == 4
+
+
+class TestLargeImages:
+    def test_sharpness_is_that_of_edges(self, example):
+        comparing = example("compare_highres")
+        scene = next(filter(has_no_texture, held_out_scenes()))
+        exact = Image.fromarray(draw(scene, 128))
+        blurred = exact.resize((64, 64), Image.Resampling.BOX).resize((128, 128), Image.Resampling.BILINEAR)
+        sharp, soft = (comparing.sharpness(np.asarray(each), read(np.asarray(each))) for each in (exact, blurred))
+        assert 0.95 <= sharp <= 1.05
+        assert soft < 0.7 * sharp
+
+    @pytest.mark.slow
+    def test_the_comparison_of_ways_goes_on_where_it_stopped(self, example, tmp_path, monkeypatch):
+        comparing = example("compare_highres")
+        monkeypatch.setattr(comparing, "STEPS", 2)
+        ways = ["enlarged", "close, stepwise"]
+        run = functools.partial(comparing.main, tmp_path, side=[320], captions=2, seeds=1, shown=1)
+        run(only=ways[:1])
+        before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("0-*.png")}
+        run(only=ways)
+        assert {file: file.stat().st_mtime_ns for file in before} == before
+        rows = json.loads((tmp_path / "highres.json").read_text())["rows"]
+        assert [(row["side"], row["way"], row["images"]) for row in rows] == [
+            (256, "base image", 2),
+            *((320, way, 2) for way in ways),
+        ]
+        assert Image.open(tmp_path / "320-crops.png").height > 3 * comparing.CELL
+        with pytest.raises(typer.BadParameter, match="no such way: direct; there are enlarged, "):
+            run(only=["direct"])
 
 
 class TestComparison:

@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +21,6 @@ from clear_attn.demo.scenes import (
     training_scenes,
 )
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 CIRCLE, SQUARE, CROSS = (
     Figure("circle", Surface("red", "stripes", "black")),
     Figure("square", Surface("blue")),
@@ -170,19 +166,14 @@ class TestReader:
 
 
 @pytest.fixture
-def training(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("train_small_flux", EXAMPLES / "train_small_flux.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def training(example):
+    return example("train_small_flux")
 
 
 @pytest.fixture
-def building(training):
+def building(example):
     """The module that training builds the models with."""
-    return sys.modules["build_small_flux"]
+    return example("build_small_flux")
 
 
 class TestTraining:
@@ -198,7 +189,7 @@ class TestTraining:
             "PHASES",
             (
                 training.Phase(2, 16, sizes, (1e-3, 5e-4), (0.0, 0.5)),
-                training.Phase(2, 32, sizes, (5e-4, 0.0), (0.5, 0.5)),
+                training.Phase(2, training.IMAGE_TOKENS, sizes, (5e-4, 0.0), (0.5, 0.5)),
             ),
         )
 
