@@ -201,8 +201,9 @@ class Stage(_Sized):
         """Return the settings of a preset; change some with `dataclasses.replace`.
 
         Args:
-            name: "published", the settings of CLEAR's published run with FLUX.1-dev, or "refined", those with which
-                more captions are read back correctly from large images of the small FLUX (docs/highres.md).
+            name: "published", the settings of CLEAR's published run with FLUX.1-dev, or "refined", which starts with
+                less noise and follows the image before: of all compared, the settings with which most captions are
+                read back correctly from large images of the small FLUX (docs/highres.md).
 
         Raises:
             ValueError: there is no such preset.
