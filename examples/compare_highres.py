@@ -7,13 +7,13 @@ Every way draws the same held-out captions with the same seeds. The table shows:
 
 - the captions drawn right, and the figures that nobody asked for;
 - of the right ones, the median overlap of the shapes with ideal ones, and how steep the edges are, as a share of those
-  of the same scene drawn with exact edges at this size;
+  of the same scenes drawn with exact edges at this size;
 - the distance to the enlarged base image (root mean square, colors in 0..1);
 - FLOPs of attention and seconds of all runs, the base image included.
 
-Images and measurements are kept in the output folder, and an interrupted run goes on from them. Several processes can
-share the work (`--only`) once the base images are drawn. Each writes the table of what is there, and the sheets of its
-ways.
+Images and measurements are kept in the output folder, and an interrupted run goes on from them; what was drawn with
+other settings is drawn again. Several processes can share the work (`--only`) once the base images are drawn. Each
+writes the table and the sheets of what is there. A folder is for one model and its weights.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from clear_attn.demo.scenes import SIZE, Scene, held_out_scenes, poses
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
-from distill_small_flux import DRAWING_STEPS as STEPS
 from evaluate_small_flux import captions_of
 
 WINDOW = 8
+STEPS = 12  # the small FLUX draws as many captions right as in 28
 CELL = 320  # pixels of each image on the sheets
 
 
@@ -93,8 +93,10 @@ class Direct(NamedTuple):
 class Enlarged(NamedTuple):
     """The base image, only enlarged."""
 
+    filter: Image.Resampling = Image.Resampling.LANCZOS
+
     def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn) -> Drawn:
-        return base._replace(image=base.image.resize((side, side), Image.Resampling.LANCZOS))
+        return base._replace(image=base.image.resize((side, side), self.filter))
 
 
 class Staged(NamedTuple):
@@ -130,7 +132,7 @@ class Staged(NamedTuple):
 
 
 # Without a shift a strength of 0.4 starts at a sigma of 0.4.
-CLOSE = Stage(strength=0.4, shift=1, ntk_factor=1, proportional=False)
+CLOSE = Stage(strength=0.4, shift=1.0, ntk_factor=1, proportional=False)
 NOISY = replace(CLOSE, shift=3)  # starts at 0.67
 GUIDED: dict[str, Any] = {"low_resolution_guidance": 1}
 STEPWISE: dict[str, Any] = {"stepwise_guidance": StepwiseGuidance()}
@@ -145,7 +147,7 @@ WAYS: dict[str, Way] = {
     "published, wide first": Staged(Stage(), WIDE_FIRST),
     "close": Staged(CLOSE),
     "close, wide first": Staged(CLOSE, WIDE_FIRST),
-    "close, low resolution": Staged(replace(CLOSE, **GUIDED)),
+    "close, low resolution": Staged(Stage.preset("refined")),
     "close, low resolution, wide first": Staged(replace(CLOSE, **GUIDED), WIDE_FIRST),
     "close, low resolution, in two stages": Staged(replace(CLOSE, **GUIDED), count=2),
     "close, stepwise": Staged(replace(CLOSE, **STEPWISE)),
@@ -159,25 +161,31 @@ WAYS: dict[str, Way] = {
     "noisy, continued, stepwise": Staged(replace(NOISY, **CONTINUED, **STEPWISE)),
 }
 BASE = "base image"
+ON_SHEETS = "enlarged", "direct, local", "published", "close, low resolution", "close, stepwise"
 
 
 def sharpness(pixels: np.ndarray, reading: Reading) -> float:
     """Return how steep the edges of an image are, as a share of those of its scene drawn with exact edges.
 
-    That is the mean change of color from pixel to pixel over the steepest pixels, as many as four sides of the image.
+    That is the mean change of color between neighboring pixels over the steepest pixels, as many as the exact image has
+    on its edges.
 
     Args:
         pixels: uint8 `[side, side, 3]`.
         reading: what it shows.
     """
+    exact, drawn = (
+        np.sort(changes(image), axis=None)
+        for image in (demo_scenes.draw(reading.scene, len(pixels), list(reading.poses)), pixels)
+    )
+    edges = (exact > exact[-1] / 2).sum()
+    return float(drawn[-edges:].mean() / exact[-edges:].mean())
 
-    def steepest(image: np.ndarray) -> float:
-        down, right = np.gradient(image.astype(np.float32), axis=(0, 1))
-        changes = np.sqrt(np.maximum((down**2).sum(-1), (right**2).sum(-1)))
-        return float(np.sort(changes, axis=None)[-4 * len(image) :].mean())
 
-    exact = demo_scenes.draw(reading.scene, len(pixels), list(reading.poses))
-    return steepest(pixels) / steepest(exact)
+def changes(image: np.ndarray) -> np.ndarray:
+    """Return the larger change of color from each pixel to its neighbors below and to the right."""
+    down, right = (np.linalg.norm(np.diff(image.astype(np.float32), axis=axis), axis=-1) for axis in (0, 1))
+    return np.maximum(down[:, :-1], right[:-1])
 
 
 def measure(task: Task, drawn: Drawn, base: Image.Image) -> dict[str, Any]:
@@ -203,16 +211,19 @@ class Folder(NamedTuple):
     """The images and the measurements of one way at one size."""
 
     path: Path
+    settings: str
 
     def file(self, task: Task) -> Path:
         return self.path / f"{task.seed}-{task.number}.png"
 
     def load(self, task: Task) -> Drawn | None:
-        """Return what was drawn for a task, if anything was."""
+        """Return what was drawn for a task with these settings, if anything was."""
         file, record = self.file(task), self.file(task).with_suffix(".json")
         if not record.exists():
             return None
         values = json.loads(record.read_text())
+        if values["settings"] != self.settings:
+            return None
         with Image.open(file) as image:
             return Drawn(image.convert("RGB"), values["seconds"], values["flops"])
 
@@ -220,11 +231,20 @@ class Folder(NamedTuple):
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.file(task)) as unfinished:
             drawn.image.save(unfinished)
+        record = {"settings": self.settings, **measure(task, drawn, base)}
         with atomic_file(self.file(task).with_suffix(".json")) as unfinished:
-            unfinished.write_text(json.dumps(measure(task, drawn, base)) + "\n")
+            unfinished.write_text(json.dumps(record) + "\n")
 
     def measurements(self) -> list[dict[str, Any]]:
-        return [json.loads(file.read_text()) for file in sorted(self.path.glob("*.json"))]
+        records = [json.loads(file.read_text()) for file in sorted(self.path.glob("[0-9]*.json"))]
+        return [record for record in records if record["settings"] == self.settings]
+
+
+def folder_of(output: Path, side: int, name: str) -> Folder:
+    """Return the folder of a way at a size, or of the base images."""
+    if name == BASE:
+        return Folder(output / BASE, f"{STEPS} steps")
+    return Folder(output / str(side) / name, f"{STEPS} steps, {WAYS[name]}")
 
 
 def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -264,10 +284,10 @@ def main(
         for seed in range(seeds)
         for number, (scene, caption) in enumerate(zip(scenes, captions_of(scenes), strict=True))
     ]
-    bases = Folder(output / BASE)
+    bases = folder_of(output, SIZE, BASE)
     for pixels in side or [2 * SIZE]:
         for name in only or WAYS:
-            folder = Folder(output / str(pixels) / name)
+            folder = folder_of(output, pixels, name)
             for task in tasks:
                 base = bases.load(task)
                 if base is None:
@@ -276,39 +296,40 @@ def main(
                 if folder.load(task) is None:
                     folder.save(task, WAYS[name].draw(pipe, weights, task, pixels, base), base.image)
             print(pixels, name, summarize(folder.measurements()))
-        write_sheets(output, pixels, only or list(WAYS), tasks[:shown])
+        write_sheets(output, pixels, tasks[:shown])
     write_table(output)
 
 
-def write_sheets(output: Path, side: int, ways: list[str], tasks: list[Task]) -> None:
+def write_sheets(output: Path, side: int, tasks: list[Task]) -> None:
     """Save a sheet of whole images, and one of crops at 1:1 around the right edge of each scene's first figure."""
-    drawn = {BASE: [Folder(output / BASE).load(task) for task in tasks]}
-    drawn |= {name: [Folder(output / str(side) / name).load(task) for task in tasks] for name in ways}
-    rows = {
-        name: [each.image.resize((side, side), Image.Resampling.LANCZOS) for each in images if each]
-        for name, images in drawn.items()
-        if all(images)
-    }
+    drawn = {name: [folder_of(output, side, name).load(task) for task in tasks] for name in ON_SHEETS}
+    rows = {name: [each.image for each in images if each] for name, images in drawn.items() if all(images)}
+    if not rows:
+        return
     crops = {
         name: [crop(image, task) for image, task in zip(images, tasks, strict=True)] for name, images in rows.items()
     }
     captions = [task.caption for task in tasks]
-    contact_sheet(rows, captions, CELL).save(output / f"{side}.png")
-    contact_sheet(crops, captions, CELL).save(output / f"{side}-crops.png")
+    for name, shown in ((f"{side}.png", rows), (f"{side}-crops.png", crops)):
+        with atomic_file(output / name) as unfinished:
+            contact_sheet(shown, captions, CELL).save(unfinished)
 
 
 def crop(image: Image.Image, task: Task) -> Image.Image:
     first = poses(task.scene)[0]
-    left, top = (round(center * image.width - CELL / 2) for center in (first.x + first.half, first.y))
+    left, top = (
+        min(max(round(center * image.width - CELL / 2), 0), image.width - CELL)
+        for center in (first.x + first.half, first.y)
+    )
     return image.crop((left, top, left + CELL, top + CELL))
 
 
 def write_table(output: Path) -> None:
     """Write the numbers of all ways that were drawn so far, and print them."""
     sizes = sorted((each for each in output.iterdir() if each.name.isdecimal()), key=lambda each: int(each.name))
-    folders = [(SIZE, BASE, output / BASE)]
-    folders += [(int(size.name), name, size / name) for size in sizes for name in WAYS if (size / name).exists()]
-    rows = [{"side": pixels, "way": name, **summarize(Folder(path).measurements())} for pixels, name, path in folders]
+    places = [(SIZE, BASE), *((int(size.name), name) for size in sizes for name in WAYS)]
+    measured = {place: folder_of(output, *place).measurements() for place in places}
+    rows = [{"side": side, "way": name, **summarize(each)} for (side, name), each in measured.items() if each]
     with atomic_file(output / "highres.json") as unfinished:
         unfinished.write_text(json.dumps({"window": WINDOW, "steps": STEPS, "rows": rows}, indent=1) + "\n")
     table = Table(*rows[0])

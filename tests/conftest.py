@@ -44,7 +44,7 @@ def fresh_accelerate():
 
 @pytest.fixture
 def example(monkeypatch):
-    """Return a function that imports a script of the examples, anew in each test."""
+    """Return a function that imports a script of the examples, again in each test."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield importlib.import_module
     for file in EXAMPLES.glob("*.py"):

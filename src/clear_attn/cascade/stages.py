@@ -202,8 +202,7 @@ class Stage(_Sized):
 
         Args:
             name: "published", the settings of CLEAR's published run with FLUX.1-dev, or "refined", which starts with
-                less noise and follows the image before: of all compared, the settings with which most captions are
-                read back correctly from large images of the small FLUX (docs/highres.md).
+                less noise and follows the image before (docs/highres.md).
 
         Raises:
             ValueError: there is no such preset.

@@ -30,7 +30,7 @@ def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[
     height = round(cell * first.height / first.width)
     width = LABEL_WIDTH + len(captions) * (cell + GAP) + GAP
     wrapped = [_wrap(caption, round(cell / CHARACTER), MOST_LINES) for caption in captions]
-    top_of_rows = GAP + max(len(lines) for lines in wrapped) * LINE
+    top_of_rows = GAP + max((len(lines) for lines in wrapped), default=0) * LINE
     sheet = Image.new("RGB", (width, top_of_rows + len(rows) * (height + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, lines in enumerate(wrapped):
@@ -63,7 +63,7 @@ def draw_window(image: Image.Image, window: int, pixels_per_token: int) -> Image
 
 
 def _wrap(text: str, characters: int, most: int) -> list[str]:
-    """Return the lines of a text, at most so many for each line that it has."""
+    """Wrap each line of a text, to at most `most` lines."""
     return [
         line
         for part in text.split("\n")
