@@ -42,10 +42,10 @@ from clear_attn.demo.scenes import SIZE, Scene, held_out_scenes, poses
 from clear_attn.models._diffusers import load_pretrained
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
+from evaluate_small_flux import FEWER_STEPS as STEPS
 from evaluate_small_flux import captions_of
 
 WINDOW = 8
-STEPS = 12  # the small FLUX draws as many captions right as in 28
 CELL = 320  # pixels of each image on the sheets
 
 
@@ -93,10 +93,8 @@ class Direct(NamedTuple):
 class Enlarged(NamedTuple):
     """The base image, only enlarged."""
 
-    filter: Image.Resampling = Image.Resampling.LANCZOS
-
     def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn) -> Drawn:
-        return base._replace(image=base.image.resize((side, side), self.filter))
+        return base._replace(image=base.image.resize((side, side), Image.Resampling.LANCZOS))
 
 
 class Staged(NamedTuple):
@@ -131,10 +129,9 @@ class Staged(NamedTuple):
         return Drawn(result.image, seconds + base.seconds, flops + base.flops)
 
 
-# Without a shift a strength of 0.4 starts at a sigma of 0.4.
-CLOSE = Stage(strength=0.4, shift=1.0, ntk_factor=1, proportional=False)
-NOISY = replace(CLOSE, shift=3)  # starts at 0.67
-GUIDED: dict[str, Any] = {"low_resolution_guidance": 1}
+REFINED = Stage.preset("refined")  # starts at a sigma of 0.4
+CLOSE = replace(REFINED, low_resolution_guidance=None)
+NOISY: dict[str, Any] = {"shift": 3.0}  # starts at 0.67
 STEPWISE: dict[str, Any] = {"stepwise_guidance": StepwiseGuidance()}
 CONTINUED: dict[str, Any] = {"continues": True}
 # Wide windows while a stage decides the layout.
@@ -147,24 +144,24 @@ WAYS: dict[str, Way] = {
     "published, wide first": Staged(Stage(), WIDE_FIRST),
     "close": Staged(CLOSE),
     "close, wide first": Staged(CLOSE, WIDE_FIRST),
-    "close, low resolution": Staged(Stage.preset("refined")),
-    "close, low resolution, wide first": Staged(replace(CLOSE, **GUIDED), WIDE_FIRST),
-    "close, low resolution, in two stages": Staged(replace(CLOSE, **GUIDED), count=2),
+    "close, low resolution": Staged(REFINED),
+    "close, low resolution, wide first": Staged(REFINED, WIDE_FIRST),
+    "close, low resolution, in two stages": Staged(REFINED, count=2),
     "close, stepwise": Staged(replace(CLOSE, **STEPWISE)),
     "close, stepwise, wide first": Staged(replace(CLOSE, **STEPWISE), WIDE_FIRST),
     "continued": Staged(replace(CLOSE, **CONTINUED)),
     "continued, wide first": Staged(replace(CLOSE, **CONTINUED), WIDE_FIRST),
     "continued, stepwise": Staged(replace(CLOSE, **CONTINUED, **STEPWISE)),
     "continued, stepwise, wide first": Staged(replace(CLOSE, **CONTINUED, **STEPWISE), WIDE_FIRST),
-    "noisy, low resolution": Staged(replace(NOISY, **GUIDED)),
-    "noisy, stepwise": Staged(replace(NOISY, **STEPWISE)),
-    "noisy, continued, stepwise": Staged(replace(NOISY, **CONTINUED, **STEPWISE)),
+    "noisy, low resolution": Staged(replace(REFINED, **NOISY)),
+    "noisy, stepwise": Staged(replace(CLOSE, **NOISY, **STEPWISE)),
+    "noisy, continued, stepwise": Staged(replace(CLOSE, **NOISY, **CONTINUED, **STEPWISE)),
 }
 BASE = "base image"
 ON_SHEETS = "enlarged", "direct, local", "published", "close, low resolution", "close, stepwise"
 
 
-def sharpness(pixels: np.ndarray, reading: Reading) -> float:
+def edge_steepness(pixels: np.ndarray, reading: Reading) -> float:
     """Return how steep the edges of an image are, as a share of those of its scene drawn with exact edges.
 
     That is the mean change of color between neighboring pixels over the steepest pixels, as many as the exact image has
@@ -175,14 +172,14 @@ def sharpness(pixels: np.ndarray, reading: Reading) -> float:
         reading: what it shows.
     """
     exact, drawn = (
-        np.sort(changes(image), axis=None)
+        np.sort(color_changes(image), axis=None)
         for image in (demo_scenes.draw(reading.scene, len(pixels), list(reading.poses)), pixels)
     )
     edges = (exact > exact[-1] / 2).sum()
     return float(drawn[-edges:].mean() / exact[-edges:].mean())
 
 
-def changes(image: np.ndarray) -> np.ndarray:
+def color_changes(image: np.ndarray) -> np.ndarray:
     """Return the larger change of color from each pixel to its neighbors below and to the right."""
     down, right = (np.linalg.norm(np.diff(image.astype(np.float32), axis=axis), axis=-1) for axis in (0, 1))
     return np.maximum(down[:, :-1], right[:-1])
@@ -199,7 +196,7 @@ def measure(task: Task, drawn: Drawn, base: Image.Image) -> dict[str, Any]:
         "seed": task.seed,
         "right": right,
         "overlaps": [round(overlap, 4) for overlap in reading.overlaps] if right else [],
-        "sharpness": sharpness(pixels, reading) if right else None,
+        "edge_steepness": edge_steepness(pixels, reading) if right else None,
         "distance": float(np.sqrt(np.mean((pixels / 255 - enlarged / 255) ** 2))),
         "extra": max(0, count_figures(pixels, task.scene.ground) - len(task.scene.figures)),
         "seconds": drawn.seconds,
@@ -257,7 +254,7 @@ def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "right": len(right),
         "extra_figures": sum(each["extra"] for each in measured),
         "median_overlap": round(float(np.median(overlaps)), 4) if right else None,
-        "sharpness": round(float(np.median([each["sharpness"] for each in right])), 2) if right else None,
+        "edge_steepness": round(float(np.median([each["edge_steepness"] for each in right])), 2) if right else None,
         "distance": round(float(np.mean([each["distance"] for each in measured])), 4),
         "flops": round(float(np.mean([each["flops"] for each in measured]))),
         "seconds": round(float(np.median([each["seconds"] for each in measured])), 2),

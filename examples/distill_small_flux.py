@@ -32,7 +32,7 @@ from clear_attn.models._diffusers import load_pretrained
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
 from clear_attn.weights.packaged import FOLDERS
-from evaluate_small_flux import captions_of, draw, score
+from evaluate_small_flux import FEWER_STEPS, captions_of, draw, score
 
 # Weights of the prediction and attention losses; flow matching has weight 1.
 LOSSES = {
@@ -45,7 +45,6 @@ FREE = "training-free"
 # The students of each window and down_factor, by their losses.
 VARIANTS = {(4, 1): (ALL,), (8, 1): (ALL,), (16, 1): (ALL,), (8, 4): (ALL,)}
 TRAINING_IMAGES = 1000
-DRAWING_STEPS = 12  # enough for this model
 SHOWN = 4
 
 
@@ -112,7 +111,7 @@ def student_folder(output: Path, variant: tuple[int, int], losses: str) -> Path:
 def cached_images(file: Path, pipe: FluxPipeline, captions: int) -> np.ndarray:
     """Return the held-out captions as a pipeline draws them, uint8 `[captions, SIZE, SIZE, 3]`, cached in a file."""
     if not file.exists():
-        drawn = np.stack(draw(pipe, held_out_scenes(captions), demo.TEXT_TOKENS, batch=10, steps=DRAWING_STEPS))
+        drawn = np.stack(draw(pipe, held_out_scenes(captions), demo.TEXT_TOKENS, batch=10, steps=FEWER_STEPS))
         with atomic_file(file) as unfinished, unfinished.open("wb") as opened:  # numpy adds a suffix to a name
             np.save(opened, drawn)
     return np.load(file)
@@ -180,7 +179,7 @@ def main(
     result = {
         "teacher": score(scenes, list(teacher)),
         "steps": steps,
-        "drawing_steps": DRAWING_STEPS,
+        "drawing_steps": FEWER_STEPS,
         "images": TRAINING_IMAGES,
         "torch": torch.__version__,
         "rows": rows,

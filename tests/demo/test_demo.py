@@ -129,12 +129,12 @@ class TestDistilled:
 
 class TestLargeImages:
     @pytest.mark.parametrize("figures", [1, 3])
-    def test_sharpness_is_that_of_edges(self, example, figures):
+    def test_steepness_is_that_of_edges(self, example, figures):
         comparing = example("compare_highres")
         scene = next(each for each in held_out_scenes() if has_no_texture(each) and len(each.figures) == figures)
         exact = Image.fromarray(draw(scene))
         blurred = exact.resize((64, 64), Image.Resampling.BOX).resize(exact.size, Image.Resampling.LANCZOS)
-        sharp, soft = (comparing.sharpness(np.asarray(each), read(np.asarray(each))) for each in (exact, blurred))
+        sharp, soft = (comparing.edge_steepness(np.asarray(each), read(np.asarray(each))) for each in (exact, blurred))
         assert 0.9 <= sharp <= 1.1
         assert 0.1 < soft < 0.5
 
@@ -162,7 +162,7 @@ class TestLargeImages:
             *((320, way, 2) for way in ways),
         ]
         assert Image.open(tmp_path / "320-crops.png").height > 2 * comparing.CELL
-        monkeypatch.setitem(comparing.WAYS, "enlarged", comparing.Enlarged(Image.Resampling.BOX))
+        monkeypatch.setitem(comparing.WAYS, "enlarged", comparing.Direct(8))
         run(only=ways[:1])
         redrawn = {file for file in before if file.stat().st_mtime_ns != before[file]}
         assert redrawn == {file for file in before if file.parent.name == "enlarged"}
