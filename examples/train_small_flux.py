@@ -11,27 +11,27 @@ the randomness of a step depends on the seed and the step's number alone.
 import itertools
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import FluxPipeline
 from torch import Tensor, nn
 
+import training_state
 from build_small_flux import SHIFT, build_autoencoder, build_pipeline, load_in_float32, support_transformers_4
-from clear_attn.demo.scenes import SIZE, Scene, draw, poses, training_scenes
-from clear_attn.utils.atomic import atomic_file
+from clear_attn.demo.scenes import SIZE, Scene, training_scenes
+from small_flux_images import IMAGE_TOKENS, TOKEN, cached_latents, draw_crops, draw_images, normalize
+from train_small_autoencoder import set_latent_statistics, train_autoencoder
+from training_state import generator_of, load_state, report, save_state
 
 # Share of the training batches with each text length. FLUX attends to the padding of prompts, and FluxPipeline pads to
 # 512 by default, so training must include long padding.
 TEXT_LENGTHS = {32: 0.92, 96: 0.05, 512: 0.03}
 AVERAGE = 0.998  # decay of the moving average of the weights
-LATENT_NOISE = 0.1  # as a share of the standard deviation of the latents
-SAVE_EVERY = 180  # seconds
 
 
 class Phase(NamedTuple):
@@ -43,6 +43,7 @@ class Phase(NamedTuple):
         batch_sizes: for each text length.
         rates: the learning rate at the start and at the end, with half a cosine between them.
         swapped: the share of the captions that name the second figure first, at the start and at the end.
+        enlarged: the share of the images that are crops of enlarged scenes.
     """
 
     steps: int
@@ -50,6 +51,7 @@ class Phase(NamedTuple):
     batch_sizes: dict[int, int]
     rates: tuple[float, float]
     swapped: tuple[float, float]
+    enlarged: float = 0.0
 
 
 # Tokens learn from text and position alone, so most steps take few tokens of many images. Captions in both orders
@@ -59,141 +61,17 @@ PHASES = (
     Phase(3500, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3), (0.05, 0.3)),
     Phase(1600, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 7e-4), (0.3, 0.5)),
     Phase(1500, 1024, {32: 6, 96: 6, 512: 3}, (7e-4, 0.0), (0.5, 0.5)),
+    Phase(1000, 256, {32: 24, 96: 18, 512: 7}, (6e-4, 4e-4), (0.5, 0.5)),
+    Phase(1000, 1024, {32: 6, 96: 6, 512: 3}, (4e-4, 0.0), (0.5, 0.5)),
+    Phase(750, 1024, {32: 6, 96: 6, 512: 3}, (4e-4, 0.0), (0.5, 0.5), enlarged=0.33),
 )
 WARMUP = 100
 IMAGES = 10_000
 
-
-class AutoencoderPhase(NamedTuple):
-    """Part of the autoencoder's training, on crops at multiples of a token's side, where textures repeat."""
-
-    steps: int
-    crop: int
-    batch: int
-
-
-TOKEN = 8  # pixels
-IMAGE_TOKENS = (SIZE // TOKEN) ** 2
-AUTOENCODER_IMAGES = 1024
-AUTOENCODER_RATE = 2e-3
-AUTOENCODER_PHASES = (AutoencoderPhase(2400, 64, 16), AutoencoderPhase(900, 128, 4), AutoencoderPhase(400, 256, 2))
-
-
-def generator_of(seed: int, purpose: int, step: int) -> torch.Generator:
-    """Return the randomness of a step."""
-    return torch.Generator().manual_seed((seed * 16 + purpose) * 2**24 + step)
-
-
-def save_state(file: Path, **state: Any) -> None:
-    with atomic_file(file) as unfinished:
-        torch.save(state, unfinished)
-
-
-def load_state(file: Path) -> dict[str, Any]:
-    """Return what was saved, or nothing."""
-    return torch.load(file, weights_only=True) if file.exists() else {}
-
-
-def draw_images(scenes: list[Scene], seed: int) -> Iterator[Tensor]:
-    """Return the image of each scene, with jitter, uint8 `[3, SIZE, SIZE]`."""
-    rng = np.random.default_rng(seed)
-    for scene in scenes:
-        yield torch.from_numpy(draw(scene, SIZE, poses(scene, rng))).permute(2, 0, 1).contiguous()
-
-
-def normalize(images: Tensor) -> Tensor:
-    """Return images in -1..1 from images in uint8."""
-    return images.float() / 127.5 - 1
-
-
-def report(name: str, step: int, steps: int, loss: float, started: float) -> None:
-    """Print the progress, the seconds of this sitting, and those of all cores."""
-    seconds, cores = time.monotonic() - started, time.process_time()
-    print(f"{name} {step + 1}/{steps} loss {loss:.4f} {seconds:.0f} s, {cores:.0f} core s", flush=True)
-
-
-def crops(images: Tensor, phase: AutoencoderPhase, rng: torch.Generator) -> Tensor:
-    """Return a batch of crops of images."""
-    chosen = torch.randint(len(images), (phase.batch,), generator=rng)
-    corners = TOKEN * torch.randint((SIZE - phase.crop) // TOKEN + 1, (phase.batch, 2), generator=rng)
-    return torch.stack(
-        [
-            images[index, :, top : top + phase.crop, left : left + phase.crop]
-            for index, (top, left) in zip(chosen.tolist(), corners.tolist(), strict=True)
-        ]
-    )
-
-
-def train_autoencoder(vae: AutoencoderKL, state_file: Path, seed: int) -> None:
-    """Train with absolute and squared error. Noise on the latents keeps the effect of their small errors small."""
-    images = torch.stack(list(draw_images(training_scenes(AUTOENCODER_IMAGES, seed), seed)))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=AUTOENCODER_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    plan = [phase for phase in AUTOENCODER_PHASES for _ in range(phase.steps)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / len(plan)))
-    )
-    state = load_state(state_file)
-    if state:
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-    first = state.get("step", 0)
-
-    def save(step: int) -> None:
-        parts = {"model": vae, "optimizer": optimizer, "schedule": schedule}
-        save_state(state_file, step=step, **{name: part.state_dict() for name, part in parts.items()})
-
-    started = saved = time.monotonic()
-    for step in range(first, len(plan)):
-        rng = generator_of(seed, 1, step)
-        batch = normalize(crops(images, plan[step], rng))
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan[step] != AUTOENCODER_PHASES[-1]):
-            latents = vae.encode(batch).latent_dist.mode().float()
-            noise = LATENT_NOISE * latents.detach().std() * torch.randn(latents.shape, generator=rng)
-            decoded = vae.decode(latents + noise).sample.float()
-        loss = F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            report("autoencoder", step, len(plan), loss.item(), started)
-        if time.monotonic() - saved > SAVE_EVERY or step == len(plan) - 1:
-            saved = time.monotonic()
-            save(step + 1)
-    vae.requires_grad_(False)
-
-
-def set_latent_statistics(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Record the mean and the spread of latents, and set the encoder's variance to that of the noise in training."""
-    spread = latents.std().item()
-    vae.register_to_config(scaling_factor=1 / spread, shift_factor=latents.mean().item())
-    _, log_variance = vae.encoder.conv_out.weight.chunk(2)
-    log_variance.zero_()
-    vae.encoder.conv_out.bias.chunk(2)[1].fill_(2 * math.log(LATENT_NOISE * spread))
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Return packed latents `[count, tokens, channels]`, the transformer's input."""
-    latents = (vae.encode(images).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
-    return FluxPipeline._pack_latents(latents, *latents.shape)
-
-
-def cached_latents(vae: AutoencoderKL, scenes: list[Scene], seed: int, folder: Path, chunk: int = 500) -> Tensor:
-    """Return the packed latents of jittered scenes in float16, from files that are written once."""
-    folder.mkdir(exist_ok=True)
-    parts = []
-    for first in range(0, len(scenes), chunk):
-        file = folder / f"{first}.pt"
-        if not file.exists():
-            images = draw_images(scenes[first : first + chunk], seed + first)
-            encoded = torch.cat([encode(vae, normalize(image[None])) for image in images])
-            save_state(file, latents=encoded.half())
-            print(f"encoded {first + len(encoded)} images", flush=True)
-        parts.append(load_state(file)["latents"])
-    return torch.cat(parts)
+# Enlarged images have wider stripes and dots than the scenes, and a model that knows one width alone draws it over
+# them. Crops of enlarged scenes teach it other widths. They have little noise: layouts stay those of whole scenes.
+CROPS = 1000
+CROP_SIGMA = 0.5  # the largest
 
 
 class Trained(nn.Module):
@@ -249,11 +127,17 @@ def swapped_share(step: int) -> float:
 
 
 def flow_loss(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, step: int, rng: torch.Generator) -> Tensor:
-    """Return the error of the velocity on a random batch."""
+    """Return the error of the velocity on a random batch. The last `CROPS` of all images are enlarged."""
     phase = PHASES[locate(step)[0]]
     length = list(TEXT_LENGTHS)[int(torch.multinomial(torch.tensor(list(TEXT_LENGTHS.values())), 1, generator=rng))]
     batch = phase.batch_sizes[length]
-    chosen = torch.randint(len(scenes), (batch,), generator=rng)
+    enlarged = torch.rand(batch, generator=rng) < phase.enlarged
+    whole = len(scenes) - CROPS
+    chosen = torch.where(
+        enlarged,
+        whole + torch.randint(CROPS, (batch,), generator=rng),
+        torch.randint(whole, (batch,), generator=rng),
+    )
     swapped = torch.rand(batch, generator=rng) < swapped_share(step)
     captions = [scenes[i].captions[-1 if swap else 0] for i, swap in zip(chosen, swapped, strict=True)]
     text, pooled, text_ids = pipe.encode_prompt(captions, None, device="cpu", max_sequence_length=length)
@@ -263,7 +147,7 @@ def flow_loss(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, step: in
     image_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)[positions]
     clean = latents[chosen[:, None], positions].float()
     uniform = torch.rand(batch, generator=rng)
-    sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    sigma = torch.where(enlarged, CROP_SIGMA * uniform, SHIFT * uniform / (1 + (SHIFT - 1) * uniform))
     noise = torch.randn(clean.shape, generator=rng)
     noisy = torch.lerp(clean, noise, sigma[:, None, None])
     velocity = pipe.transformer(noisy, text, pooled, sigma, image_ids, text_ids, return_dict=False)[0]
@@ -321,7 +205,7 @@ def train_transformer(pipe: FluxPipeline, scenes: list[Scene], latents: Tensor, 
         phase_ends = step + 1 == total or locate(step + 1)[0] != number
         if phase_ends:
             save_pipeline(pipe, average, output / f"phase-{number}")
-        if phase_ends or time.monotonic() - saved > SAVE_EVERY:
+        if phase_ends or time.monotonic() - saved > training_state.SAVE_EVERY:
             saved = time.monotonic()
             parts = {"model": trained.state_dict(), "average": average}
             own = [optimizer.state_dict() for optimizer in optimizers]
@@ -342,10 +226,15 @@ def main(
     with torch.no_grad():
         latents = torch.cat([vae.encode(normalize(image[None])).latent_dist.mode() for image in samples])
         set_latent_statistics(vae, latents)
-    scenes = training_scenes(IMAGES, seed + 2)
-    latents = cached_latents(vae, scenes, seed + 2, output / "latents")
+    whole, crops = training_scenes(IMAGES, seed + 2), training_scenes(CROPS, seed + 3)
+    latents = torch.cat(
+        [
+            cached_latents(vae, whole, draw_images, seed + 2, output / "latents"),
+            cached_latents(vae, crops, draw_crops, seed + 3, output / "crops"),
+        ]
+    )
     torch.manual_seed(seed + 3)
-    train_transformer(build_pipeline(vae), scenes, latents, output, seed)
+    train_transformer(build_pipeline(vae), whole + crops, latents, output, seed)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from diffusers import FluxPipeline
 from clear_attn.demo.scene_reader import connected_regions, read, recognize_texture
 from clear_attn.demo.scenes import (
     LAYOUTS,
+    SIZE,
     Figure,
     Pose,
     Scene,
@@ -178,18 +179,20 @@ def building(example):
 
 class TestTraining:
     @pytest.fixture(autouse=True)
-    def short(self, training, monkeypatch):
-        monkeypatch.setattr(training, "SAVE_EVERY", 0)
-        monkeypatch.setattr(training, "AUTOENCODER_IMAGES", 4)
-        monkeypatch.setattr(training, "AUTOENCODER_PHASES", (training.AutoencoderPhase(3, 64, 2),))
+    def short(self, training, example, monkeypatch):
+        monkeypatch.setattr(example("training_state"), "SAVE_EVERY", 0)
+        autoencoder = example("train_small_autoencoder")
+        monkeypatch.setattr(autoencoder, "IMAGES", 4)
+        monkeypatch.setattr(autoencoder, "PHASES", (autoencoder.Phase(3, 64, 2),))
         monkeypatch.setattr(training, "IMAGES", 4)
+        monkeypatch.setattr(training, "CROPS", 2)
         sizes = {32: 2, 96: 2, 512: 1}
         monkeypatch.setattr(
             training,
             "PHASES",
             (
                 training.Phase(2, 16, sizes, (1e-3, 5e-4), (0.0, 0.5)),
-                training.Phase(2, training.IMAGE_TOKENS, sizes, (5e-4, 0.0), (0.5, 0.5)),
+                training.Phase(2, training.IMAGE_TOKENS, sizes, (5e-4, 0.0), (0.5, 0.5), enlarged=0.5),
             ),
         )
 
@@ -207,6 +210,21 @@ class TestTraining:
         for one, other in zip(first, second, strict=True):
             assert one.get_vocab() == other.get_vocab()
 
+    def test_crops_show_the_textures_of_enlarged_scenes(self, example):
+        images = example("small_flux_images")
+        ground = Surface("blue", "stripes", "white")
+        scene = Scene((Figure("circle", Surface("red", "stripes", "black")),), "in the middle", ground)
+
+        def repeats_after(image, rows):
+            return (image[:, rows:] == image[:, :-rows]).float().mean() > 0.6
+
+        periods = [
+            next(times for times in (1, 2, 4) if repeats_after(crop, times * images.TOKEN))
+            for crop in images.draw_crops([scene] * 8, seed=0)
+        ]
+        assert set(periods) == set(images.ENLARGED)
+        assert all(crop.shape == (3, SIZE, SIZE) for crop in images.draw_crops([scene] * 2, seed=1))
+
     def test_the_learning_rate_is_continuous(self, training, monkeypatch):
         monkeypatch.setattr(training, "WARMUP", 1)
         assert training.learning_rate(0) == 1e-3
@@ -216,7 +234,7 @@ class TestTraining:
             training.locate(4)
 
     @pytest.mark.slow
-    def test_goes_on_where_it_was_interrupted(self, training, tmp_path, monkeypatch):
+    def test_goes_on_where_it_was_interrupted(self, training, example, tmp_path, monkeypatch):
         training.main(tmp_path / "whole")
         randomness = training.generator_of
         for stop in ((1, 2), (2, 1), (2, 3), None):
@@ -226,7 +244,8 @@ class TestTraining:
                     raise KeyboardInterrupt
                 return randomness(seed, purpose, step)
 
-            monkeypatch.setattr(training, "generator_of", interrupt)
+            for module in (example("train_small_autoencoder"), training):
+                monkeypatch.setattr(module, "generator_of", interrupt)
             with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
                 training.main(tmp_path / "parts")
         weights = [
