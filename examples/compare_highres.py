@@ -18,145 +18,28 @@ writes the table and the sheets of what is there. A folder is for one model and 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import torch
 import typer
-from diffusers import FluxPipeline
 from PIL import Image
 from rich import print
 from rich.table import Table
 
-import clear_attn as clear
-from clear_attn import Schedule, Stage, StepwiseGuidance, demo
+import highres_ways
 from clear_attn.demo import scenes as demo_scenes
 from clear_attn.demo.scene_reader import Reading, count_figures, read
-from clear_attn.demo.scenes import SIZE, Scene, held_out_scenes, poses
-from clear_attn.models._diffusers import load_pretrained
+from clear_attn.demo.scenes import SIZE, held_out_scenes, poses
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
-from evaluate_small_flux import FEWER_STEPS as STEPS
-from evaluate_small_flux import captions_of
+from evaluate_small_flux import captions_of, load
+from highres_ways import WAYS, WINDOW, Direct, Drawn, Task
 
-WINDOW = 8
 CELL = 320  # pixels of each image on the sheets
 
-
-class Task(NamedTuple):
-    """An image to draw."""
-
-    number: int
-    scene: Scene
-    caption: str
-    seed: int
-
-    @property
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
-
-
-class Drawn(NamedTuple):
-    image: Image.Image
-    seconds: float
-    flops: int
-
-
-class Way(Protocol):
-    """A way to draw a large image."""
-
-    def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn) -> Drawn: ...
-
-
-class Direct(NamedTuple):
-    """Text to image at this size. Without a window attention is dense."""
-
-    window: int | None
-
-    def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn | None) -> Drawn:
-        local = clear.linearized(pipe, self.window, weights=weights) if self.window else contextlib.nullcontext()
-        cost = clear.cost(pipe, side, side, window=self.window or WINDOW, text_tokens=demo.TEXT_TOKENS, steps=STEPS)
-        call = {"num_inference_steps": STEPS, "max_sequence_length": demo.TEXT_TOKENS, "generator": task.generator}
-        with local:
-            started = time.perf_counter()
-            image = pipe(task.caption, height=side, width=side, **call).images[0]
-            seconds = time.perf_counter() - started
-        return Drawn(image, seconds, cost.run_flops if self.window else cost.dense_run_flops)
-
-
-class Enlarged(NamedTuple):
-    """The base image, only enlarged."""
-
-    def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn) -> Drawn:
-        return base._replace(image=base.image.resize((side, side), Image.Resampling.LANCZOS))
-
-
-class Staged(NamedTuple):
-    """`highres`, with its base image."""
-
-    stage: Stage
-    schedule: Schedule | None = None
-    count: int = 1
-
-    def draw(self, pipe: FluxPipeline, weights: str, task: Task, side: int, base: Drawn) -> Drawn:
-        """Draw the stages. The base image is drawn again only by those that need its run."""
-        growth = (side / SIZE) ** (1 / self.count)
-        sides = [round(SIZE * growth ** (number + 1)) for number in range(self.count)]
-        started = time.perf_counter()
-        result = clear.highres(
-            pipe,
-            task.caption,
-            height=side,
-            width=side,
-            window=WINDOW,
-            schedule=self.schedule,
-            weights=weights,
-            image=None if self.stage.needs_recording else base.image,
-            base=clear.Base(SIZE, SIZE, steps=STEPS) if self.stage.needs_recording else None,
-            stages=[replace(self.stage, height=each, width=each) for each in sides],
-            seed=task.seed,
-            max_sequence_length=demo.TEXT_TOKENS,
-        )
-        seconds, flops = time.perf_counter() - started, result.plan.work(pipe).flops
-        if self.stage.needs_recording:
-            return Drawn(result.image, seconds, flops)
-        return Drawn(result.image, seconds + base.seconds, flops + base.flops)
-
-
-REFINED = Stage.preset("refined")  # starts at a sigma of 0.4
-CLOSE = replace(REFINED, low_resolution_guidance=None)
-NOISY: dict[str, Any] = {"shift": 3.0}  # starts at 0.67
-STEPWISE: dict[str, Any] = {"stepwise_guidance": StepwiseGuidance()}
-CONTINUED: dict[str, Any] = {"continues": True}
-# Wide windows while a stage decides the layout.
-WIDE_FIRST = Schedule(windows_by_sigma=((0.6, 32), (0.3, 16)))
-WAYS: dict[str, Way] = {
-    "enlarged": Enlarged(),
-    "direct, dense": Direct(None),
-    "direct, local": Direct(WINDOW),
-    "published": Staged(Stage()),
-    "published, wide first": Staged(Stage(), WIDE_FIRST),
-    "close": Staged(CLOSE),
-    "close, wide first": Staged(CLOSE, WIDE_FIRST),
-    "close, low resolution": Staged(REFINED),
-    "close, low resolution, wide first": Staged(REFINED, WIDE_FIRST),
-    "close, low resolution, in two stages": Staged(REFINED, count=2),
-    "close, stepwise": Staged(replace(CLOSE, **STEPWISE)),
-    "close, stepwise, wide first": Staged(replace(CLOSE, **STEPWISE), WIDE_FIRST),
-    "continued": Staged(replace(CLOSE, **CONTINUED)),
-    "continued, wide first": Staged(replace(CLOSE, **CONTINUED), WIDE_FIRST),
-    "continued, stepwise": Staged(replace(CLOSE, **CONTINUED, **STEPWISE)),
-    "continued, stepwise, wide first": Staged(replace(CLOSE, **CONTINUED, **STEPWISE), WIDE_FIRST),
-    "noisy, low resolution": Staged(replace(REFINED, **NOISY)),
-    "noisy, stepwise": Staged(replace(CLOSE, **NOISY, **STEPWISE)),
-    "noisy, continued, stepwise": Staged(replace(CLOSE, **NOISY, **CONTINUED, **STEPWISE)),
-}
 BASE = "base image"
 ON_SHEETS = "enlarged", "direct, local", "published", "close, low resolution", "close, stepwise"
 
@@ -240,8 +123,8 @@ class Folder(NamedTuple):
 def folder_of(output: Path, side: int, name: str) -> Folder:
     """Return the folder of a way at a size, or of the base images."""
     if name == BASE:
-        return Folder(output / BASE, f"{STEPS} steps")
-    return Folder(output / str(side) / name, f"{STEPS} steps, {WAYS[name]}")
+        return Folder(output / BASE, f"{highres_ways.STEPS} steps")
+    return Folder(output / str(side) / name, f"{highres_ways.STEPS} steps, {WAYS[name]}")
 
 
 def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -273,8 +156,7 @@ def main(
 ) -> None:
     if unknown := sorted(set(only or ()) - set(WAYS)):
         raise typer.BadParameter(f"no such way: {', '.join(unknown)}; there are {', '.join(WAYS)}")
-    pipe = load_pretrained(FluxPipeline, model or demo.path(), dtype=torch.float32, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(model)
     scenes = held_out_scenes(captions)
     tasks = [
         Task(number, scene, caption, seed)
@@ -328,7 +210,9 @@ def write_table(output: Path) -> None:
     measured = {place: folder_of(output, *place).measurements() for place in places}
     rows = [{"side": side, "way": name, **summarize(each)} for (side, name), each in measured.items() if each]
     with atomic_file(output / "highres.json") as unfinished:
-        unfinished.write_text(json.dumps({"window": WINDOW, "steps": STEPS, "rows": rows}, indent=1) + "\n")
+        unfinished.write_text(
+            json.dumps({"window": WINDOW, "steps": highres_ways.STEPS, "rows": rows}, indent=1) + "\n"
+        )
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*map(str, row.values()))

@@ -32,7 +32,7 @@ from clear_attn.models._diffusers import load_pretrained
 from clear_attn.utils.atomic import atomic_file
 from clear_attn.utils.image_sheets import contact_sheet
 from clear_attn.weights.packaged import FOLDERS
-from evaluate_small_flux import FEWER_STEPS, captions_of, draw, score
+from evaluate_small_flux import FEWER_STEPS, captions_of, draw, load, score
 
 # Weights of the prediction and attention losses; flow matching has weight 1.
 LOSSES = {
@@ -148,8 +148,7 @@ def main(
     variants = [named[name] for name in only or named]
     draw_training_set(output / "images")
     folder_of_model = model or demo.path()
-    pipe = load_pretrained(FluxPipeline, folder_of_model, dtype=torch.float32, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(folder_of_model)
     scenes = held_out_scenes(captions)
     teacher = cached_images(output / f"teacher-{captions}.npy", pipe, captions)
     rows, sheet = [], {"dense": teacher}

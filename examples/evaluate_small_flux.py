@@ -30,6 +30,13 @@ FEWER_STEPS = 12  # as many of the first 40 captions are right
 SHOWN = 6
 
 
+def load(model: Path | None) -> FluxPipeline:
+    """Return a small FLUX in float32, without progress bars: that of a folder, by default the one in the package."""
+    pipe: FluxPipeline = load_pretrained(FluxPipeline, model or demo.path(), dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def captions_of(scenes: Sequence[Scene]) -> list[str]:
     """Return one wording of each scene, in turn the first and the last."""
     return [scene.captions[number % len(scene.captions)] for number, scene in enumerate(scenes)]
@@ -89,8 +96,7 @@ def main(
     sheet: Annotated[Path | None, typer.Option(help="Image file for the first images.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    pipe = load_pretrained(FluxPipeline, model or demo.path(), dtype=torch.float32, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(model)
     scenes = held_out_scenes(captions)
     local = clear.linearized(pipe, window, down_factor, weights=weights) if window else contextlib.nullcontext()
     with local:

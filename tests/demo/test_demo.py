@@ -149,7 +149,7 @@ class TestLargeImages:
     @pytest.mark.slow
     def test_the_comparison_of_ways_goes_on_where_it_stopped(self, example, tmp_path, monkeypatch):
         comparing = example("compare_highres")
-        monkeypatch.setattr(comparing, "STEPS", 2)
+        monkeypatch.setattr(example("highres_ways"), "STEPS", 2)
         ways = ["enlarged", "close, stepwise"]
         run = functools.partial(comparing.main, tmp_path, side=[320], captions=2, seeds=1, shown=1)
         run(only=ways[:1])
