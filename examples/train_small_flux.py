@@ -25,7 +25,7 @@ import training_state
 from build_small_flux import SHIFT, build_autoencoder, build_pipeline, load_in_float32, support_transformers_4
 from clear_attn.demo.scenes import SIZE, Scene, training_scenes
 from small_flux_images import IMAGE_TOKENS, TOKEN, cached_latents, draw_crops, draw_images, normalize
-from train_small_autoencoder import set_latent_statistics, train_autoencoder
+from train_small_autoencoder import set_latent_statistics, train_autoencoder, train_decoder
 from training_state import generator_of, load_state, report, save_state
 
 # Share of the training batches with each text length. FLUX attends to the padding of prompts, and FluxPipeline pads to
@@ -57,6 +57,8 @@ class Phase(NamedTuple):
 # Tokens learn from text and position alone, so most steps take few tokens of many images. Captions in both orders
 # equally often would say nothing about places by their order or their "left of" alone, and both together are hard to
 # learn at once.
+# The last phase of the model in the package began with the weights saved before it, without the optimizers' state, and
+# had the first 3,000 whole images.
 PHASES = (
     Phase(3500, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3), (0.05, 0.3)),
     Phase(1600, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 7e-4), (0.3, 0.5)),
@@ -220,6 +222,7 @@ def main(
     torch.manual_seed(seed)
     vae = build_autoencoder()
     train_autoencoder(vae, output / "autoencoder.pt", seed)
+    train_decoder(vae, output / "decoder.pt", seed + 4)
     # Round now as for saving, so that the transformer trains on the same latents as it gets later.
     vae.to(torch.bfloat16).to(torch.float32)
     samples = draw_images(training_scenes(256, seed + 1), seed + 1)

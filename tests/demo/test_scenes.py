@@ -184,6 +184,7 @@ class TestTraining:
         autoencoder = example("train_small_autoencoder")
         monkeypatch.setattr(autoencoder, "IMAGES", 4)
         monkeypatch.setattr(autoencoder, "PHASES", (autoencoder.Phase(3, 64, 2),))
+        monkeypatch.setattr(autoencoder, "DECODER_PHASES", (autoencoder.Phase(2, 64, 2),))
         monkeypatch.setattr(training, "IMAGES", 4)
         monkeypatch.setattr(training, "CROPS", 2)
         sizes = {32: 2, 96: 2, 512: 1}
