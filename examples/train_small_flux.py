@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import training_state
 from build_small_flux import SHIFT, build_autoencoder, build_pipeline, load_in_float32, support_transformers_4
-from clear_attn.demo.scenes import SIZE, Scene, training_scenes
+from clear_attn.demo.scenes import SIZE, Scene, has_gradient, training_scenes
 from small_flux_images import IMAGE_TOKENS, TOKEN, cached_latents, draw_crops, draw_images, normalize
 from train_small_autoencoder import set_latent_statistics, train_autoencoder, train_decoder
 from training_state import generator_of, load_state, report, save_state
@@ -57,8 +57,7 @@ class Phase(NamedTuple):
 # Tokens learn from text and position alone, so most steps take few tokens of many images. Captions in both orders
 # equally often would say nothing about places by their order or their "left of" alone, and both together are hard to
 # learn at once.
-# The last phase of the model in the package began with the weights saved before it, without the optimizers' state, and
-# had the first 3,000 whole images.
+# The model in the package had the first three, and no training of the decoder by itself.
 PHASES = (
     Phase(3500, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3), (0.05, 0.3)),
     Phase(1600, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 7e-4), (0.3, 0.5)),
@@ -66,12 +65,14 @@ PHASES = (
     Phase(1000, 256, {32: 24, 96: 18, 512: 7}, (6e-4, 4e-4), (0.5, 0.5)),
     Phase(1000, 1024, {32: 6, 96: 6, 512: 3}, (4e-4, 0.0), (0.5, 0.5)),
     Phase(750, 1024, {32: 6, 96: 6, 512: 3}, (4e-4, 0.0), (0.5, 0.5), enlarged=0.33),
+    Phase(450, 1024, {32: 6, 96: 6, 512: 3}, (2e-4, 0.0), (0.5, 0.5), enlarged=0.25),
 )
 WARMUP = 100
 IMAGES = 10_000
 
 # Enlarged images have wider stripes and dots than the scenes, and a model that knows one width alone draws it over
-# them. Crops of enlarged scenes teach it other widths. They have little noise: layouts stay those of whole scenes.
+# them. Crops of enlarged scenes teach it other widths. They have little noise, so that layouts stay those of whole
+# scenes, and no gradients, which would differ from those of whole scenes everywhere.
 CROPS = 1000
 CROP_SIGMA = 0.5  # the largest
 
@@ -229,7 +230,8 @@ def main(
     with torch.no_grad():
         latents = torch.cat([vae.encode(normalize(image[None])).latent_dist.mode() for image in samples])
         set_latent_statistics(vae, latents)
-    whole, crops = training_scenes(IMAGES, seed + 2), training_scenes(CROPS, seed + 3)
+    whole = training_scenes(IMAGES, seed + 2)
+    crops = [scene for scene in training_scenes(3 * CROPS, seed + 3) if not has_gradient(scene)][:CROPS]
     latents = torch.cat(
         [
             cached_latents(vae, whole, draw_images, seed + 2, output / "latents"),

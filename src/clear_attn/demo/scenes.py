@@ -128,6 +128,10 @@ class Scene:
         return f"{first} {there} {second}{rest}", f"{second} {back} {first}{rest}"
 
     @property
+    def surfaces(self) -> tuple[Surface, ...]:
+        return (self.ground, *(figure.surface for figure in self.figures))
+
+    @property
     def held_out(self) -> bool:
         """Whether the small FLUX was not trained on this scene, in any wording."""
         return zlib.crc32(self.captions[0].encode()) % HELD_OUT_SHARE == 0
@@ -135,7 +139,12 @@ class Scene:
 
 def has_no_texture(scene: Scene) -> bool:
     """Return whether all surfaces of a scene have one color."""
-    return not any(surface.texture for surface in (scene.ground, *(figure.surface for figure in scene.figures)))
+    return not any(surface.texture for surface in scene.surfaces)
+
+
+def has_gradient(scene: Scene) -> bool:
+    """Return whether a surface of a scene fades."""
+    return any(surface.texture == "gradient" for surface in scene.surfaces)
 
 
 class Pose(NamedTuple):
