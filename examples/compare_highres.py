@@ -39,7 +39,6 @@ from evaluate_small_flux import captions_of, load
 from highres_ways import WAYS, WINDOW, Direct, Drawn, Task
 
 CELL = 320  # pixels of each image on the sheets
-
 BASE = "base image"
 ON_SHEETS = "enlarged", "direct, local", "published", "close, low resolution", "close, stepwise"
 

@@ -238,7 +238,7 @@ class TestTraining:
     def test_goes_on_where_it_was_interrupted(self, training, example, tmp_path, monkeypatch):
         training.main(tmp_path / "whole")
         randomness = training.generator_of
-        for stop in ((1, 2), (2, 1), (2, 3), None):
+        for stop in ((1, 2), (1, 1), (2, 1), (2, 3), None):  # (1, 1): of the decoder, once the rest is trained
 
             def interrupt(seed, purpose, step, stop=stop):
                 if (purpose, step) == stop:
