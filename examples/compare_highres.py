@@ -40,7 +40,14 @@ from highres_ways import WAYS, WINDOW, Direct, Drawn, Task
 
 CELL = 320  # pixels of each image on the sheets
 BASE = "base image"
-ON_SHEETS = "enlarged", "direct, local", "published", "close, low resolution", "close, stepwise"
+ON_SHEETS = (
+    "enlarged",
+    "direct, local",
+    "published",
+    "close, low resolution",
+    "close, low resolution, in two stages",
+    "close, stepwise",
+)
 
 
 def edge_steepness(pixels: np.ndarray, reading: Reading) -> float:
