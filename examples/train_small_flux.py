@@ -58,8 +58,9 @@ class Phase(NamedTuple):
 # equally often would say nothing about places by their order or their "left of" alone, and both together are hard to
 # learn at once.
 # The model in the package had all of these phases, but not in one run. The last two had 3,000 whole images instead of
-# all, and optimizers that started from nothing. The crops of the first of them had gradients. The last one started from
-# the mean of the weights before and after that phase; the share of the two was picked on held-out captions.
+# all, and optimizers that started from nothing. The crops of the last but one had gradients. The last one started from
+# the mean of the weights before and after the last but one. That mean, and not another weighting, was picked on some of
+# the held-out captions, so their number may be a little too good.
 PHASES = (
     Phase(3500, 64, {32: 64, 96: 36, 512: 8}, (2e-3, 1.2e-3), (0.05, 0.3)),
     Phase(1600, 256, {32: 24, 96: 18, 512: 7}, (1.2e-3, 7e-4), (0.3, 0.5)),
