@@ -50,8 +50,14 @@ METHODS: dict[str, dict[str, Any]] = {
 LOSS_WEIGHTS = dict(zip(("prediction_weight", "attention_weight"), LOSSES[ALL], strict=True))
 SHOWN = 6
 # Offsets in points for labels that would overlap.
-LABELS = {"KV compression": (7, 9), "strided": (9, -2), "Swin": (-32, 3), "CLEAR, window 4": (7, -9)}
-TIMES = 5
+LABELS = {
+    "linear": (-36, -3),
+    "strided": (7, -6),
+    "Swin": (8, -2),
+    "CLEAR, window 4": (-52, -15),
+    "CLEAR, window 8": (8, -3),
+}
+TIMES = 3
 
 
 def seconds_of(pipe: FluxPipeline, weights: Path) -> dict[str, float]:
@@ -101,7 +107,8 @@ def plot(rows: list[dict[str, Any]], teacher: dict[str, Any]) -> Figure:
         place = LABELS.get(row["method"], (7, 4))
         axes.annotate(row["method"], (row["mflops"], row["error"]), place, textcoords="offset points", fontsize=9)
     axes.axvline(teacher["mflops"], color="gray", linewidth=1, linestyle=":")
-    axes.text(teacher["mflops"], axes.get_ylim()[1], "dense ", ha="right", va="top", fontsize=9, color="gray")
+    place = axes.get_xaxis_transform()
+    axes.text(teacher["mflops"], 0.98, "dense ", transform=place, ha="right", va="top", fontsize=9, color="gray")
     axes.set(xlabel="MFLOPs of attention per layer", ylabel="error against the teacher", yscale="log")
     axes.margins(0.15)
     axes.grid(alpha=0.3)

@@ -123,7 +123,9 @@ WAYS: dict[str, Way] = {
     "continued, wide first": Staged(replace(CLOSE, **CONTINUED), WIDE_FIRST),
     "continued, stepwise": Staged(replace(CLOSE, **CONTINUED, **STEPWISE)),
     "continued, stepwise, wide first": Staged(replace(CLOSE, **CONTINUED, **STEPWISE), WIDE_FIRST),
+    "noisy": Staged(replace(CLOSE, **NOISY)),
     "noisy, low resolution": Staged(replace(REFINED, **NOISY)),
     "noisy, stepwise": Staged(replace(CLOSE, **NOISY, **STEPWISE)),
+    "noisy, continued": Staged(replace(CLOSE, **NOISY, **CONTINUED)),
     "noisy, continued, stepwise": Staged(replace(CLOSE, **NOISY, **CONTINUED, **STEPWISE)),
 }
