@@ -107,8 +107,15 @@ def plot(rows: list[dict[str, Any]], teacher: dict[str, Any]) -> Figure:
         place = LABELS.get(row["method"], (7, 4))
         axes.annotate(row["method"], (row["mflops"], row["error"]), place, textcoords="offset points", fontsize=9)
     axes.axvline(teacher["mflops"], color="gray", linewidth=1, linestyle=":")
-    place = axes.get_xaxis_transform()
-    axes.text(teacher["mflops"], 0.98, "dense ", transform=place, ha="right", va="top", fontsize=9, color="gray")
+    axes.annotate(
+        "dense ",
+        (teacher["mflops"], 0.98),
+        xycoords=("data", "axes fraction"),
+        ha="right",
+        va="top",
+        fontsize=9,
+        color="gray",
+    )
     axes.set(xlabel="MFLOPs of attention per layer", ylabel="error against the teacher", yscale="log")
     axes.margins(0.15)
     axes.grid(alpha=0.3)
