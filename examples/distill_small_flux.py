@@ -74,6 +74,7 @@ def settings(output: Path, folder: Path, model: Path, steps: int, **changes: Any
         output_dir=str(folder),
         max_sequence_length=demo.TEXT_TOKENS,
         gradient_checkpointing=False,
+        mixed_precision="no",  # on a GPU too
         train_batch_size=4,
         max_train_steps=steps,
         lr_scheduler="cosine",

@@ -31,10 +31,13 @@ SHOWN = 6
 
 
 def load(model: Path | None) -> FluxPipeline:
-    """Return a small FLUX in float32, without progress bars: that of a folder, by default the one in the package."""
+    """Return a small FLUX in float32, on the GPU if there is one, without progress bars.
+
+    It is that of a folder, by default the one in the package.
+    """
     pipe: FluxPipeline = load_pretrained(FluxPipeline, model or demo.path(), dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def captions_of(scenes: Sequence[Scene]) -> list[str]:
