@@ -9,7 +9,8 @@ Every way draws the same held-out captions with the same seeds. The table shows:
 - of the right ones, the median overlap of the shapes with ideal ones, and how steep the edges are, as a share of those
   of the same scenes drawn with exact edges at this size;
 - the distance to the enlarged base image (root mean square, colors in 0..1);
-- FLOPs of attention and seconds of all runs, the base image included.
+- FLOPs of attention and seconds of all runs, the base image included; seconds on the device that drew the most of
+  them, since a folder can be continued on another.
 
 Images and measurements are kept in the output folder, and an interrupted run goes on from them; what was drawn with
 other settings is drawn again. Several processes can share the work (`--only`) once the base images are drawn. Each
@@ -19,11 +20,13 @@ writes the table and the sheets of what is there. A folder is for one model and 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import torch
 import typer
 from PIL import Image
 from rich import print
@@ -113,11 +116,11 @@ class Folder(NamedTuple):
         with Image.open(file) as image:
             return Drawn(image.convert("RGB"), values["seconds"], values["flops"])
 
-    def save(self, task: Task, drawn: Drawn, base: Image.Image) -> None:
+    def save(self, task: Task, drawn: Drawn, base: Image.Image, device: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.file(task)) as unfinished:
             drawn.image.save(unfinished)
-        record = {"settings": self.settings, **measure(task, drawn, base)}
+        record = {"settings": self.settings, "device": device, **measure(task, drawn, base)}
         with atomic_file(self.file(task).with_suffix(".json")) as unfinished:
             unfinished.write_text(json.dumps(record) + "\n")
 
@@ -138,6 +141,7 @@ def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     measured = list(measured)
     right = [each for each in measured if each["right"]]
     overlaps = [overlap for each in right for overlap in each["overlaps"]]
+    [(device, _)] = Counter(each["device"] for each in measured).most_common(1)
     return {
         "images": len(measured),
         "right": len(right),
@@ -146,7 +150,8 @@ def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "edge_steepness": round(float(np.median([each["edge_steepness"] for each in right])), 2) if right else None,
         "distance": round(float(np.mean([each["distance"] for each in measured])), 4),
         "flops": round(float(np.mean([each["flops"] for each in measured]))),
-        "seconds": round(float(np.median([each["seconds"] for each in measured])), 2),
+        "seconds": round(float(np.median([each["seconds"] for each in measured if each["device"] == device])), 2),
+        "device": device,
     }
 
 
@@ -163,6 +168,7 @@ def main(
     if unknown := sorted(set(only or ()) - set(WAYS)):
         raise typer.BadParameter(f"no such way: {', '.join(unknown)}; there are {', '.join(WAYS)}")
     pipe = load(model)
+    device = torch.cuda.get_device_name() if pipe.device.type == "cuda" else "CPU"
     scenes = held_out_scenes(captions)
     tasks = [
         Task(number, scene, caption, seed)
@@ -177,9 +183,9 @@ def main(
                 base = bases.load(task)
                 if base is None:
                     base = Direct(None).draw(pipe, weights, task, SIZE, None)
-                    bases.save(task, base, base.image)
+                    bases.save(task, base, base.image, device)
                 if folder.load(task) is None:
-                    folder.save(task, WAYS[name].draw(pipe, weights, task, pixels, base), base.image)
+                    folder.save(task, WAYS[name].draw(pipe, weights, task, pixels, base), base.image, device)
             print(pixels, name, summarize(folder.measurements()))
         write_sheets(output, pixels, tasks[:shown])
     write_table(output)
