@@ -4,7 +4,6 @@ Public names are imported when first used, so that `import clear_attn` costs not
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,7 +96,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
     if name == "__version__":
-        value: Any = importlib.metadata.version("clear-attn")
+        versions = importlib.import_module("clear_attn.utils.versions")
+        value: Any = versions.installed_version("clear-attn") or "unknown"
     elif name == "methods":
         value = importlib.import_module("clear_attn.methods")
     elif name in _MODULES:

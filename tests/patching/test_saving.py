@@ -1,5 +1,6 @@
 """Saving and loading weights: save_pretrained, push_to_hub, and pipelines that diffusers saves."""
 
+import importlib.metadata
 import json
 import socket
 import types
@@ -52,6 +53,18 @@ def test_save_and_load(family, trained, folder, transformer):
     clear.linearize(transformer, weights=folder)
     assert torch.equal(run(transformer, call), run(trained, call))
     assert clear.cost(transformer, 64, 64) == clear.cost(trained, 64, 64)
+
+
+def test_saving_needs_no_installed_package(trained, folder, monkeypatch):
+    """As where the sources are on the path of imports alone."""
+
+    def version(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    clear.save_pretrained(trained, folder)
+    assert json.loads((folder / "clear_config.json").read_text())["library_version"] is None
+    clear.linearize(trained, weights=folder)
 
 
 def test_trained_weights_are_saved(trained, folder):

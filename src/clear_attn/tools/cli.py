@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import clear_attn
 from clear_attn.tools import options
 from clear_attn.tools.bench.bench_command import bench
 from clear_attn.tools.evaluate_command import evaluate
@@ -41,7 +41,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(importlib.metadata.version("clear-attn"))
+        typer.echo(clear_attn.__version__)
         raise typer.Exit
 
 

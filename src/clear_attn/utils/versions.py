@@ -12,11 +12,17 @@ def installed_versions(*packages: str) -> dict[str, str]:
         >>> installed_versions("no-such-package")
         {'no-such-package': 'not installed'}
     """
-    return {name: _version(name) for name in packages}
+    return {name: installed_version(name) or "not installed" for name in packages}
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str | None:
+    """Return the version of a package, None if it is not installed, as one that is imported from its sources.
+
+    Examples:
+        >>> installed_version("no-such-package") is None
+        True
+    """
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None

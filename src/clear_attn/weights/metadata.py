@@ -5,7 +5,6 @@ Writers use format 2. Readers accept format 1 too, in which CLEAR's window and d
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from clear_attn.methods import Method
 from clear_attn.methods.records import method_from_dict
 from clear_attn.methods.schedule import Schedule
 from clear_attn.utils.json_records import read_json, shorten, validate_record
+from clear_attn.utils.versions import installed_version
 
 CONFIG_FILE = "clear_config.json"
 WEIGHTS_FILE = "clear_weights.safetensors"
@@ -67,7 +67,7 @@ class Record:
             "model": self.model,
             "source": self.source,
             "training": self.training,
-            "library_version": importlib.metadata.version("clear_attn"),
+            "library_version": installed_version("clear_attn"),
         }
         return json.dumps(values, indent=2) + "\n"
 
