@@ -110,9 +110,9 @@ def student_folder(output: Path, variant: tuple[int, int], losses: str) -> Path:
     return output / f"{window}x{down_factor}-{losses.removeprefix('+ ').replace(' ', '-')}"
 
 
-def training_steps(student: Path) -> int:
-    steps: int = json.loads((student / "clear_config.json").read_text())["training"]["steps"]
-    return steps
+def training_facts(student: Path) -> dict[str, int]:
+    training = json.loads((student / "clear_config.json").read_text())["training"]
+    return {name: training[name] for name in ("steps", "images")}
 
 
 def cached_images(file: Path, pipe: FluxPipeline, captions: int) -> np.ndarray:
@@ -172,7 +172,7 @@ def main(
                 {
                     "variant": variant,
                     "weights": weights,
-                    "steps": training_steps(folder) if weights != FREE else 0,
+                    **(training_facts(folder) if weights != FREE else {}),
                     "error": squared_error(drawn, teacher),
                     **score(scenes, list(drawn)),
                 }
@@ -186,7 +186,6 @@ def main(
     result = {
         "teacher": score(scenes, list(teacher)),
         "drawing_steps": FEWER_STEPS,
-        "images": TRAINING_IMAGES,
         "torch": torch.__version__,
         "rows": rows,
     }
