@@ -55,6 +55,19 @@ def test_offload_changes_nothing(offload):
     clear.restore(pipe)
 
 
+@pytest.mark.parametrize("use_stream", [False, True])
+def test_group_offload_has_the_new_weights_and_the_old_ones_again(use_stream):
+    pipe = demo.pipeline(torch.bfloat16).to("cuda")
+    expected = draw(pipe), draw(clear.linearize(pipe))
+    pipe = demo.pipeline(torch.bfloat16)
+    offload = {"num_blocks_per_group": 1, "use_stream": use_stream}
+    pipe.transformer.enable_group_offload(onload_device=torch.device("cuda"), **offload)
+    pipe.to("cuda")
+    for step, image in ((clear.linearize, expected[1]), (clear.restore, expected[0]), (clear.linearize, expected[1])):
+        step(pipe)
+        assert levels_apart(draw(pipe), image) <= 2
+
+
 def test_restore_gives_back_weights_image_and_memory():
     pipe = demo.pipeline(torch.bfloat16).to("cuda")
     expected, before = draw(pipe), {k: v.clone() for k, v in pipe.transformer.state_dict().items()}

@@ -1,10 +1,12 @@
 """Ways to offload or cast a transformer."""
 
+import contextlib
+
 import accelerate
 import pytest
 import torch
 
-from clear_attn.models._diffusers import diffusers_version
+from clear_attn.models._diffusers import diffusers_version, hooks_in
 
 
 def by_group(level):
@@ -36,3 +38,32 @@ def align(transformer):
 
 def nothing(transformer):
     pass
+
+
+class _Stream:
+    def synchronize(self):
+        pass
+
+
+class _Accelerator:
+    """Stands in for torch.cuda."""
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def current_stream(self):
+        return _Stream()
+
+
+def by_group_in_a_stream(transformer, monkeypatch):
+    """Offload by groups as with `use_stream=True`, but to a copy on the CPU in place of a GPU."""
+    by_group("block_level")(transformer)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    groups = {id(hook.group): hook.group for hook in hooks_in(transformer) if hasattr(hook, "group")}.values()
+    for group in groups:
+        group.stream, group._torch_accelerator_module = _Stream(), _Accelerator()
+        group._transfer_tensor_to_device = lambda tensor, source, stream: setattr(tensor, "data", source.clone())
+        group.cpu_param_dict = group._init_cpu_param_dict()
+        group.offload_()
+    return transformer

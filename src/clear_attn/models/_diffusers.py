@@ -106,6 +106,22 @@ def hooks_in(module: Any) -> Iterator[Any]:
         yield from getattr(getattr(inner, "_diffusers_hook", None), "hooks", {}).values()
 
 
+def offload_streamed_groups(module: Any) -> None:
+    """Bring the groups of group offload with `use_stream=True` back to RAM, with the parameters that they got since.
+
+    Such a group has its values in RAM all the time, by parameter, and drops what is on the GPU. An interrupted call
+    leaves some there, and changes to them would be lost (diffusers 0.36 to 0.42).
+    """
+    for hook in hooks_in(module):
+        group: Any = getattr(hook, "group", None)
+        if getattr(group, "stream", None) is None:
+            continue
+        for parameter in (each for inner in group.modules for each in inner.parameters()):
+            if parameter not in group.cpu_param_dict:
+                group.cpu_param_dict[parameter] = parameter.data.cpu()
+        group.offload_()
+
+
 def remove_hook(module: Any, name: str) -> None:
     """Remove a hook by its name in the registry of diffusers, where the module has one (diffusers 0.36 to 0.42)."""
     if (registry := getattr(module, "_diffusers_hook", None)) is not None:

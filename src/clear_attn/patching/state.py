@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from clear_attn.models._diffusers import replace_config
+from clear_attn.models._diffusers import offload_streamed_groups, replace_config
 from clear_attn.models.processors.processor import ClearAttnProcessor
 from clear_attn.patching.hooks import EntryHook, ExitHook, unwrap_forward
 from clear_attn.patching.target import Target, entry_hook_of
@@ -83,6 +83,7 @@ def apply(target: Target, state: State) -> None:
     _free_kept_processors(transformer)  # while the hook that has their originals is installed
     if state.hook:
         install_hooks(transformer, state.hook)
+    offload_streamed_groups(transformer)
     copy_values(state.values, target.layers)
     for layer, attn in target.layers.items():
         processor, present = state.processors[layer], attn.get_processor()
@@ -93,6 +94,7 @@ def apply(target: Target, state: State) -> None:
                 if (value := getattr(present, name, None)) is not None or hasattr(processor, name):
                     setattr(processor, name, value)
             attn.set_processor(match_device_and_dtype(processor, attn))
+    offload_streamed_groups(transformer)  # the processors' parameters, too
     _set_metadata(transformer, state.metadata)
     if not state.hook:
         _remove_hooks_of_ours(transformer)
