@@ -9,8 +9,8 @@ Every way draws the same held-out captions with the same seeds. The table shows:
 - of the right ones, the median overlap of the shapes with ideal ones, and how steep the edges are, as a share of those
   of the same scenes drawn with exact edges at this size;
 - the distance to the enlarged base image (root mean square, colors in 0..1);
-- FLOPs of attention and seconds of all runs, the base image included; seconds on the device that drew the most of
-  them, since a folder can be continued on another.
+- FLOPs of attention and seconds of all runs, the base image included; seconds of those on the base image's device, as a
+  folder may be continued on another.
 
 Images and measurements are kept in the output folder, and an interrupted run goes on from them; what was drawn with
 other settings is drawn again. Several processes can share the work (`--only`) once the base images are drawn. Each
@@ -20,13 +20,11 @@ writes the table and the sheets of what is there. A folder is for one model and 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import torch
 import typer
 from PIL import Image
 from rich import print
@@ -91,6 +89,7 @@ def measure(task: Task, drawn: Drawn, base: Image.Image) -> dict[str, Any]:
         "edge_steepness": edge_steepness(pixels, reading) if right else None,
         "distance": float(np.sqrt(np.mean((pixels / 255 - enlarged / 255) ** 2))),
         "extra": max(0, count_figures(pixels, task.scene.ground) - len(task.scene.figures)),
+        "device": drawn.device,
         "seconds": drawn.seconds,
         "flops": drawn.flops,
     }
@@ -114,13 +113,13 @@ class Folder(NamedTuple):
         if values["settings"] != self.settings:
             return None
         with Image.open(file) as image:
-            return Drawn(image.convert("RGB"), values["seconds"], values["flops"])
+            return Drawn(image.convert("RGB"), values["seconds"], values["flops"], values["device"])
 
-    def save(self, task: Task, drawn: Drawn, base: Image.Image, device: str) -> None:
+    def save(self, task: Task, drawn: Drawn, base: Image.Image) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.file(task)) as unfinished:
             drawn.image.save(unfinished)
-        record = {"settings": self.settings, "device": device, **measure(task, drawn, base)}
+        record = {"settings": self.settings, **measure(task, drawn, base)}
         with atomic_file(self.file(task).with_suffix(".json")) as unfinished:
             unfinished.write_text(json.dumps(record) + "\n")
 
@@ -141,7 +140,7 @@ def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     measured = list(measured)
     right = [each for each in measured if each["right"]]
     overlaps = [overlap for each in right for overlap in each["overlaps"]]
-    [(device, _)] = Counter(each["device"] for each in measured).most_common(1)
+    seconds = [each["seconds"] for each in measured if each["seconds"] is not None]
     return {
         "images": len(measured),
         "right": len(right),
@@ -150,8 +149,7 @@ def summarize(measured: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "edge_steepness": round(float(np.median([each["edge_steepness"] for each in right])), 2) if right else None,
         "distance": round(float(np.mean([each["distance"] for each in measured])), 4),
         "flops": round(float(np.mean([each["flops"] for each in measured]))),
-        "seconds": round(float(np.median([each["seconds"] for each in measured if each["device"] == device])), 2),
-        "device": device,
+        "seconds": round(float(np.median(seconds)), 2) if seconds else None,
     }
 
 
@@ -168,7 +166,6 @@ def main(
     if unknown := sorted(set(only or ()) - set(WAYS)):
         raise typer.BadParameter(f"no such way: {', '.join(unknown)}; there are {', '.join(WAYS)}")
     pipe = load(model)
-    device = torch.cuda.get_device_name() if pipe.device.type == "cuda" else "CPU"
     scenes = held_out_scenes(captions)
     tasks = [
         Task(number, scene, caption, seed)
@@ -183,9 +180,9 @@ def main(
                 base = bases.load(task)
                 if base is None:
                     base = Direct(None).draw(pipe, weights, task, SIZE, None)
-                    bases.save(task, base, base.image, device)
+                    bases.save(task, base, base.image)
                 if folder.load(task) is None:
-                    folder.save(task, WAYS[name].draw(pipe, weights, task, pixels, base), base.image, device)
+                    folder.save(task, WAYS[name].draw(pipe, weights, task, pixels, base), base.image)
             print(pixels, name, summarize(folder.measurements()))
         write_sheets(output, pixels, tasks[:shown])
     write_table(output)

@@ -33,9 +33,16 @@ class Task(NamedTuple):
 
 
 class Drawn(NamedTuple):
+    """An image, with what all of its runs took. Seconds are None if they ran on different devices."""
+
     image: Image.Image
-    seconds: float
+    seconds: float | None
     flops: int
+    device: str
+
+
+def device_of(pipe: FluxPipeline) -> str:
+    return torch.cuda.get_device_name() if pipe.device.type == "cuda" else "CPU"
 
 
 class Way(Protocol):
@@ -57,7 +64,7 @@ class Direct(NamedTuple):
             started = time.perf_counter()
             image = pipe(task.caption, height=side, width=side, **call).images[0]
             seconds = time.perf_counter() - started
-        return Drawn(image, seconds, cost.run_flops if self.window else cost.dense_run_flops)
+        return Drawn(image, seconds, cost.run_flops if self.window else cost.dense_run_flops, device_of(pipe))
 
 
 class Enlarged(NamedTuple):
@@ -93,10 +100,11 @@ class Staged(NamedTuple):
             seed=task.seed,
             max_sequence_length=demo.TEXT_TOKENS,
         )
-        seconds, flops = time.perf_counter() - started, result.plan.work(pipe).flops
+        seconds, flops, device = time.perf_counter() - started, result.plan.work(pipe).flops, device_of(pipe)
         if self.stage.needs_recording:
-            return Drawn(result.image, seconds, flops)
-        return Drawn(result.image, seconds + base.seconds, flops + base.flops)
+            return Drawn(result.image, seconds, flops, device)
+        both = seconds + base.seconds if base.seconds and base.device == device else None
+        return Drawn(result.image, both, flops + base.flops, device)
 
 
 REFINED = Stage.preset("refined")  # starts at a sigma of 0.4

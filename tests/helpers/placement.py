@@ -46,7 +46,7 @@ class _Stream:
 
 
 class _Accelerator:
-    """Stands in for torch.cuda."""
+    """In place of torch.cuda."""
 
     def stream(self, stream):
         return contextlib.nullcontext()

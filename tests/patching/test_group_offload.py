@@ -26,10 +26,11 @@ def same_images(family, ours, theirs):
     return torch.equal(run(ours, call), run(theirs, call))
 
 
-def test_weights_and_parameters_of_processors_get_there(family, models):
+def test_a_forward_has_the_new_weights_and_the_processors_parameters(family, models):
     plain, offloaded, folder = models
     for change in (lambda each: clear.linearize(each, weights=folder), clear.restore) * 2:
-        change(plain), change(offloaded)
+        change(plain)
+        change(offloaded)
         assert same_images(family, offloaded, plain)
 
 

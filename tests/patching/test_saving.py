@@ -62,6 +62,8 @@ def test_saving_needs_no_installed_package(trained, folder, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setitem(vars(clear), "__version__", "")
+    assert clear.__getattr__("__version__") == "unknown"
     clear.save_pretrained(trained, folder)
     assert json.loads((folder / "clear_config.json").read_text())["library_version"] is None
     clear.linearize(trained, weights=folder)

@@ -133,7 +133,7 @@ class Stage(_Sized):
         low_resolution_guidance (`int`, *optional*): levels of the Haar wavelet transform; its coarse band is guided
             toward the previous image, in the manner of I-Max (arXiv 2410.07536): means over 2^level x 2^level latents,
             with a weight that falls from 1 to 0. Defaults to None, off, as in the published run; the preset "refined"
-            has 1.
+            uses 1.
         stepwise_guidance (`StepwiseGuidance`, *optional*): guidance toward what the run before predicted at the same
             noise level, in the manner of HiFlow. Not together with `low_resolution_guidance`.
         continues (`bool`, defaults to `False`): whether the stage continues the run before instead of drawing its

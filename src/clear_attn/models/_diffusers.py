@@ -107,18 +107,21 @@ def hooks_in(module: Any) -> Iterator[Any]:
 
 
 def offload_streamed_groups(module: Any) -> None:
-    """Bring the groups of group offload with `use_stream=True` back to RAM, with the parameters that they got since.
+    """Bring the groups of group offload with `use_stream=True` back to RAM, and make them take what was added since.
 
-    Such a group has its values in RAM all the time, by parameter, and drops what is on the GPU. An interrupted call
-    leaves some there, and changes to them would be lost (diffusers 0.36 to 0.42).
+    Such a group keeps the values of its parameters in RAM, and drops what is on the GPU when it leaves it. So values
+    that are written while an interrupted call has left it there would be lost (diffusers 0.36 to 0.42).
     """
     for hook in hooks_in(module):
         group: Any = getattr(hook, "group", None)
-        if getattr(group, "stream", None) is None:
+        if getattr(group, "stream", None) is None or group.offload_to_disk_path:
             continue
         for parameter in (each for inner in group.modules for each in inner.parameters()):
             if parameter not in group.cpu_param_dict:
                 group.cpu_param_dict[parameter] = parameter.data.cpu()
+        group.offload_()
+        # Pinned as the others, and without those of processors that are gone.
+        group.cpu_param_dict = group._init_cpu_param_dict()
         group.offload_()
 
 

@@ -42,6 +42,7 @@ class State(NamedTuple):
 
 def capture(target: Target, names: Iterable[str]) -> State:
     """Return the present state, with copies of the named parameters' values."""
+    offload_streamed_groups(target.transformer)
     parameters = replaced_parameters(target.layers)
     values = {name: parameters[name].detach().to("cpu", copy=True) for name in names}
     return State(target.hook, target.processors, values, metadata_of(target.transformer))

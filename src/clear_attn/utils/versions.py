@@ -16,7 +16,7 @@ def installed_versions(*packages: str) -> dict[str, str]:
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of a package, None if it is not installed, as one that is imported from its sources.
+    """Return the version of a package, or None if it is not installed (imported from its sources, say).
 
     Examples:
         >>> installed_version("no-such-package") is None
