@@ -455,7 +455,7 @@ def run_rank(rank, ranks, store, names):
         init_method=store,
         rank=rank,
         world_size=ranks,
-        timeout=datetime.timedelta(seconds=TIMEOUT if "a_rank" in names[0] else 120),
+        timeout=datetime.timedelta(seconds=TIMEOUT if "a_rank" in names[0] else 300),
     )
     for name in names:
         start = time.perf_counter()
