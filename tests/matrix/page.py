@@ -29,7 +29,7 @@ between are not run.
 | 2.13 (CPU) | 0.38.0 | 4.57.1 | 0.36.0 | the tests of Qwen-Image, once by hand; those of its ControlNet fail |
 | 2.14.1 | 0.42.1 | 5.24 | 2.4 | Python 3.13, the tests of core, weights and lifecycle, once by hand |
 | 2.11 (CUDA, H200) | 0.41.0 | 5.17 | 1.33 | Python 3.12, the tests on a GPU and of the kernels, once by hand |
-| 2.11 (CUDA, H200) | 0.42.1 | 5.17 | 1.33 | Python 3.12, the same; for training, one run in float32 |
+| 2.11 (CUDA, H200) | 0.42.1 | 5.17 | 1.33 | Python 3.12, the same without the tests of training |
 
 [a] On a CPU, the kernels in Triton's interpreter. [b] On a CPU, with accelerate 1.10, peft 0.17 and torchao 0.15, of
 the models and pipelines that this diffusers has, without cache-dit; the kernels are left out, because they need Triton

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import clear_attn as clear
+from clear_attn.models._diffusers import hooks_in
 from tests.helpers.placement import by_group_in_a_stream
 from tests.helpers.reference_model import run
 from tests.helpers.snapshots import layers_of, train
@@ -21,6 +22,11 @@ def models(family, tmp_path, monkeypatch):
     return plain, by_group_in_a_stream(offloaded, monkeypatch), tmp_path / "distilled"
 
 
+def held_in_ram(transformer):
+    """Return how many tensors the groups of a transformer keep."""
+    return sum(len(hook.group.cpu_param_dict) for hook in hooks_in(transformer) if hasattr(hook, "group"))
+
+
 def same_images(family, ours, theirs):
     call = family.call(theirs, GRID)
     return torch.equal(run(ours, call), run(theirs, call))
@@ -28,10 +34,12 @@ def same_images(family, ours, theirs):
 
 def test_a_forward_has_the_new_weights_and_the_processors_parameters(family, models):
     plain, offloaded, folder = models
+    before = held_in_ram(offloaded)
     for change in (lambda each: clear.linearize(each, weights=folder), clear.restore) * 2:
         change(plain)
         change(offloaded)
         assert same_images(family, offloaded, plain)
+    assert held_in_ram(offloaded) == before
 
 
 def test_restored_after_an_interrupt_that_left_weights_on_the_gpu(family, models):

@@ -107,10 +107,10 @@ def hooks_in(module: Any) -> Iterator[Any]:
 
 
 def offload_streamed_groups(module: Any) -> None:
-    """Bring the groups of group offload with `use_stream=True` back to RAM, and make them take what was added since.
+    """Move the groups of group offload with `use_stream=True` to RAM, and register parameters that were added later.
 
-    Such a group keeps the values of its parameters in RAM, and drops what is on the GPU when it leaves it. So values
-    that are written while an interrupted call has left it there would be lost (diffusers 0.36 to 0.42).
+    Such a group keeps its values in RAM, and offloading drops its copy on the GPU. An interrupted call leaves groups on
+    the GPU; values written to them there would be lost (diffusers 0.36 to 0.42).
     """
     for hook in hooks_in(module):
         group: Any = getattr(hook, "group", None)
@@ -120,7 +120,7 @@ def offload_streamed_groups(module: Any) -> None:
             if parameter not in group.cpu_param_dict:
                 group.cpu_param_dict[parameter] = parameter.data.cpu()
         group.offload_()
-        # Pinned as the others, and without those of processors that are gone.
+        # Pins the new parameters as the others, and forgets those of removed processors.
         group.cpu_param_dict = group._init_cpu_param_dict()
         group.offload_()
 
